@@ -1,0 +1,70 @@
+"""How sure a criterion ratio is: paired intervals, and what a ladder of strategies certifies."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import stats
+
+
+def ratio_interval(
+    losses: ArrayLike, original_losses: ArrayLike, *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Two-sided interval of mean(losses) / mean(original_losses), paired (Fieller 1954).
+
+    It holds the ratios r that a paired t-test of mean(losses − r · original_losses) = 0 does not
+    reject. (-inf, inf) where the original losses' mean can't be told from 0, or for one example.
+
+    >>> low, high = ratio_interval([2.0, 4.0, 6.3], [1.0, 2.0, 3.1])
+    >>> low < 2.0 < high
+    True
+    """
+    original = np.asarray(original_losses, dtype=np.float64)
+    # r − 1 is estimated, not r: exact where nothing changed (test_ratio_of_equal_losses_is_one)
+    rise = np.asarray(losses, dtype=np.float64) - original
+    examples = len(original)
+    if examples < 2:
+        return -math.inf, math.inf
+    t = stats.t.ppf((1 + confidence) / 2, examples - 1)
+    variance = t**2 * np.cov(rise, original) / examples
+    mean_rise, mean = rise.mean(), original.mean()
+    a = mean**2 - variance[1, 1]
+    b = mean * mean_rise - variance[0, 1]
+    c = mean_rise**2 - variance[0, 0]
+    if not a > 0:
+        return -math.inf, math.inf
+    spread = math.sqrt(max(b**2 - a * c, 0.0))
+    return 1 + (b - spread) / a, 1 + (b + spread) / a
+
+
+def ratio_bound(
+    losses: ArrayLike, original_losses: ArrayLike, *, confidence: float = 0.95
+) -> float:
+    """The one-sided upper bound of the ratio: a paired t-test at level 1 − confidence rejects
+    "the ratio is above the limit" for the limits at or above it, and for no others."""
+    return ratio_interval(losses, original_losses, confidence=2 * confidence - 1)[1]
+
+
+def certified_steps(bounds: Sequence[float], limit: float) -> int:
+    """How many strategies of a ladder, from most bits to fewest, pass: fixed-sequence testing.
+
+    bounds: one-sided upper bounds of their criterion ratios, in the ladder's order. The walk stops
+    at the first that is above the limit, so the last one passed is certified at the level of each
+    single test, although many were tried (Learn then Test, arXiv:2110.01052).
+
+    >>> certified_steps([1.0, 1.004, 1.02, 1.001], limit=1.01)
+    2
+    """
+    return next((i for i, bound in enumerate(bounds) if not bound <= limit), len(bounds))
+
+
+def certified_depth(results: pd.DataFrame, limit: float) -> int | None:
+    """The fewest bits certified to keep the criterion ratio at ``limit``, or None.
+
+    results: a table of `quantifind.workflow.evaluation_workflow.evaluate_bit_depths`.
+    """
+    ladder = results.sort_values("bit_depth", ascending=False)
+    steps = certified_steps(ladder["criterion_ratio_bound"].tolist(), limit)
+    return int(ladder["bit_depth"].iloc[steps - 1]) if steps else None

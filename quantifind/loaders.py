@@ -1,0 +1,103 @@
+"""The split and the loaders behind all three data sets: whole splits kept as tensors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+Loaders = tuple[DataLoader, DataLoader, DataLoader]
+
+
+class Tensors(TensorDataset):
+    """A TensorDataset from which a DataLoader takes a whole batch by one indexing operation."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return self[indices]
+
+
+def batch_loader(dataset: Tensors, *, batch_size: int, shuffle: bool, seed: int) -> DataLoader:
+    """Batches ``[inputs, targets]``; the order is drawn from a generator of the loader's own."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=list,
+    )
+
+
+def split_loaders(
+    train: Tensors, val: Tensors, test: Tensors, *, batch_size: int = 64, seed: int = 0
+) -> Loaders:
+    """The train (shuffled), validation and test loaders of three splits."""
+    return (
+        batch_loader(train, batch_size=batch_size, shuffle=True, seed=seed),
+        batch_loader(val, batch_size=batch_size, shuffle=False, seed=seed),
+        batch_loader(test, batch_size=batch_size, shuffle=False, seed=seed),
+    )
+
+
+def random_split(dataset: TensorDataset, sizes: Sequence[int], *, seed: int = 0) -> list[Tensors]:
+    """Disjoint random parts of ``sizes`` examples; the global random state is left as it was.
+
+    Errors: ValueError when sizes don't add up to the number of examples, or one is not positive.
+    """
+    if sum(sizes) != len(dataset) or min(sizes) < 1:
+        raise ValueError(
+            f"cannot split {len(dataset)} examples into {list(sizes)}: "
+            "each part needs an example, and the parts must add up"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return [Tensors(*(t[part] for t in dataset.tensors)) for part in order.split(list(sizes))]
+
+
+def create_dataloaders(
+    dataset: TensorDataset,
+    *,
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Loaders:
+    """Split a TensorDataset of (inputs, targets) at random into train, val and test loaders.
+
+    fractions: shares of train, val and test, adding up to 1.
+    Errors: ValueError when a share is not positive or leaves its part without examples.
+    """
+    if abs(sum(fractions) - 1) > 1e-9:
+        raise ValueError(f"fractions {fractions} add up to {sum(fractions)}, not to 1")
+    val, test = (round(len(dataset) * fraction) for fraction in fractions[1:])
+    parts = random_split(dataset, [len(dataset) - val - test, val, test], seed=seed)
+    return split_loaders(*parts, batch_size=batch_size, seed=seed)
+
+
+def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
+    """All inputs and all targets behind a loader, in the order of its data set."""
+    if isinstance(loader.dataset, TensorDataset):
+        inputs, targets = loader.dataset.tensors
+        return inputs, targets
+    options: dict[str, Any] = {"batch_size": 256, "collate_fn": loader.collate_fn}
+    batches = list(DataLoader(loader.dataset, **options))
+    return torch.cat([inputs for inputs, _ in batches]), torch.cat([t for _, t in batches])
+
+
+def describe(splits: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """What a network may have to know of its data.
+
+    Returns: ``examples`` by split; ``classes`` where targets are class labels, and ``vocabulary``
+    where inputs are integer codes, each the largest over all splits plus one.
+    Errors: ValueError naming the split that is empty or has NaN or infinite inputs or targets.
+    """
+    for name, split in splits.items():
+        for kind, values in split.items():
+            if not len(values):
+                raise ValueError(f"the {name} split has no examples")
+            if bad := int((~values.isfinite()).sum()):
+                raise ValueError(f"the {name} split: {bad} NaN or infinite {kind}")
+    facts: dict[str, Any] = {"examples": {name: len(s["inputs"]) for name, s in splits.items()}}
+    for fact, kind in (("classes", "targets"), ("vocabulary", "inputs")):
+        tensors = [split[kind] for split in splits.values()]
+        if not tensors[0].is_floating_point():
+            facts[fact] = 1 + max(int(values.max()) for values in tensors)
+    return facts

@@ -1,0 +1,123 @@
+"""What quantization costs: losses per example, criterion ratio, accuracy and flips, weight error."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from quantifind.certificate import ratio_bound, ratio_interval
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; each module gets back the mode it had."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def outcome(
+    model: nn.Module, loader: Iterable, criterion: Criterion
+) -> dict[str, Tensor]:
+    """What ``model`` makes of a loader's examples, in eval mode, on the model's device.
+
+    Returns, on the CPU: ``outputs`` (examples, ...), ``loss`` (examples,) float64 and, where
+    targets are class labels, ``correct`` (examples,) bool.
+    Errors: ValueError for a loader without examples.
+    """
+    device = next(model.parameters()).device
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    with evaluating(model):
+        for inputs, targets in loader:
+            targets = targets.to(device)
+            outputs = model(inputs.to(device))
+            parts.append((outputs, losses(criterion, outputs, targets).double(), targets))
+        if not parts:
+            raise ValueError("the loader has no examples")
+        outputs, loss, targets = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    measured = {"outputs": outputs, "loss": loss}
+    if targets.dim() == 1 and outputs.dim() == 2 and not targets.is_floating_point():
+        measured["correct"] = outputs.argmax(1) == targets
+    return measured
+
+
+def is_classification(measured: dict[str, Tensor]) -> bool:
+    """Whether an outcome has right and wrong answers."""
+    return "correct" in measured
+
+
+def losses(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each example, (examples,): a criterion's mean, or sum, within the example.
+
+    A criterion with a ``reduction`` of 'mean' or 'sum' is asked for its unreduced values (weights
+    it has for classes weigh an example's loss); any other is called on one example at a time.
+    """
+    reduction = getattr(criterion, "reduction", None)
+    if reduction not in ("mean", "sum"):
+        pairs = zip(outputs.split(1), targets.split(1), strict=True)
+        return torch.stack([criterion(*pair).reshape(()) for pair in pairs])
+    unreduced = copy.copy(criterion)
+    unreduced.reduction = "none"  # type: ignore[attr-defined]
+    values = unreduced(outputs, targets).reshape(len(targets), -1)  # (examples, elements)
+    return values.mean(1) if reduction == "mean" else values.sum(1)
+
+
+def compare(
+    quantized: dict[str, Tensor], original: dict[str, Tensor], *, confidence: float = 0.95
+) -> dict[str, float]:
+    """A quantized network's outcome beside the original's, on the same examples in the same order.
+
+    Returns: ``criterion``, ``original_criterion``; ``criterion_ratio`` CR, its two-sided interval
+    ``criterion_ratio_low`` and ``_high``, and ``criterion_ratio_bound``, below which the true CR
+    lies with this confidence (one-sided, so it is below ``_high``); ``relative_error``
+    ‖f_b − f‖/‖f‖ of the outputs; for a classifier also ``accuracy``, ``original_accuracy``,
+    ``accuracy_drop`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).
+    """
+    loss, original_loss = quantized["loss"].numpy(), original["loss"].numpy()
+    mean, original_mean = loss.mean(), original_loss.mean()
+    low, high = ratio_interval(loss, original_loss, confidence=confidence)
+    row = {
+        "criterion": mean,
+        "original_criterion": original_mean,
+        "criterion_ratio": mean / original_mean if original_mean else math.nan,
+        "criterion_ratio_low": low,
+        "criterion_ratio_high": high,
+        "criterion_ratio_bound": ratio_bound(loss, original_loss, confidence=confidence),
+        "relative_error": relative_error(quantized["outputs"], original["outputs"]),
+    }
+    if is_classification(original):
+        right, was_right = quantized["correct"], original["correct"]
+        row["accuracy"] = right.double().mean().item()
+        row["original_accuracy"] = was_right.double().mean().item()
+        row["accuracy_drop"] = row["original_accuracy"] - row["accuracy"]
+        row["right_to_wrong"] = int((was_right & ~right).sum())
+        row["wrong_to_right"] = int((~was_right & right).sum())
+    return row
+
+
+def relative_error(outputs: Tensor, original_outputs: Tensor) -> float:
+    """‖outputs − original‖ / ‖original‖ over all examples (Frobenius norms)."""
+    original = original_outputs.double()
+    return ((outputs.double() - original).norm() / original.norm()).item()
+
+
+def weight_error(values: Tensor, quantized: Tensor) -> dict[str, float]:
+    """``sqnr_db`` 10·log10(Σx² / Σ(x − q)²), infinite without noise; ``mean_squared_error``;
+    ``largest_error``."""
+    noise = values.double() - quantized.double()
+    signal_power, noise_power = values.double().square().sum(), noise.square().sum()
+    return {
+        "sqnr_db": (10 * torch.log10(signal_power / noise_power)).item() if noise_power else math.inf,
+        "mean_squared_error": noise.square().mean().item(),
+        "largest_error": noise.abs().max().item(),
+    }

@@ -1,0 +1,94 @@
+"""params.yaml as frozen dataclasses: an unknown key or a value out of range says where it stands."""
+
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+NO_OTHER_KEYS = ConfigDict(extra="forbid")
+Count = Annotated[int, Field(ge=1, strict=True)]
+BitDepth = Annotated[int, Field(ge=2, le=32, strict=True)]
+Ratio = Annotated[float, Field(ge=1, strict=True, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, config=NO_OTHER_KEYS)
+class Model:
+    """One entry of ``models``: a network, its data, and how it is trained."""
+
+    network: str
+    data: str
+    epochs: Count
+    batch_size: Count = 64
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=NO_OTHER_KEYS)
+class Quantize:
+    """What the quantize stage tries."""
+
+    scheme: str
+    bit_depths: Annotated[list[BitDepth], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=NO_OTHER_KEYS)
+class Evaluate:
+    """What the evaluate stage certifies."""
+
+    limits: Annotated[list[Ratio], Field(min_length=1)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1, strict=True)] = 0.95
+
+
+@dataclass(frozen=True, config=NO_OTHER_KEYS)
+class Params:
+    """The whole file."""
+
+    model: str
+    models: dict[str, Model]
+    quantize: Quantize
+    evaluate: Evaluate
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+
+    @property
+    def entry(self) -> Model:
+        """The entry of ``models`` that ``model`` selects."""
+        return self.models[self.model]
+
+
+def read_params(path: Path = Path("params.yaml")) -> Params:
+    """The parameters in ``path``.
+
+    Errors: ValueError, one line, for a file that is missing or not YAML, and naming each key that
+    is unknown, missing or out of range, with what was given and what is allowed.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        params = TypeAdapter(Params).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {'; '.join(map(_explain, error.errors()))}") from None
+    if params.model not in params.models:
+        known = ", ".join(params.models)
+        raise ValueError(f"{path}: model: unknown {params.model!r}: models has {known}")
+    return params
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(map(str, error["loc"])) or "the file"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{where}: unknown key; allowed are {', '.join(_known_keys(error['loc']))}"
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    return f"{where}: {error['msg']}, not {error['input']!r}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    sections = {"models": Model, "quantize": Quantize, "evaluate": Evaluate}
+    section = sections[str(location[0])] if len(location) > 1 else Params
+    return sorted(section.__dataclass_fields__)

@@ -1,0 +1,55 @@
+"""A folder is its own table of plug-ins: a module put there is found by its name."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+
+def names(package: str) -> list[str]:
+    """The plug-ins in ``quantifind/<package>/``, sorted.
+
+    >>> names("schemes")
+    ['uniform']
+    """
+    folder = importlib.import_module(f"quantifind.{package}")
+    return sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
+
+
+def load(package: str, name: str) -> ModuleType:
+    """Import a plug-in by name, or anyone's module by its dotted path (``their_package.module``).
+
+    Errors: ValueError for a name that is neither in the folder nor importable.
+    """
+    if "." in name:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            # a module that is there but imports something missing is its author's to see
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from None
+    if name not in names(package):
+        found = ", ".join(names(package))
+        raise ValueError(f"unknown {name!r}: quantifind/{package}/ has {found}")
+    return importlib.import_module(f"quantifind.{package}.{name}")
+
+
+def arguments(
+    function: Callable[..., Any], options: Mapping[str, Any], offered: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The keyword arguments to call a plug-in's function with.
+
+    options: what the user set. offered: what the pipeline knows; a function takes of it what it has
+    a parameter for, unless the user set that.
+    Errors: ValueError for an option that the function does not have, naming those it has.
+    """
+    parameters = inspect.signature(function).parameters
+    if unknown := options.keys() - parameters.keys():
+        raise ValueError(
+            f"unknown option {', '.join(sorted(unknown))}: {function.__module__}."
+            f"{function.__name__}() has {', '.join(parameters) or 'none'}"
+        )
+    return {name: value for name, value in offered.items() if name in parameters} | {**options}

@@ -1,0 +1,75 @@
+"""Console, device, seeds, and whether weights fit a network."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+console = Console(stderr=True)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar of ``total`` steps, quiet when standard error is not a terminal.
+
+    Yields a function to call after each step, with text to show beside the bar.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total, note="")
+        yield lambda note="", steps=1: bar.update(task, advance=steps, note=note)
+
+
+def device() -> "torch.device":
+    """The CUDA device where there is one, else the CPU.
+
+    Apple's MPS is left out: it has no float64, in which codes are computed.
+    """
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators, on every device."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def check_same_architecture(
+    net: "nn.Module", weights: Mapping[str, "Tensor"], path: Path | str
+) -> None:
+    """Raise ValueError, naming up to three tensors, unless ``weights`` fit ``net``.
+
+    path: the file that the weights come from.
+    """
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    different = [
+        f"{name} is {_shape(shapes.get(name))}, not {_shape(expected.get(name))}"
+        for name in sorted(shapes.keys() | expected.keys())
+        if shapes.get(name) != expected.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{path}: a checkpoint of another architecture: {'; '.join(different[:3])}"
+            + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
+        )
+
+
+def _shape(shape: "torch.Size | None") -> str:
+    return "missing" if shape is None else str(list(shape))

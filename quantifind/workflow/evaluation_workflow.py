@@ -1,0 +1,134 @@
+"""Judge quantized networks on the examples of a loader, beside the original.
+
+The arguments after the model may stand in either order, ``(test_loader, criterion)`` or
+``(criterion, test_loader)``: the criterion is the one that can be called.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from quantifind.certificate import certified_depth
+from quantifind.metrics import compare, outcome
+from quantifind.strategy import Strategy, mean_bits, quantize_tensors, uniform_strategy, with_tensors
+from quantifind.utils import progress
+from quantifind.workflow.quantize_workflow import BitQuantizer
+
+BIT_DEPTHS = range(2, 33)
+
+
+def compute_test_loss(model: nn.Module, test_loader: Any, criterion: Any) -> float:
+    """The criterion over the loader's examples, each weighted alike, in eval mode."""
+    loader, criterion = _loader_and_criterion(test_loader, criterion)
+    return outcome(model, loader, criterion)["loss"].mean().item()
+
+
+def evaluate_quantized_model(
+    model: nn.Module,
+    test_loader: Any,
+    criterion: Any,
+    bit_depth: int,
+    *,
+    quantize_inputs: bool = False,
+) -> float:
+    """The criterion of a copy of ``model`` quantized to ``bit_depth`` (2 to 32).
+
+    quantize_inputs: put the loader's inputs on as many levels too.
+    """
+    loader, criterion = _loader_and_criterion(test_loader, criterion)
+    quantizer = BitQuantizer(bit_depth)
+    if quantize_inputs:
+        loader = quantizer.quantized_dataloader(loader)
+    return compute_test_loss(quantizer.quantize_model(model), loader, criterion)
+
+
+def evaluate_bit_depths(
+    model: nn.Module,
+    test_loader: Any,
+    criterion: Any,
+    bit_depths: Iterable[int] = BIT_DEPTHS,
+    *,
+    quantize_inputs: bool = False,
+) -> pd.DataFrame:
+    """A row per bit depth, from most bits to fewest, with the columns of `evaluate_strategies`.
+
+    bit_depths: whole numbers, 2 to 32. quantize_inputs: put the inputs on as many levels too.
+    """
+    strategies = [uniform_strategy(model, bits) for bits in sorted(set(bit_depths), reverse=True)]
+    return evaluate_strategies(
+        model, strategies, test_loader, criterion, quantize_inputs=quantize_inputs
+    )
+
+
+def evaluate_strategies(
+    model: nn.Module,
+    strategies: Iterable[Strategy],
+    test_loader: Any,
+    criterion: Any,
+    *,
+    quantize_inputs: bool = False,
+    confidence: float = 0.95,
+) -> pd.DataFrame:
+    """A row per strategy, in their order.
+
+    Columns: ``bit_depth`` (missing where widths differ), ``mean_bits`` per parameter with
+    everything counted, ``signal_to_complexity`` (criterion per bit of depth, or per mean bit where
+    widths differ), and those of `quantifind.metrics.compare`.
+    quantize_inputs: put each loader's inputs on the levels of the strategy's one bit depth.
+    Errors: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
+    """
+    loader, criterion = _loader_and_criterion(test_loader, criterion)
+    strategies = list(strategies)
+    original = outcome(model, loader, criterion)
+    rows = []
+    with progress("judging", total=len(strategies)) as step:
+        for strategy in strategies:
+            tensors = quantize_tensors(model, strategy)
+            inputs = _quantized_inputs(loader, strategy) if quantize_inputs else loader
+            quantized = outcome(with_tensors(model, tensors), inputs, criterion)
+            bits = {"bit_depth": strategy.bit_depth, "mean_bits": mean_bits(model, tensors)}
+            row = bits | compare(quantized, original, confidence=confidence)
+            width = row["bit_depth"] or row["mean_bits"]
+            rows.append(row | {"signal_to_complexity": row["criterion"] / width})
+            step(f"{width:.4g} bits CR {row['criterion_ratio']:.4f}")
+    return pd.DataFrame(rows)
+
+
+def summarize(results: pd.DataFrame, limits: Iterable[float]) -> dict[str, Any]:
+    """The answer in few numbers, from a table of `evaluate_strategies`, most bits first.
+
+    Returns: ``float`` criterion and accuracy; ``certified_depth`` by limit, None where not even the
+    first strategy passes; ``lowest_signal_to_complexity`` and the depth that has it; the
+    ``criterion_ratio`` and ``relative_error`` of the depths 2, 3, 4 and 8.
+    """
+    first = results.iloc[0]
+    floats = {"criterion": first["original_criterion"]}
+    if "original_accuracy" in results:
+        floats["accuracy"] = first["original_accuracy"]
+    best = results.loc[results["signal_to_complexity"].idxmin()]
+    shown = results[results["bit_depth"].isin([2, 3, 4, 8])].sort_values("bit_depth")
+    by_depth = [f"{depth:g}_bits" for depth in shown["bit_depth"]]
+    return {
+        "float": floats,
+        "certified_depth": {f"at_{limit:g}": certified_depth(results, limit) for limit in limits},
+        "lowest_signal_to_complexity": {
+            "value": best["signal_to_complexity"],
+            "bit_depth": int(best["bit_depth"]),
+        },
+        "criterion_ratio": dict(zip(by_depth, shown["criterion_ratio"], strict=True)),
+        "relative_error": dict(zip(by_depth, shown["relative_error"], strict=True)),
+    }
+
+
+def _quantized_inputs(loader: Any, strategy: Strategy) -> Any:
+    if strategy.bit_depth is None:
+        raise ValueError("inputs can only be quantized beside tensors of one bit depth")
+    return BitQuantizer(strategy.bit_depth).quantized_dataloader(loader)
+
+
+def _loader_and_criterion(first: Any, second: Any) -> tuple[Any, Any]:
+    if callable(first) and not callable(second):
+        return second, first
+    return first, second

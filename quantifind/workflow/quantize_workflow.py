@@ -1,0 +1,74 @@
+"""Put a tensor, a network or a loader's inputs on 2^bit_depth uniform levels."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from quantifind.schemes import uniform
+from quantifind.strategy import quantize_model, uniform_strategy
+
+
+class BitQuantizer:
+    """The uniform grid at one bit depth, 2 to 32."""
+
+    def __init__(self, bit_depth: int) -> None:
+        # an empty tensor has nothing to round, but its width is checked
+        uniform.quantize(torch.empty(0), bit_depth)
+        self.bit_depth = bit_depth
+
+    def quantize(self, tensor: Tensor) -> Tensor:
+        """The tensor rounded to at most 2^bit_depth values, same shape, dtype and device.
+
+        Integers and booleans are discrete already and come back unchanged.
+        Errors: ValueError for NaN, infinity or complex numbers.
+        """
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor.clone()
+        return uniform.quantize(tensor, self.bit_depth).dequantize()
+
+    def quantize_model(self, model: nn.Module) -> nn.Module:
+        """A deep copy with every parameter quantized, each with a scale of its own."""
+        return quantize_model(model, uniform_strategy(model, self.bit_depth))
+
+    def quantized_dataloader(self, loader: DataLoader) -> DataLoader:
+        """The same loader, all its options kept, with its inputs quantized and its labels not.
+
+        One scale serves the whole loader: its inputs are read once to find the largest. Batches are
+        (inputs, labels); integer inputs, such as character codes, come unchanged.
+        """
+        largest = _largest_input(loader)
+        quantized = copy.copy(loader)
+        quantized.collate_fn = partial(
+            _collate_quantized, loader.collate_fn, self.bit_depth, largest
+        )
+        quantized._iterator = None  # persistent workers stay with the loader that started them
+        return quantized
+
+
+def _largest_input(loader: DataLoader) -> float:
+    """The largest |input|; reading draws no random number that anyone would have drawn."""
+    generator = loader.generator
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    with torch.random.fork_rng(devices=[]):
+        magnitudes = [
+            inputs.abs().max().item()
+            for inputs, _ in loader
+            if inputs.is_floating_point() and inputs.numel()
+        ]
+    if state is not None:
+        loader.generator.set_state(state)
+    return max(magnitudes, default=0.0)
+
+
+def _collate_quantized(
+    collate: Callable[[Any], Any], bit_depth: int, largest: float, batch: Any
+) -> list[Any]:
+    inputs, labels = collate(batch)
+    if inputs.is_floating_point():
+        inputs = uniform.quantize(inputs, bit_depth, largest=largest).dequantize()
+    return [inputs, labels]

@@ -1,0 +1,164 @@
+"""Train a network; save and load what training needs to go on."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from quantifind.metrics import is_classification, outcome
+from quantifind.utils import check_same_architecture, progress
+
+CHECK_EVERY = 50
+CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
+
+
+def train_network(
+    net: nn.Module,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    epochs: int = 8,
+    *,
+    checkpoints: Path | str | None = None,
+) -> pd.DataFrame:
+    """Train ``net`` in place, on the device it is on, and leave it in eval mode.
+
+    checkpoints: a folder; the state after each epoch is saved there, and a call that finds one
+    goes on from it, with the same random numbers, to the same result.
+    Returns: a row per epoch: ``epoch``, ``train_loss`` (over the epoch, while the weights change),
+    ``val_loss`` and, for a classifier, ``val_accuracy``; losses are means over examples.
+    Errors: ValueError for epochs below 1, or naming the epoch and batch near which the loss
+    stopped being finite.
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}, at least 1 is needed")
+    history: list[dict[str, float]] = []
+    if checkpoints is not None and _latest(Path(checkpoints)) is not None:
+        extra = load_train_context(checkpoints, net, optimizer)
+        history = extra["history"]
+        _set_random_state(extra["random_state"], train_loader)
+    with progress("training", total=epochs * len(train_loader)) as step:
+        step(steps=len(history) * len(train_loader))
+        for epoch in range(len(history) + 1, epochs + 1):
+            row = {"epoch": epoch}
+            row["train_loss"] = _train_epoch(net, criterion, optimizer, train_loader, epoch, step)
+            validation = outcome(net, val_loader, criterion)
+            row["val_loss"] = validation["loss"].mean().item()
+            if is_classification(validation):
+                row["val_accuracy"] = validation["correct"].double().mean().item()
+            history.append(row)
+            if checkpoints is not None:
+                extra = {"history": history, "random_state": _random_state(train_loader)}
+                save_train_context(checkpoints, net, optimizer, extra=extra)
+    net.eval()
+    return pd.DataFrame(history)
+
+
+def _train_epoch(net, criterion, optimizer, loader, epoch, step) -> float:
+    net.train()
+    device = next(net.parameters()).device
+    total, examples, smooth = torch.zeros((), dtype=torch.float64, device=device), 0, None
+    for batch, (inputs, targets) in enumerate(loader, start=1):
+        inputs, targets = inputs.to(device), targets.to(device)
+        optimizer.zero_grad()
+        loss = criterion(net(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach().double() * len(targets)
+        examples += len(targets)
+        # reading a loss waits for the device, so not at every batch
+        if batch % CHECK_EVERY == 0 or batch == len(loader):
+            mean = total.item() / examples
+            if mean != mean or mean in (float("inf"), float("-inf")):
+                raise ValueError(
+                    f"the loss became {loss.item()} in epoch {epoch} by batch {batch}: "
+                    "training diverged; lower the learning rate or look for such values in the data"
+                )
+            step(f"epoch {epoch} loss {mean:.4f}", steps=batch % CHECK_EVERY or CHECK_EVERY)
+    return total.item() / examples
+
+
+def _random_state(loader: DataLoader) -> dict[str, Any]:
+    generator = loader.generator
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "loader": generator.get_state() if isinstance(generator, torch.Generator) else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any], loader: DataLoader) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["loader"] is not None and isinstance(loader.generator, torch.Generator):
+        loader.generator.set_state(state["loader"])
+
+
+def save_train_context(
+    directory: Path | str,
+    net: nn.Module,
+    optimizer: Optimizer,
+    *,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Save a checkpoint after the ones already in ``directory``, making the folder if needed.
+
+    The file gets its name when it is whole, so a kill leaves no half checkpoint.
+    extra: tensors, numbers, strings, lists and dicts, to come back from `load_train_context`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    latest = _latest(directory)
+    number = 1 if latest is None else _number(latest) + 1
+    path = directory / f"checkpoint-{number:04d}.pt"
+    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "extra": extra or {}}
+    torch.save(state, partial := path.with_suffix(".partial"))
+    os.replace(partial, path)
+    return path
+
+
+def load_train_context(
+    directory: Path | str, net: nn.Module, optimizer: Optimizer
+) -> dict[str, Any]:
+    """Load the most recent checkpoint of ``directory`` into ``net`` and ``optimizer``.
+
+    Nothing in the file is executed (``weights_only``), and nothing is loaded unless all of it fits.
+    Returns: the ``extra`` that was saved with it.
+    Errors: ValueError naming the folder without a checkpoint, the file that can't be read, or the
+    tensors that another architecture has.
+    """
+    path = _latest(Path(directory))
+    if path is None:
+        raise ValueError(f"{directory}: no checkpoint-*.pt in it")
+    device = next(net.parameters()).device
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        weights, optimizer_state, extra = state["net"], state["optimizer"], state["extra"]
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
+    check_same_architecture(net, weights, path)
+    try:
+        optimizer.load_state_dict(optimizer_state)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: its optimizer is another one ({error})") from None
+    net.load_state_dict(weights)
+    return extra
+
+
+def _number(path: Path) -> int:
+    match = CHECKPOINT.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _latest(directory: Path) -> Path | None:
+    numbered = [p for p in directory.glob("checkpoint-*.pt") if _number(p) >= 0]
+    return max(numbered, key=_number, default=None)

@@ -1,0 +1,152 @@
+"""Every path, every read and write of the stages, and a user's mistake in one line.
+
+Files are written under another name and moved, so a kill leaves no half file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from quantifind import plugins
+from quantifind.params import Params, read_params
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.utils.data import DataLoader
+
+PARAMS = Path("params.yaml")
+SPLITS = ("train", "val", "test")
+DATA = Path("out/data")
+DESCRIPTION = DATA / "description.json"
+NETWORK_SOURCE = Path("out/network.py")
+WEIGHTS = Path("out/checkpoint/weights.safetensors")
+NETWORK = Path("out/checkpoint/network.json")
+RESUME = Path("out/resume")
+LADDER = Path("out/strategies/ladder.json")
+METRICS = Path("metrics")
+PLOTS = Path("plots")
+TEST_BATCH = 250
+
+
+def run(main: Callable[[Params], None]) -> None:
+    """Run a stage on the parameters; a user's mistake is one line and exit code 1."""
+    try:
+        main(read_params(PARAMS))
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Call ``save`` on a temporary path beside ``path``, then give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    save(partial)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    text = json.dumps(values, indent=2) + "\n"
+    write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); run dvc repro") from None
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    write(path, lambda partial: table.to_csv(partial, index=False))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write(path, lambda partial: save_file(whole, partial))
+
+
+def read_tensors(path: Path) -> dict[str, "Tensor"]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or altered ({error}); run dvc repro --force") from None
+
+
+def read_loader(split: str, *, batch_size: int, seed: int) -> "DataLoader":
+    """A prepared split; train is shuffled."""
+    from quantifind.loaders import Tensors, batch_loader
+
+    tensors = read_tensors(DATA / f"{split}.safetensors")
+    dataset = Tensors(tensors["inputs"], tensors["targets"])
+    return batch_loader(dataset, batch_size=batch_size, shuffle=split == "train", seed=seed)
+
+
+def create_context(
+    network: str, options: Mapping[str, Any], offered: Mapping[str, Any]
+) -> tuple["nn.Module", "nn.Module", "Optimizer", dict[str, Any]]:
+    """A network's model, criterion and optimizer, and the options they were made with."""
+    create_model_context = plugins.load("models", network).create_model_context
+    arguments = plugins.arguments(create_model_context, options, offered)
+    try:
+        return *create_model_context(**arguments), arguments
+    except Exception as error:
+        raise ValueError(f"{network} can't be made with options {arguments}: {error}") from None
+
+
+def write_network(net: "nn.Module", network: str, options: Mapping[str, Any]) -> None:
+    """The weights, and the module and options that make the network they belong to."""
+    # shared tensors are copied apart: safetensors refuses them
+    write_tensors(WEIGHTS, {name: t.cpu().clone() for name, t in net.state_dict().items()})
+    write_json(NETWORK, {"network": network, "options": dict(options)})
+
+
+def read_network() -> tuple["nn.Module", "nn.Module"]:
+    """The trained network and its criterion."""
+    from quantifind.utils import check_same_architecture
+
+    made_by = read_json(NETWORK)
+    net, criterion, *_ = create_context(made_by["network"], made_by["options"], {})
+    weights = read_tensors(WEIGHTS)
+    check_same_architecture(net, weights, WEIGHTS)
+    net.load_state_dict(weights)
+    return net.eval(), criterion
+
+
+@contextmanager
+def resumable(params: Params) -> Iterator[Path]:
+    """A folder for the checkpoints of exactly this training, removed when it has ended well.
+
+    It is not an output of the stage, since DVC removes those before the stage runs; its name is a
+    fingerprint of the parameters, the data and the network's source, so no other training
+    can go on from it.
+    """
+    digest = hashlib.sha256(repr((asdict(params.entry), params.seed)).encode())
+    for path in (DATA / "train.safetensors", DATA / "val.safetensors", NETWORK_SOURCE):
+        digest.update(path.read_bytes())
+    folder = RESUME / digest.hexdigest()[:16]
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    write(path, lambda partial: figure.savefig(partial, format="png", dpi=120))

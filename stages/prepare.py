@@ -1,0 +1,32 @@
+"""Prepare: the selected data set's splits as tensors, and what a network must know of them."""
+
+from pathlib import Path
+
+from quantifind import plugins
+from quantifind.loaders import describe, whole_split
+from quantifind.params import Params
+from stages import files
+
+
+def main(params: Params) -> None:
+    # a wrong name in the parameters is found before anything is trained: test_bad_params
+    network = plugins.load("models", params.entry.network)
+    plugins.arguments(network.create_model_context, params.entry.options, {})
+    plugins.load("schemes", params.quantize.scheme)
+    create_dataloaders = plugins.load("data", params.entry.data).create_dataloaders
+    loaders = create_dataloaders(
+        **plugins.arguments(create_dataloaders, {}, {"seed": params.seed})
+    )
+    splits = {
+        name: dict(zip(("inputs", "targets"), whole_split(loader), strict=True))
+        for name, loader in zip(files.SPLITS, loaders, strict=True)
+    }
+    for name, split in splits.items():
+        files.write_tensors(files.DATA / f"{name}.safetensors", split)
+    files.write_json(files.DESCRIPTION, describe(splits))
+    source = Path(str(network.__file__)).read_bytes()
+    files.write(files.NETWORK_SOURCE, lambda path: path.write_bytes(source))
+
+
+if __name__ == "__main__":
+    files.run(main)

@@ -1,0 +1,28 @@
+"""Train: the selected network on the prepared data; goes on where a killed run stopped."""
+
+from quantifind.params import Params
+from quantifind.utils import seed_everything
+from quantifind.workflow.train_workflow import train_network
+from stages import files
+
+
+def main(params: Params) -> None:
+    entry = params.entry
+    seed_everything(params.seed)
+    context = files.create_context(entry.network, entry.options, files.read_json(files.DESCRIPTION))
+    net, criterion, optimizer, options = context
+    train, val = (
+        files.read_loader(split, batch_size=entry.batch_size, seed=params.seed)
+        for split in ("train", "val")
+    )
+    with files.resumable(params) as checkpoints:
+        history = train_network(
+            net, criterion, optimizer, train, val, entry.epochs, checkpoints=checkpoints
+        )
+    files.write_network(net, entry.network, options)
+    files.write_table(files.PLOTS / "history.csv", history)
+    files.write_json(files.METRICS / "training.json", history.iloc[-1].to_dict())
+
+
+if __name__ == "__main__":
+    files.run(main)
