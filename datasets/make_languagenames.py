@@ -1,6 +1,6 @@
 """Make languagenames.tar from the surname lists of faker (MIT): the same bytes on each run.
 
-    pip install -e .[datasets] && python datasets/make_languagenames.py
+pip install -e .[datasets] && python datasets/make_languagenames.py
 """
 
 import importlib
@@ -50,7 +50,7 @@ def latin(name: str) -> str:
 
 
 def surnames(locale: str) -> set[str]:
-    """The locale's surnames; a list entry may be a (name, reading) pair, a mapping weighs its keys."""
+    """The locale's surnames; an entry of its lists may be a (name, reading) pair."""
     provider = importlib.import_module(f"faker.providers.person.{locale}").Provider
     entries: set[str] = set()
     for attribute in filter(SURNAMES.fullmatch, vars(provider)):

@@ -68,3 +68,12 @@ def certified_depth(results: pd.DataFrame, limit: float) -> int | None:
     ladder = results.sort_values("bit_depth", ascending=False)
     steps = certified_steps(ladder["criterion_ratio_bound"].tolist(), limit)
     return int(ladder["bit_depth"].iloc[steps - 1]) if steps else None
+
+
+def mark_certified(results: pd.DataFrame, limits: Sequence[float]) -> pd.DataFrame:
+    """The table with a column ``certified_at``: a limit, at the lowest depth certified for it (the
+    lowest limit, where it is the depth of several), and missing elsewhere."""
+    certified_at = pd.Series(np.nan, index=results.index)
+    for limit in sorted(limits, reverse=True):
+        certified_at[results["bit_depth"] == certified_depth(results, limit)] = limit
+    return results.assign(certified_at=certified_at)

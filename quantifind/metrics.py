@@ -1,4 +1,4 @@
-"""What quantization costs: losses per example, criterion ratio, accuracy and flips, weight error."""
+"""What quantization costs: loss per example, criterion ratio, accuracy and flips, weight error."""
 
 import copy
 import math
@@ -26,9 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def outcome(
-    model: nn.Module, loader: Iterable, criterion: Criterion
-) -> dict[str, Tensor]:
+def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[str, Tensor]:
     """What ``model`` makes of a loader's examples, in eval mode, on the model's device.
 
     Returns, on the CPU: ``outputs`` (examples, ...), ``loss`` (examples,) float64 and, where
@@ -116,8 +114,9 @@ def weight_error(values: Tensor, quantized: Tensor) -> dict[str, float]:
     ``largest_error``."""
     noise = values.double() - quantized.double()
     signal_power, noise_power = values.double().square().sum(), noise.square().sum()
+    sqnr_db = 10 * torch.log10(signal_power / noise_power) if noise_power else math.inf
     return {
-        "sqnr_db": (10 * torch.log10(signal_power / noise_power)).item() if noise_power else math.inf,
+        "sqnr_db": float(sqnr_db),
         "mean_squared_error": noise.square().mean().item(),
         "largest_error": noise.abs().max().item(),
     }

@@ -1,6 +1,6 @@
-"""params.yaml as frozen dataclasses: an unknown key or a value out of range says where it stands."""
+"""params.yaml as frozen dataclasses: an unknown key or a value out of range says where it is."""
 
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,4 +91,4 @@ def _explain(error: Any) -> str:
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
     sections = {"models": Model, "quantize": Quantize, "evaluate": Evaluate}
     section = sections[str(location[0])] if len(location) > 1 else Params
-    return sorted(section.__dataclass_fields__)
+    return sorted(key.name for key in fields(section))

@@ -29,7 +29,7 @@ class QuantizedTensor:
         >>> q.dequantize().tolist()
         [-1.0, 0.5]
         """
-        # the lowest level may lie half a step under the lowest value: test_extreme_values_stay_finite
+        # the lowest level lies half a step under −max|x|: test_extreme_values_stay_finite
         finite = torch.finfo(self.dtype)
         values = self.codes.double() * self.scale.double()
         return values.clamp(finite.min, finite.max).to(self.dtype)

@@ -14,9 +14,7 @@ def main(params: Params) -> None:
     plugins.arguments(network.create_model_context, params.entry.options, {})
     plugins.load("schemes", params.quantize.scheme)
     create_dataloaders = plugins.load("data", params.entry.data).create_dataloaders
-    loaders = create_dataloaders(
-        **plugins.arguments(create_dataloaders, {}, {"seed": params.seed})
-    )
+    loaders = create_dataloaders(**plugins.arguments(create_dataloaders, {}, {"seed": params.seed}))
     splits = {
         name: dict(zip(("inputs", "targets"), whole_split(loader), strict=True))
         for name, loader in zip(files.SPLITS, loaders, strict=True)

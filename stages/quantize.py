@@ -1,4 +1,4 @@
-"""Quantize: the ladder of strategies to judge, fixed before test data are read, and their errors."""
+"""Quantize: the ladder of strategies to judge, fixed before test data are read; their errors."""
 
 from dataclasses import asdict
 

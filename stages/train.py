@@ -21,7 +21,7 @@ def main(params: Params) -> None:
         )
     files.write_network(net, entry.network, options)
     files.write_table(files.PLOTS / "history.csv", history)
-    files.write_json(files.METRICS / "training.json", history.iloc[-1].to_dict())
+    files.write_json(files.METRICS / "training.json", history.to_dict("records")[-1])
 
 
 if __name__ == "__main__":

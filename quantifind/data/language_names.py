@@ -11,9 +11,7 @@ from quantifind.name_archive import ARCHIVE, alphabet, read_names
 PADDING = 0
 
 
-def create_dataloaders(
-    *, batch_size: int = 64, seed: int = 0, archive: Path = ARCHIVE
-) -> Loaders:
+def create_dataloaders(*, batch_size: int = 64, seed: int = 0, archive: Path = ARCHIVE) -> Loaders:
     """Train (80%), validation (10%) and test (10%) loaders of names.
 
     Batches are [character codes (examples, longest name) int64, 0 where the name has ended,

@@ -29,14 +29,14 @@ def create_dataloaders(*, batch_size: int = 64, seed: int = 0, root: Path = DATA
         splits = [MNIST(folder, train=train, download=False) for train in (True, False)]
     train, test = (Tensors(s.data.unsqueeze(1).float().div(255), s.targets) for s in splits)
     sizes = [len(train) - VALIDATION_EXAMPLES, VALIDATION_EXAMPLES]
-    return split_loaders(
-        *random_split(train, sizes, seed=seed), test, batch_size=batch_size, seed=seed
-    )
+    train, val = random_split(train, sizes, seed=seed)
+    return split_loaders(train, val, test, batch_size=batch_size, seed=seed)
 
 
 def verified_files(root: Path) -> list[Path]:
     """MNIST's files that SHA256SUMS lists, each found to have its checksum."""
-    sums = dict(reversed(line.split()) for line in (root / "SHA256SUMS").read_text().splitlines())
+    lines = (root / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, name in map(str.split, lines)}
     files = [root / name for name in sums if name.startswith("MNIST/")]
     for file in files:
         if not file.is_file():

@@ -1,5 +1,6 @@
 """A convolutional MNIST classifier: three blocks of 3×3 convolution, ReLU and 2×2 max pooling."""
 
+import torch
 from torch import nn
 from torch.optim import Adam, Optimizer
 
@@ -9,12 +10,14 @@ from quantifind.utils import device
 def create_model_context(
     *, channels: tuple[int, ...] = (32, 64, 128), classes: int = 10
 ) -> tuple[nn.Module, nn.Module, Optimizer]:
-    """The network (images (examples, 1, 28, 28) → logits (examples, classes)), criterion, optimizer."""
+    """Network, images (examples, 1, 28, 28) → logits (examples, classes); criterion, optimizer."""
     blocks = [
         nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
         for before, after in zip((1, *channels), channels, strict=False)
     ]
     side = 28 // 2 ** len(channels)
     head = nn.Linear(channels[-1] * side * side, classes)
-    model = nn.Sequential(*blocks, nn.Flatten(), head).to(device())
+    model = nn.Sequential(*blocks, nn.Flatten(), head)
+    # faster on CPUs and GPUs alike; the numbers are the same
+    model = model.to(device()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, nn.CrossEntropyLoss(), Adam(model.parameters(), lr=0.001)

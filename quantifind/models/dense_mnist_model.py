@@ -9,7 +9,7 @@ from quantifind.utils import device
 def create_model_context(
     *, hidden: int = 512, classes: int = 10
 ) -> tuple[nn.Module, nn.Module, Optimizer]:
-    """The network (images (examples, 1, 28, 28) → logits (examples, classes)), criterion, optimizer."""
+    """Network, images (examples, 1, 28, 28) → logits (examples, classes); criterion, optimizer."""
     model = nn.Sequential(
         nn.Flatten(),
         nn.Linear(28 * 28, hidden),

@@ -18,6 +18,7 @@ class LanguageTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width, padding_idx=PADDING)
+        self.dropout = nn.Dropout(dropout)
         layer = nn.TransformerEncoderLayer(
             width, heads, dim_feedforward=4 * width, dropout=dropout, batch_first=True
         )
@@ -28,7 +29,8 @@ class LanguageTransformer(nn.Module):
         # columns in which every name has ended are masked everywhere: leave them out
         codes = codes[:, : int((codes != PADDING).sum(1).max())]
         padding = codes == PADDING
-        hidden = self.embedding(codes) + sinusoidal_positions(codes.shape[1], self.embedding)
+        positions = sinusoidal_positions(codes.shape[1], self.embedding)
+        hidden = self.dropout(self.embedding(codes) + positions)
         hidden = self.encoder(hidden, src_key_padding_mask=padding)  # (examples, length, width)
         letters = (~padding).unsqueeze(-1)
         return self.head((hidden * letters).sum(1) / letters.sum(1))

@@ -8,9 +8,7 @@ from quantifind.quantized import QuantizedTensor
 MIN_BITS, MAX_BITS = 2, 32
 
 
-def quantize(
-    values: Tensor, bits: int, *, largest: float | None = None
-) -> QuantizedTensor:
+def quantize(values: Tensor, bits: int, *, largest: float | None = None) -> QuantizedTensor:
     """Round to nearest on levels from −2^(bits−1) to 2^(bits−1)−1, times 2·max|x| / (2^bits − 1).
 
     values: floating point, finite, any shape. bits: 2 to 32, the sign included.

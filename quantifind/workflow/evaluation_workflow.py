@@ -12,7 +12,13 @@ from torch import nn
 
 from quantifind.certificate import certified_depth
 from quantifind.metrics import compare, outcome
-from quantifind.strategy import Strategy, mean_bits, quantize_tensors, uniform_strategy, with_tensors
+from quantifind.strategy import (
+    Strategy,
+    mean_bits,
+    quantize_tensors,
+    uniform_strategy,
+    with_tensors,
+)
 from quantifind.utils import progress
 from quantifind.workflow.quantize_workflow import BitQuantizer
 
@@ -88,10 +94,11 @@ def evaluate_strategies(
             tensors = quantize_tensors(model, strategy)
             inputs = _quantized_inputs(loader, strategy) if quantize_inputs else loader
             quantized = outcome(with_tensors(model, tensors), inputs, criterion)
-            bits = {"bit_depth": strategy.bit_depth, "mean_bits": mean_bits(model, tensors)}
-            row = bits | compare(quantized, original, confidence=confidence)
-            width = row["bit_depth"] or row["mean_bits"]
-            rows.append(row | {"signal_to_complexity": row["criterion"] / width})
+            row: dict[str, Any] = compare(quantized, original, confidence=confidence)
+            depth, bits = strategy.bit_depth, mean_bits(model, tensors)
+            width = depth or bits
+            scr = row["criterion"] / width
+            rows.append({"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row)
             step(f"{width:.4g} bits CR {row['criterion_ratio']:.4f}")
     return pd.DataFrame(rows)
 
@@ -107,7 +114,7 @@ def summarize(results: pd.DataFrame, limits: Iterable[float]) -> dict[str, Any]:
     floats = {"criterion": first["original_criterion"]}
     if "original_accuracy" in results:
         floats["accuracy"] = first["original_accuracy"]
-    best = results.loc[results["signal_to_complexity"].idxmin()]
+    best = results.iloc[results["signal_to_complexity"].argmin()]
     shown = results[results["bit_depth"].isin([2, 3, 4, 8])].sort_values("bit_depth")
     by_depth = [f"{depth:g}_bits" for depth in shown["bit_depth"]]
     return {

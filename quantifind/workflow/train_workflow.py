@@ -1,7 +1,9 @@
 """Train a network; save and load what training needs to go on."""
 
+import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def train_network(
     with progress("training", total=epochs * len(train_loader)) as step:
         step(steps=len(history) * len(train_loader))
         for epoch in range(len(history) + 1, epochs + 1):
-            row = {"epoch": epoch}
+            row: dict[str, float] = {"epoch": epoch}
             row["train_loss"] = _train_epoch(net, criterion, optimizer, train_loader, epoch, step)
             validation = outcome(net, val_loader, criterion)
             row["val_loss"] = validation["loss"].mean().item()
@@ -61,10 +63,17 @@ def train_network(
     return pd.DataFrame(history)
 
 
-def _train_epoch(net, criterion, optimizer, loader, epoch, step) -> float:
+def _train_epoch(
+    net: nn.Module,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader,
+    epoch: int,
+    step: Callable[..., None],
+) -> float:
     net.train()
     device = next(net.parameters()).device
-    total, examples, smooth = torch.zeros((), dtype=torch.float64, device=device), 0, None
+    total, examples = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch, (inputs, targets) in enumerate(loader, start=1):
         inputs, targets = inputs.to(device), targets.to(device)
         optimizer.zero_grad()
@@ -76,7 +85,7 @@ def _train_epoch(net, criterion, optimizer, loader, epoch, step) -> float:
         # reading a loss waits for the device, so not at every batch
         if batch % CHECK_EVERY == 0 or batch == len(loader):
             mean = total.item() / examples
-            if mean != mean or mean in (float("inf"), float("-inf")):
+            if not math.isfinite(mean):
                 raise ValueError(
                     f"the loss became {loss.item()} in epoch {epoch} by batch {batch}: "
                     "training diverged; lower the learning rate or look for such values in the data"

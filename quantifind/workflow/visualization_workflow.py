@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from quantifind.certificate import certified_depth
 
 QUANTIZED, FLOAT, TRAIN = "tab:blue", "tab:gray", "tab:orange"
 CERTIFIED = ("tab:green", "tab:red", "tab:purple", "tab:brown")
+DEPTH_TICKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
 SHOWN_DEPTHS = (2, 3, 4, 6, 8)
 
 
@@ -21,68 +22,44 @@ def visualize_bit_depth_results(
 ) -> dict[str, Figure]:
     """Criterion, criterion ratio and signal-to-complexity ratio against bit depth.
 
-    results: a table of `evaluate_bit_depths`. limits: criterion ratios at which to mark the lowest
-    certified depth. name: of the network, for the titles.
+    results: a table of `evaluate_bit_depths`. name: of the network, for the titles.
+    limits: criterion ratios; the lowest depth certified at each is marked.
     Returns: the figures ``criterion``, ``criterion_ratio`` and ``signal_to_complexity``.
     """
     results = results.sort_values("bit_depth")
-    depths = results["bit_depth"]
-
-    criterion, axes = _depth_axes(_title("Criterion", name), "criterion (mean loss)", depths)
-    baseline = results["original_criterion"].iloc[0]
-    axes.plot(depths, results["criterion"], "o-", ms=4, color=QUANTIZED, label="quantized")
-    axes.axhline(baseline, color=FLOAT, ls="--", label=f"float, {baseline:.4g}")
-    _mark_certified(axes, results, "criterion", limits)
-
-    ratio, axes = _depth_axes(
-        _title("Criterion ratio", name), "criterion ratio (1 is lossless)", depths
-    )
-    low, high = results["criterion_ratio_low"], results["criterion_ratio_high"]
-    axes.fill_between(depths, low, high, color=QUANTIZED, alpha=0.25, lw=0, label="95% interval")
-    axes.plot(depths, results["criterion_ratio"], "o-", ms=4, color=QUANTIZED, label="quantized")
-    axes.axhline(1, color=FLOAT, ls="--", label="float")
-    _mark_certified(axes, results, "criterion_ratio", limits)
-
-    complexity, axes = _depth_axes(
-        _title("Signal-to-complexity ratio", name), "criterion per bit (lower is better)", depths
-    )
-    scr = results["signal_to_complexity"]
-    axes.plot(depths, scr, "o-", ms=4, color=QUANTIZED, label="quantized")
-    best = scr.idxmin()
-    axes.plot(
-        depths[best], scr[best], "*", ms=14, color="black", label=f"lowest: {depths[best]:.0f} bits"
-    )
-    _mark_certified(axes, results, "signal_to_complexity", limits)
-
-    figures = {
-        "criterion": criterion,
-        "criterion_ratio": ratio,
-        "signal_to_complexity": complexity,
+    certified = {
+        limit: depth for limit in limits if (depth := certified_depth(results, limit)) is not None
     }
-    for figure in figures.values():
-        figure.axes[0].legend()
+    figures = {
+        "criterion": _criterion(results, certified),
+        "criterion_ratio": _criterion_ratio(results, certified, limits),
+        "signal_to_complexity": _signal_to_complexity(results, certified),
+    }
+    for subject, figure in figures.items():
+        figure.suptitle(_title(subject.replace("_", " ").capitalize(), name))
     return figures
 
 
 def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
     """Training and validation loss by epoch, from `train_network`; accuracy where there is one."""
-    classifier = "val_accuracy" in history
-    figure, panels = plt.subplots(
-        1, 1 + classifier, figsize=(8 if classifier else 6.4, 4), layout="constrained", squeeze=False
-    )
-    loss = panels[0, 0]
-    loss.plot(history["epoch"], history["train_loss"], "o-", ms=4, color=TRAIN, label="train")
-    loss.plot(history["epoch"], history["val_loss"], "o-", ms=4, color=QUANTIZED, label="validation")
-    loss.set(ylabel="mean loss", yscale="log")
-    loss.legend()
-    if classifier:
-        accuracy = panels[0, 1]
-        accuracy.plot(history["epoch"], 100 * history["val_accuracy"], "o-", ms=4, color=QUANTIZED)
-        accuracy.set(ylabel="validation accuracy (%)")
-    for axes in panels.flat:
+    panels = 1 + ("val_accuracy" in history)
+    figure, rows = plt.subplots(1, panels, figsize=(8, 4), layout="constrained", squeeze=False)
+    for axes in rows.flat:
         axes.set(xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=0.3, which="both")
+    loss = rows[0, 0]
+    for column, label, colour in (
+        ("train_loss", "train, while learning", TRAIN),
+        ("val_loss", "validation, after the epoch", QUANTIZED),
+    ):
+        loss.plot(history["epoch"], history[column], "o-", ms=4, color=colour, label=label)
+    _log_axis(loss, "mean loss")
+    loss.legend()
+    if panels > 1:
+        accuracy = 100 * history["val_accuracy"]
+        rows[0, 1].plot(history["epoch"], accuracy, "o-", ms=4, color=QUANTIZED)
+        rows[0, 1].set(ylabel="validation accuracy (%)")
     figure.suptitle(_title("Training history", name))
     return figure
 
@@ -95,19 +72,75 @@ def visualize_weight_error(
     errors: columns ``tensor``, ``bit_depth``, ``sqnr_db``; an infinite SQNR is left out.
     """
     tensors = list(dict.fromkeys(errors["tensor"]))
-    height = 1.6 + 0.24 * len(tensors)
-    figure, axes = plt.subplots(figsize=(8, max(height, 3)), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(8, max(1.6 + 0.24 * len(tensors), 3)), layout="constrained"
+    )
     shown = [bits for bits in bit_depths if bits in set(errors["bit_depth"])]
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, max(len(shown), 1)))
-    for bits, colour in zip(shown, colours, strict=False):
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(shown)))
+    for bits, colour in zip(shown, colours, strict=True):
         rows = errors[(errors["bit_depth"] == bits) & np.isfinite(errors["sqnr_db"])]
         places = [tensors.index(tensor) for tensor in rows["tensor"]]
         axes.plot(rows["sqnr_db"], places, "o", color=colour, label=f"{bits} bits")
-    axes.set(xlabel="signal-to-quantization-noise ratio of the weights (dB)", ylim=(len(tensors) - 0.5, -0.5))
+    axes.set(xlabel="signal-to-quantization-noise ratio (dB)", ylim=(len(tensors) - 0.5, -0.5))
     axes.set_yticks(range(len(tensors)), tensors, fontsize=8)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_title(_title("Weight SQNR per tensor", name))
+    if shown:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(_title("Weight SQNR per tensor", name))
+    return figure
+
+
+def _criterion(results: pd.DataFrame, certified: dict[float, int]) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    _depth_axis(axes)
+    _log_axis(axes, "mean loss on the judged split")
+    baseline = results["original_criterion"].iloc[0]
+    axes.axhline(baseline, color=FLOAT, ls="--", label=f"float: {baseline:.4g}")
+    _curve(axes, results, "criterion", certified)
+    axes.legend()
+    return figure
+
+
+def _criterion_ratio(
+    results: pd.DataFrame, certified: dict[float, int], limits: Sequence[float]
+) -> Figure:
+    """The whole range above, and below it the region in which the limits lie."""
+    figure, (whole, near) = plt.subplots(
+        2, 1, figsize=(8, 6.5), layout="constrained", sharex=True, height_ratios=(2, 3)
+    )
+    low, high = results["criterion_ratio_low"], results["criterion_ratio_high"]
+    for axes in (whole, near):
+        _depth_axis(axes)
+        axes.axhline(1, color=FLOAT, ls="--", label="float")
+        axes.fill_between(
+            results["bit_depth"], low, high, color=QUANTIZED, alpha=0.25, lw=0, label="95% interval"
+        )
+        _curve(axes, results, "criterion_ratio", certified)
+    _log_axis(whole, "criterion ratio")
+    whole.set(xlabel="")
+    whole.legend()
+    reach = 2 * max(max(limits) - 1, 0.01)
+    near.set(ylim=(1 - reach, 1 + reach), ylabel="criterion ratio near 1")
+    for limit, colour in zip(limits, CERTIFIED, strict=False):
+        near.axhline(limit, color=colour, lw=1)
+        near.annotate(
+            f"limit {limit:g}", (1, limit), xycoords=("axes fraction", "data"),
+            ha="right", va="bottom", color=colour,
+        )  # fmt: skip
+    return figure
+
+
+def _signal_to_complexity(results: pd.DataFrame, certified: dict[float, int]) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    _depth_axis(axes)
+    _log_axis(axes, "criterion per bit (lower is better)")
+    best = results.iloc[results["signal_to_complexity"].argmin()]
+    _curve(axes, results, "signal_to_complexity", certified)
+    axes.plot(
+        best["bit_depth"], best["signal_to_complexity"], "*", ms=14, color="black",
+        label=f"lowest: {best['bit_depth']:.0f} bits",
+    )  # fmt: skip
+    axes.legend()
     return figure
 
 
@@ -115,21 +148,26 @@ def _title(subject: str, name: str) -> str:
     return f"{subject}: {name}" if name else subject
 
 
-def _depth_axes(title: str, ylabel: str, depths: pd.Series) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.set(title=title, xlabel="bit depth (bits per parameter)", ylabel=ylabel, yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+def _depth_axis(axes: Axes) -> None:
+    axes.set(xlabel="bit depth (bits per parameter)", xscale="log", xlim=(1.85, 35))
+    axes.xaxis.set_major_locator(FixedLocator(DEPTH_TICKS))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3, which="both")
-    return figure, axes
 
 
-def _mark_certified(
-    axes: Axes, results: pd.DataFrame, column: str, limits: Sequence[float]
-) -> None:
-    for limit, colour in zip(limits, CERTIFIED, strict=False):
-        depth = certified_depth(results, limit)
-        if depth is not None:
-            value = results.loc[results["bit_depth"] == depth, column].iloc[0]
-            label = f"certified CR ≤ {limit:g}: {depth} bits"
-            axes.plot(depth, value, "o", ms=10, mew=2, mfc="none", color=colour, label=label)
-            axes.axvline(depth, color=colour, lw=1, ls=":")
+def _log_axis(axes: Axes, label: str) -> None:
+    axes.set(ylabel=label, yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _curve(axes: Axes, results: pd.DataFrame, column: str, certified: dict[float, int]) -> None:
+    """A quantity against bit depth, with a ring and a line at each limit's certified depth."""
+    axes.plot(results["bit_depth"], results[column], "o-", ms=4, color=QUANTIZED, label="quantized")
+    for (limit, depth), colour in zip(certified.items(), CERTIFIED, strict=False):
+        value = results.loc[results["bit_depth"] == depth, column].iloc[0]
+        label = f"certified CR ≤ {limit:g}: {depth} bits"
+        axes.plot(depth, value, "o", ms=10, mew=2, mfc="none", color=colour, label=label)
+        axes.axvline(depth, color=colour, lw=1, ls=":")

@@ -1,0 +1,19 @@
+# make repro: from raw data to pictures; make test: every test. Both make .venv first.
+PYTHON ?= python3
+ACTIVATE = . .venv/bin/activate
+
+.PHONY: repro test table bench
+repro: .venv/installed
+	$(ACTIVATE) && dvc repro
+
+test: .venv/installed
+	$(ACTIVATE) && python -m pytest
+
+# The README's table: all four networks, from the cache where they ran before.
+table: .venv/installed
+	$(ACTIVATE) && python -m benchmarks.table
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(ACTIVATE) && python -m pip install --quiet --editable '.[test]'
+	touch $@
