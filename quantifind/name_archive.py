@@ -1,6 +1,9 @@
 """A tar of ``<Nationality>.txt`` files of whitespace-separated names, and its alphabet."""
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 import unicodedata
 from pathlib import Path, PurePosixPath
@@ -8,6 +11,7 @@ from pathlib import Path, PurePosixPath
 ARCHIVE = Path(__file__).parent.parent / "datasets" / "languagenames.tar"
 LONGEST_NAME = 256
 END_OF_TAR = bytes(1024)
+DECOMPRESS = {b"\x1f\x8b": gzip.decompress, b"BZ": bz2.decompress, b"\xfd7": lzma.decompress}
 
 
 def read_names(path: Path = ARCHIVE) -> dict[str, list[str]]:
@@ -21,14 +25,15 @@ def read_names(path: Path = ARCHIVE) -> dict[str, list[str]]:
     """
     try:
         raw = Path(path).read_bytes()
-        with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
+        raw = DECOMPRESS.get(raw[:2], bytes)(raw)
+        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as archive:
             texts = {m.name: _text(archive, m, path) for m in archive if _is_names(m, path)}
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; it holds <Nationality>.txt files of names") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError) as error:
         raise ValueError(f"{path}: not a whole tar archive ({error})") from None
     # tarfile takes a file cut between two entries for a whole one: test_truncated_tar
-    if raw[257:262] == b"ustar" and not raw.endswith(END_OF_TAR):
+    if not raw.endswith(END_OF_TAR):
         raise ValueError(f"{path}: truncated: the zeros that end a tar are missing")
     names: dict[str, list[str]] = {}
     for entry, text in sorted(texts.items()):

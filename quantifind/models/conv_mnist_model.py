@@ -18,6 +18,6 @@ def create_model_context(
     side = 28 // 2 ** len(channels)
     head = nn.Linear(channels[-1] * side * side, classes)
     model = nn.Sequential(*blocks, nn.Flatten(), head)
-    # faster on CPUs and GPUs alike; the numbers are the same
-    model = model.to(device()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # convolutions read this layout faster
+    model = model.to(device()).to(memory_format=torch.channels_last)
     return model, nn.CrossEntropyLoss(), Adam(model.parameters(), lr=0.001)

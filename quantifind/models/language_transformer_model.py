@@ -8,6 +8,7 @@ from quantifind.name_archive import alphabet, read_names
 from quantifind.utils import device
 
 PADDING = 0
+LONGEST_WAVE = 100
 
 
 class LanguageTransformer(nn.Module):
@@ -25,24 +26,29 @@ class LanguageTransformer(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, classes)
 
+    def positions(self, padding: Tensor) -> Tensor:
+        """Half of the columns count from the start of a name, half from its end."""
+        width = self.embedding.embedding_dim
+        from_start = torch.arange(padding.shape[1], device=padding.device).expand(padding.shape)
+        from_end = (~padding).sum(1, keepdim=True) - 1 - from_start
+        halves = sinusoids(from_start, width // 2), sinusoids(from_end, width - width // 2)
+        return torch.cat(halves, dim=-1).to(self.embedding.weight.dtype)
+
     def forward(self, codes: Tensor) -> Tensor:
         # columns in which every name has ended are masked everywhere: leave them out
         codes = codes[:, : int((codes != PADDING).sum(1).max())]
         padding = codes == PADDING
-        positions = sinusoidal_positions(codes.shape[1], self.embedding)
-        hidden = self.dropout(self.embedding(codes) + positions)
+        hidden = self.dropout(self.embedding(codes) + self.positions(padding))
         hidden = self.encoder(hidden, src_key_padding_mask=padding)  # (examples, length, width)
         letters = (~padding).unsqueeze(-1)
         return self.head((hidden * letters).sum(1) / letters.sum(1))
 
 
-def sinusoidal_positions(length: int, embedding: nn.Embedding) -> Tensor:
-    """Sines (even columns) and cosines (odd) of each position, (length, width)."""
-    weight, width = embedding.weight, embedding.embedding_dim
-    position = torch.arange(length, device=weight.device).unsqueeze(1)
-    column = torch.arange(width, device=weight.device)
-    angle = position / 10_000 ** (column // 2 * 2 / width)
-    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(weight.dtype)
+def sinusoids(position: Tensor, width: int) -> Tensor:
+    """Sines (even columns) and cosines (odd) of positions (...), a tensor (..., width)."""
+    column = torch.arange(width, device=position.device)
+    angle = position.unsqueeze(-1) / LONGEST_WAVE ** (column // 2 * 2 / width)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos())
 
 
 def create_model_context(

@@ -1,0 +1,39 @@
+"""What several test files share."""
+
+import subprocess
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+from quantifind.loaders import Tensors, create_dataloaders
+
+matplotlib.use("Agg")
+settings.register_profile("quantifind", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("quantifind")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture
+def classifier():
+    """A small trained-by-nobody classifier, its criterion and loaders of 400 examples."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+    inputs = torch.randn(400, 6)
+    data = Tensors(inputs, inputs[:, :3].argmax(1))
+    return net, nn.CrossEntropyLoss(), create_dataloaders(data, batch_size=32)
+
+
+def tracked_files() -> list[str]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return [file for file in listed.stdout.splitlines() if (ROOT / file).exists()]

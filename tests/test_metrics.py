@@ -1,0 +1,136 @@
+"""Losses, ratios and errors beside what they are defined as."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from quantifind.loaders import Tensors, batch_loader
+from quantifind.metrics import compare, is_classification, losses, outcome, weight_error
+from quantifind.workflow.evaluation_workflow import (
+    compute_test_loss,
+    evaluate_bit_depths,
+    evaluate_quantized_model,
+    evaluate_strategies,
+    summarize,
+)
+from quantifind.workflow.quantize_workflow import BitQuantizer
+
+CRITERIA = [
+    nn.CrossEntropyLoss(),
+    nn.CrossEntropyLoss(label_smoothing=0.1),
+    nn.CrossEntropyLoss(reduction="sum"),
+    nn.MSELoss(),
+    nn.L1Loss(reduction="sum"),
+    nn.HuberLoss(),
+    nn.functional.mse_loss,
+    lambda outputs, targets: (outputs - targets).square().mean(),
+]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_losses_of_examples_make_the_criterion(criterion):
+    torch.manual_seed(0)
+    outputs = torch.randn(7, 3)
+    labels = isinstance(criterion, nn.CrossEntropyLoss)
+    targets = torch.randint(3, (7,)) if labels else torch.randn(7, 3)
+    each = losses(criterion, outputs, targets)
+    assert each.shape == (7,)
+    total = each.sum() if getattr(criterion, "reduction", "mean") == "sum" else each.mean()
+    torch.testing.assert_close(total, criterion(outputs, targets))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32, 40])
+def test_loss_is_weighted_by_examples(classifier, batch_size):
+    net, criterion, (_, _, test) = classifier
+    inputs, targets = test.dataset.tensors
+    loader = batch_loader(Tensors(inputs, targets), batch_size=batch_size, shuffle=False, seed=0)
+    whole = criterion(net.eval()(inputs), targets).item()
+    assert compute_test_loss(net, loader, criterion) == pytest.approx(whole, rel=1e-6)
+
+
+def test_evaluation_leaves_the_mode_and_gradients_alone(classifier):
+    net, criterion, (_, _, test) = classifier
+    net.train()
+    net[0].eval()
+    first = compute_test_loss(net, test, criterion)
+    assert first == compute_test_loss(net, test, criterion)  # dropout is off
+    assert [module.training for module in net] == [False, True, True, True]
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_either_order_of_loader_and_criterion(classifier):
+    net, criterion, (_, _, test) = classifier
+    assert compute_test_loss(net, test, criterion) == compute_test_loss(net, criterion, test)
+    by_loader = evaluate_bit_depths(net, test, criterion, [3])
+    by_criterion = evaluate_bit_depths(net, criterion, test, [3])
+    pd.testing.assert_frame_equal(by_loader, by_criterion)
+    assert evaluate_quantized_model(net, test, criterion, 3) == by_loader["criterion"][0]
+    assert evaluate_quantized_model(net, criterion, test, 3) == by_loader["criterion"][0]
+
+
+def test_bit_depths_are_judged_as_their_definitions_say(classifier):
+    net, criterion, (_, _, test) = classifier
+    net.eval()
+    results = evaluate_bit_depths(net, test, criterion)
+    assert results["bit_depth"].tolist() == list(range(32, 1, -1))
+    inputs, targets = test.dataset.tensors
+    outputs = net(inputs)
+    for row in results.to_dict("records"):
+        quantized = BitQuantizer(row["bit_depth"]).quantize_model(net)(inputs)
+        loss, original = criterion(quantized, targets).item(), criterion(outputs, targets).item()
+        assert row["criterion"] == pytest.approx(loss, rel=1e-5)
+        assert row["original_criterion"] == pytest.approx(original, rel=1e-5)
+        assert row["criterion_ratio"] == pytest.approx(loss / original, rel=1e-5)
+        assert row["signal_to_complexity"] == pytest.approx(loss / row["bit_depth"], rel=1e-5)
+        low, high = row["criterion_ratio_low"], row["criterion_ratio_high"]
+        assert low <= row["criterion_ratio"] <= row["criterion_ratio_bound"] <= high
+        right, was_right = quantized.argmax(1) == targets, outputs.argmax(1) == targets
+        assert row["accuracy"] == pytest.approx(right.float().mean().item())
+        flips = row["right_to_wrong"] - row["wrong_to_right"]
+        assert row["accuracy_drop"] == pytest.approx(flips / len(targets))
+        assert row["right_to_wrong"] == (was_right & ~right).sum()
+        relative = ((quantized - outputs).norm() / outputs.norm()).item()
+        assert row["relative_error"] == pytest.approx(relative, rel=1e-3, abs=1e-6)
+
+
+def test_inputs_can_be_quantized_too(classifier):
+    net, criterion, (_, _, test) = classifier
+    plain = evaluate_bit_depths(net, test, criterion, [2, 8])
+    both = evaluate_bit_depths(net, test, criterion, [2, 8], quantize_inputs=True)
+    assert (plain["criterion"] != both["criterion"]).all()
+    assert (plain["original_criterion"] == both["original_criterion"]).all()
+    alone = evaluate_quantized_model(net, test, criterion, 2, quantize_inputs=True)
+    assert alone == both["criterion"].iloc[-1]
+
+
+def test_regression_has_no_accuracy():
+    net = nn.Linear(3, 2)
+    data = Tensors(torch.randn(20, 3), torch.randn(20, 2))
+    loader = batch_loader(data, batch_size=8, shuffle=False, seed=0)
+    measured = outcome(net, loader, nn.MSELoss())
+    assert not is_classification(measured)
+    assert "accuracy" not in compare(measured, measured)
+    summary = summarize(evaluate_bit_depths(net, loader, nn.MSELoss(), [8, 4]), [1.01])
+    assert summary["float"].keys() == {"criterion"}
+
+
+def test_an_empty_loader_is_an_error():
+    with pytest.raises(ValueError, match="no examples"):
+        compute_test_loss(nn.Linear(1, 1), [], nn.MSELoss())
+
+
+def test_no_strategy_is_an_empty_table(classifier):
+    net, criterion, (_, _, test) = classifier
+    assert evaluate_strategies(net, [], test, criterion).empty
+
+
+def test_weight_error_is_its_definition():
+    values, quantized = torch.tensor([3.0, -4.0]), torch.tensor([3.0, -3.5])
+    errors = weight_error(values, quantized)
+    assert errors["sqnr_db"] == pytest.approx(10 * math.log10(25 / 0.25))
+    assert errors["mean_squared_error"] == pytest.approx(0.125)
+    assert errors["largest_error"] == pytest.approx(0.5)
+    assert weight_error(values, values)["sqnr_db"] == math.inf

@@ -1,0 +1,309 @@
+"""All stages in a clone with few examples and one epoch: caching, faults, what a stage imports."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, tracked_files
+
+FEW_DATA = '''"""The first MNIST digits, for tests."""
+
+import torch
+
+from quantifind.loaders import Tensors, split_loaders
+
+
+def create_dataloaders(*, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(300, 1, 28, 28, generator=generator)
+    digits = (images[:, 0, :9, 0].argmax(1) + 1) % 10
+    parts = [Tensors(images[i : i + 100], digits[i : i + 100]) for i in (0, 100, 200)]
+    return split_loaders(*parts, seed=seed)
+'''
+STAGES = ["prepare", "train", "quantize", "evaluate", "plot"]
+
+
+class Project:
+    """A clone of the working tree as a DVC project of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self.env = {**os.environ, "PATH": path, "PYTHONPATH": "", "CI": "true"}
+        for file in tracked_files():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
+        (folder / "quantifind/data/few_data.py").write_text(FEW_DATA)
+        # what the copies of one source tree share is already tested: keep only small files
+        shutil.rmtree(folder / "datasets/MNIST")
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        for model, options in (
+            ("conv_mnist", {"channels": [4, 4]}),
+            ("dense_mnist", {"hidden": 8}),
+        ):
+            params["models"][model] |= {"data": "few_data", "epochs": 1, "options": options}
+        params["quantize"]["bit_depths"] = [2, 3, 4, 8, 16]
+        self.write_params(params)
+        (folder / "dvc.lock").unlink(missing_ok=True)
+        for command in (
+            ["init", "-q", "-b", "main"],
+            ["add", "-A"],
+            ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "start"],
+        ):
+            subprocess.run(["git", *command], cwd=folder, check=True)
+
+    def write_params(self, params: dict) -> None:
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def params(self) -> dict:
+        return yaml.safe_load((self.folder / "params.yaml").read_text())
+
+    def run(self, *command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def dvc(self, *arguments: str) -> list[str]:
+        """Run dvc; the stages that it executed."""
+        result = self.run("dvc", *arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
+        lines = result.stdout.splitlines()
+        return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+
+    def metrics(self) -> dict:
+        return json.loads((self.folder / "metrics/evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    project = Project(tmp_path_factory.mktemp("project"))
+    assert project.dvc("repro") == STAGES
+    return project
+
+
+def test_a_run_leaves_metrics_tables_and_pictures(project):
+    assert set(project.metrics()) == {
+        "float",
+        "certified_depth",
+        "lowest_signal_to_complexity",
+        "criterion_ratio",
+        "relative_error",
+    }
+    left = {path.name for path in (project.folder / "plots").iterdir() if path.name[0] != "."}
+    assert left == {
+        *("bit_depths.csv", "history.csv", "weight_error.csv"),
+        *("criterion.png", "criterion_ratio.png", "signal_to_complexity.png"),
+        *("history.png", "weight_sqnr.png"),
+    }
+    assert not (project.folder / "out/resume").exists() or not any(
+        (project.folder / "out/resume").iterdir()
+    )
+
+
+def test_test_data_are_read_by_no_stage_that_chooses(project):
+    stages = yaml.safe_load((project.folder / "dvc.yaml").read_text())["stages"]
+    readers = {name for name, s in stages.items() if any("test.safe" in d for d in s["deps"])}
+    assert readers == {"evaluate"}
+    assert "out/data" not in stages["train"]["deps"] + stages["quantize"]["deps"]
+
+
+def test_each_model_is_cached(project):
+    assert project.dvc("repro") == []
+    conv = project.metrics()
+    assert project.dvc("exp", "run", "-S", "model=dense_mnist") == STAGES
+    assert project.metrics() != conv
+    assert project.dvc("exp", "run", "-S", "model=conv_mnist") == []
+    assert project.metrics() == conv
+
+
+def test_a_change_runs_what_depends_on_it_and_no_more(project):
+    drawing = project.folder / "quantifind/workflow/visualization_workflow.py"
+    drawing.write_text(drawing.read_text() + "\n# changed\n")
+    assert project.dvc("repro") == ["plot"]
+
+    params = project.params()
+    params["models"]["dense_mnist"]["epochs"] = 7
+    params["models"]["new"] = {"network": "dense_mnist_model", "data": "few_data", "epochs": 1}
+    project.write_params(params)
+    assert project.dvc("repro") == []
+
+    params["quantize"]["bit_depths"] = [2, 3, 4, 8]
+    project.write_params(params)
+    assert project.dvc("repro") == ["quantize", "evaluate", "plot"]
+
+
+def test_a_new_model_file_leaves_trained_models_standing(project):
+    model = project.folder / "quantifind/models/mine_model.py"
+    shutil.copy(project.folder / "quantifind/models/dense_mnist_model.py", model)
+    assert project.dvc("repro") == ["prepare"]
+    model.unlink()
+    assert project.dvc("repro") == []
+
+
+def test_plots_of_two_models_share_each_chart(project):
+    page = project.folder / "dvc_plots/index.html"
+    project.dvc("exp", "run", "-n", "dense", "-S", "model=dense_mnist")
+    project.dvc("exp", "run", "-n", "conv", "-S", "model=conv_mnist")
+    project.dvc("plots", "diff", "dense", "conv", "-o", str(page.parent))
+    html = page.read_text(encoding="utf-8")
+    charts = html.split("vegaEmbed('#")
+    assert len(charts) == 1 + 5
+    specs = html.split("var spec = ")[1:]
+    for spec in specs:
+        assert '"rev": "dense"' in spec
+        assert '"rev": "conv"' in spec
+    assert "https://cdn" not in html
+
+
+IMPORTS = """
+import runpy, sys
+runpy.run_module("stages.{stage}", run_name="__main__")
+print("MODULES", *sorted(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dependencies_are_what_a_stage_imports(project, stage):
+    """So that a changed module re-runs the stages that use it; heavy imports only where needed."""
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORTS.format(stage=stage)],
+        cwd=project.folder,
+        env=project.env,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    modules = set(result.stdout.split("MODULES", 1)[1].split())
+    declared = yaml.safe_load((project.folder / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    for module in modules:
+        path = module.replace(".", "/") + ".py"
+        ours = module.startswith(("quantifind.", "stages."))
+        if ours and (project.folder / path).exists():
+            covered = any(path == dep or path.startswith(f"{dep}/") for dep in declared)
+            # a network's source stands in out/network.py for the stages after prepare
+            copied = path.startswith("quantifind/models/") and "out/network.py" in declared
+            assert covered or copied, f"{stage} imports {path}"
+    for dep in declared:
+        if dep.endswith(".py") and dep.startswith(("quantifind", "stages")):
+            used = dep.removesuffix(".py").replace("/", ".") in modules | {f"stages.{stage}"}
+            assert used, f"{stage} does not import {dep}"
+    assert ("torch" in modules) == (stage != "plot")
+    assert "torchvision" not in modules or stage == "prepare"
+    assert ("matplotlib.pyplot" in modules) == (stage == "plot")
+
+
+def test_a_killed_training_is_resumed(project):
+    """SIGKILL in the middle: the next run goes on at the next epoch and ends as if it had not been."""
+    params = project.params()
+    params["models"]["dense_mnist"] |= {"epochs": 400}
+    params["model"] = "dense_mnist"
+    project.write_params(params)
+    project.dvc("repro", "prepare")
+    stage = subprocess.Popen(
+        [sys.executable, "-m", "stages.train"], cwd=project.folder, env=project.env
+    )
+    deadline = time.monotonic() + 60
+    resume = project.folder / "out/resume"
+    while not list(resume.glob("*/checkpoint-0003.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    (folder,) = resume.iterdir()
+    done = len(list(folder.glob("checkpoint-*.pt")))
+    assert 3 <= done < 400
+    first = max(folder.glob("checkpoint-*.pt")).stat().st_mtime_ns
+    result = project.run("stages.train")
+    assert result.returncode == 0, result.stderr
+    assert not folder.exists()
+    history = (project.folder / "plots/history.csv").read_text()
+    weights = (project.folder / "out/checkpoint/weights.safetensors").read_bytes()
+    assert first
+    result = project.run("stages.train")
+    assert (project.folder / "plots/history.csv").read_text() == history
+    assert (project.folder / "out/checkpoint/weights.safetensors").read_bytes() == weights
+
+
+def fails(project, stage: str, message: str) -> None:
+    """The stage ends with one line that holds the message, exit code 1 and no output touched."""
+    before = {p: p.read_bytes() for p in (project.folder / "metrics").glob("*.json")}
+    result = project.run(f"stages.{stage}")
+    assert result.returncode == 1
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert message in lines[0]
+    assert before == {p: p.read_bytes() for p in (project.folder / "metrics").glob("*.json")}
+
+
+@pytest.fixture
+def conv(project):
+    """The project with conv_mnist's results in place, put back as it was afterwards."""
+    params = project.params() | {"model": "conv_mnist"}
+    project.write_params(params)
+    project.dvc("repro")
+    yield project
+    project.write_params(params)
+    project.dvc("checkout", "--force")
+
+
+def test_bad_params(conv):
+    params = conv.params()
+    params["models"]["conv_mnist"]["network"] = "conv_mnits_model"
+    conv.write_params(params)
+    fails(conv, "prepare", "unknown 'conv_mnits_model': quantifind/models/ has conv_mnist_model")
+    result = conv.run("dvc", "repro")
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    conv.write_params(conv.params() | {"model": "dense_mnits"})
+    fails(conv, "evaluate", "model: unknown 'dense_mnits': models has conv_mnist")
+
+
+def test_bad_data(conv):
+    conv_params = conv.params()
+    conv_params["models"]["conv_mnist"]["data"] = "mnist_data"
+    conv.write_params(conv_params)
+    fails(conv, "prepare", "t10k-images-idx3-ubyte.gz: missing")
+    train = conv.folder / "out/data/train.safetensors"
+    train.chmod(0o644)
+    train.write_bytes(train.read_bytes()[:5000])
+    fails(conv, "train", "train.safetensors: truncated or altered")
+
+
+def test_a_checkpoint_of_another_architecture(conv):
+    path = conv.folder / "out/checkpoint/network.json"
+    path.chmod(0o644)
+    made_by = json.loads(path.read_text())
+    path.write_text(json.dumps(made_by | {"options": {"channels": [4, 5]}}))
+    fails(conv, "quantize", "weights.safetensors: a checkpoint of another architecture: 1.0.bias")
+
+
+def test_a_weight_that_is_not_a_number(conv):
+    script = (
+        "from stages.files import WEIGHTS, read_tensors, write_tensors\n"
+        "weights = read_tensors(WEIGHTS)\n"
+        "weights['0.0.bias'][1] = float('nan')\n"
+        "write_tensors(WEIGHTS, weights)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=conv.folder, env=conv.env, check=True)
+    fails(conv, "quantize", "0.0.bias: 1 of 4 values are NaN or infinite")
+
+
+def test_a_diverging_loss(conv):
+    model = conv.folder / "quantifind/models/conv_mnist_model.py"
+    source = model.read_text()
+    try:
+        model.write_text(source.replace("lr=0.001", "lr=1e30"))
+        fails(conv, "train", "in epoch 1 by batch 2: training diverged")
+    finally:
+        model.write_text(source)
