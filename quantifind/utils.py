@@ -1,4 +1,4 @@
-"""Console, device, seeds, and whether weights fit a network."""
+"""Console, device, and whether weights fit a network."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,13 +41,6 @@ def device() -> "torch.device":
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch's generators, on every device."""
-    import torch
-
-    torch.manual_seed(seed)
 
 
 def check_same_architecture(

@@ -1,14 +1,15 @@
 """Train: the selected network on the prepared data; goes on where a killed run stopped."""
 
+import torch
+
 from quantifind.params import Params
-from quantifind.utils import seed_everything
 from quantifind.workflow.train_workflow import train_network
 from stages import files
 
 
 def main(params: Params) -> None:
     entry = params.entry
-    seed_everything(params.seed)
+    torch.manual_seed(params.seed)
     context = files.create_context(entry.network, entry.options, files.read_json(files.DESCRIPTION))
     net, criterion, optimizer, options = context
     train, val = (

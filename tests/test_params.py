@@ -73,7 +73,7 @@ def test_a_wrong_value_is_named(values, tmp_path, case):
 
 def test_a_missing_key_is_named(values, tmp_path):
     del values["evaluate"]["limits"]
-    with pytest.raises(ValueError, match="evaluate.limits: missing"):
+    with pytest.raises(ValueError, match=r"evaluate\.limits: missing"):
         read_params(write(tmp_path / "params.yaml", values))
 
 
@@ -91,7 +91,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_plugins_take_their_own_modules():
     assert plugins.load("models", "quantifind.models.simple_dense_model").create_model_context
-    with pytest.raises(ValueError, match="no module 'nobodys.model' can be imported"):
+    with pytest.raises(ValueError, match=r"no module 'nobodys\.model' can be imported"):
         plugins.load("models", "nobodys.model")
     with pytest.raises(ValueError, match="quantifind/models/ has conv_mnist_model, dense"):
         plugins.load("models", "conv_mnist")
@@ -99,7 +99,7 @@ def test_plugins_take_their_own_modules():
 
 def test_unknown_option_is_named():
     create = plugins.load("models", "dense_mnist_model").create_model_context
-    with pytest.raises(ValueError, match="unknown option hiden: .*has hidden, classes"):
+    with pytest.raises(ValueError, match=r"unknown option hiden: .*has hidden, classes"):
         plugins.arguments(create, {"hiden": 3}, {})
     offered = {"classes": 7, "vocabulary": 9}
     assert plugins.arguments(create, {}, offered) == {"classes": 7}

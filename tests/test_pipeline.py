@@ -44,10 +44,8 @@ class Project:
         # what the copies of one source tree share is already tested: keep only small files
         shutil.rmtree(folder / "datasets/MNIST")
         params = yaml.safe_load((folder / "params.yaml").read_text())
-        for model, options in (
-            ("conv_mnist", {"channels": [4, 4]}),
-            ("dense_mnist", {"hidden": 8}),
-        ):
+        small = {"conv_mnist": {"channels": [4, 4]}, "dense_mnist": {"hidden": 8}}
+        for model, options in small.items():
             params["models"][model] |= {"data": "few_data", "epochs": 1, "options": options}
         params["quantize"]["bit_depths"] = [2, 3, 4, 8, 16]
         self.write_params(params)
@@ -205,7 +203,7 @@ def test_dependencies_are_what_a_stage_imports(project, stage):
 
 
 def test_a_killed_training_is_resumed(project):
-    """SIGKILL in the middle: the next run goes on at the next epoch and ends as if it had not been."""
+    """After SIGKILL the next run goes on at the next epoch, to the same end."""
     params = project.params()
     params["models"]["dense_mnist"] |= {"epochs": 400}
     params["model"] = "dense_mnist"
@@ -221,18 +219,18 @@ def test_a_killed_training_is_resumed(project):
     stage.send_signal(signal.SIGKILL)
     stage.wait()
     (folder,) = resume.iterdir()
-    done = len(list(folder.glob("checkpoint-*.pt")))
-    assert 3 <= done < 400
-    first = max(folder.glob("checkpoint-*.pt")).stat().st_mtime_ns
-    result = project.run("stages.train")
-    assert result.returncode == 0, result.stderr
-    assert not folder.exists()
-    history = (project.folder / "plots/history.csv").read_text()
-    weights = (project.folder / "out/checkpoint/weights.safetensors").read_bytes()
-    assert first
-    result = project.run("stages.train")
-    assert (project.folder / "plots/history.csv").read_text() == history
-    assert (project.folder / "out/checkpoint/weights.safetensors").read_bytes() == weights
+    assert 3 <= len(list(folder.glob("checkpoint-*.pt"))) < 400
+    left = [
+        project.folder / "plots/history.csv",
+        project.folder / "out/checkpoint/weights.safetensors",
+    ]
+    results = []
+    for _ in ("resumed", "from the start"):
+        result = project.run("stages.train")
+        assert result.returncode == 0, result.stderr
+        assert not folder.exists()
+        results.append([path.read_bytes() for path in left])
+    assert results[0] == results[1]
 
 
 def fails(project, stage: str, message: str) -> None:
