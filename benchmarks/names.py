@@ -2,8 +2,8 @@
 
     python -m benchmarks.names
 
-after `make table` (it reads the accuracy of the experiment language_transformer). Both learn from the
-same training names and are judged on the same test names. Writes benchmarks/results/names.csv.
+after `make table`, whose experiment language_transformer it reads. Both learn from the same names
+and are judged on the same test names. Writes benchmarks/results/names.csv.
 """
 
 from pathlib import Path

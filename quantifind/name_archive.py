@@ -23,18 +23,7 @@ def read_names(path: Path = ARCHIVE) -> dict[str, list[str]]:
     or unsafe (absolute path, ``..``, link), text that is not UTF-8, a nationality given twice,
     a file without names, a "name" of over 256 characters, fewer than two nationalities.
     """
-    try:
-        raw = Path(path).read_bytes()
-        raw = DECOMPRESS.get(raw[:2], bytes)(raw)
-        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as archive:
-            texts = {m.name: _text(archive, m, path) for m in archive if _is_names(m, path)}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; it holds <Nationality>.txt files of names") from None
-    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: not a whole tar archive ({error})") from None
-    # tarfile takes a file cut between two entries for a whole one: test_truncated_tar
-    if not raw.endswith(END_OF_TAR):
-        raise ValueError(f"{path}: truncated: the zeros that end a tar are missing")
+    texts = _texts(Path(path))
     names: dict[str, list[str]] = {}
     for entry, text in sorted(texts.items()):
         nationality = unicodedata.normalize("NFC", PurePosixPath(entry).stem)
@@ -58,6 +47,25 @@ def alphabet(names: dict[str, list[str]]) -> str:
     return "".join(sorted(set().union(*(name for group in names.values() for name in group))))
 
 
+def _texts(path: Path) -> dict[str, str]:
+    """The text of each entry that holds names."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; it holds <Nationality>.txt files of names") from None
+    try:
+        raw = DECOMPRESS.get(raw[:2], bytes)(raw)
+        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as archive:
+            files = [(m, archive.extractfile(m) if m.isfile() else None) for m in archive]
+            contents = [(member, file.read() if file else b"") for member, file in files]
+    except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: not a whole tar archive ({error})") from None
+    # tarfile takes a file cut between two entries for a whole one: test_truncated_tar
+    if not raw.endswith(END_OF_TAR):
+        raise ValueError(f"{path}: truncated: the zeros that end a tar are missing")
+    return {m.name: _text(m, content, path) for m, content in contents if _is_names(m, path)}
+
+
 def _is_names(member: tarfile.TarInfo, path: Path) -> bool:
     entry = PurePosixPath(member.name.replace("\\", "/"))
     if entry.is_absolute() or ".." in entry.parts:
@@ -68,10 +76,8 @@ def _is_names(member: tarfile.TarInfo, path: Path) -> bool:
     return member.isfile() and not hidden and entry.suffix == ".txt"
 
 
-def _text(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> str:
-    file = archive.extractfile(member)
-    assert file is not None
+def _text(member: tarfile.TarInfo, content: bytes, path: Path) -> str:
     try:
-        return file.read().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {member.name}: not UTF-8 ({error})") from None

@@ -131,7 +131,7 @@ def make_tar(path, files, mode="w", kind=tarfile.REGTYPE):
 GOOD = {"Greek.txt": "Αβαγιανός Ότσος\nΈψιμος".encode(), "Arabic.txt": "أشجع  أفغاني".encode()}
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_a_users_own_archive(tmp_path, mode):
     files = {
         "./._Arabic.txt": b"\x00\x05\x16\x07Mac OS X",
@@ -198,11 +198,12 @@ def test_links_and_devices_are_refused(tmp_path, kind):
         read_names(make_tar(tmp_path / "own.tar", {"Greek.txt": b""}, kind=kind))
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_truncated_tar(tmp_path, mode):
     path = make_tar(tmp_path / "own.tar", GOOD, mode)
     raw = path.read_bytes()
-    lengths = (10, len(raw) // 2, len(raw) - 5) if mode == "w:gz" else (10, 700, 1024, 1536, 2048)
+    inside = (700, 1024, 1536, 2048) if mode == "w" else (len(raw) // 2, len(raw) - 5)
+    lengths = (10, *inside)
     for length in lengths:
         path.write_bytes(raw[:length])
         with pytest.raises(ValueError, match=r"own\.tar: (not a whole tar|truncated)"):
