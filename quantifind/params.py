@@ -22,6 +22,7 @@ class Model:
     data: str
     epochs: Count
     batch_size: Count = 64
+    decay: Annotated[bool, Field(strict=True)] = False
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -18,7 +18,14 @@ def main(params: Params) -> None:
     )
     with files.resumable(params) as checkpoints:
         history = train_network(
-            net, criterion, optimizer, train, val, entry.epochs, checkpoints=checkpoints
+            net,
+            criterion,
+            optimizer,
+            train,
+            val,
+            entry.epochs,
+            decay=entry.decay,
+            checkpoints=checkpoints,
         )
     files.write_network(net, entry.network, options)
     files.write_table(files.PLOTS / "history.csv", history)

@@ -44,7 +44,7 @@ CASES = {
     "unknown model key": (
         ["models", "conv_mnist", "epohcs"],
         3,
-        "models.conv_mnist.epohcs: unknown key; allowed are batch_size, data, epochs, network, opt",
+        "models.conv_mnist.epohcs: unknown key; allowed are batch_size, data, decay, epochs, net",
     ),
     "depth too low": (["quantize", "bit_depths"], [1, 4], "quantize.bit_depths.0: .* 2, not 1"),
     "depth too high": (["quantize", "bit_depths"], [33], "quantize.bit_depths.0: .* 32, not 33"),

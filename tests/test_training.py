@@ -46,19 +46,29 @@ def test_regression_has_no_accuracy_in_its_history():
     assert list(history) == ["epoch", "train_loss", "val_loss"]
 
 
-@pytest.mark.parametrize("done", [1, 3, 4])
-def test_an_interrupted_training_goes_on_to_the_same_result(tmp_path, done):
-    uninterrupted = make_context()
-    whole = train_network(*uninterrupted, make_loader(), make_loader(shuffle=False), epochs=4)
-    loaders = make_loader(), make_loader(shuffle=False)
-    train_network(*make_context(), *loaders, epochs=done, checkpoints=tmp_path)
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("killed_after", [1, 3])
+def test_a_killed_training_goes_on_to_the_same_result(tmp_path, killed_after, decay):
+    def train(context, **options):
+        loaders = make_loader(), make_loader(shuffle=False)
+        return train_network(*context, *loaders, epochs=4, decay=decay, **options)
 
-    resumed, loaders = make_context(), (make_loader(), make_loader(shuffle=False))
+    uninterrupted, resumed = make_context(), make_context()
+    whole = train(uninterrupted, checkpoints=tmp_path)
+    for checkpoint in sorted(tmp_path.iterdir())[killed_after:]:
+        checkpoint.unlink()
     torch.manual_seed(99)
-    history = train_network(*resumed, *loaders, epochs=4, checkpoints=tmp_path)
-    assert history.equals(whole)
+    assert train(resumed, checkpoints=tmp_path).equals(whole)
     for name, tensor in uninterrupted[0].state_dict().items():
         assert torch.equal(tensor, resumed[0].state_dict()[name])
+
+
+def test_learning_rate_falls_to_zero_where_asked():
+    net, criterion, optimizer = make_context()
+    train_network(net, criterion, optimizer, make_loader(), make_loader(), epochs=2)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    train_network(net, criterion, optimizer, make_loader(), make_loader(), epochs=2, decay=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("where", ["inputs", "rate"])

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from quantifind.metrics import is_classification, outcome
@@ -28,10 +29,12 @@ def train_network(
     val_loader: DataLoader,
     epochs: int = 8,
     *,
+    decay: bool = False,
     checkpoints: Path | str | None = None,
 ) -> pd.DataFrame:
     """Train ``net`` in place, on the device it is on, and leave it in eval mode.
 
+    decay: let the learning rate fall linearly, batch by batch, to zero at the end of the epochs.
     checkpoints: a folder; the state after each epoch is saved there, and a call that finds one
     goes on from it, with the same random numbers, to the same result.
     Returns: a row per epoch: ``epoch``, ``train_loss`` (over the epoch, while the weights change),
@@ -46,11 +49,17 @@ def train_network(
         extra = load_train_context(checkpoints, net, optimizer)
         history = extra["history"]
         _set_random_state(extra["random_state"], train_loader)
-    with progress("training", total=epochs * len(train_loader)) as step:
+    schedule, batches = None, epochs * len(train_loader)
+    if decay:
+        done = len(history) * len(train_loader)
+        schedule = LambdaLR(optimizer, lambda batch: 1 - batch / batches, last_epoch=done - 1)
+    with progress("training", total=batches) as step:
         step(steps=len(history) * len(train_loader))
         for epoch in range(len(history) + 1, epochs + 1):
             row: dict[str, float] = {"epoch": epoch}
-            row["train_loss"] = _train_epoch(net, criterion, optimizer, train_loader, epoch, step)
+            row["train_loss"] = _train_epoch(
+                net, criterion, optimizer, schedule, train_loader, epoch, step
+            )
             validation = outcome(net, val_loader, criterion)
             row["val_loss"] = validation["loss"].mean().item()
             if is_classification(validation):
@@ -67,6 +76,7 @@ def _train_epoch(
     net: nn.Module,
     criterion: nn.Module,
     optimizer: Optimizer,
+    schedule: LambdaLR | None,
     loader: DataLoader,
     epoch: int,
     step: Callable[..., None],
@@ -80,6 +90,8 @@ def _train_epoch(
         loss = criterion(net(inputs), targets)
         loss.backward()
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
         total += loss.detach().double() * len(targets)
         examples += len(targets)
         # reading a loss waits for the device, so not at every batch
@@ -87,7 +99,7 @@ def _train_epoch(
             mean = total.item() / examples
             if not math.isfinite(mean):
                 raise ValueError(
-                    f"the loss became {loss.item()} in epoch {epoch} by batch {batch}: "
+                    f"the loss became {mean} in epoch {epoch} by batch {batch}: "
                     "training diverged; lower the learning rate or look for such values in the data"
                 )
             step(f"epoch {epoch} loss {mean:.4f}", steps=batch % CHECK_EVERY or CHECK_EVERY)
@@ -147,9 +159,8 @@ def load_train_context(
     path = _latest(Path(directory))
     if path is None:
         raise ValueError(f"{directory}: no checkpoint-*.pt in it")
-    device = next(net.parameters()).device
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         weights, optimizer_state, extra = state["net"], state["optimizer"], state["extra"]
     except Exception as error:
         reason = str(error).partition("\n")[0]
