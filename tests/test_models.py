@@ -85,6 +85,8 @@ def test_transformer_follows_the_names_by_default():
 
 def test_original_size_is_reachable():
     with torch.device("meta"):
-        net = language_transformer_model.LanguageTransformer(18, 65_535, 512, 32, 4, 0.1)
+        net = language_transformer_model.LanguageTransformer(
+            18, 65_535, width=512, layers=32, heads=4, dropout=0.1, neighbours=False
+        )
     assert net.embedding.weight.shape == (65_535, 512)
     assert len(net.encoder.layers) == 32
