@@ -60,10 +60,10 @@ def create_model_context(
     *,
     classes: int | None = None,
     vocabulary: int | None = None,
-    width: int = 64,
+    width: int = 96,
     layers: int = 2,
     heads: int = 4,
-    dropout: float = 0.1,
+    dropout: float = 0.15,
     neighbours: bool = True,
 ) -> tuple[nn.Module, nn.Module, Optimizer]:
     """The network, cross entropy, optimizer.
