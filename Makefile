@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ACTIVATE = . .venv/bin/activate
 
-.PHONY: repro test table bench
+.PHONY: repro test table
 repro: .venv/installed
 	$(ACTIVATE) && dvc repro
 

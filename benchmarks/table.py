@@ -74,6 +74,7 @@ def main() -> None:
     results = pd.DataFrame([run(network) for network in NETWORKS])
     RESULTS.parent.mkdir(exist_ok=True)
     results.to_csv(RESULTS, index=False)
+    PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_bytes(
         dvc.api.read("plots/criterion_ratio.png", repo=str(ROOT), rev="conv_mnist", mode="rb")
     )

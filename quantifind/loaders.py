@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 Loaders = tuple[DataLoader, DataLoader, DataLoader]
 
@@ -73,12 +73,27 @@ def create_dataloaders(
 
 
 def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
-    """All inputs and all targets behind a loader, in the order of its data set."""
-    if isinstance(loader.dataset, TensorDataset):
-        inputs, targets = loader.dataset.tensors
+    """All inputs and all targets behind a loader, in the order of its data set.
+
+    Errors: ValueError for a loader whose sampler leaves examples out or repeats them: what it would
+    have drawn is not the whole data set (split that with torch.utils.data.Subset instead).
+    """
+    sampler: Any = loader.sampler
+    dataset: Any = loader.dataset
+    whole = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(dataset)
+    )
+    if not whole:
+        raise ValueError(
+            f"a loader draws its examples by a {type(sampler).__name__}: give each split "
+            "a data set of its own, such as torch.utils.data.Subset"
+        )
+    if isinstance(dataset, TensorDataset):
+        inputs, targets = dataset.tensors
         return inputs, targets
-    options: dict[str, Any] = {"batch_size": 256, "collate_fn": loader.collate_fn}
-    batches = list(DataLoader(loader.dataset, **options))
+    batches = list(DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn))
     return torch.cat([inputs for inputs, _ in batches]), torch.cat([t for _, t in batches])
 
 

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from quantifind.certificate import ratio_bound, ratio_interval
+from quantifind.utils import device_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; each module gets back the mode it had."""
+    """Eval mode without gradients, in full float32; each module gets back the mode it had."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.inference_mode():
+        # on a GPU convolutions would round their inputs to TF32's 10 bits
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
         for module, mode in training.items():
@@ -33,7 +35,7 @@ def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[st
     targets are class labels, ``correct`` (examples,) bool.
     Errors: ValueError for a loader without examples.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with evaluating(model):
         for inputs, targets in loader:

@@ -6,12 +6,18 @@ import io
 import lzma
 import tarfile
 import unicodedata
+import zlib
 from pathlib import Path, PurePosixPath
 
 ARCHIVE = Path(__file__).parent.parent / "datasets" / "languagenames.tar"
 LONGEST_NAME = 256
 END_OF_TAR = bytes(1024)
-DECOMPRESS = {b"\x1f\x8b": gzip.decompress, b"BZ": bz2.decompress, b"\xfd7": lzma.decompress}
+DECOMPRESS = {
+    b"\x1f\x8b\x08": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7z": lzma.decompress,
+}
+DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
 
 
 def read_names(path: Path = ARCHIVE) -> dict[str, list[str]]:
@@ -54,11 +60,11 @@ def _texts(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; it holds <Nationality>.txt files of names") from None
     try:
-        raw = DECOMPRESS.get(raw[:2], bytes)(raw)
+        raw = DECOMPRESS.get(raw[:3], bytes)(raw)
         with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as archive:
             files = [(m, archive.extractfile(m) if m.isfile() else None) for m in archive]
             contents = [(member, file.read() if file else b"") for member, file in files]
-    except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: not a whole tar archive ({error})") from None
     # tarfile takes a file cut between two entries for a whole one: test_truncated_tar
     if not raw.endswith(END_OF_TAR):

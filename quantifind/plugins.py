@@ -4,37 +4,44 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 
 def names(package: str) -> list[str]:
     """The plug-ins in ``quantifind/<package>/``, sorted.
 
-    >>> names("schemes")
-    ['uniform']
+    >>> "uniform" in names("schemes")
+    True
     """
     folder = importlib.import_module(f"quantifind.{package}")
     return sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
 
 
-def load(package: str, name: str) -> ModuleType:
-    """Import a plug-in by name, or anyone's module by its dotted path (``their_package.module``).
-
-    Errors: ValueError for a name that is neither in the folder nor importable.
-    """
-    if "." in name:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            # a module that is there but imports something missing is its author's to see
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise
-            raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from None
-    if name not in names(package):
+def check(package: str, name: str) -> None:
+    """Raise ValueError unless ``name`` is in the folder or a dotted path; nothing is imported."""
+    if "." not in name and name not in names(package):
         found = ", ".join(names(package))
         raise ValueError(f"unknown {name!r}: quantifind/{package}/ has {found}")
-    return importlib.import_module(f"quantifind.{package}.{name}")
+
+
+def load(package: str, name: str, function: str) -> Callable[..., Any]:
+    """A plug-in's function; ``name`` may be the dotted path of anyone's module.
+
+    Errors: ValueError for a name that is neither in the folder nor importable, or a module that has
+    no such function.
+    """
+    check(package, name)
+    path = name if "." in name else f"quantifind.{package}.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        # a module that is there but imports something missing is its author's to see
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from None
+    if not callable(found := getattr(module, function, None)):
+        raise ValueError(f"{path} has no function {function}()")
+    return found
 
 
 def arguments(

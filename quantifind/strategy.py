@@ -53,9 +53,9 @@ def quantize_tensors(model: nn.Module, strategy: Strategy) -> dict[str, Quantize
     quantized = {}
     for name, choice in strategy.tensors.items():
         options = dict(choice)
-        scheme = plugins.load("schemes", options.pop("scheme"))
+        quantize = plugins.load("schemes", options.pop("scheme"), "quantize")
         try:
-            quantized[name] = scheme.quantize(parameters[name].detach(), **options)
+            quantized[name] = quantize(parameters[name].detach(), **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return quantized

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar of ``total`` steps, quiet when standard error is not a terminal.
+    """A progress bar of ``total`` steps, quiet but on a terminal and in a notebook.
 
     Yields a function to call after each step, with text to show beside the bar.
     """
@@ -28,7 +29,8 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    quiet = not (console.is_terminal or console.is_jupyter)
+    with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda note="", steps=1: bar.update(task, advance=steps, note=note)
 
@@ -41,6 +43,14 @@ def device() -> "torch.device":
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(model: "nn.Module") -> "torch.device":
+    """Where a model's tensors are; the CPU for a model without any."""
+    import torch
+
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def check_same_architecture(

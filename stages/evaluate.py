@@ -10,7 +10,7 @@ from stages import files
 def main(params: Params) -> None:
     net, criterion = files.read_network()
     ladder = [Strategy(**strategy) for strategy in files.read_json(files.LADDER)]
-    test = files.read_loader("test", batch_size=files.TEST_BATCH, seed=params.seed)
+    test = files.read_loader("test", batch_size=files.TEST_BATCH)
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
     table = evaluate_strategies(net, ladder, test, criterion, confidence=confidence)
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))

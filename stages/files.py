@@ -41,10 +41,14 @@ TEST_BATCH = 250
 
 def run(main: Callable[[Params], None]) -> None:
     """Run a stage on the parameters; a user's mistake is one line and exit code 1."""
+    stage = Path(sys.argv[0]).stem
     try:
-        main(read_params(PARAMS))
+        params = read_params(PARAMS)
+        stage += f" {params.model}"
+        main(params)
     except (ValueError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        # DVC has removed what the stage would write anew: test_a_failed_stage_loses_nothing
+        sys.exit(f"{stage}: {error} (dvc checkout brings earlier results back)")
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
@@ -78,7 +82,8 @@ def read_table(path: Path) -> pd.DataFrame:
 def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
     from safetensors.torch import save_file
 
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # safetensors refuses tensors that share memory: test_tensors_that_share_memory_are_written
+    whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     write(path, lambda partial: save_file(whole, partial))
 
 
@@ -92,8 +97,8 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
         raise ValueError(f"{path}: truncated or altered ({error}); run dvc repro --force") from None
 
 
-def read_loader(split: str, *, batch_size: int, seed: int) -> "DataLoader":
-    """A prepared split; train is shuffled."""
+def read_loader(split: str, *, batch_size: int, seed: int = 0) -> "DataLoader":
+    """A prepared split; train is shuffled, by ``seed``."""
     from quantifind.loaders import Tensors, batch_loader
 
     tensors = read_tensors(DATA / f"{split}.safetensors")
@@ -105,7 +110,7 @@ def create_context(
     network: str, options: Mapping[str, Any], offered: Mapping[str, Any]
 ) -> tuple["nn.Module", "nn.Module", "Optimizer", dict[str, Any]]:
     """A network's model, criterion and optimizer, and the options they were made with."""
-    create_model_context = plugins.load("models", network).create_model_context
+    create_model_context = plugins.load("models", network, "create_model_context")
     arguments = plugins.arguments(create_model_context, options, offered)
     try:
         return *create_model_context(**arguments), arguments
@@ -113,10 +118,25 @@ def create_context(
         raise ValueError(f"{network} can't be made with options {arguments}: {error}") from None
 
 
+def check_fit(
+    net: "nn.Module", criterion: "nn.Module", loader: "DataLoader", params: Params
+) -> None:
+    """Raise ValueError, naming the entry, unless the network and its criterion take the data."""
+    from quantifind.metrics import outcome
+
+    try:
+        outcome(net, [next(iter(loader))], criterion)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"params.yaml: models.{params.model}: network {params.entry.network} "
+            f"does not fit data {params.entry.data}: {reason}"
+        ) from None
+
+
 def write_network(net: "nn.Module", network: str, options: Mapping[str, Any]) -> None:
     """The weights, and the module and options that make the network they belong to."""
-    # shared tensors are copied apart: safetensors refuses them
-    write_tensors(WEIGHTS, {name: t.cpu().clone() for name, t in net.state_dict().items()})
+    write_tensors(WEIGHTS, {name: tensor.cpu() for name, tensor in net.state_dict().items()})
     write_json(NETWORK, {"network": network, "options": dict(options)})
 
 
@@ -137,11 +157,17 @@ def resumable(params: Params) -> Iterator[Path]:
     """A folder for the checkpoints of exactly this training, removed when it has ended well.
 
     It is not an output of the stage, since DVC removes those before the stage runs; its name is a
-    fingerprint of the parameters, the data and the network's source, so no other training
+    fingerprint of the parameters, the data and the code that is loaded, so no other training
     can go on from it.
     """
     digest = hashlib.sha256(repr((asdict(params.entry), params.seed)).encode())
-    for path in (DATA / "train.safetensors", DATA / "val.safetensors", NETWORK_SOURCE):
+    sources = {
+        str(module.__file__)
+        for name, module in sys.modules.items()
+        if name.startswith(("quantifind.", "stages."))
+    }
+    data = [DATA / "train.safetensors", DATA / "val.safetensors", DESCRIPTION]
+    for path in [*data, *map(Path, sorted(sources))]:
         digest.update(path.read_bytes())
     folder = RESUME / digest.hexdigest()[:16]
     yield folder

@@ -1,5 +1,6 @@
 """Prepare: the selected data set's splits as tensors, and what a network must know of them."""
 
+import inspect
 from pathlib import Path
 
 from quantifind import plugins
@@ -10,10 +11,11 @@ from stages import files
 
 def main(params: Params) -> None:
     # a wrong name in the parameters is found before anything is trained: test_bad_params
-    network = plugins.load("models", params.entry.network)
-    plugins.arguments(network.create_model_context, params.entry.options, {})
-    plugins.load("schemes", params.quantize.scheme)
-    create_dataloaders = plugins.load("data", params.entry.data).create_dataloaders
+    entry = params.entry
+    create_model_context = plugins.load("models", entry.network, "create_model_context")
+    plugins.arguments(create_model_context, entry.options, {})
+    plugins.check("schemes", params.quantize.scheme)
+    create_dataloaders = plugins.load("data", entry.data, "create_dataloaders")
     loaders = create_dataloaders(**plugins.arguments(create_dataloaders, {}, {"seed": params.seed}))
     splits = {
         name: dict(zip(("inputs", "targets"), whole_split(loader), strict=True))
@@ -22,7 +24,7 @@ def main(params: Params) -> None:
     for name, split in splits.items():
         files.write_tensors(files.DATA / f"{name}.safetensors", split)
     files.write_json(files.DESCRIPTION, describe(splits))
-    source = Path(str(network.__file__)).read_bytes()
+    source = Path(inspect.getfile(create_model_context)).read_bytes()
     files.write(files.NETWORK_SOURCE, lambda path: path.write_bytes(source))
 
 

@@ -9,13 +9,13 @@ from stages import files
 
 def main(params: Params) -> None:
     entry = params.entry
+    train = files.read_loader("train", batch_size=entry.batch_size, seed=params.seed)
+    val = files.read_loader("val", batch_size=entry.batch_size)
     torch.manual_seed(params.seed)
-    context = files.create_context(entry.network, entry.options, files.read_json(files.DESCRIPTION))
-    net, criterion, optimizer, options = context
-    train, val = (
-        files.read_loader(split, batch_size=entry.batch_size, seed=params.seed)
-        for split in ("train", "val")
+    net, criterion, optimizer, options = files.create_context(
+        entry.network, entry.options, files.read_json(files.DESCRIPTION)
     )
+    files.check_fit(net, criterion, val, params)
     with files.resumable(params) as checkpoints:
         history = train_network(
             net,
@@ -23,13 +23,13 @@ def main(params: Params) -> None:
             optimizer,
             train,
             val,
-            entry.epochs,
+            epochs=entry.epochs,
             decay=entry.decay,
             checkpoints=checkpoints,
         )
-    files.write_network(net, entry.network, options)
-    files.write_table(files.PLOTS / "history.csv", history)
-    files.write_json(files.METRICS / "training.json", history.to_dict("records")[-1])
+        files.write_network(net, entry.network, options)
+        files.write_table(files.PLOTS / "history.csv", history)
+        files.write_json(files.METRICS / "training.json", history.to_dict("records")[-1])
 
 
 if __name__ == "__main__":

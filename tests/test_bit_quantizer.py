@@ -29,7 +29,8 @@ def test_edges(bit_depth):
 
 def test_gradients_of_the_original_are_not_touched():
     weight = nn.Parameter(torch.randn(3))
-    assert not BitQuantizer(4).quantize(weight.detach()).requires_grad
+    assert not BitQuantizer(4).quantize(weight).requires_grad
+    assert weight.requires_grad
 
 
 @pytest.mark.parametrize("bit_depth", [1, 33, 0, -4, 2.5, None])

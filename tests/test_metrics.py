@@ -96,6 +96,15 @@ def test_bit_depths_are_judged_as_their_definitions_say(classifier):
         assert row["relative_error"] == pytest.approx(relative, rel=1e-3, abs=1e-6)
 
 
+def test_a_shuffled_loader_is_judged_in_pairs(classifier):
+    net, criterion, (_, _, test) = classifier
+    shuffled = batch_loader(test.dataset, batch_size=7, shuffle=True, seed=0)
+    (row,) = evaluate_bit_depths(net, shuffled, criterion, [32]).to_dict("records")
+    assert row["relative_error"] < 1e-6
+    assert row["right_to_wrong"] == row["wrong_to_right"] == 0
+    assert row["criterion_ratio_high"] == pytest.approx(1, abs=1e-6)
+
+
 def test_inputs_can_be_quantized_too(classifier):
     net, criterion, (_, _, test) = classifier
     plain = evaluate_bit_depths(net, test, criterion, [2, 8])

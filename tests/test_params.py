@@ -1,6 +1,7 @@
 """params.yaml: what is wrong in it is named, in one line."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,9 @@ def test_committed_parameters(root):
     assert params.model == "conv_mnist"
     assert set(params.quantize.bit_depths) == set(range(2, 33))
     for entry in params.models.values():
-        network = plugins.load("models", entry.network)
-        plugins.arguments(network.create_model_context, entry.options, {})
-        plugins.load("data", entry.data)
+        create = plugins.load("models", entry.network, "create_model_context")
+        plugins.arguments(create, entry.options, {})
+        plugins.load("data", entry.data, "create_dataloaders")
     networks = {entry.network for entry in params.models.values()}
     assert networks == set(plugins.names("models"))
 
@@ -90,15 +91,18 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_plugins_take_their_own_modules():
-    assert plugins.load("models", "quantifind.models.simple_dense_model").create_model_context
+    load = partial(plugins.load, function="create_model_context")
+    assert callable(load("models", "quantifind.models.simple_dense_model"))
     with pytest.raises(ValueError, match=r"no module 'nobodys\.model' can be imported"):
-        plugins.load("models", "nobodys.model")
+        load("models", "nobodys.model")
     with pytest.raises(ValueError, match="quantifind/models/ has conv_mnist_model, dense"):
-        plugins.load("models", "conv_mnist")
+        load("models", "conv_mnist")
+    with pytest.raises(ValueError, match=r"quantifind\.utils has no function create_model_context"):
+        load("models", "quantifind.utils")
 
 
 def test_unknown_option_is_named():
-    create = plugins.load("models", "dense_mnist_model").create_model_context
+    create = plugins.load("models", "dense_mnist_model", "create_model_context")
     with pytest.raises(ValueError, match=r"unknown option hiden: .*has hidden, classes"):
         plugins.arguments(create, {"hiden": 3}, {})
     offered = {"classes": 7, "vocabulary": 9}

@@ -57,6 +57,14 @@ def test_code_is_clean(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_networks_import_what_every_stage_depends_on():
+    """What a network imports besides is no dependency in dvc.yaml: editing it would run nothing."""
+    for file in tracked_files():
+        if file.startswith("quantifind/models/"):
+            imported = re.findall(r"^from (quantifind\S*)", (ROOT / file).read_text(), re.MULTILINE)
+            assert set(imported) <= {"quantifind.utils"}, file
+
+
 def test_packages_are_empty_of_code():
     for file in tracked_files():
         if file.endswith("__init__.py"):

@@ -104,3 +104,13 @@ def test_notebook_block_of_the_readme(root, monkeypatch):
     assert block is not None
     assert run_block(block[1], monkeypatch)["result"]
     plt.close("all")
+
+
+def test_model_of_the_readme(root):
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    names: dict = {}
+    exec(block[1], names)
+    net, _, _ = names["create_model_context"](classes=7)
+    assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 7)

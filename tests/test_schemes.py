@@ -3,6 +3,7 @@
 import math
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from quantifind import plugins
 
-SCHEMES = [plugins.load("schemes", name) for name in plugins.names("schemes")]
+SCHEMES = [plugins.load("schemes", name, "quantize") for name in plugins.names("schemes")]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BITS = st.integers(2, 32)
 
@@ -25,10 +26,10 @@ def tensors(draw, dtypes=tuple(DTYPES)):
     return (torch.from_numpy(values) * scale).clamp(limits.min, limits.max).to(dtype)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("quantize", SCHEMES)
 @given(values=tensors(), bits=BITS)
-def test_shape_dtype_and_number_of_levels(scheme, values, bits):
-    quantized = scheme.quantize(values, bits)
+def test_shape_dtype_and_number_of_levels(quantize, values, bits):
+    quantized = quantize(values, bits)
     result = quantized.dequantize()
     assert (result.shape, result.dtype) == (values.shape, values.dtype)
     assert result.isfinite().all()
@@ -36,39 +37,46 @@ def test_shape_dtype_and_number_of_levels(scheme, values, bits):
     assert quantized.stored_bits >= bits * values.numel()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("quantize", SCHEMES)
 @given(values=tensors(), bits=BITS)
-def test_order_is_kept(scheme, values, bits):
+def test_order_is_kept(quantize, values, bits):
     order = values.flatten().argsort()
-    result = scheme.quantize(values, bits).dequantize().flatten()[order]
+    result = quantize(values, bits).dequantize().flatten()[order]
     assert (result.diff() >= 0).all()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("quantize", SCHEMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(value=st.floats(-1e4, 1e4), bits=BITS)
-def test_constant_tensor_keeps_its_value(scheme, dtype, value, bits):
+def test_constant_tensor_keeps_its_value(quantize, dtype, value, bits):
     constant = torch.full((3, 2), value, dtype=torch.float64).to(dtype)
-    result = scheme.quantize(constant, bits).dequantize()
+    result = quantize(constant, bits).dequantize()
     torch.testing.assert_close(result, constant, rtol=1e-7, atol=1e-45)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("quantize", SCHEMES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_values_without_a_range_are_refused(scheme, bad):
+def test_values_without_a_range_are_refused(quantize, bad):
     with pytest.raises(ValueError, match="1 of 3 values are NaN or infinite"):
-        scheme.quantize(torch.tensor([0.0, bad, 1.0]), 4)
+        quantize(torch.tensor([0.0, bad, 1.0]), 4)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("quantize", SCHEMES)
+def test_a_width_may_be_a_numpy_integer(quantize):
+    quantized = quantize(torch.arange(5.0), np.int64(4))
+    assert quantized.bits == 4
+    assert type(quantized.bits) is int
+
+
+@pytest.mark.parametrize("quantize", SCHEMES)
 @pytest.mark.parametrize("bits", [-1, 0, 1, 33, 4.0, True, "4"])
-def test_a_width_the_grid_has_not_is_refused(scheme, bits):
+def test_a_width_the_grid_has_not_is_refused(quantize, bits):
     with pytest.raises(ValueError, match=r"bits is .* 2 to 32"):
-        scheme.quantize(torch.ones(3), bits)
+        quantize(torch.ones(3), bits)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("quantize", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
-def test_what_is_not_floating_point_is_refused(scheme, dtype):
+def test_what_is_not_floating_point_is_refused(quantize, dtype):
     with pytest.raises(ValueError, match="only floating point"):
-        scheme.quantize(torch.ones(3, dtype=dtype), 4)
+        quantize(torch.ones(3, dtype=dtype), 4)

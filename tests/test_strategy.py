@@ -23,7 +23,7 @@ MODELS = plugins.names("models")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_is_quantized_on_a_copy(name):
     torch.manual_seed(0)
-    net, *_ = plugins.load("models", name).create_model_context()
+    net, *_ = plugins.load("models", name, "create_model_context")()
     net.train()
     before = copy.deepcopy(net.state_dict())
     strategy = uniform_strategy(net, 3)

@@ -46,29 +46,88 @@ def test_regression_has_no_accuracy_in_its_history():
     assert list(history) == ["epoch", "train_loss", "val_loss"]
 
 
-@pytest.mark.parametrize("decay", [False, True])
-@pytest.mark.parametrize("killed_after", [1, 3])
-def test_a_killed_training_goes_on_to_the_same_result(tmp_path, killed_after, decay):
-    def train(context, **options):
-        loaders = make_loader(), make_loader(shuffle=False)
-        return train_network(*context, *loaders, epochs=4, decay=decay, **options)
+class KilledError(Exception):
+    pass
 
-    uninterrupted, resumed = make_context(), make_context()
-    whole = train(uninterrupted, checkpoints=tmp_path)
-    for checkpoint in sorted(tmp_path.iterdir())[killed_after:]:
-        checkpoint.unlink()
-    torch.manual_seed(99)
-    assert train(resumed, checkpoints=tmp_path).equals(whole)
+
+class Killing(list):
+    """Validation batches that end the training when they are read for the ``last`` time."""
+
+    def __init__(self, loader, last):
+        super().__init__(loader)
+        self.left = last
+
+    def __iter__(self):
+        self.left -= 1
+        if self.left == 0:
+            raise KilledError
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("killed_in_epoch", [2, 4])
+def test_a_killed_training_goes_on_to_the_same_result(tmp_path, killed_in_epoch, decay):
+    def train(context, val_loader, **options):
+        return train_network(*context, make_loader(), val_loader, epochs=4, decay=decay, **options)
+
+    uninterrupted, killed, resumed = make_context(), make_context(), make_context()
+    val_loader = make_loader(shuffle=False)
+    torch.manual_seed(3)
+    whole = train(uninterrupted, val_loader)
+    torch.manual_seed(3)
+    with pytest.raises(KilledError):
+        train(killed, Killing(val_loader, killed_in_epoch), checkpoints=tmp_path)
+    (checkpoint,) = tmp_path.iterdir()
+    assert checkpoint.name == f"checkpoint-000{killed_in_epoch - 1}.pt"
+    assert train(resumed, val_loader, checkpoints=tmp_path).equals(whole)
     for name, tensor in uninterrupted[0].state_dict().items():
         assert torch.equal(tensor, resumed[0].state_dict()[name])
 
 
-def test_learning_rate_falls_to_zero_where_asked():
+def test_learning_rate_falls_where_asked_and_comes_back():
     net, criterion, optimizer = make_context()
-    train_network(net, criterion, optimizer, make_loader(), make_loader(), epochs=2)
-    assert optimizer.param_groups[0]["lr"] == 0.01
-    train_network(net, criterion, optimizer, make_loader(), make_loader(), epochs=2, decay=True)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    rates: list[float] = []
+    optimizer.register_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    for decay in (False, True):
+        loaders = make_loader(), make_loader()
+        train_network(net, criterion, optimizer, *loaders, epochs=2, decay=decay)
+        assert optimizer.param_groups[0]["lr"] == 0.01
+    constant, falling = rates[:20], rates[20:]
+    assert set(constant) == {0.01}
+    assert falling == pytest.approx([0.01 * (1 - i / 20) for i in range(20)])
+
+
+def test_losses_in_the_history_are_means_over_examples():
+    net, _, optimizer = make_context()
+    optimizer.param_groups[0]["lr"] = 0.0
+    net[2].p = 0.0
+    for reduction in ("mean", "sum"):
+        loaders = make_loader(), make_loader()
+        criterion = nn.CrossEntropyLoss(reduction=reduction)
+        (row,) = train_network(net, criterion, optimizer, *loaders, epochs=1).to_dict("records")
+        assert row["train_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+
+
+def test_a_diverging_last_step_is_an_error_and_leaves_no_checkpoint(tmp_path):
+    net, criterion, _ = make_context()
+    optimizer = torch.optim.SGD(net.parameters(), lr=3e38)
+    loader = batch_loader(make_loader().dataset, batch_size=300, shuffle=False, seed=0)
+    with pytest.raises(ValueError, match="after epoch 1, on validation data: training diverged"):
+        train_network(net, criterion, optimizer, loader, loader, epochs=1, checkpoints=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_someone_else_is_named(tmp_path):
+    net, criterion, optimizer = make_context()
+    save_train_context(tmp_path, net, optimizer)
+    loaders = make_loader(), make_loader()
+    with pytest.raises(ValueError, match=r"its checkpoint is not one of train_network\(\)"):
+        train_network(net, criterion, optimizer, *loaders, checkpoints=tmp_path)
+
+
+def test_a_loader_without_batches_is_an_error():
+    with pytest.raises(ValueError, match="no batches"):
+        train_network(*make_context(), [], make_loader())
 
 
 @pytest.mark.parametrize("where", ["inputs", "rate"])

@@ -40,6 +40,20 @@ def test_curves_are_the_table_and_the_certified_depth_is_marked(classifier):
     assert any("float: " in label for label in legend(figures["criterion"]))
 
 
+def test_a_limit_has_one_colour_whether_others_are_certified_or_not():
+    table = pd.DataFrame({"bit_depth": [8, 4], "criterion_ratio_bound": [1.02, 2.0]})
+    for column in ("criterion", "original_criterion", "signal_to_complexity"):
+        table[column] = 1.0
+    for column in ("criterion_ratio", "criterion_ratio_low", "criterion_ratio_high"):
+        table[column] = 1.0
+    limits = (1.01, 1.05, 1.1, 1.2, 1.3, 1.4)
+    near = visualize_bit_depth_results(table, limits=limits)["criterion_ratio"].axes[1]
+    rings = [line for line in near.lines if "certified" in str(line.get_label())]
+    levels = [line for line in near.lines if line.get_ydata()[0] in limits]
+    assert len(levels) == len(limits)
+    assert [ring.get_color() for ring in rings] == [line.get_color() for line in levels[1:]]
+
+
 def test_nothing_certified_marks_nothing():
     table = pd.DataFrame({"bit_depth": [8, 4], "criterion_ratio_bound": [np.inf, np.inf]})
     for column in ("criterion", "original_criterion", "signal_to_complexity"):
@@ -73,3 +87,8 @@ def test_weight_error_has_a_row_per_tensor_and_leaves_out_the_infinite():
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a.weight", "a.bias"]
     assert [line.get_xdata().tolist() for line in axes.lines] == [[5.0, 6.0], [40.0]]
     assert legend(figure) == ["2 bits", "8 bits"]
+
+
+def test_weight_error_shows_other_depths_where_the_usual_ones_are_not_there():
+    errors = pd.DataFrame({"tensor": ["w"] * 2, "bit_depth": [5, 16], "sqnr_db": [20.0, 80.0]})
+    assert legend(visualize_weight_error(errors)) == ["5 bits", "16 bits"]

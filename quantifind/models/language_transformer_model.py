@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from quantifind.name_archive import alphabet, read_names
 from quantifind.utils import device
 
 PADDING = 0
@@ -76,6 +75,9 @@ def create_model_context(
     neighbours.
     """
     if classes is None or vocabulary is None:
+        # the pipeline gives both, so its later stages don't depend on the archive
+        from quantifind.name_archive import alphabet, read_names
+
         names = read_names()
         classes = classes or len(names)
         vocabulary = vocabulary or len(alphabet(names)) + 1

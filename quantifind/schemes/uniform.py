@@ -1,5 +1,7 @@
 """Symmetric integer grids, one scale per tensor (Jacob et al. 2018, arXiv:1712.05877)."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,14 @@ def quantize(values: Tensor, bits: int, *, largest: float | None = None) -> Quan
     >>> quantize(torch.tensor([0.0, 0.3, -0.3, 0.75]), bits=3).codes.tolist()
     [0, 1, -1, 3]
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+    whole = isinstance(bits, Integral) and not isinstance(bits, bool)
+    if not whole or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits!r}: uniform takes whole numbers {MIN_BITS} to {MAX_BITS}")
     if not values.is_floating_point():
         raise ValueError(f"values are {values.dtype}: only floating point can be quantized")
     if bad := int((~values.isfinite()).sum()):
         raise ValueError(f"{bad} of {values.numel()} values are NaN or infinite")
-    exact = values.double()
+    bits, exact = int(bits), values.double()
     scale = _scale(exact, bits, largest, torch.promote_types(values.dtype, torch.float32))
     steps = exact / scale.double() if scale > 0 else torch.zeros_like(exact)
     # float32 could not hold codes of more than 24 bits: test_error_is_at_most_half_a_step

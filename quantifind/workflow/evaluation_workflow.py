@@ -12,6 +12,7 @@ from torch import nn
 
 from quantifind.certificate import certified_depth
 from quantifind.metrics import compare, outcome
+from quantifind.schemes.uniform import MAX_BITS, MIN_BITS
 from quantifind.strategy import (
     Strategy,
     mean_bits,
@@ -20,9 +21,9 @@ from quantifind.strategy import (
     with_tensors,
 )
 from quantifind.utils import progress
-from quantifind.workflow.quantize_workflow import BitQuantizer
+from quantifind.workflow.quantize_workflow import BitQuantizer, largest_input, quantize_batch
 
-BIT_DEPTHS = range(2, 33)
+BIT_DEPTHS = range(MIN_BITS, MAX_BITS + 1)
 
 
 def compute_test_loss(model: nn.Module, test_loader: Any, criterion: Any) -> float:
@@ -86,14 +87,23 @@ def evaluate_strategies(
     Errors: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
-    strategies = list(strategies)
-    original = outcome(model, loader, criterion)
+    # read once, so that all networks see the same examples in the same order, shuffled or not
+    strategies, batches = list(strategies), list(loader)
+    largest = largest_input(batches) if quantize_inputs else 0.0
+    original = outcome(model, batches, criterion)
     rows = []
     with progress("judging", total=len(strategies)) as step:
         for strategy in strategies:
             tensors = quantize_tensors(model, strategy)
-            inputs = _quantized_inputs(loader, strategy) if quantize_inputs else loader
-            quantized = outcome(with_tensors(model, tensors), inputs, criterion)
+            replica = with_tensors(model, tensors)
+            if quantize_inputs and strategy.bit_depth is None:
+                raise ValueError("inputs can only be quantized beside tensors of one bit depth")
+            judged = (
+                (quantize_batch(strategy.bit_depth, largest, batch) for batch in batches)
+                if quantize_inputs and strategy.bit_depth
+                else batches
+            )
+            quantized = outcome(replica, judged, criterion)
             row: dict[str, Any] = compare(quantized, original, confidence=confidence)
             depth, bits = strategy.bit_depth, mean_bits(model, tensors)
             width = depth or bits
@@ -127,12 +137,6 @@ def summarize(results: pd.DataFrame, limits: Iterable[float]) -> dict[str, Any]:
         "criterion_ratio": dict(zip(by_depth, shown["criterion_ratio"], strict=True)),
         "relative_error": dict(zip(by_depth, shown["relative_error"], strict=True)),
     }
-
-
-def _quantized_inputs(loader: Any, strategy: Strategy) -> Any:
-    if strategy.bit_depth is None:
-        raise ValueError("inputs can only be quantized beside tensors of one bit depth")
-    return BitQuantizer(strategy.bit_depth).quantized_dataloader(loader)
 
 
 def _loader_and_criterion(first: Any, second: Any) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Put a tensor, a network or a loader's inputs on 2^bit_depth uniform levels."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ class BitQuantizer:
         """
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor.clone()
-        return uniform.quantize(tensor, self.bit_depth).dequantize()
+        return uniform.quantize(tensor.detach(), self.bit_depth).dequantize()
 
     def quantize_model(self, model: nn.Module) -> nn.Module:
         """A deep copy with every parameter quantized, each with a scale of its own."""
@@ -41,7 +41,13 @@ class BitQuantizer:
         One scale serves the whole loader: its inputs are read once to find the largest. Batches are
         (inputs, labels); integer inputs, such as character codes, come unchanged.
         """
-        largest = _largest_input(loader)
+        # reading draws no random number: test_loader_passes_integer_inputs_and_draws_no_...
+        generator = loader.generator
+        state = generator.get_state() if isinstance(generator, torch.Generator) else None
+        with torch.random.fork_rng(devices=[]):
+            largest = largest_input(loader)
+        if state is not None:
+            loader.generator.set_state(state)
         quantized = copy.copy(loader)
         quantized.collate_fn = partial(
             _collate_quantized, loader.collate_fn, self.bit_depth, largest
@@ -50,25 +56,27 @@ class BitQuantizer:
         return quantized
 
 
-def _largest_input(loader: DataLoader) -> float:
-    """The largest |input|; reading draws no random number that anyone would have drawn."""
-    generator = loader.generator
-    state = generator.get_state() if isinstance(generator, torch.Generator) else None
-    with torch.random.fork_rng(devices=[]):
-        magnitudes = [
+def largest_input(batches: Iterable[Any]) -> float:
+    """The largest |input| of batches (inputs, labels); 0 where inputs are integers."""
+    return max(
+        (
             inputs.abs().max().item()
-            for inputs, _ in loader
+            for inputs, _ in batches
             if inputs.is_floating_point() and inputs.numel()
-        ]
-    if state is not None:
-        loader.generator.set_state(state)
-    return max(magnitudes, default=0.0)
+        ),
+        default=0.0,
+    )
+
+
+def quantize_batch(bit_depth: int, largest: float, batch: Any) -> list[Any]:
+    """[inputs, labels] with the inputs on 2^bit_depth levels that reach ``largest``."""
+    inputs, labels = batch
+    if inputs.is_floating_point():
+        inputs = uniform.quantize(inputs, bit_depth, largest=largest).dequantize()
+    return [inputs, labels]
 
 
 def _collate_quantized(
     collate: Callable[[Any], Any], bit_depth: int, largest: float, batch: Any
 ) -> list[Any]:
-    inputs, labels = collate(batch)
-    if inputs.is_floating_point():
-        inputs = uniform.quantize(inputs, bit_depth, largest=largest).dequantize()
-    return [inputs, labels]
+    return quantize_batch(bit_depth, largest, collate(batch))

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from quantifind.metrics import is_classification, outcome
-from quantifind.utils import check_same_architecture, progress
+from quantifind.utils import check_same_architecture, device_of, progress
 
 CHECK_EVERY = 50
 CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
@@ -34,19 +34,24 @@ def train_network(
 ) -> pd.DataFrame:
     """Train ``net`` in place, on the device it is on, and leave it in eval mode.
 
-    decay: let the learning rate fall linearly, batch by batch, to zero at the end of the epochs.
-    checkpoints: a folder; the state after each epoch is saved there, and a call that finds one
-    goes on from it, with the same random numbers, to the same result.
+    decay: let the learning rate fall linearly, batch by batch, to zero at the end of the epochs;
+        the optimizer then gets back the one it had.
+    checkpoints: a folder; the state after the last whole epoch is kept there, and a call that
+        finds one goes on from it, with the same random numbers, to the same result.
     Returns: a row per epoch: ``epoch``, ``train_loss`` (over the epoch, while the weights change),
     ``val_loss`` and, for a classifier, ``val_accuracy``; losses are means over examples.
-    Errors: ValueError for epochs below 1, or naming the epoch and batch near which the loss
-    stopped being finite.
+    Errors: ValueError for epochs below 1, a loader without batches, checkpoints that are not this
+    function's, or naming the epoch and batch by which the loss stopped being finite.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}, at least 1 is needed")
+    if len(train_loader) == 0:
+        raise ValueError("the train loader has no batches")
     history: list[dict[str, float]] = []
     if checkpoints is not None and _latest(Path(checkpoints)) is not None:
         extra = load_train_context(checkpoints, net, optimizer)
+        if "history" not in extra:
+            raise ValueError(f"{checkpoints}: its checkpoint is not one of train_network()")
         history = extra["history"]
         _set_random_state(extra["random_state"], train_loader)
     schedule, batches = None, epochs * len(train_loader)
@@ -62,12 +67,19 @@ def train_network(
             )
             validation = outcome(net, val_loader, criterion)
             row["val_loss"] = validation["loss"].mean().item()
+            _check_finite(row["val_loss"], f"after epoch {epoch}, on validation data")
             if is_classification(validation):
                 row["val_accuracy"] = validation["correct"].double().mean().item()
             history.append(row)
             if checkpoints is not None:
+                earlier = _latest(Path(checkpoints))
                 extra = {"history": history, "random_state": _random_state(train_loader)}
                 save_train_context(checkpoints, net, optimizer, extra=extra)
+                if earlier is not None:
+                    earlier.unlink()
+    if decay:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
     net.eval()
     return pd.DataFrame(history)
 
@@ -82,7 +94,7 @@ def _train_epoch(
     step: Callable[..., None],
 ) -> float:
     net.train()
-    device = next(net.parameters()).device
+    device = device_of(net)
     total, examples = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch, (inputs, targets) in enumerate(loader, start=1):
         inputs, targets = inputs.to(device), targets.to(device)
@@ -92,18 +104,23 @@ def _train_epoch(
         optimizer.step()
         if schedule is not None:
             schedule.step()
-        total += loss.detach().double() * len(targets)
+        summed = getattr(criterion, "reduction", "mean") == "sum"
+        total += loss.detach().double() * (1 if summed else len(targets))
         examples += len(targets)
         # reading a loss waits for the device, so not at every batch
         if batch % CHECK_EVERY == 0 or batch == len(loader):
             mean = total.item() / examples
-            if not math.isfinite(mean):
-                raise ValueError(
-                    f"the loss became {mean} in epoch {epoch} by batch {batch}: "
-                    "training diverged; lower the learning rate or look for such values in the data"
-                )
+            _check_finite(mean, f"in epoch {epoch} by batch {batch}")
             step(f"epoch {epoch} loss {mean:.4f}", steps=batch % CHECK_EVERY or CHECK_EVERY)
     return total.item() / examples
+
+
+def _check_finite(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss became {loss} {where}: training diverged; give the optimizer a lower "
+            "learning rate, or look for extreme values in the data"
+        )
 
 
 def _random_state(loader: DataLoader) -> dict[str, Any]:

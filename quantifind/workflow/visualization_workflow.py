@@ -1,6 +1,7 @@
 """Pictures of what quantization costs; the same thing has the same colour in all of them."""
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,6 +16,8 @@ QUANTIZED, FLOAT, TRAIN = "tab:blue", "tab:gray", "tab:orange"
 CERTIFIED = ("tab:green", "tab:red", "tab:purple", "tab:brown")
 DEPTH_TICKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
 SHOWN_DEPTHS = (2, 3, 4, 6, 8)
+# by limit of the criterion ratio, the lowest depth certified, None where there is none
+Certified = dict[float, int | None]
 
 
 def visualize_bit_depth_results(
@@ -27,12 +30,10 @@ def visualize_bit_depth_results(
     Returns: the figures ``criterion``, ``criterion_ratio`` and ``signal_to_complexity``.
     """
     results = results.sort_values("bit_depth")
-    certified = {
-        limit: depth for limit in limits if (depth := certified_depth(results, limit)) is not None
-    }
+    certified = {limit: certified_depth(results, limit) for limit in limits}
     figures = {
         "criterion": _criterion(results, certified),
-        "criterion_ratio": _criterion_ratio(results, certified, limits),
+        "criterion_ratio": _criterion_ratio(results, certified),
         "signal_to_complexity": _signal_to_complexity(results, certified),
     }
     for subject, figure in figures.items():
@@ -70,12 +71,14 @@ def visualize_weight_error(
     """SQNR of each tensor at some depths: a row per tensor, in the network's order.
 
     errors: columns ``tensor``, ``bit_depth``, ``sqnr_db``; an infinite SQNR is left out.
+    bit_depths: those to show; where the table has none of them, its five lowest.
     """
     tensors = list(dict.fromkeys(errors["tensor"]))
     figure, axes = plt.subplots(
         figsize=(8, max(1.6 + 0.24 * len(tensors), 3)), layout="constrained"
     )
-    shown = [bits for bits in bit_depths if bits in set(errors["bit_depth"])]
+    depths = sorted(set(errors["bit_depth"]))
+    shown = [bits for bits in bit_depths if bits in depths] or depths[:5]
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(shown)))
     for bits, colour in zip(shown, colours, strict=True):
         rows = errors[(errors["bit_depth"] == bits) & np.isfinite(errors["sqnr_db"])]
@@ -90,7 +93,7 @@ def visualize_weight_error(
     return figure
 
 
-def _criterion(results: pd.DataFrame, certified: dict[float, int]) -> Figure:
+def _criterion(results: pd.DataFrame, certified: Certified) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _depth_axis(axes)
     _log_axis(axes, "mean loss on the judged split")
@@ -101,9 +104,7 @@ def _criterion(results: pd.DataFrame, certified: dict[float, int]) -> Figure:
     return figure
 
 
-def _criterion_ratio(
-    results: pd.DataFrame, certified: dict[float, int], limits: Sequence[float]
-) -> Figure:
+def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
     """The whole range above, and below it the region in which the limits lie."""
     figure, (whole, near) = plt.subplots(
         2, 1, figsize=(8, 6.5), layout="constrained", sharex=True, height_ratios=(2, 3)
@@ -113,15 +114,21 @@ def _criterion_ratio(
         _depth_axis(axes)
         axes.axhline(1, color=FLOAT, ls="--", label="float")
         axes.fill_between(
-            results["bit_depth"], low, high, color=QUANTIZED, alpha=0.25, lw=0, label="95% interval"
+            results["bit_depth"],
+            low,
+            high,
+            color=QUANTIZED,
+            alpha=0.25,
+            lw=0,
+            label="interval",
         )
         _curve(axes, results, "criterion_ratio", certified)
     _log_axis(whole, "criterion ratio")
     whole.set(xlabel="")
     whole.legend()
-    reach = 2 * max(max(limits) - 1, 0.01)
+    reach = 2 * max(max(certified, default=1) - 1, 0.01)
     near.set(ylim=(1 - reach, 1 + reach), ylabel="criterion ratio near 1")
-    for limit, colour in zip(limits, CERTIFIED, strict=False):
+    for limit, colour in zip(certified, cycle(CERTIFIED), strict=False):
         near.axhline(limit, color=colour, lw=1)
         near.annotate(
             f"limit {limit:g}", (1, limit), xycoords=("axes fraction", "data"),
@@ -130,7 +137,7 @@ def _criterion_ratio(
     return figure
 
 
-def _signal_to_complexity(results: pd.DataFrame, certified: dict[float, int]) -> Figure:
+def _signal_to_complexity(results: pd.DataFrame, certified: Certified) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _depth_axis(axes)
     _log_axis(axes, "criterion per bit (lower is better)")
@@ -163,10 +170,12 @@ def _log_axis(axes: Axes, label: str) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _curve(axes: Axes, results: pd.DataFrame, column: str, certified: dict[float, int]) -> None:
+def _curve(axes: Axes, results: pd.DataFrame, column: str, certified: Certified) -> None:
     """A quantity against bit depth, with a ring and a line at each limit's certified depth."""
     axes.plot(results["bit_depth"], results[column], "o-", ms=4, color=QUANTIZED, label="quantized")
-    for (limit, depth), colour in zip(certified.items(), CERTIFIED, strict=False):
+    for (limit, depth), colour in zip(certified.items(), cycle(CERTIFIED), strict=False):
+        if depth is None:
+            continue
         value = results.loc[results["bit_depth"] == depth, column].iloc[0]
         label = f"certified CR ≤ {limit:g}: {depth} bits"
         axes.plot(depth, value, "o", ms=10, mew=2, mfc="none", color=colour, label=label)
