@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,9 @@ def test_dependencies_are_what_a_stage_imports(project, stage):
             # a network's source stands in out/network.py for the stages after prepare
             copied = path.startswith("quantifind/models/") and "out/network.py" in declared
             assert covered or copied, f"{stage} imports {path}"
+    if stage == "prepare":  # reads whichever data set is selected
+        for data in (project.folder / "quantifind/data").glob("*.py"):
+            modules |= set(re.findall(r"^from (\S+) import", data.read_text(), re.MULTILINE))
     for dep in declared:
         if dep.endswith(".py") and dep.startswith(("quantifind", "stages")):
             used = dep.removesuffix(".py").replace("/", ".") in modules | {f"stages.{stage}"}
