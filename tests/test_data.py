@@ -103,6 +103,8 @@ def test_committed_names_and_the_script_that_made_them(root, tmp_path):
     assert sum(map(len, names.values())) >= 15_000
     assert alphabet(names).isascii()
     assert alphabet(names).isalpha()
+    counted = f"{sum(map(len, names.values())):,} surnames of {len(names)} nationalities"
+    assert counted in (root / "datasets/README.md").read_text(encoding="utf-8")
     shared = set(names["Czech"]) & set(names["Slovak"])
     assert len(shared) > 20
     script = shutil.copy(root / "datasets/make_languagenames.py", tmp_path)

@@ -116,3 +116,5 @@ def test_original_size_is_reachable():
         )
     assert net.embedding.weight.shape == (65_535, 512)
     assert len(net.encoder.layers) == 32
+    millions = round(sum(parameter.numel() for parameter in net.parameters()) / 1e6)
+    assert f"{millions} million parameters" in (ROOT / "params.yaml").read_text()

@@ -158,7 +158,7 @@ def test_plots_of_two_models_share_each_chart(project):
     project.dvc("plots", "diff", "dense", "conv", "-o", str(page.parent))
     html = page.read_text(encoding="utf-8")
     charts = html.split("vegaEmbed('#")
-    assert len(charts) == 1 + 5
+    assert len(charts) == 1 + 6
     specs = html.split("var spec = ")[1:]
     for spec in specs:
         assert '"rev": "dense"' in spec
