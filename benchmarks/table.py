@@ -31,7 +31,7 @@ def run(network: str) -> dict[str, Any]:
     options = ["--temp", "--name", network, "--set-param", f"model={network}"]
     subprocess.run([*command, "run", *options], cwd=ROOT, check=True)
     metrics = dvc.api.metrics_show(repo=str(ROOT), rev=network)
-    lowest = metrics["lowest_signal_to_complexity"]
+    lowest = metrics["lowest_scr"]
     return {
         "network": network,
         "criterion": metrics["float"]["criterion"],

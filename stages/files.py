@@ -166,7 +166,7 @@ def resumable(params: Params) -> Iterator[Path]:
         for name, module in sys.modules.items()
         if name.startswith(("quantifind.", "stages."))
     }
-    data = [DATA / "train.safetensors", DATA / "val.safetensors", DESCRIPTION]
+    data = [DATA / "train.safetensors", DATA / "val.safetensors", DESCRIPTION, NETWORK_SOURCE]
     for path in [*data, *map(Path, sorted(sources))]:
         digest.update(path.read_bytes())
     folder = RESUME / digest.hexdigest()[:16]

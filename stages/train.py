@@ -29,7 +29,8 @@ def main(params: Params) -> None:
         )
         files.write_network(net, entry.network, options)
         files.write_table(files.PLOTS / "history.csv", history)
-        files.write_json(files.METRICS / "training.json", history.to_dict("records")[-1])
+        last = history.filter(like="val_").to_dict("records")[-1]
+        files.write_json(files.METRICS / "training.json", last)
 
 
 if __name__ == "__main__":

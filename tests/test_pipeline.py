@@ -96,7 +96,7 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     assert set(project.metrics()) == {
         "float",
         "certified_depth",
-        "lowest_signal_to_complexity",
+        "lowest_scr",
         "criterion_ratio",
         "relative_error",
     }

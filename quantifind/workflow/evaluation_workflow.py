@@ -89,23 +89,20 @@ def evaluate_strategies(
     loader, criterion = _loader_and_criterion(test_loader, criterion)
     # read once, so that all networks see the same examples in the same order, shuffled or not
     strategies, batches = list(strategies), list(loader)
-    largest = largest_input(batches) if quantize_inputs else 0.0
+    largest = largest_input(batches) if quantize_inputs else None
     original = outcome(model, batches, criterion)
     rows = []
     with progress("judging", total=len(strategies)) as step:
         for strategy in strategies:
             tensors = quantize_tensors(model, strategy)
-            replica = with_tensors(model, tensors)
-            if quantize_inputs and strategy.bit_depth is None:
-                raise ValueError("inputs can only be quantized beside tensors of one bit depth")
-            judged = (
-                (quantize_batch(strategy.bit_depth, largest, batch) for batch in batches)
-                if quantize_inputs and strategy.bit_depth
-                else batches
-            )
-            quantized = outcome(replica, judged, criterion)
-            row: dict[str, Any] = compare(quantized, original, confidence=confidence)
             depth, bits = strategy.bit_depth, mean_bits(model, tensors)
+            judged = batches
+            if largest is not None:
+                if depth is None:
+                    raise ValueError("inputs can only be quantized beside tensors of one bit depth")
+                judged = [quantize_batch(depth, largest, batch) for batch in batches]
+            quantized = outcome(with_tensors(model, tensors), judged, criterion)
+            row: dict[str, Any] = compare(quantized, original, confidence=confidence)
             width = depth or bits
             scr = row["criterion"] / width
             rows.append({"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row)
@@ -117,20 +114,20 @@ def summarize(results: pd.DataFrame, limits: Iterable[float]) -> dict[str, Any]:
     """The answer in few numbers, from a table of `evaluate_strategies`, most bits first.
 
     Returns: ``float`` criterion and accuracy; ``certified_depth`` by limit, None where not even the
-    first strategy passes; ``lowest_signal_to_complexity`` and the depth that has it; the
-    ``criterion_ratio`` and ``relative_error`` of the depths 2, 3, 4 and 8.
+    first strategy passes; ``lowest_scr``, the lowest signal-to-complexity ratio, and the depth that
+    has it; the ``criterion_ratio`` and ``relative_error`` of the depths 2, 4 and 8.
     """
     first = results.iloc[0]
     floats = {"criterion": first["original_criterion"]}
     if "original_accuracy" in results:
         floats["accuracy"] = first["original_accuracy"]
     best = results.iloc[results["signal_to_complexity"].argmin()]
-    shown = results[results["bit_depth"].isin([2, 3, 4, 8])].sort_values("bit_depth")
+    shown = results[results["bit_depth"].isin([2, 4, 8])].sort_values("bit_depth")
     by_depth = [f"{depth:g}_bits" for depth in shown["bit_depth"]]
     return {
         "float": floats,
         "certified_depth": {f"at_{limit:g}": certified_depth(results, limit) for limit in limits},
-        "lowest_signal_to_complexity": {
+        "lowest_scr": {
             "value": best["signal_to_complexity"],
             "bit_depth": int(best["bit_depth"]),
         },

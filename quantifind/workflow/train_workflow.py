@@ -124,7 +124,7 @@ def _check_finite(loss: float, where: str) -> None:
 
 
 def _random_state(loader: DataLoader) -> dict[str, Any]:
-    generator = loader.generator
+    generator = getattr(loader, "generator", None)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -136,8 +136,9 @@ def _set_random_state(state: dict[str, Any], loader: DataLoader) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-    if state["loader"] is not None and isinstance(loader.generator, torch.Generator):
-        loader.generator.set_state(state["loader"])
+    generator = getattr(loader, "generator", None)
+    if state["loader"] is not None and isinstance(generator, torch.Generator):
+        generator.set_state(state["loader"])
 
 
 def save_train_context(
