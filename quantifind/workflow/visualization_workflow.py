@@ -96,10 +96,10 @@ def visualize_weight_error(
 def _criterion(results: pd.DataFrame, certified: Certified) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _depth_axis(axes)
-    _log_axis(axes, "mean loss on the judged split")
     baseline = results["original_criterion"].iloc[0]
     axes.axhline(baseline, color=FLOAT, ls="--", label=f"float: {baseline:.4g}")
     _curve(axes, results, "criterion", certified)
+    _log_axis(axes, "mean loss on the judged split")
     axes.legend()
     return figure
 
@@ -131,8 +131,8 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
     for limit, colour in zip(certified, cycle(CERTIFIED), strict=False):
         near.axhline(limit, color=colour, lw=1)
         near.annotate(
-            f"limit {limit:g}", (1, limit), xycoords=("axes fraction", "data"),
-            ha="right", va="bottom", color=colour,
+            f" limit {limit:g}", (0, limit), xycoords=("axes fraction", "data"), va="bottom",
+            color=colour,
         )  # fmt: skip
     return figure
 
@@ -140,13 +140,13 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
 def _signal_to_complexity(results: pd.DataFrame, certified: Certified) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _depth_axis(axes)
-    _log_axis(axes, "criterion per bit (lower is better)")
     best = results.iloc[results["signal_to_complexity"].argmin()]
     _curve(axes, results, "signal_to_complexity", certified)
     axes.plot(
         best["bit_depth"], best["signal_to_complexity"], "*", ms=14, color="black",
         label=f"lowest: {best['bit_depth']:.0f} bits",
     )  # fmt: skip
+    _log_axis(axes, "criterion per bit (lower is better)")
     axes.legend()
     return figure
 
@@ -164,8 +164,10 @@ def _depth_axis(axes: Axes) -> None:
 
 
 def _log_axis(axes: Axes, label: str) -> None:
+    """A log axis for what has been drawn, with ticks between decades where they are few."""
     axes.set(ylabel=label, yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
