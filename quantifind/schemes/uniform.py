@@ -1,54 +1,48 @@
-"""Symmetric integer grids, one scale per tensor (Jacob et al. 2018, arXiv:1712.05877)."""
+"""Evenly spaced levels, with a scale and perhaps a zero point (Jacob et al. 2018,
+arXiv:1712.05877)."""
 
-from numbers import Integral
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from quantifind.quantized import QuantizedTensor
+from quantifind.quantized import Grid, QuantizedTensor
+from quantifind.scales import level_count, quantize_on
 
-MIN_BITS, MAX_BITS = 2, 32
+MIN_BITS, MAX_BITS = 1, 32
 
 
-def quantize(values: Tensor, bits: int, *, largest: float | None = None) -> QuantizedTensor:
-    """Round to nearest on levels from −2^(bits−1) to 2^(bits−1)−1, times 2·max|x| / (2^bits − 1).
+def quantize(
+    values: Tensor,
+    bits: int | None = None,
+    *,
+    levels: int | None = None,
+    half_integer: bool | None = None,
+    **options: Any,
+) -> QuantizedTensor:
+    """Round to nearest on evenly spaced levels.
 
-    values: floating point, finite, any shape. bits: 2 to 32, the sign included.
-    largest: what to take for max|x|, values beyond it are clipped; by default that of ``values``.
-    Returns: at most 2^bits distinct values, each at most half a step and one unit in the last place
-    of its dtype from the original. A constant tensor is its own step, so it keeps its value.
-    Errors: ValueError for bits out of range, for values that are not floating point, and for NaN or
-    infinity, saying how many there are.
+    By default, of b bits: levels from −2^(b−1) to 2^(b−1)−1 times 2·max|x| / (2^b − 1).
+
+    bits: 1 to 32. levels: instead of bits, how many there are, 2 to 2^32; 3 for ternary, −1, 0, 1.
+    half_integer: whether the levels are ±½, ±1½, …, for an even number of them; by default at 1 bit
+        alone, where whole numbers would leave none above 0.
+    options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, `zero_point`, as
+        `quantifind.scales.quantize_on` has them.
+    Returns: at most so many distinct values for each scale. With ``scale`` "largest" each value is
+    at most half a step and one unit in the last place of its dtype from the original, and a
+    constant tensor keeps its value.
+    Errors: ValueError for a number of levels that can't be, and as `quantize_on`.
 
     >>> quantize(torch.tensor([0.0, 0.3, -0.3, 0.75]), bits=3).codes.tolist()
     [0, 1, -1, 3]
     """
-    whole = isinstance(bits, Integral) and not isinstance(bits, bool)
-    if not whole or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits is {bits!r}: uniform takes whole numbers {MIN_BITS} to {MAX_BITS}")
-    if not values.is_floating_point():
-        raise ValueError(f"values are {values.dtype}: only floating point can be quantized")
-    if bad := int((~values.isfinite()).sum()):
-        raise ValueError(f"{bad} of {values.numel()} values are NaN or infinite")
-    bits, exact = int(bits), values.double()
-    scale = _scale(exact, bits, largest, torch.promote_types(values.dtype, torch.float32))
-    steps = exact / scale.double() if scale > 0 else torch.zeros_like(exact)
-    # float32 could not hold codes of more than 24 bits: test_error_is_at_most_half_a_step
-    codes = steps.round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return QuantizedTensor(codes.to(torch.int32), scale, bits, values.dtype)
-
-
-def _scale(values: Tensor, bits: int, largest: float | None, dtype: torch.dtype) -> Tensor:
-    reach = (2**bits - 1) / 2  # steps from zero to the largest magnitude
-    if largest is not None:
-        step = torch.tensor(largest / reach, dtype=torch.float64, device=values.device)
-    elif values.numel() == 0:
-        step = values.new_zeros(())
-    elif (low := values.min()) == values.max():
-        # a constant tensor has no range: test_constant_tensor_keeps_its_value
-        step = low.abs()
-    else:
-        step = values.abs().max() / reach
-    scale = step.to(dtype)
-    # rounded up, the levels still reach the largest value: test_error_is_at_most_half_a_step
-    return torch.nextafter(scale, torch.full_like(scale, torch.inf)) if scale < step else scale
+    count = level_count("uniform", bits, levels, low=MIN_BITS, high=MAX_BITS)
+    zero_point = options.get("zero_point", False)
+    if half_integer is None:
+        half_integer = count == 2 and not zero_point
+    if half_integer and (count % 2 or zero_point):
+        raise ValueError(
+            f"half_integer needs an even number of levels and no zero point, not {count} levels"
+            + ", zero_point=True" * zero_point
+        )
+    return quantize_on(values, Grid(count, offset=0.5 if half_integer else 0.0), **options)

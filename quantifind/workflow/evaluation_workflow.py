@@ -12,18 +12,21 @@ from torch import nn
 
 from quantifind.certificate import certified_depth
 from quantifind.metrics import compare, outcome
-from quantifind.schemes.uniform import MAX_BITS, MIN_BITS
 from quantifind.strategy import (
     Strategy,
     mean_bits,
-    quantize_tensors,
+    quantize,
     uniform_strategy,
-    with_tensors,
+    with_quantized,
 )
 from quantifind.utils import progress
-from quantifind.workflow.quantize_workflow import BitQuantizer, largest_input, quantize_batch
-
-BIT_DEPTHS = range(MIN_BITS, MAX_BITS + 1)
+from quantifind.workflow.quantize_workflow import (
+    BIT_DEPTHS,
+    BitQuantizer,
+    check_depth,
+    largest_input,
+    quantize_batch,
+)
 
 
 def compute_test_loss(model: nn.Module, test_loader: Any, criterion: Any) -> float:
@@ -63,7 +66,10 @@ def evaluate_bit_depths(
 
     bit_depths: whole numbers, 2 to 32. quantize_inputs: put the inputs on as many levels too.
     """
-    strategies = [uniform_strategy(model, bits) for bits in sorted(set(bit_depths), reverse=True)]
+    depths = sorted(set(bit_depths), reverse=True)
+    for depth in depths:
+        check_depth(depth)
+    strategies = [uniform_strategy(model, depth) for depth in depths]
     return evaluate_strategies(
         model, strategies, test_loader, criterion, quantize_inputs=quantize_inputs
     )
@@ -75,6 +81,7 @@ def evaluate_strategies(
     test_loader: Any,
     criterion: Any,
     *,
+    calibration: Iterable[Any] | None = None,
     quantize_inputs: bool = False,
     confidence: float = 0.95,
 ) -> pd.DataFrame:
@@ -83,6 +90,7 @@ def evaluate_strategies(
     Columns: ``bit_depth`` (missing where widths differ), ``mean_bits`` per parameter with
     everything counted, ``signal_to_complexity`` (criterion per bit of depth, or per mean bit where
     widths differ), and those of `quantifind.metrics.compare`.
+    calibration: batches of training data, for strategies that need some (`strategy.quantize`).
     quantize_inputs: put each loader's inputs on the levels of the strategy's one bit depth.
     Errors: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
     """
@@ -94,14 +102,15 @@ def evaluate_strategies(
     rows = []
     with progress("judging", total=len(strategies)) as step:
         for strategy in strategies:
-            tensors = quantize_tensors(model, strategy)
-            depth, bits = strategy.bit_depth, mean_bits(model, tensors)
+            on_levels = quantize(model, strategy, calibration)
+            depth, bits = strategy.bit_depth, mean_bits(model, on_levels)
             judged = batches
             if largest is not None:
                 if depth is None:
                     raise ValueError("inputs can only be quantized beside tensors of one bit depth")
                 judged = [quantize_batch(depth, largest, batch) for batch in batches]
-            quantized = outcome(with_tensors(model, tensors), judged, criterion)
+            replica = with_quantized(model, on_levels)
+            quantized = outcome(replica, judged, criterion)
             row: dict[str, Any] = compare(quantized, original, confidence=confidence)
             width = depth or bits
             scr = row["criterion"] / width

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,12 +14,21 @@ from quantifind.schemes import uniform
 from quantifind.strategy import quantize_model, uniform_strategy
 
 
+BIT_DEPTHS = range(2, 33)
+
+
+def check_depth(bit_depth: int) -> None:
+    """Raise ValueError unless ``bit_depth`` is a whole number from 2 to 32."""
+    whole = isinstance(bit_depth, Integral) and not isinstance(bit_depth, bool)
+    if not whole or bit_depth not in BIT_DEPTHS:
+        raise ValueError(f"bit depth is {bit_depth!r}: whole numbers 2 to 32 are allowed")
+
+
 class BitQuantizer:
     """The uniform grid at one bit depth, 2 to 32."""
 
     def __init__(self, bit_depth: int) -> None:
-        # an empty tensor has nothing to round, but its width is checked
-        uniform.quantize(torch.empty(0), bit_depth)
+        check_depth(bit_depth)
         self.bit_depth = bit_depth
 
     def quantize(self, tensor: Tensor) -> Tensor:
@@ -72,7 +82,8 @@ def quantize_batch(bit_depth: int, largest: float, batch: Any) -> list[Any]:
     """[inputs, labels] with the inputs on 2^bit_depth levels that reach ``largest``."""
     inputs, labels = batch
     if inputs.is_floating_point():
-        inputs = uniform.quantize(inputs, bit_depth, largest=largest).dequantize()
+        scale = 2 * largest / (2**bit_depth - 1)
+        inputs = uniform.quantize(inputs, bit_depth, scale=scale).dequantize()
     return [inputs, labels]
 
 

@@ -1,8 +1,6 @@
 """Train a network; save and load what training needs to go on."""
 
 import math
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from quantifind.checkpoints import (
+    latest_checkpoint,
+    load_checkpoint,
+    random_state,
+    replace_checkpoint,
+    save_checkpoint,
+    set_random_state,
+)
 from quantifind.metrics import is_classification, outcome
 from quantifind.utils import check_same_architecture, device_of, progress
 
 CHECK_EVERY = 50
-CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
 
 
 def train_network(
@@ -48,12 +53,12 @@ def train_network(
     if len(train_loader) == 0:
         raise ValueError("the train loader has no batches")
     history: list[dict[str, float]] = []
-    if checkpoints is not None and _latest(Path(checkpoints)) is not None:
+    if checkpoints is not None and latest_checkpoint(Path(checkpoints)) is not None:
         extra = load_train_context(checkpoints, net, optimizer)
         if "history" not in extra:
             raise ValueError(f"{checkpoints}: its checkpoint is not one of train_network()")
         history = extra["history"]
-        _set_random_state(extra["random_state"], train_loader)
+        set_random_state(extra["random_state"], train_loader)
     schedule, batches = None, epochs * len(train_loader)
     if decay:
         done = len(history) * len(train_loader)
@@ -72,11 +77,8 @@ def train_network(
                 row["val_accuracy"] = validation["correct"].double().mean().item()
             history.append(row)
             if checkpoints is not None:
-                earlier = _latest(Path(checkpoints))
-                extra = {"history": history, "random_state": _random_state(train_loader)}
-                save_train_context(checkpoints, net, optimizer, extra=extra)
-                if earlier is not None:
-                    earlier.unlink()
+                extra = {"history": history, "random_state": random_state(train_loader)}
+                replace_checkpoint(checkpoints, _state(net, optimizer, extra))
     if decay:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"]
@@ -123,24 +125,6 @@ def _check_finite(loss: float, where: str) -> None:
         )
 
 
-def _random_state(loader: DataLoader) -> dict[str, Any]:
-    generator = getattr(loader, "generator", None)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "loader": generator.get_state() if isinstance(generator, torch.Generator) else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any], loader: DataLoader) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    generator = getattr(loader, "generator", None)
-    if state["loader"] is not None and isinstance(generator, torch.Generator):
-        generator.set_state(state["loader"])
-
-
 def save_train_context(
     directory: Path | str,
     net: nn.Module,
@@ -153,15 +137,11 @@ def save_train_context(
     The file gets its name when it is whole, so a kill leaves no half checkpoint.
     extra: tensors, numbers, strings, lists and dicts, to come back from `load_train_context`.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    latest = _latest(directory)
-    number = 1 if latest is None else _number(latest) + 1
-    path = directory / f"checkpoint-{number:04d}.pt"
-    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "extra": extra or {}}
-    torch.save(state, partial := path.with_suffix(".partial"))
-    os.replace(partial, path)
-    return path
+    return save_checkpoint(directory, _state(net, optimizer, extra or {}))
+
+
+def _state(net: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> dict[str, Any]:
+    return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "extra": extra}
 
 
 def load_train_context(
@@ -174,15 +154,10 @@ def load_train_context(
     Errors: ValueError naming the folder without a checkpoint, the file that can't be read, or the
     tensors that another architecture has.
     """
-    path = _latest(Path(directory))
+    path = latest_checkpoint(Path(directory))
     if path is None:
         raise ValueError(f"{directory}: no checkpoint-*.pt in it")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        weights, optimizer_state, extra = state["net"], state["optimizer"], state["extra"]
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
+    weights, optimizer_state, extra = load_checkpoint(path, ("net", "optimizer", "extra"))
     check_same_architecture(net, weights, path)
     try:
         optimizer.load_state_dict(optimizer_state)
@@ -190,13 +165,3 @@ def load_train_context(
         raise ValueError(f"{path}: its optimizer is another one ({error})") from None
     net.load_state_dict(weights)
     return extra
-
-
-def _number(path: Path) -> int:
-    match = CHECKPOINT.fullmatch(path.name)
-    return int(match[1]) if match else -1
-
-
-def _latest(directory: Path) -> Path | None:
-    numbered = [p for p in directory.glob("checkpoint-*.pt") if _number(p) >= 0]
-    return max(numbered, key=_number, default=None)

@@ -1,0 +1,177 @@
+"""What each way of putting a network on few levels costs, all its tensors at the same width.
+
+    python benchmarks/grids.py [--network NAME]
+
+Each network is trained as the pipeline trains it (a DVC experiment, from the cache where it ran
+before). Scales, codes and rounding come from train data alone; one number is fitted on validation
+data, the temperature of the learned rows (see README). Each row is judged once on test data. Writes
+benchmarks/results/grids.csv and, of all four networks, what stands between README.md's two markers.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import dvc.api
+import pandas as pd
+import torch
+from safetensors.torch import load
+from torch import nn
+
+from quantifind import plugins
+from quantifind.learning import learn
+from quantifind.loaders import Loaders
+from quantifind.metrics import calibrating_temperature, compare, outcome
+from quantifind.params import read_params
+from quantifind.strategy import (
+    Quantized,
+    Strategy,
+    mean_bits,
+    quantize,
+    uniform_activations,
+    uniform_strategy,
+    with_quantized,
+)
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/grids.csv"
+NETWORKS = ("dense_mnist", "conv_mnist", "language_transformer", "simple_dense")
+MARKERS = re.compile(
+    r"(?<=<!-- python benchmarks/grids.py -->\n).*?(?=<!-- end -->)", re.DOTALL
+)
+CALIBRATION_BATCHES = 64
+NEAREST = {"axis": 0, "scale_dtype": "float16"}
+COMPENSATED = NEAREST | {"rounding": "compensated", "scale": "output_error"}
+# by row: a choice for all tensors, the bits of activations, epochs of learning
+ROWS: dict[str, tuple[dict[str, Any], int | None, int | None]] = {
+    "per channel + compensated, 3 bits": (COMPENSATED | {"bits": 3}, None, None),
+    "per channel + compensated, 2 bits": (COMPENSATED | {"bits": 2}, None, None),
+    "learned, 2 bits, 2 epochs": (COMPENSATED | {"bits": 2, "half_integer": True}, None, 2),
+    "learned, ternary, 2 epochs": (COMPENSATED | {"levels": 3}, None, 2),
+    "learned, binary, 4 epochs": (COMPENSATED | {"bits": 1}, None, 4),
+    "8-bit weights and activations": (NEAREST | {"bits": 8}, 8, None),
+    "4-bit weights (compensated) and activations": (COMPENSATED | {"bits": 4}, 4, None),
+}
+
+
+def trained(network: str) -> tuple[nn.Module, nn.Module]:
+    """The network as `dvc exp run` trains it, in eval mode, and its criterion."""
+    command = [sys.executable, "-m", "dvc", "exp"]
+    name = f"trained-{network}"
+    # an experiment of this name from an earlier call would be in the way
+    subprocess.run([*command, "remove", "--quiet", name], cwd=ROOT, stderr=subprocess.DEVNULL)
+    options = ["--temp", "--name", name, "--set-param", f"model={network}"]
+    subprocess.run([*command, "run", *options, "train"], cwd=ROOT, check=True)
+
+    def read(file: str) -> bytes:
+        return dvc.api.read(f"out/checkpoint/{file}", repo=str(ROOT), rev=name, mode="rb")
+
+    made_by = json.loads(read("network.json"))
+    create = plugins.load("models", made_by["network"], "create_model_context")
+    net, criterion, _ = create(**made_by["options"])
+    net.load_state_dict(load(read("weights.safetensors")))
+    return net.eval(), criterion
+
+
+def loaders(network: str) -> Loaders:
+    """The loaders of train, validation and test that the pipeline prepares for it."""
+    params = read_params(ROOT / "params.yaml")
+    entry = params.models[network]
+    create = plugins.load("data", entry.data, "create_dataloaders")
+    return create(batch_size=entry.batch_size, seed=params.seed)
+
+
+def measure(network: str) -> list[dict[str, Any]]:
+    """A row of the table for each of `ROWS`."""
+    net, criterion = trained(network)
+    _, val, test = loaders(network)
+    softening = calibrating_temperature(net, val)
+    original = outcome(net, test, criterion)
+    rows = []
+    for row, (choice, activation_bits, epochs) in ROWS.items():
+        train, *_ = loaders(network)  # anew, so that no row depends on those before it
+        started = time.monotonic()
+        quantized = put_on(net, train, choice, activation_bits, epochs, softening)
+        seconds = time.monotonic() - started
+        judged = compare(outcome(with_quantized(net, quantized), test, criterion), original)
+        rows.append(
+            {
+                "network": network,
+                "row": row,
+                "mean_bits": mean_bits(net, quantized),
+                "criterion_ratio": judged["criterion_ratio"],
+                "low": judged["criterion_ratio_low"],
+                "high": judged["criterion_ratio_high"],
+                "seconds": seconds,
+            }
+        )
+        print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
+    return rows
+
+
+def put_on(
+    net: nn.Module,
+    train: Any,
+    choice: dict[str, Any],
+    activation_bits: int | None,
+    epochs: int | None,
+    softening: float,
+) -> Quantized:
+    """The network with every tensor as ``choice`` says."""
+    calibration = list(islice(train, CALIBRATION_BATCHES))
+    strategy = uniform_strategy(net, **choice)
+    if activation_bits is not None:
+        options = {"bits": activation_bits, "scale": "squared_error"}
+        sites = uniform_activations(net, calibration, **options)
+        strategy = Strategy(strategy.tensors, sites)
+    if epochs is None:
+        return quantize(net, strategy, calibration)
+    return learn(
+        net, strategy, train, epochs=epochs, calibration=calibration, softening=softening
+    )
+
+
+def markdown(results: pd.DataFrame) -> str:
+    """The table, a line per row of it and a column per network."""
+    networks = list(dict.fromkeys(results["network"]))
+    lines = [f"| CR on test, 95% interval, mean bits | {' | '.join(networks)} |"]
+    lines.append("|---" * (1 + len(networks)) + "|")
+    for row, of_row in results.groupby("row", sort=False):
+        cells = {
+            one["network"]: f"{one['criterion_ratio']:.4g} [{one['low']:.4g}, {one['high']:.4g}], "
+            f"{one['mean_bits']:.3f}"
+            for one in of_row.to_dict("records")
+        }
+        lines.append(f"| {row} | {' | '.join(cells[name] for name in networks)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, help="by default all of them")
+    chosen = parser.parse_args().network
+    torch.manual_seed(0)
+    measured = [row for name in NETWORKS if chosen in (None, name) for row in measure(name)]
+    results = pd.DataFrame(measured)
+    if chosen is not None and RESULTS.exists():
+        kept = pd.read_csv(RESULTS)
+        results = pd.concat([kept[kept["network"] != chosen], results])
+        order = results["network"].map(NETWORKS.index)
+        results = results.loc[order.sort_values(kind="stable").index]
+    RESULTS.parent.mkdir(exist_ok=True)
+    results.to_csv(RESULTS, index=False)
+    if set(results["network"]) == set(NETWORKS):
+        readme = ROOT / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        readme.write_text(MARKERS.sub(lambda _: markdown(results), text), encoding="utf-8")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

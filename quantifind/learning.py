@@ -1,0 +1,287 @@
+"""Learned rounding: codes and scales trained until the network's outputs follow those of the float
+network (straight-through estimation, arXiv:1308.3432; LSQ, arXiv:1902.08153; distillation,
+arXiv:1503.02531)."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader
+
+from quantifind.activations import QuantizedActivations, round_through
+from quantifind.checkpoints import (
+    latest_checkpoint,
+    load_checkpoint,
+    random_state,
+    replace_checkpoint,
+    set_random_state,
+)
+from quantifind.quantized import Grid, QuantizedTensor, from_rows, to_rows
+from quantifind.scales import POWER_OF_TWO, nearest_codes, stored_scale
+from quantifind.strategy import Quantized, Strategy, plain_copy, put_values, quantize
+from quantifind.utils import device_of, progress
+
+RATE = 2e-4
+# scales and tables are trained by the logarithm of what they are multiplied with
+GROWTH_RATE = 2e-3
+# both networks' logits are divided by it, so that more than the likeliest class has a say
+TEMPERATURE = 2.0
+# how far towards the next level a value may begin that rounds to this one
+INSIDE = 0.9
+CALIBRATION_BATCHES = 64
+CHECK_EVERY = 50
+
+
+def learn(
+    model: nn.Module,
+    strategy: Strategy,
+    loader: DataLoader,
+    *,
+    epochs: int | None = None,
+    seconds: float | None = None,
+    calibration: Iterable[Any] | None = None,
+    softening: float = 1.0,
+    checkpoints: Path | str | None = None,
+    seed: int = 0,
+) -> Quantized:
+    """Train the codes, scales and codebooks that ``strategy`` begins with; ``model`` is intact.
+
+    The outputs of the quantized network are held to those of ``model``: where targets are class
+    labels, by the Kullback-Leibler divergence, else by the squared error. Labels are not used.
+    Where inputs are floating point, half of each batch are blends of two examples (mixup,
+    arXiv:1710.09412), so that the two networks agree between the examples too. Dropout is off and
+    norms keep their statistics, activations the levels they are calibrated to, and what stays in
+    float its values.
+
+    loader: training data, batches [inputs, targets]. epochs or seconds: the budget, over which the
+    learning rate falls to zero along a cosine; one that is resumed has only what is left of it.
+    calibration: as `quantifind.strategy.quantize` takes it; by default the loader's first batches.
+    softening: a temperature by which the float network's logits are divided; above 1 it makes a
+    network that is too sure of itself less so (Guo et al. 2017, arXiv:1706.04599).
+    checkpoints: a folder; the state after the last whole epoch is kept there, and a call that finds
+    one goes on from it, with a budget of epochs to the same result.
+    seed: of the blends; the order of the examples is the loader's.
+    Errors: ValueError for a budget or softening out of range, a loader without batches, checkpoints
+    of other work, outputs that are not finite, and as for `quantize`.
+    """
+    if (epochs is None) == (seconds is None):
+        raise ValueError(f"learning takes either epochs or seconds, not {epochs=}, {seconds=}")
+    budget = epochs if seconds is None else seconds
+    named = {"epochs" if seconds is None else "seconds": budget, "softening": softening}
+    for name, value in named.items():
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value!r}: a number above 0 is needed")
+    assert budget is not None
+    if len(loader) == 0:
+        raise ValueError("the loader has no batches")
+    work = _fingerprint(model, strategy, budget, softening, seed)
+    path = None if checkpoints is None else latest_checkpoint(Path(checkpoints))
+    if path is not None:
+        keys = ("work", "student", "optimizer", "done", "spent", "began_with", "random_state")
+        other, tensors, state, done, spent, began_with, random = load_checkpoint(path, keys)
+        if other != work:
+            raise ValueError(f"{path}: of another network, strategy or budget")
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        if path is None:
+            done, spent, began_with = 0, 0.0, random_state(loader)  # batches and seconds
+        # the loader's first batches are drawn as they were: test_resuming_gives_the_same_codes
+        set_random_state(began_with, loader)
+        if calibration is None:
+            calibration = list(islice(loader, CALIBRATION_BATCHES))
+        student = _Student(model, quantize(model, strategy, calibration))
+        if not student.latents:
+            raise ValueError("the strategy leaves every parameter in float: nothing can be learned")
+        optimizer = torch.optim.Adam(
+            [
+                {"params": list(student.latents.values()), "rate": RATE},
+                {"params": list(student.growths.values()), "rate": GROWTH_RATE},
+            ]
+        )
+        if path is not None:
+            student.load(tensors)
+            optimizer.load_state_dict(state)
+            set_random_state(random, loader)
+        with progress("learning", total=100) as step:
+            shown = 0.0
+            while (share := (done / len(loader) if seconds is None else spent) / budget) < 1:
+                for inputs, targets in loader:
+                    began = time.monotonic()
+                    share = (done / len(loader) if seconds is None else spent) / budget
+                    if share >= 1:
+                        break
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["rate"] * (1 + math.cos(math.pi * share)) / 2
+                    loss = student.loss(inputs, targets, softening)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    done += 1
+                    if done % CHECK_EVERY == 0:  # reading a loss waits for the device
+                        _check_finite(loss, done)
+                        step(f"distance {loss.item():.4g}", steps=100 * share - shown)
+                        shown = 100 * share
+                    spent += time.monotonic() - began
+                _check_finite(loss, done)
+                if checkpoints is not None:
+                    replace_checkpoint(
+                        checkpoints,
+                        {
+                            "work": work,
+                            "student": student.state(),
+                            "optimizer": optimizer.state_dict(),
+                            "done": done,
+                            "spent": spent,
+                            "began_with": began_with,
+                            "random_state": random_state(loader),
+                        },
+                    )
+        return student.quantized()
+
+
+def _check_finite(loss: Tensor, batches: int) -> None:
+    if not loss.isfinite():
+        raise ValueError(f"the loss became {loss.item()} by batch {batches}")
+
+
+class _Student:
+    """A quantized network whose codes are those nearest to latent float values.
+
+    latents: by name, float32 values of each quantized parameter. growths: by name, the logarithm of
+        what its scales, or the entries of its table, are multiplied with.
+    """
+
+    def __init__(self, model: nn.Module, start: Quantized) -> None:
+        self.teacher = plain_copy(model).eval().requires_grad_(False)
+        self.net: nn.Module = plain_copy(model).eval().requires_grad_(False)
+        self.start, self.prefix = start, ""
+        put_values(self.net, start.tensors)  # buffers, which are not learned, among them
+        if start.activations:
+            self.net, self.prefix = QuantizedActivations(self.net, start.activations), "model."
+        self.latents: dict[str, Tensor] = {}
+        self.growths: dict[str, Tensor] = {}
+        for name, parameter in self.teacher.named_parameters():
+            if name in start.tensors:
+                tensor = start.tensors[name]
+                self.latents[name] = _latent(parameter, tensor).requires_grad_()
+                unit = tensor.grid.table if tensor.scale is None else tensor.scale
+                assert unit is not None
+                growth = torch.zeros(unit.shape, device=parameter.device)
+                self.growths[name] = growth.requires_grad_()
+
+    def loss(self, inputs: Tensor, targets: Tensor, softening: float) -> Tensor:
+        """How far the outputs are from the float network's."""
+        inputs = _blend(inputs.to(device_of(self.teacher)))
+        with torch.no_grad():
+            wanted = self.teacher(inputs).float()
+        weights = {self.prefix + name: self._weight(name) for name in self.latents}
+        outputs = functional_call(self.net, weights, (inputs,)).float()
+        if targets.is_floating_point():
+            return F.mse_loss(outputs, wanted)
+        return TEMPERATURE**2 * F.kl_div(
+            (outputs / TEMPERATURE).log_softmax(1),
+            (wanted / (TEMPERATURE * softening)).log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
+
+    def _weight(self, name: str) -> Tensor:
+        tensor, latent = self.start.tensors[name], self.latents[name]
+        grid, scale = self._levels(name)
+        if grid.table is not None:
+            grid = replace(grid, table=grid.table.float())
+        rows = to_rows(latent, tensor.axis, tensor.group)
+        scale = torch.ones((), device=rows.device) if scale is None else scale
+        zero = 0 if tensor.zero_point is None else tensor.zero_point
+        values = round_through(rows, grid, scale, zero)
+        return from_rows(values, latent.shape, tensor.axis, tensor.group).to(tensor.dtype)
+
+    def _levels(self, name: str) -> tuple[Grid, Tensor | None]:
+        """A tensor's grid and scale as grown, float32 values of what is stored."""
+        tensor, factor = self.start.tensors[name], self.growths[name].exp()
+        if tensor.scale is not None:
+            return tensor.grid, _as_stored(tensor.scale.float() * factor, tensor.scale.dtype)
+        assert tensor.grid.table is not None
+        table = _as_stored(tensor.grid.table.float() * factor, tensor.grid.table.dtype)
+        return replace(tensor.grid, table=table.sort(-1)[0]), None
+
+    @torch.no_grad()
+    def quantized(self) -> Quantized:
+        """The tensors with the codes, scales and tables as learned."""
+        tensors = dict(self.start.tensors)
+        for name, latent in self.latents.items():
+            tensor = tensors[name]
+            grid, scale = self._levels(name)
+            rows = to_rows(latent.double(), tensor.axis, tensor.group)
+            codes = nearest_codes(rows, grid, scale, tensor.zero_point).to(torch.int32)
+            if grid.table is not None and tensor.grid.table is not None:
+                grid = replace(grid, table=grid.table.to(tensor.grid.table.dtype))
+            if scale is not None and tensor.scale is not None:
+                scale = scale.to(tensor.scale.dtype)
+            tensors[name] = replace(
+                tensor,
+                codes=from_rows(codes, latent.shape, tensor.axis, tensor.group),
+                grid=grid,
+                scale=scale,
+            )
+        return Quantized(tensors, self.start.activations)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {"latents": self.latents, "growths": self.growths}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
+        for name, own in self.state().items():
+            for key, tensor in own.items():
+                tensor.copy_(state[name][key])
+
+
+def _latent(values: Tensor, tensor: QuantizedTensor) -> Tensor:
+    """The float values, moved where need be to round to the codes there are, and not beyond the
+    outermost levels, where no gradient would bring them back."""
+    lowest = tensor.grid.lowest_code
+    highest = lowest + tensor.grid.levels - 1
+    codes = tensor.codes.long()
+    level, below, above = (
+        replace(tensor, codes=moved.clamp(lowest, highest)).dequantize().float()
+        for moved in (codes, codes - 1, codes + 1)
+    )
+    within = values.float().clamp((level + below) / 2, (level + above) / 2)
+    return level + INSIDE * (within - level)
+
+
+def _as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 values as they are stored; the gradient is that of the values themselves."""
+    if dtype == POWER_OF_TWO:
+        stored = stored_scale(values.detach(), dtype).float()
+    else:
+        stored = values.detach().to(dtype).float()
+    return stored + (values - values.detach())
+
+
+def _blend(inputs: Tensor) -> Tensor:
+    """Half of the examples, the first of a shuffled batch, blended with others of it."""
+    count = len(inputs) // 2
+    if not inputs.is_floating_point() or count == 0:
+        return inputs
+    shares = torch.rand(count, *(1,) * (inputs.dim() - 1)).to(inputs)
+    others = inputs[torch.randperm(len(inputs), device="cpu")[:count].to(inputs.device)]
+    return torch.cat([shares * inputs[:count] + (1 - shares) * others, inputs[count:]])
+
+
+def _fingerprint(model: nn.Module, strategy: Strategy, *rest: Any) -> str:
+    digest = hashlib.sha256(json.dumps([asdict(strategy), *rest], default=repr).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        values = tensor.detach().cpu().flatten().view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()

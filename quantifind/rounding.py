@@ -1,0 +1,268 @@
+"""Error-compensated rounding: what one weight loses, the next ones make up for, so that a layer's
+outputs stay near the float network's (GPTQ, arXiv:2210.17323)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantifind.calibration import Moments
+from quantifind.quantized import Grid, QuantizedTensor, from_rows
+from quantifind.scales import nearest_codes, stored_scale
+
+BLOCK = 128
+DAMPING = 0.01
+SWEEPS = 2
+# of the scale with the least weighted squared error; the one with the least output error is kept
+SHARES = (1.0, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.35)
+
+
+def compensate_layer(
+    values: Tensor,
+    moments: Mapping[tuple[int, int], Moments],
+    quantize: Callable[[Tensor, Tensor], QuantizedTensor],
+    *,
+    search: bool = False,
+) -> QuantizedTensor:
+    """A layer's weight rounded so that the error of its outputs on calibration inputs is small.
+
+    values: the weight, (outputs, …). moments: by rows, as `quantifind.calibration.layer_moments`
+    gives them. quantize: the values to aim at, and the importance of each → the values rounded to
+    nearest, which fixes the grid.
+    search: whether to choose the scale of each channel among `SHARES` of the one that ``quantize``
+    gives, by the error of its outputs.
+    """
+    flat = values.detach().reshape(len(values), -1).double()
+    target, importance = flat.clone(), torch.zeros_like(flat)
+    for (first, last), part in moments.items():
+        rows = slice(first, last)
+        target[rows] = best_weights(flat[rows], part)
+        importance[rows] = (part.inputs.diagonal() + _own(part)) / max(part.positions, 1)
+    aim = target.reshape(values.shape).to(values.dtype)
+    start = quantize(aim, importance.reshape(values.shape))
+    codes = start.codes.reshape(flat.shape).clone()
+    share = torch.ones(len(flat), 1, dtype=torch.float64, device=flat.device)
+    # a channel's scales can be chosen by its own outputs only where they are its own
+    own_scales = start.axis is not None and start.axis % values.dim() == 0
+    search = search and own_scales and start.scale is not None
+    for (first, last), part in moments.items():
+        rows = slice(first, last)
+        levels = RowLevels.of(start, rows)
+        codes[rows], share[rows] = compensate(
+            target[rows],
+            part.inputs,
+            levels,
+            codes[rows],
+            SHARES if search else SHARES[:1],
+            own=part.look_ups,
+        )
+    scale = start.scale
+    if search and scale is not None:
+        shared = scale.double().reshape(len(flat), -1) * share
+        scale = stored_scale(shared.reshape(scale.shape), scale.dtype)
+    return replace(start, codes=codes.reshape(values.shape), scale=scale)
+
+
+def best_weights(weights: Tensor, moments: Moments) -> Tensor:
+    """The weights, (rows, inputs), whose outputs are nearest to the float network's: those given,
+    corrected by least squares for what the layer's inputs and its bias have lost so far."""
+    hessian = moments.inputs
+    if moments.look_ups is not None:
+        # one matrix for all rows: what is looked up has no error to make up for
+        hessian = hessian + moments.look_ups.mean() * torch.eye(len(hessian)).to(hessian)
+    missing = moments.outputs - weights @ moments.inputs  # Σ (y − W x) xᵀ
+    return weights + torch.linalg.solve(_damped(hessian), missing.T).T
+
+
+def _own(moments: Moments) -> Tensor | float:
+    return 0.0 if moments.look_ups is None else moments.look_ups.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class RowLevels:
+    """The levels that each element of some rows of a tensor can have.
+
+    scale, zero: (rows, 1) or (rows, inputs) float64; None where there is none.
+    table_of: where rows have tables of their own, which one, (rows, 1) or (rows, inputs).
+    """
+
+    grid: Grid
+    scale: Tensor | None
+    scale_dtype: torch.dtype | None
+    zero: Tensor | None
+    table_of: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: QuantizedTensor, rows: slice) -> "RowLevels":
+        """Those of some outputs of a quantized weight (outputs, …)."""
+        outputs = len(tensor.codes)
+
+        def spread(each: Tensor | None) -> Tensor | None:
+            if each is None:
+                return None
+            if each.numel() == 1:
+                return each.double().reshape(1, 1).expand(outputs, 1)[rows]
+            if len(each) == outputs and tensor.axis == 0:
+                return each.double()[rows]
+            shape, axis, group = tensor.codes.shape, tensor.axis, tensor.group
+            return from_rows(each.double(), shape, axis, group).reshape(outputs, -1)[rows]
+
+        table, table_of = tensor.grid.table, None
+        if table is not None and table.dim() == 2:
+            table_of = spread(torch.arange(len(table), device=table.device).unsqueeze(1))
+        dtype = None if tensor.scale is None else tensor.scale.dtype
+        return cls(tensor.grid, spread(tensor.scale), dtype, spread(tensor.zero_point), table_of)
+
+    def scaled(self, share: float | Tensor) -> "RowLevels":
+        """With the scales that are stored for so many times these."""
+        if self.scale is None or self.scale_dtype is None:
+            return self
+        return replace(self, scale=stored_scale(self.scale * share, self.scale_dtype).double())
+
+    def column(self, index: int) -> "RowLevels":
+        def at(each: Tensor | None) -> Tensor | None:
+            return each if each is None or each.shape[1] == 1 else each[:, index : index + 1]
+
+        grid, table_of = self.grid, at(self.table_of)
+        if table_of is not None and grid.table is not None:
+            grid = replace(grid, table=grid.table[table_of[:, 0].long()])
+        return replace(self, grid=grid, scale=at(self.scale), zero=at(self.zero), table_of=None)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return nearest_codes(values, self.grid, self.scale, self.zero)
+
+    def values(self, codes: Tensor) -> Tensor:
+        values = self.grid.values(codes).double()
+        if self.zero is not None:
+            values = values - self.zero
+        return values if self.scale is None else values * self.scale
+
+
+def compensate(
+    target: Tensor,
+    hessian: Tensor,
+    levels: RowLevels,
+    nearest: Tensor,
+    shares: Sequence[float] = (1.0,),
+    *,
+    own: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes that keep (target − rounded) · hessian · (target − rounded)ᵀ of each row small.
+
+    target: (rows, inputs) float64. hessian: Σ x xᵀ, (inputs, inputs) float64. nearest: codes to
+    start from, than which no row becomes worse. shares: of the scales, those to try. own: what each
+    row adds to the diagonal of the hessian, (rows,), for a row that is an embedding's output too.
+    Returns: codes (rows, inputs), and the share of its scales that each row takes, (rows, 1).
+    """
+    share = torch.ones_like(target[:, :1])
+    each = torch.zeros_like(share) if own is None else own.to(target).unsqueeze(1)
+    if own is not None and not hessian.any():
+        # nothing to compensate with: test_an_embedding_is_rounded_to_nearest
+        return nearest.clone(), share
+    # an input that is always zero has no say: test_dead_inputs_get_zero
+    alive = hessian.diagonal() + each > 0
+    wanted = torch.where(alive, target, 0.0)
+    codes = torch.where(alive, nearest, _nearest_columns(levels, torch.zeros_like(target)))
+    values = _all_columns(levels, codes)
+    least = _errors(target - values, hessian, each)
+    factor, order = _factor(hessian + each.mean() * torch.eye(len(hessian)).to(hessian))
+    for tried_share in shares:
+        scaled = levels.scaled(tried_share)
+        tried, tried_values = _in_turn(wanted, factor, order, scaled)
+        error = _errors(target - tried_values, hessian, each)
+        better = error < least
+        least = torch.where(better, error, least)
+        codes = torch.where(better, tried, codes)
+        values = torch.where(better, tried_values, values)
+        share = torch.where(better, tried_share, share)
+    _descend(target, hessian, each, levels.scaled(share), codes, values)
+    return codes, share
+
+
+def _nearest_columns(levels: RowLevels, values: Tensor) -> Tensor:
+    if levels.table_of is None:
+        return levels.nearest(values).int()
+    columns = [levels.column(i).nearest(values[:, i : i + 1]) for i in range(values.shape[1])]
+    return torch.cat(columns, 1).int()
+
+
+def _all_columns(levels: RowLevels, codes: Tensor) -> Tensor:
+    if levels.table_of is None:
+        return levels.values(codes)
+    columns = [levels.column(i).values(codes[:, i : i + 1]) for i in range(codes.shape[1])]
+    return torch.cat(columns, 1)
+
+
+def _errors(difference: Tensor, hessian: Tensor, own: Tensor) -> Tensor:
+    return ((difference @ hessian + own * difference) * difference).sum(1, keepdim=True)
+
+
+def _damped(hessian: Tensor) -> Tensor:
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    # dead inputs have a unit like the others': test_the_unit_of_the_inputs_does_not_matter
+    alive = diagonal[diagonal > 0]
+    mean = alive.mean() if len(alive) else diagonal.new_ones(())
+    diagonal[diagonal == 0] = mean
+    return damped.diagonal_scatter(diagonal + DAMPING * mean)
+
+
+def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the inverse, inputs in order of falling power; that order."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian)[order][:, order]))
+    return torch.linalg.cholesky(inverse, upper=True), order
+
+
+def _in_turn(
+    target: Tensor, factor: Tensor, order: Tensor, levels: RowLevels
+) -> tuple[Tensor, Tensor]:
+    """GPTQ: columns rounded one by one, what each loses taken over by those to come."""
+    rest = target[:, order]
+    codes = torch.empty_like(rest, dtype=torch.int32)
+    values = torch.empty_like(rest)
+    for start in range(0, len(order), BLOCK):
+        stop = min(start + BLOCK, len(order))
+        block = rest[:, start:stop]
+        lost = torch.empty_like(block)
+        for i in range(stop - start):
+            column = levels.column(int(order[start + i]))
+            rounded = column.nearest(block[:, i : i + 1])
+            value = column.values(rounded)
+            own = factor[start + i, start + i : stop]
+            lost[:, i : i + 1] = (block[:, i : i + 1] - value) / own[0]
+            block[:, i:] -= lost[:, i : i + 1] * own
+            codes[:, start + i : start + i + 1] = rounded
+            values[:, start + i : start + i + 1] = value
+        rest[:, stop:] -= lost @ factor[start:stop, stop:]
+    back = order.argsort()
+    return codes[:, back], values[:, back]
+
+
+def _descend(
+    target: Tensor, hessian: Tensor, own: Tensor, levels: RowLevels, codes: Tensor, values: Tensor
+) -> None:
+    """Coordinate descent: one column after another to the level with the least error, the others
+    fixed; ``codes`` and ``values`` are improved in place, no row becomes worse."""
+    power = hessian.diagonal()
+    order = power.argsort(descending=True, stable=True)
+    order = order[power[order] > 0]
+    slope = (target - values) @ hessian + own * (target - values)  # (rows, inputs)
+    for _ in range(SWEEPS):
+        for columns in order.split(BLOCK):
+            among = hessian[columns]
+            within, own_slope = among[:, columns], slope[:, columns]
+            moves = torch.empty_like(own_slope)
+            for i, index in enumerate(columns.tolist()):
+                column = levels.column(index)
+                old = values[:, index : index + 1]
+                rounded = column.nearest(old + own_slope[:, i : i + 1] / (power[index] + own))
+                value = column.values(rounded)
+                moves[:, i : i + 1] = value - old
+                own_slope -= moves[:, i : i + 1] * within[i]
+                own_slope[:, i : i + 1] -= own * moves[:, i : i + 1]
+                codes[:, index : index + 1] = rounded
+                values[:, index : index + 1] = value
+            slope -= moves @ among
+            slope[:, columns] -= own * moves

@@ -1,0 +1,324 @@
+"""Values on a grid: the scale of each row, and the codes (OMSE, arXiv:1902.06822)."""
+
+from collections.abc import Iterator
+from numbers import Integral, Real
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from quantifind.quantized import Grid, QuantizedTensor, from_rows, to_rows
+
+POWER_OF_TWO = torch.float8_e8m0fnu
+SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "power_of_two": POWER_OF_TWO}
+INTEGERS = (torch.int8, torch.int16, torch.int32)
+FITS = ("largest", "squared_error", "weighted_squared_error")
+# tried besides the scale that reaches the largest value, as shares of it; 1/64 of it is the
+# standard deviation of some millions of weights with few outliers
+SHARES = torch.logspace(-5, 0.25, 43, base=2, dtype=torch.float64).tolist()
+REFINEMENTS = 6
+
+
+def level_count(scheme: str, bits: Any, levels: Any, *, low: int, high: int) -> int:
+    """How many levels ``bits`` or ``levels`` ask for.
+
+    low, high: the widths the scheme has, in bits.
+    Errors: ValueError unless exactly one is given, a whole number that the scheme has.
+    """
+    if (bits is None) == (levels is None):
+        raise ValueError(f"{scheme} takes either bits or levels, not bits={bits}, levels={levels}")
+    given, least, most = (bits, low, high) if levels is None else (levels, 2**low, 2**high)
+    name = "bits" if levels is None else "levels"
+    count = whole_number(name, given, f"{scheme} takes", least, most)
+    return 2**count if levels is None else count
+
+
+def whole_number(name: str, given: Any, takes: str, low: int, high: int) -> int:
+    """The option ``given``; ValueError unless it is a whole number, ``low`` to ``high``."""
+    whole = isinstance(given, Integral) and not isinstance(given, bool)
+    if not whole or not low <= given <= high:
+        raise ValueError(f"{name} is {given!r}: {takes} whole numbers {low} to {high}")
+    return int(given)
+
+
+def check_values(values: Tensor) -> None:
+    """Raise ValueError unless ``values`` are floating point and finite."""
+    if not values.is_floating_point():
+        raise ValueError(f"values are {values.dtype}: only floating point can be quantized")
+    if bad := int((~values.isfinite()).sum()):
+        raise ValueError(f"{bad} of {values.numel()} values are NaN or infinite")
+
+
+def filled_rows(
+    values: Tensor, axis: int | None, group: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """`to_rows` in float64, and, unless all of them are values, which are, bool.
+
+    What fills up a group repeats its first value, so as to have no say in its range.
+    """
+    rows = to_rows(values.double(), axis, group)
+    if rows.numel() == values.numel():
+        return rows, None
+    real = to_rows(torch.ones_like(values, dtype=torch.bool), axis, group)
+    return torch.where(real, rows, rows[:, :1]), real
+
+
+def importance_rows(
+    importance: Tensor | None, values: Tensor, axis: int | None, group: int | None
+) -> Tensor:
+    """The importance of each value, float64, as `to_rows` has them; 0 for what fills up a group.
+
+    Errors: ValueError where there is none, or it can't broadcast, or is negative, NaN or infinite.
+    """
+    if importance is None:
+        raise ValueError("weighted errors need the importance of each value: calibration inputs")
+    try:
+        each = importance.double().expand_as(values)
+    except RuntimeError:
+        raise ValueError(
+            f"importance has shape {list(importance.shape)}: {list(values.shape)}, or what "
+            "broadcasts to it, is allowed"
+        ) from None
+    if bad := int((~((importance >= 0) & importance.isfinite())).sum()):
+        raise ValueError(f"{bad} values of importance are negative, NaN or infinite")
+    return to_rows(each, axis, group)
+
+
+def quantize_on(
+    values: Tensor,
+    grid: Grid,
+    *,
+    axis: int | None = None,
+    group: int | None = None,
+    scale: str | float = "largest",
+    importance: Tensor | None = None,
+    scale_dtype: str | None = None,
+    zero_point: bool = False,
+) -> QuantizedTensor:
+    """Each value's nearest level of ``grid`` times the scale of its row.
+
+    values: floating point, finite, any shape. axis, group: what shares a scale, as in
+    `quantifind.quantized.to_rows`: the tensor by default, a channel, or a group of its inputs.
+    scale: "largest", which reaches the row's largest magnitude; "squared_error", with the least sum
+        of squared errors among those tried, never more than that of "largest"; "weighted_squared_
+        error", each error weighted with ``importance``; or the scale itself, a number.
+    importance: not negative, broadcasts against ``values``: the inputs' second moments.
+    scale_dtype: what the scale is stored in: "float32" (default; float64 for float64 values),
+        "float16", or "power_of_two", 2^−127 to 2^127 in 8 bits.
+    zero_point: shift the levels by a whole number of codes, so that they span the row's lowest to
+        its largest value, and 0 (Jacob et al. 2018, arXiv:1712.05877); of a given ``scale``, as far
+        as it reaches from the lowest.
+    Errors: ValueError naming the option that is out of range, for values that are not floating
+    point, and for NaN or infinity, saying how many there are.
+    """
+    check_values(values)
+    if zero_point and (grid.table is not None or grid.offset):
+        raise ValueError("zero_point is True: only the uniform grid's whole levels have one")
+    dtype = storage_dtype("scale_dtype", scale_dtype, values.dtype)
+    # test_a_last_group_may_be_smaller
+    rows, real = filled_rows(values, axis, group)
+    zero = None
+    if isinstance(scale, str) and scale in FITS:
+        weights = None if real is None else real.double()
+        if scale == "weighted_squared_error":
+            weights = importance_rows(importance, values, axis, group)
+        step, zero = _largest(rows, grid, dtype, zero_point)
+        if scale != "largest" and rows.numel():
+            step, zero = _least_error(rows, grid, dtype, step, zero, weights)
+    elif isinstance(scale, Real) and not isinstance(scale, bool) and 0 <= scale < torch.inf:
+        step = rows.new_full((len(rows), 1), float(scale))
+        _check_storable(step, dtype)
+        step = stored_scale(step, dtype)
+        if zero_point and rows.numel():
+            zero = _zero_point(rows.amin(1, keepdim=True).clamp(max=0), step, grid)
+    else:
+        fits = ", ".join(FITS)
+        raise ValueError(f"scale is {scale!r}: a finite number from 0 up, {fits} are allowed")
+    codes = nearest_codes(rows, grid, step, zero)
+    codes = from_rows(codes.to(torch.int32), values.shape, axis, group)
+    if axis is None and group is None:
+        step = step.reshape(())
+    return QuantizedTensor(codes, grid, step, values.dtype, axis, group, zero)
+
+
+def nearest_codes(rows: Tensor, grid: Grid, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    """The codes of the levels nearest to ``rows`` (rows, length) float64."""
+    if scale is not None:
+        scale = scale.double()
+        # a row of zeros has no scale: test_zeros_stay_zero
+        rows = rows / torch.where(scale > 0, scale, 1.0)
+    return grid.codes(rows if zero is None else rows + zero)
+
+
+def storage_dtype(option: str, name: str | None, values: torch.dtype) -> torch.dtype:
+    """What scales or tables are stored in: by default float32, of float64 ``values`` float64."""
+    allowed = [n for n in SCALE_DTYPES if option == "scale_dtype" or n != "power_of_two"]
+    if name is None:
+        return torch.promote_types(values, torch.float32)
+    if name not in allowed:
+        raise ValueError(f"{option} is {name!r}: {', '.join(allowed)} are allowed")
+    return SCALE_DTYPES[name]
+
+
+def _largest(
+    rows: Tensor, grid: Grid, dtype: torch.dtype, zero_point: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The smallest storable scale (rows, 1) with which the levels reach each row's values."""
+    if rows.numel() == 0:
+        return stored_scale(rows.new_zeros(len(rows), 1), dtype), None
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    if zero_point:
+        return _spanning(low.clamp(max=0), high.clamp(min=0), grid, dtype)
+    largest = torch.maximum(high, -low)
+    step = _covering(largest, grid.reach)
+    if grid.table is None and grid.levels % 2 == 0 and not grid.offset:
+        # a constant row is its own step, the reach being no level, unless storing that step takes
+        # more from it than half of the smaller one: test_constant_tensor_keeps_its_value
+        own = stored_scale(largest.clamp(max=torch.finfo(dtype).max), dtype, up=True).double()
+        near = (own - largest).abs() <= largest / (grid.levels - 1)
+        step = torch.where((low == high) & (low <= largest * grid.ends[1]) & near, own, step)
+    return stored_scale(step, dtype, up=True), None
+
+
+def _covering(extent: Tensor, steps: float) -> Tensor:
+    """The smallest step, so many of which are ``extent`` or more."""
+    step = extent / steps
+    # subnormal quotients are coarse: test_subnormals_survive
+    return torch.where(
+        step * steps < extent, step.nextafter(torch.full_like(step, torch.inf)), step
+    )
+
+
+def _spanning(
+    low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype, *, up: bool = True
+) -> tuple[Tensor, Tensor]:
+    step = stored_scale(_covering(high - low, grid.levels - 1), dtype, up=up)
+    return step, _zero_point(low, step, grid)
+
+
+def _zero_point(low: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    """The code of 0 with which the lowest code is nearest to ``low``, which isn't above 0."""
+    zero = grid.lowest_code - low / step.double().clamp(min=2**-1074)
+    width = next(t for t in INTEGERS if grid.levels <= 2 ** torch.iinfo(t).bits)
+    highest = grid.lowest_code + grid.levels - 1
+    return zero.round().clamp(grid.lowest_code, highest).to(width)
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype, *, up: bool = False) -> Tensor:
+    """Positive scales in the dtype they are stored in, to nearest or ``up``, never to 0.
+
+    The nearest to one above the largest that can be stored is that.
+    Errors: ValueError for such a one when it is to go ``up``.
+    """
+    if up:
+        _check_storable(scale, dtype)
+    scale = scale.clamp(max=torch.finfo(dtype).max)
+    if dtype == POWER_OF_TWO:
+        mantissa, exponent = torch.frexp(scale)  # scale = mantissa · 2^exponent, ½ ≤ mantissa < 1
+        middle = 0.5 if up else 0.75
+        power = torch.where(mantissa > middle, exponent, exponent - 1)
+        power = torch.where(scale > 0, power, -127).clamp(min=-127)
+        return torch.exp2(power.double()).to(dtype)
+    stored = scale.to(dtype)
+    if up:
+        above = torch.nextafter(stored, torch.full_like(stored, torch.inf))
+        # rounded up, the levels still reach the largest value: test_error_is_at_most_half_a_step
+        stored = torch.where(stored.double() < scale, above, stored)
+    smallest = torch.nextafter(torch.zeros_like(stored), torch.ones_like(stored))
+    return torch.where((stored == 0) & (scale > 0), smallest, stored)
+
+
+def _check_storable(scale: Tensor, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    if (scale > largest).any():
+        name = next((n for n, kept in SCALE_DTYPES.items() if kept == dtype), "float64")
+        raise ValueError(
+            f"a scale of {scale.max().item():.3g} is too large for scale_dtype {name}: "
+            f"at most {largest:.3g} is allowed"
+        )
+
+
+def _least_error(
+    rows: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    largest: Tensor,
+    zero: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Of the scales tried, each row's with the least (weighted) sum of squared errors."""
+    # in units of the largest scale squares neither overflow nor vanish: test_extreme_scales_...
+    unit = torch.where(largest.double() > 0, largest.double(), 1.0)
+    exact = rows / unit
+    if weights is not None:
+        weights = weights / weights.amax(1, keepdim=True).clamp(min=2**-1022)
+    # squares of the levels of 7 exponent bits are beyond float32: test_squared_error_is_the_least
+    precise = grid.levels > 2**16 or grid.reach > 2**32
+
+    def error(
+        step: Tensor, shift: Tensor | None, values: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each row's error, and its best scale for the codes that ``step`` gives."""
+        step = (step.double() / unit).to(values.dtype)
+        scaled = values / step
+        codes = grid.codes(scaled if shift is None else scaled + shift)
+        levels = grid.values(codes).to(values.dtype)
+        levels = levels if shift is None else levels - shift
+        weighted = levels if weights is None else levels * weights
+        power = (weighted * levels).sum(1, keepdim=True)
+        product = (weighted * values).sum(1, keepdim=True)
+        residual = (values - step * levels).square_()
+        residual = residual if weights is None else residual.mul_(weights)
+        best = torch.where(power > 0, product / power, step).double() * unit
+        return residual.sum(1, keepdim=True), best
+
+    dtypes = torch.float64 if precise else torch.float32
+    some = exact.to(dtypes), None if weights is None else weights.to(dtypes)
+    best, best_zero = largest, zero
+    least, refined = error(largest, zero, *some)
+    for step, shift in _candidates(rows, grid, dtype, largest, zero):
+        tried, own_best = error(step, shift, *some)
+        better = tried < least
+        least = torch.where(better, tried, least)
+        refined = torch.where(better, own_best, refined)
+        best = _where(better, step, best)
+        best_zero = _where(better, shift, best_zero)
+    for _ in range(REFINEMENTS if dtype != POWER_OF_TWO else 0):
+        step = stored_scale(torch.where(refined > 0, refined, best.double()), dtype)
+        tried, own_best = error(step, best_zero, *some)
+        better = tried < least
+        if not better.any():
+            break
+        least = torch.where(better, tried, least)
+        refined = torch.where(better, own_best, refined)
+        best = _where(better, step, best)
+    if precise:
+        return best, best_zero
+    # what float32 took for better may not be
+    was, now = error(largest, zero, exact, weights)[0], error(best, best_zero, exact, weights)[0]
+    return _where(now < was, best, largest), _where(now < was, best_zero, zero)
+
+
+def _candidates(
+    rows: Tensor, grid: Grid, dtype: torch.dtype, largest: Tensor, zero: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    shares = SHARES if dtype != POWER_OF_TWO else [2.0**-k for k in range(1, 7)]
+    low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
+    for share in shares:
+        if zero is None:
+            yield stored_scale(largest.double() * share, dtype), None
+        else:
+            yield _spanning(low * share, high * share, grid, dtype, up=share < 1)
+
+
+@overload
+def _where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor: ...
+@overload
+def _where(condition: Tensor, one: Tensor | None, other: Tensor | None) -> Tensor | None: ...
+def _where(condition: Tensor, one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return None
+    # torch.where knows no float8: through float32, which holds every power of two it has
+    if one.dtype == POWER_OF_TWO:
+        return torch.where(condition, one.float(), other.float()).to(POWER_OF_TWO)
+    return torch.where(condition, one, other)

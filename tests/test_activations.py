@@ -1,0 +1,250 @@
+"""What goes into each product is on few levels, with widths and ranges of each site's own."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from quantifind import plugins
+from quantifind.activations import (
+    QuantizedActivations,
+    activation_sites,
+    fit_activations,
+    round_through,
+)
+from quantifind.products import visiting
+from quantifind.quantized import Grid
+from quantifind.strategy import Strategy, mean_bits, quantize, quantize_model, uniform_activations
+
+SCHEMES = plugins.names("schemes")
+
+
+class Net(nn.Module):
+    """A linear map, attention, a convolution, and a product of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(6, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.mix = nn.Conv1d(8, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = self.norm(self.enter(x).transpose(1, 2)).transpose(1, 2)
+        x = self.mix(self.layer(x).transpose(1, 2))
+        return x @ x.transpose(1, 2)
+
+
+ATTENTION = "layer.self_attn"
+SITES = [
+    "enter.weight",
+    f"{ATTENTION}.in_proj_weight",
+    *(f"{ATTENTION}.product.{i}.{side}" for i in (0, 1) for side in ("left", "right")),
+    f"{ATTENTION}.out_proj.weight",
+    "layer.linear1.weight",
+    "layer.linear2.weight",
+    "mix.weight",
+    "product.0.left",
+    "product.0.right",
+]
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(4, 5, 6, generator=generator) + 1,) for _ in range(3)]
+
+
+def floats(net):
+    return dict.fromkeys(dict(net.named_parameters()))
+
+
+def operands_seen(model, inputs):
+    """By site, what the products of a pass through rounded activations are computed of."""
+    seen = {}
+
+    def visit(product):
+        rounded = model.rounded(product)
+        seen.update(zip(rounded.sites, rounded.operands, strict=True))
+        return rounded.compute(*rounded.operands)
+
+    with torch.no_grad(), visiting(model.model, visit):
+        outputs = model.model(inputs)
+    torch.testing.assert_close(outputs, model(inputs).detach())
+    return seen
+
+
+def test_sites_are_those_of_linear_maps_convolutions_and_attention_in_order(net, batches):
+    assert activation_sites(net, batches) == SITES
+
+
+def test_the_language_network_has_sites_inside_its_attention():
+    create = plugins.load("models", "language_transformer_model", "create_model_context")
+    net, *_ = create(classes=3, vocabulary=9, width=8, layers=2, heads=2)
+    sites = activation_sites(net, [(torch.tensor([[1, 2, 3], [4, 8, 0]]),)])
+    for layer in (0, 1):
+        for product in (0, 1):
+            for side in ("left", "right"):
+                name = f"encoder.layers.{layer}.self_attn.product.{product}.{side}"
+                assert name in sites
+    assert "embedding.weight" not in sites
+    assert {"neighbours.weight", "head.weight"} <= set(sites)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scale", ["largest", "squared_error"])
+def test_every_operand_has_few_values(net, batches, scheme, scale):
+    widths = {site: 3 + index % 4 for index, site in enumerate(SITES)}
+    options = {} if scheme == "codebook" else {"scale": scale}
+    choices = {site: {"scheme": scheme, "bits": b} | options for site, b in widths.items()}
+    rounded = quantize_model(net, Strategy(floats(net), choices), batches)
+    seen = operands_seen(rounded, torch.randn(7, 5, 6))
+    assert list(seen) == SITES
+    for site, operand in seen.items():
+        assert 1 < len(operand.unique()) <= 2 ** widths[site]
+
+
+def test_only_named_sites_are_rounded(net, batches):
+    choices = dict.fromkeys(SITES) | {"mix.weight": {"scheme": "uniform", "bits": 2}}
+    rounded = quantize_model(net, Strategy(floats(net), choices), batches)
+    x = torch.randn(7, 5, 6)
+    counts = {site: len(values.unique()) for site, values in operands_seen(rounded, x).items()}
+    assert counts.pop("mix.weight") <= 4
+    assert min(counts.values()) > 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_16_bits_are_near_float(net, batches, dtype):
+    net, batches = net.to(dtype), [(x.to(dtype),) for x, *_ in batches]
+    choices = uniform_activations(net, batches, 16)
+    assert list(choices) == SITES
+    rounded = quantize_model(net, Strategy(floats(net), choices), batches)
+    (x,) = batches[0]
+    wanted, found = net(x), rounded(x)
+    assert found.dtype == dtype
+    assert (found - wanted).norm() < (2e-2 if dtype == torch.bfloat16 else 1e-3) * wanted.norm()
+
+
+def test_every_batch_has_its_say_at_every_site(net, batches):
+    """Products too, the range of which is that over all batches."""
+    few, many = batches[:1], [*batches, (10 * batches[0][0],)]
+    choices = uniform_activations(net, few, 8)
+    narrow, wide = (fit_activations(net, choices, b) for b in (few, many))
+    for site in ("product.0.left", "product.0.right", f"{ATTENTION}.product.0.left", "enter.weight"):
+        assert wide[site].scale > narrow[site].scale
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ranges_by_largest_percentile_and_squared_error(sign):
+    net = nn.Linear(1, 1)
+    values = torch.linspace(0, 1, 2001).unsqueeze(1) * sign
+    values[-1] = 50 * sign
+
+    def fit(**options):
+        choice = {"scheme": "uniform", "bits": 4, "zero_point": True} | options
+        return fit_activations(net, {"weight": choice}, [(values,)])["weight"]
+
+    largest, cut, least = fit(), fit(percentile=99.9), fit(scale="squared_error")
+    assert largest.scale == pytest.approx(50 / 15)
+    assert cut.scale == pytest.approx(0.999 / 15, rel=1e-2)
+    error = [(q.dequantize() - values.flatten()).square().sum() for q in (largest, least)]
+    assert error[1] < error[0]
+
+
+def test_a_sample_stands_for_many_values(monkeypatch):
+    monkeypatch.setattr("quantifind.activations.SAMPLE", 1000)
+    net, choice = nn.Linear(10, 1), {"scheme": "uniform", "bits": 4}
+    batches = [(torch.rand(300, 10),) for _ in range(10)]
+    batches[7][0][5] = 9.0
+    fit = fit_activations(net, {"weight": choice}, batches)["weight"]
+    assert len(fit.codes) == 1000 + 2 * 10
+    assert fit.scale == pytest.approx(9 / 7.5)  # the largest of all is seen
+
+
+def test_gradients_pass_to_what_lies_within_the_levels():
+    values = torch.tensor([-3.0, -0.6, 0.2, 0.7, 5.0], requires_grad=True)
+    scale = torch.tensor(0.5, requires_grad=True)
+    result = round_through(values, Grid(4), scale, 0)  # -1, -½, 0, ½
+    assert result.tolist() == [-1, -0.5, 0, 0.5, 0.5]
+    result.sum().backward()
+    # ½ is the highest level
+    assert values.grad.tolist() == [0, 1, 1, 0, 0]
+    # the level itself beyond the ends, else its distance from the value
+    expected = -2 + (-1 + 1.2) + (0 - 0.4) + 1 + 1
+    assert scale.grad.item() == pytest.approx(expected)
+
+
+def test_gradients_reach_inputs_and_weights(net, batches):
+    rounded = quantize_model(
+        net, Strategy(floats(net), uniform_activations(net, batches, 8)), batches
+    )
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    rounded(x).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in rounded.parameters())
+
+
+def test_modes_stay(net, batches):
+    net.train()
+    net.norm.eval()
+    modes = [module.training for module in net.modules()]
+    before = copy.deepcopy(net.state_dict())
+    rounded = quantize_model(
+        net, Strategy(floats(net), uniform_activations(net, batches, 8)), batches
+    )
+    assert [module.training for module in net.modules()] == modes
+    assert [module.training for module in rounded.model.modules()] == modes
+    assert rounded.training
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_ranges_are_saved_with_the_network_and_counted(net, batches):
+    strategy = Strategy(floats(net), uniform_activations(net, batches, 8))
+    quantized = quantize(net, strategy, batches)
+    rounded = QuantizedActivations(net, quantized.activations)
+    assert len(rounded.state_dict()["scales"]) == len(SITES)
+    size = sum(p.numel() for p in net.parameters())
+    assert mean_bits(net, quantized) == 32 + len(SITES) * (32 + 8) / size
+
+
+CHOICE = {"scheme": "uniform", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mxi": CHOICE}, "names activations mxi: the network has enter.weight, "),
+        ({"mix.weight": ...}, "leaves activations mix.weight unnamed: None says"),
+        ({"mix.weight": CHOICE | {"axis": 0}}, "mix.weight: axis: activations have one scale"),
+        ({"mix.weight": CHOICE | {"percentile": 20}}, "mix.weight: percentile is 20: 50 to 100"),
+        ({"mix.weight": CHOICE | {"rounding": "nearest"}}, "mix.weight: unknown option rounding: u"),
+        ({"mix.weight": CHOICE | {"bits": 40}}, "mix.weight: bits is 40"),
+        ({"mix.weight": {"bits": 4}}, "mix.weight: a choice needs a scheme: codebook, "),
+        ({"mix.weight": {"scheme": "un"}}, "mix.weight: unknown 'un': quantifind/schemes/ has cod"),
+        ({"mix.weight": CHOICE | {"scale": None}}, "mix.weight: .*'scale': None"),
+    ],
+)
+def test_errors_name_the_site(net, batches, change, message):
+    choices = {k: v for k, v in (dict.fromkeys(SITES) | change).items() if v is not ...}
+    with pytest.raises(ValueError, match=message):
+        quantize(net, Strategy(floats(net), choices), batches)
+
+
+def test_activations_need_calibration(net):
+    with pytest.raises(ValueError, match="activations: calibration has no examples"):
+        quantize(net, Strategy(floats(net), dict.fromkeys(SITES)))
+
+
+def test_activations_that_are_not_finite_are_named():
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
+    net[0].weight.data[:] = 3e38
+    choices = {"0.weight": None, "1.weight": CHOICE}
+    with pytest.raises(ValueError, match="activations of 1.weight: 2 values are NaN or infinite"):
+        fit_activations(net, choices, [(torch.full((2, 1), 9.0),)])
