@@ -10,6 +10,7 @@ benchmarks/results/grids.csv and, of all four networks, what stands between READ
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -42,9 +43,7 @@ from quantifind.strategy import (
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/grids.csv"
 NETWORKS = ("dense_mnist", "conv_mnist", "language_transformer", "simple_dense")
-MARKERS = re.compile(
-    r"(?<=<!-- python benchmarks/grids.py -->\n).*?(?=<!-- end -->)", re.DOTALL
-)
+MARKERS = re.compile(r"(?<=<!-- python benchmarks/grids.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 CALIBRATION_BATCHES = 64
 NEAREST = {"axis": 0, "scale_dtype": "float16"}
 COMPENSATED = NEAREST | {"rounding": "compensated", "scale": "output_error"}
@@ -67,7 +66,10 @@ def trained(network: str) -> tuple[nn.Module, nn.Module]:
     # an experiment of this name from an earlier call would be in the way
     subprocess.run([*command, "remove", "--quiet", name], cwd=ROOT, stderr=subprocess.DEVNULL)
     options = ["--temp", "--name", name, "--set-param", f"model={network}"]
-    subprocess.run([*command, "run", *options, "train"], cwd=ROOT, check=True)
+    # the stages' python is this one, the environment activated or not
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
+    subprocess.run([*command, "run", *options, "train"], cwd=ROOT, env=environment, check=True)
 
     def read(file: str) -> bytes:
         return dvc.api.read(f"out/checkpoint/{file}", repo=str(ROOT), rev=name, mode="rb")
@@ -132,9 +134,7 @@ def put_on(
         strategy = Strategy(strategy.tensors, sites)
     if epochs is None:
         return quantize(net, strategy, calibration)
-    return learn(
-        net, strategy, train, epochs=epochs, calibration=calibration, softening=softening
-    )
+    return learn(net, strategy, train, epochs=epochs, calibration=calibration, softening=softening)
 
 
 def markdown(results: pd.DataFrame) -> str:
@@ -153,7 +153,9 @@ def markdown(results: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--network", choices=NETWORKS, help="by default all of them")
     chosen = parser.parse_args().network
     torch.manual_seed(0)

@@ -252,7 +252,8 @@ def _least_error(
     exact = rows / unit
     if weights is not None:
         weights = weights / weights.amax(1, keepdim=True).clamp(min=2**-1022)
-    # squares of the levels of 7 exponent bits are beyond float32: test_squared_error_is_the_least
+    # squares of the levels of 7 exponent bits are beyond float32:
+    # test_squared_error_is_less_for_every_exponent
     precise = grid.levels > 2**16 or grid.reach > 2**32
 
     def error(

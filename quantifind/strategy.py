@@ -84,7 +84,7 @@ def uniform_strategy(
     }
     return Strategy(
         {
-            name: dict(choice if tensor.dim() > 1 else single)
+            name: dict(choice if tensor.dim() > 1 and tensor.numel() else single)
             if tensor.is_floating_point()
             else None
             for name, tensor in named_tensors(model).items()
@@ -119,8 +119,18 @@ def plain_copy(model: nn.Module) -> nn.Module:
     modes = {module: module.training for module in replica.modules()}
     replica.eval()  # spectral_norm moves with each look at its weight in training
     for module in modes:
-        for name in list(getattr(module, "parametrizations", {})):
+        if parametrize.is_parametrized(module):
+            # a deep copy shares the class, from which removing takes the original's weight away
+            # too: test_any_module_is_quantized
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+        for name, parts in list(getattr(module, "parametrizations", {}).items()):
+            trained = [part.requires_grad for part in parts.parameters(recurse=False)]
             parametrize.remove_parametrizations(module, name)
+            if trained:  # without gradients torch makes a buffer of a parameter of several parts
+                value = module._buffers.pop(name, None)
+                value = getattr(module, name) if value is None else value
+                setattr(module, name, nn.Parameter(value.detach(), any(trained)))
     for module, mode in modes.items():
         module.training = mode
     return replica

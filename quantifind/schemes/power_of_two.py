@@ -41,8 +41,8 @@ def levels(bits: int, terms: int = 1) -> Tensor:
 
     >>> levels(3).tolist()
     [-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0]
-    >>> levels(5, terms=2).tolist()[16:]
-    [0.0625, 0.125, 0.25, 0.3125, 0.5, 0.625, 1.0, 1.125, 1.25, 1.5]
+    >>> levels(4, terms=2).tolist()[8:]
+    [0.0625, 0.25, 0.5, 0.5625, 0.75, 1.0, 1.5]
     """
     sums = torch.zeros(1, dtype=torch.float64)
     for term in range(terms):

@@ -33,6 +33,7 @@ def quantize(
     constant tensor keeps its value.
     Errors: ValueError for a number of levels that can't be, and as `quantize_on`.
 
+    >>> import torch
     >>> quantize(torch.tensor([0.0, 0.3, -0.3, 0.75]), bits=3).codes.tolist()
     [0, 1, -1, 3]
     """

@@ -1,0 +1,301 @@
+"""Learned rounding: nearer to the float network than before, on its grid, the same after a kill."""
+
+import copy
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quantifind import plugins
+from quantifind.learning import learn
+from quantifind.loaders import Tensors, batch_loader
+from quantifind.strategy import (
+    Strategy,
+    quantize_model,
+    uniform_activations,
+    uniform_strategy,
+    with_quantized,
+)
+
+SCHEMES = plugins.names("schemes")
+CHOICES = [
+    *({"scheme": scheme, "bits": 3} for scheme in SCHEMES),
+    *({"scheme": scheme, "bits": 3, "axis": 0} for scheme in SCHEMES),
+    {"scheme": "uniform", "levels": 3, "scale": "squared_error"},
+    {"scheme": "uniform", "bits": 2, "half_integer": True},
+    {"scheme": "uniform", "bits": 1},
+    {"scheme": "uniform", "bits": 2, "axis": 0, "group": 5, "zero_point": True},
+    {"scheme": "uniform", "bits": 3, "scale_dtype": "float16"},
+    {"scheme": "uniform", "bits": 3, "axis": 0, "scale_dtype": "power_of_two"},
+    {"scheme": "codebook", "bits": 3, "centres": "normal", "axis": 0},
+    {"scheme": "codebook", "bits": 2, "axis": 0, "table_dtype": "float16"},
+    {"scheme": "uniform", "bits": 2, "rounding": "compensated", "axis": 0},
+]
+
+
+@pytest.fixture(autouse=True)
+def faster(monkeypatch):
+    """So that a few dozen steps suffice."""
+    monkeypatch.setattr("quantifind.learning.RATE", 3e-3)
+    monkeypatch.setattr("quantifind.learning.GROWTH_RATE", 1e-2)
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4)
+    )
+    net[1].running_mean += torch.randn(16) * 0.1
+    return net
+
+
+def examples(seed, *, classes=True):
+    x = torch.randn(256, 6, generator=torch.Generator().manual_seed(seed))
+    return Tensors(x, x[:, :4].argmax(1) if classes else x[:, :4].tanh())
+
+
+def training(*, classes=True):
+    return batch_loader(examples(1, classes=classes), batch_size=32, shuffle=True, seed=2)
+
+
+def weights_on(net, choice):
+    """Weights of two axes on a grid, the rest in float."""
+    return Strategy({n: choice if p.dim() > 1 else None for n, p in net.named_parameters()})
+
+
+@torch.no_grad()
+def distance(net, rounded, inputs, *, classes=True):
+    outputs, wanted = rounded.eval()(inputs).float(), copy.deepcopy(net).eval()(inputs).float()
+    if not classes:
+        return F.mse_loss(outputs, wanted).item()
+    pair = outputs.log_softmax(1), wanted.log_softmax(1)
+    return F.kl_div(*pair, log_target=True, reduction="batchmean").item()
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_outputs_of_unseen_inputs_come_nearer_on_every_grid(choice):
+    net, (unseen, _) = network(), examples(9).tensors
+    strategy, loader = weights_on(net, choice), training()
+    start = quantize_model(net, strategy, list(training()))
+    quantized = learn(net, strategy, loader, epochs=6)
+    assert distance(net, with_quantized(net, quantized), unseen) < distance(net, start, unseen)
+    for name, tensor in quantized.tensors.items():
+        assert tensor.codes.dtype == torch.int32
+        assert tensor.grid.lowest_code <= tensor.codes.min()
+        assert tensor.codes.max() < tensor.grid.lowest_code + tensor.grid.levels
+        if choice.get("axis") == 0 and "group" not in choice:
+            for row in tensor.dequantize():
+                assert len(row.unique()) <= tensor.grid.levels
+        if "group" not in choice and "axis" not in choice:
+            assert len(tensor.dequantize().unique()) <= tensor.grid.levels
+        assert torch.equal(with_quantized(net, quantized).get_parameter(name), tensor.dequantize())
+        unit = tensor.grid.table if tensor.scale is None else tensor.scale
+        wanted = {"float16": torch.float16, "power_of_two": torch.float8_e8m0fnu}
+        stored = choice.get("scale_dtype") or choice.get("table_dtype")
+        assert unit.dtype == wanted.get(stored, torch.float32)
+
+
+def test_tables_are_learned_too():
+    net, strategy = network(), weights_on(network(), {"scheme": "codebook", "bits": 2})
+    start = quantize_model(net, strategy)
+    learned = learn(net, strategy, training(), epochs=2).tensors["0.weight"].grid
+    assert not torch.isin(learned.table, start[0].weight.detach()).any()
+    assert (learned.table.diff() >= 0).all()
+
+
+def test_everything_in_the_strategy_is_learned_biases_and_activations_included():
+    net, (unseen, _) = network(), examples(9).tensors
+    choices = uniform_strategy(net, 3).tensors
+    strategy = Strategy(choices, uniform_activations(net, list(training()), 4))
+    start = quantize_model(net, strategy, list(training()))
+    quantized = learn(net, strategy, training(), epochs=6)
+    assert distance(net, with_quantized(net, quantized), unseen) < distance(net, start, unseen)
+    assert quantized.activations.keys() == strategy.activations.keys()
+
+
+def test_regression():
+    net, (unseen, _) = network(), examples(9).tensors
+    strategy, far = weights_on(net, {"scheme": "uniform", "bits": 3}), {"classes": False}
+    quantized = learn(net, strategy, training(**far), epochs=6)
+    start = quantize_model(net, strategy)
+    learned = with_quantized(net, quantized)
+    assert distance(net, learned, unseen, **far) < 0.7 * distance(net, start, unseen, **far)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    net = network().to(dtype)
+    data = Tensors(*(t.to(dtype) if t.is_floating_point() else t for t in examples(1).tensors))
+    loader = batch_loader(data, batch_size=32, shuffle=True, seed=2)
+    strategy = weights_on(net, {"scheme": "uniform", "bits": 3})
+    quantized = learn(net, strategy, loader, epochs=6)
+    learned, unseen = with_quantized(net, quantized), examples(9).tensors[0].to(dtype)
+    assert learned[0].weight.dtype == dtype
+    assert distance(net, learned, unseen) < distance(net, quantize_model(net, strategy), unseen)
+
+
+def test_whole_numbers_go_into_an_embedding_tied_to_the_head():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(12, 8), nn.Linear(8, 12)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, codes):
+            return self.head(self.embedding(codes).mean(1))
+
+    torch.manual_seed(0)
+    net, codes = Tied(), torch.randint(0, 12, (256, 4))
+    loader = batch_loader(Tensors(codes, codes[:, 0]), batch_size=32, shuffle=True, seed=0)
+    strategy = uniform_strategy(net, 3, rounding="compensated")
+    start = quantize_model(net, strategy, list(loader))
+    learned = with_quantized(net, learn(net, strategy, loader, epochs=8))
+    assert learned.head.weight is learned.embedding.weight
+    unseen = torch.randint(0, 12, (256, 4))
+    assert distance(net, learned, unseen) < distance(net, start, unseen)
+
+
+def test_parameters_over_the_same_memory_are_learned_as_one():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False))
+    net[2].weight = nn.Parameter(net[0].weight.detach())
+    learned = with_quantized(net, learn(net, uniform_strategy(net, 3), training(), epochs=1))
+    assert torch.equal(learned[0].weight, learned[2].weight)
+
+
+def test_buffers_take_part_with_their_quantized_values():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 4)
+            self.register_buffer("gain", torch.linspace(0.1, 3, 6))
+
+        def forward(self, x):
+            return self.head(x * self.gain)
+
+    torch.manual_seed(0)
+    net, coarse = Scaled(), {"scheme": "uniform", "bits": 3}
+    strategy = Strategy({"head.weight": coarse, "head.bias": coarse, "gain": coarse})
+    quantized, (unseen, _) = learn(net, strategy, training(), epochs=4), examples(9).tensors
+    learned = with_quantized(net, quantized)
+    assert len(learned.gain.unique()) < 6
+    assert distance(net, learned, unseen) < distance(net, quantize_model(net, strategy), unseen)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_network_and_the_random_state_are_intact(train):
+    net = network().train(train)
+    net[1].eval()
+    modes = [module.training for module in net.modules()]
+    before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    learn(net, uniform_strategy(net, 4), training(), epochs=1)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert [module.training for module in net.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Killing:
+    """A loader that ends the learning in its epoch number ``last``."""
+
+    def __init__(self, loader, last):
+        self.loader, self.left, self.generator = loader, last, loader.generator
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        self.left -= 1
+        for number, batch in enumerate(self.loader):
+            if self.left == 0 and number == 2:
+                raise KilledError
+            yield batch
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("choice", [{"zero_point": True}, {"rounding": "compensated"}], ids=str)
+def test_resuming_gives_the_same_codes(tmp_path, choice, calibrated):
+    net = network()
+    strategy = uniform_strategy(net, 3, axis=0, **choice)
+    calibration = list(training()) if calibrated else None
+    options = {"epochs": 3, "calibration": calibration}
+    whole = learn(net, strategy, training(), **options)
+    # the loader's first batches may be the calibration
+    loader = Killing(training(), 2 if calibrated else 3)
+    with pytest.raises(KilledError):
+        learn(net, strategy, loader, checkpoints=tmp_path, **options)
+    (checkpoint,) = tmp_path.iterdir()
+    assert checkpoint.name == "checkpoint-0001.pt"
+    # with the same loader, the generator of which has moved on, and when all is done
+    for _ in range(2):
+        resumed = learn(net, strategy, loader.loader, checkpoints=tmp_path, **options)
+        for name, tensor in whole.tensors.items():
+            assert torch.equal(tensor.dequantize(), resumed.tensors[name].dequantize())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", ["network", "strategy", "budget", "softening", "seed"])
+def test_checkpoints_of_other_work_are_refused(tmp_path, change):
+    net, bits, options = network(), 3, {"epochs": 1, "checkpoints": tmp_path}
+    learn(net, uniform_strategy(net, bits), training(), **options)
+    if change == "network":
+        net[1].running_var[0] += 1
+    bits += change == "strategy"
+    options |= {"budget": {"epochs": 2}, "softening": {"softening": 2}, "seed": {"seed": 1}}.get(
+        change, {}
+    )
+    with pytest.raises(
+        ValueError, match=r"checkpoint-0001.pt: of another network, strategy or bud"
+    ):
+        learn(net, uniform_strategy(net, bits), training(), **options)
+
+
+def test_checkpoints_of_something_else_are_refused(tmp_path):
+    torch.save({"net": {}}, tmp_path / "checkpoint-0001.pt")
+    with pytest.raises(ValueError, match=r"checkpoint-0001.pt: not a whole checkpoint"):
+        learn(network(), uniform_strategy(network(), 3), training(), epochs=1, checkpoints=tmp_path)
+
+
+def test_a_budget_in_seconds_ends_in_time():
+    began = time.monotonic()
+    learn(network(), uniform_strategy(network(), 3), training(), seconds=0.5)
+    assert 0.5 <= time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either epochs or seconds"),
+        ({"epochs": 1, "seconds": 1}, "either epochs or seconds"),
+        ({"epochs": 0}, "epochs is 0: a number above 0"),
+        ({"seconds": float("nan")}, "seconds is nan: a number above 0"),
+        ({"epochs": "3"}, "epochs is '3': a number above 0"),
+        ({"epochs": 1, "softening": -1}, "softening is -1: a number above 0"),
+    ],
+)
+def test_budgets_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        learn(network(), uniform_strategy(network(), 3), training(), **options)
+
+
+def test_nothing_to_learn_from_or_to_learn():
+    with pytest.raises(ValueError, match="no batches"):
+        learn(network(), uniform_strategy(network(), 3), [], epochs=1)
+    with pytest.raises(ValueError, match="every parameter in float"):
+        learn(network(), weights_on(network(), None), training(), epochs=1)
+
+
+def test_outputs_that_are_not_finite_are_an_error(tmp_path):
+    """In the first epoch, however few its batches are; no checkpoint is left."""
+    net = nn.Sequential(nn.Linear(6, 4))
+    net[0].bias.data[0] = torch.inf
+    strategy = Strategy({"0.weight": {"scheme": "uniform", "bits": 3}, "0.bias": None})
+    with pytest.raises(ValueError, match="the loss became nan by batch 8"):
+        learn(net, strategy, training(), epochs=1, checkpoints=tmp_path)
+    assert not list(tmp_path.iterdir())
