@@ -18,15 +18,6 @@ NF4 = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Waking a second thread for a few hundred values takes longer than all else."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def samples(count=300):
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(count, generator=generator, dtype=torch.float64)

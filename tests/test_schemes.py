@@ -34,15 +34,6 @@ for_every_case = pytest.mark.parametrize(("module", "options"), CASES)
 for_every_scheme = pytest.mark.parametrize("module", MODULES, ids=plugins.names("schemes"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Waking a second thread for a few hundred values takes longer than all else."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @st.composite
 def tensors(draw, dtypes=tuple(DTYPES), shape=None, least=1e-40, most=1e30):
     """Of any shape, empty too, and any magnitude; some are constant, 0, or have equal values."""
