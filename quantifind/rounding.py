@@ -13,9 +13,9 @@ from quantifind.scales import nearest_codes, stored_scale
 
 BLOCK = 128
 DAMPING = 0.01
-SWEEPS = 2
+SWEEPS = 4
 # of the scale with the least weighted squared error; the one with the least output error is kept
-SHARES = (1.0, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.35)
+SHARES = (1.0, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.35)
 
 
 def compensate_layer(
