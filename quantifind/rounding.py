@@ -67,12 +67,11 @@ def compensate_layer(
 def best_weights(weights: Tensor, moments: Moments) -> Tensor:
     """The weights, (rows, inputs), whose outputs are nearest to the float network's: those given,
     corrected by least squares for what the layer's inputs and its bias have lost so far."""
-    hessian = moments.inputs
-    if moments.look_ups is not None:
-        # one matrix for all rows: what is looked up has no error to make up for
-        hessian = hessian + moments.look_ups.mean() * torch.eye(len(hessian)).to(hessian)
+    # one matrix for all rows: what is looked up has no error to make up for
+    more = 0.0 if moments.look_ups is None else moments.look_ups.mean().item()
+    hessian = _damped(moments.inputs, more)
     missing = moments.outputs - weights @ moments.inputs  # Σ (y − W x) xᵀ
-    return weights + torch.linalg.solve(_damped(hessian), missing.T).T
+    return weights + torch.linalg.solve(hessian, missing.T).T
 
 
 def _own(moments: Moments) -> Tensor | float:
@@ -162,11 +161,13 @@ def compensate(
         return nearest.clone(), share
     # an input that is always zero has no say: test_dead_inputs_get_zero
     alive = hessian.diagonal() + each > 0
-    wanted = torch.where(alive, target, 0.0)
-    codes = torch.where(alive, nearest, _nearest_columns(levels, torch.zeros_like(target)))
+    wanted, codes = target, nearest.clone()
+    if not alive.all():
+        wanted = torch.where(alive, target, 0.0)
+        codes = torch.where(alive, codes, _nearest_columns(levels, torch.zeros_like(target)))
     values = _all_columns(levels, codes)
     least = _errors(target - values, hessian, each)
-    factor, order = _factor(hessian + each.mean() * torch.eye(len(hessian)).to(hessian))
+    factor, order = _factor(hessian, each.mean().item())
     for tried_share in shares:
         scaled = levels.scaled(tried_share)
         tried, tried_values = _in_turn(wanted, factor, order, scaled)
@@ -176,6 +177,8 @@ def compensate(
         codes = torch.where(better, tried, codes)
         values = torch.where(better, tried_values, values)
         share = torch.where(better, tried_share, share)
+        del tried, tried_values  # a layer of 4,096 × 4,096 takes 134 MB each
+    del factor, wanted
     _descend(target, hessian, each, levels.scaled(share), codes, values)
     return codes, share
 
@@ -195,24 +198,31 @@ def _all_columns(levels: RowLevels, codes: Tensor) -> Tensor:
 
 
 def _errors(difference: Tensor, hessian: Tensor, own: Tensor) -> Tensor:
-    return ((difference @ hessian + own * difference) * difference).sum(1, keepdim=True)
+    product = difference @ hessian
+    return product.addcmul_(own, difference).mul_(difference).sum(1, keepdim=True)
 
 
-def _damped(hessian: Tensor) -> Tensor:
+def _damped(hessian: Tensor, more: float = 0.0) -> Tensor:
+    """A copy with ``more``, and a share of its mean, added to the diagonal."""
     damped = hessian.clone()
     diagonal = damped.diagonal()
+    diagonal += more
     # dead inputs have a unit like the others': test_the_unit_of_the_inputs_does_not_matter
     alive = diagonal[diagonal > 0]
     mean = alive.mean() if len(alive) else diagonal.new_ones(())
     diagonal[diagonal == 0] = mean
-    return damped.diagonal_scatter(diagonal + DAMPING * mean)
+    diagonal += DAMPING * mean
+    return damped
 
 
-def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+def _factor(hessian: Tensor, more: float) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the inverse, inputs in order of falling power; that order."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian)[order][:, order]))
-    return torch.linalg.cholesky(inverse, upper=True), order
+    factor = _damped(hessian[order.unsqueeze(1), order], more)
+    # one matrix after another, so that each is freed
+    factor = torch.linalg.cholesky(factor)
+    factor = torch.cholesky_inverse(factor)
+    return torch.linalg.cholesky(factor, upper=True), order
 
 
 def _in_turn(

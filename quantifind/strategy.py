@@ -292,8 +292,13 @@ def _check_choice(name: str, choice: Choice, values: Tensor) -> None:
             f"{name}: rounding {rounding!r} is for {'biases' if values.dim() > 1 else 'weights'}, "
             f"its shape is {list(values.shape)}"
         )
-    if choice.get("scale") == "output_error" and rounding != "compensated":
-        raise ValueError(f"{name}: scale 'output_error' needs rounding 'compensated'")
+    if choice.get("scale") == "output_error":
+        axis = choice.get("axis")
+        if rounding != "compensated" or axis is None or axis % values.dim():
+            raise ValueError(
+                f"{name}: scale 'output_error' needs rounding 'compensated' and axis 0, "
+                f"not {rounding!r} and axis {axis}"
+            )
 
 
 def _on_grid(
