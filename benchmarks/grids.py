@@ -148,7 +148,7 @@ def markdown(results: pd.DataFrame) -> str:
             f"{one['mean_bits']:.3f}"
             for one in of_row.to_dict("records")
         }
-        lines.append(f"| {row} | {' | '.join(cells[name] for name in networks)} |")
+        lines.append(f"| {row} | {' | '.join(cells.get(name, '–') for name in networks)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -163,7 +163,8 @@ def main() -> None:
     results = pd.DataFrame(measured)
     if chosen is not None and RESULTS.exists():
         kept = pd.read_csv(RESULTS)
-        results = pd.concat([kept[kept["network"] != chosen], results])
+        kept = kept[(kept["network"] != chosen) & kept["row"].isin(ROWS)]
+        results = pd.concat([kept, results])
         order = results["network"].map(NETWORKS.index)
         results = results.loc[order.sort_values(kind="stable").index]
     RESULTS.parent.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ SAMPLE = 2**20
 
 
 def activation_sites(model: nn.Module, batches: Batches) -> list[str]:
-    """The sites at which operands meet, in the order of a pass.
+    """The sites at which operands meet, in the order of a pass of the first batch.
 
     A site has the name of the weight that the operand meets; in a product of two operands, the name
     of the module that computes it, the number of the product in the module, and left or right.
@@ -33,7 +33,7 @@ def activation_sites(model: nn.Module, batches: Batches) -> list[str]:
         return product.compute(*product.operands)
 
     with evaluating(model), visiting(model, visit):
-        run(model, batches[0][0][:1])
+        run(model, batches[0][0])
     return list(seen)
 
 
@@ -46,8 +46,8 @@ def fit_activations(
 ) -> dict[str, QuantizedTensor]:
     """The levels of each site, fitted to a sample of what is seen there.
 
-    choices: by site its scheme, bits and options, as for a tensor; "scale": "largest" for the range
-        from the lowest to the largest value, "squared_error" for that with the least error, and
+    choices: by site its scheme, bits and options, as for a tensor; "scale": "largest" for the
+        range of all values, "squared_error" for that with the least error, and
         "percentile": p, 50 to 100, to leave out as many percent above p, and below 100 − p. None
         leaves a site in float.
     Returns: by site, a sample of it quantized.
@@ -56,12 +56,13 @@ def fit_activations(
     """
     names = activation_sites(model, batches)
     check_names("activations", choices, names)
-    samples = _sample(model, batches, {name for name in names if choices[name]}, seed)
+    samples = _sample(model, batches, {name for name in names if choices[name] is not None}, seed)
     levels = {}
     for name, sample in samples.items():
         options, what = dict(choices[name] or {}), f"activations of {name}"
         percentile = options.pop("percentile", 100.0)
-        if isinstance(percentile, bool | str) or not 50 <= percentile <= 100:
+        number = isinstance(percentile, int | float) and not isinstance(percentile, bool)
+        if not number or not 50 <= percentile <= 100:
             raise ValueError(f"{what}: percentile is {percentile!r}: 50 to 100 are allowed")
         if shared := options.keys() & {"axis", "group"}:
             raise ValueError(f"{what}: {min(shared)}: activations have one scale a site")
@@ -82,7 +83,7 @@ def put_on_grid(
     put, taken = check_options(what, choice)
     options = {option: value for option, value in choice.items() if option != "scheme"}
     if importance is not None and "importance" in taken:
-        options["importance"] = importance
+        options.setdefault("importance", importance)
     try:
         return put(values, **options)
     except ValueError as error:
@@ -149,9 +150,9 @@ def _sample(model: nn.Module, batches: Batches, sites: set[str], seed: int) -> d
 
     def visit(product: Product) -> Tensor:
         for site, operand in zip(_sites(product), product.operands, strict=False):
-            values = operand.detach().flatten().float().cpu()
-            if site not in sites or not values.numel():
+            if site not in sites or not operand.numel():
                 continue
+            values = operand.detach().flatten().float().cpu()
             if bad := int((~values.isfinite()).sum()):
                 raise ValueError(f"activations of {site}: {bad} values are NaN or infinite")
             if len(values) > share:
@@ -180,6 +181,8 @@ class QuantizedActivations(nn.Module):
     def __init__(self, model: nn.Module, levels: Mapping[str, QuantizedTensor]) -> None:
         super().__init__()
         self.model = model
+        for fit in levels.values():
+            in_float32(fit.grid, fit.codes.device)
         self.grids = {name: (index, fit.grid) for index, (name, fit) in enumerate(levels.items())}
         fits = levels.values()
         scales = [1.0 if fit.scale is None else float(fit.scale) for fit in fits]
@@ -209,9 +212,22 @@ class QuantizedActivations(nn.Module):
             return values
         index, grid = self.grids[site]
         scale, zero = self.scales[index], self.zero_points[index]
-        if grid.table is not None:
-            grid = replace(grid, table=grid.table.float().to(values.device))
-        return round_through(values.float(), grid, scale, zero).to(values.dtype)
+        grid = in_float32(grid, values.device)
+        largest = min(torch.finfo(dtype).max for dtype in (values.dtype, torch.float32))
+        rounded = round_through(values.float(), grid, scale, zero)
+        return rounded.clamp(-largest, largest).to(values.dtype)
+
+
+def in_float32(grid: Grid, device: torch.device) -> Grid:
+    """The grid with its table, if any, in float32 on a device.
+
+    Errors: ValueError for levels beyond float32, as a minifloat of 8 exponent bits may have.
+    """
+    if grid.table is None:
+        return grid
+    if grid.reach > torch.finfo(torch.float32).max:
+        raise ValueError(f"levels up to {grid.reach:.3g} are beyond float32")
+    return replace(grid, table=grid.table.to(device, torch.float32))
 
 
 def round_through(values: Tensor, grid: Grid, scale: Tensor, zero: Tensor | float) -> Tensor:
@@ -222,6 +238,8 @@ def round_through(values: Tensor, grid: Grid, scale: Tensor, zero: Tensor | floa
     """
     scaled = values / torch.where(scale > 0, scale, 1.0) + zero
     levels = grid.values(grid.codes(scaled.detach()))
+    if grid.table is not None:
+        levels = torch.where(scaled.isnan(), scaled, levels)  # NaN is near no entry of a table
     if torch.is_grad_enabled() and (values.requires_grad or scale.requires_grad):
         low, high = grid.ends
         within = scaled.clamp(low, high)

@@ -1,6 +1,7 @@
 """What calibration examples tell of a network's layers: the second moments of what meets a weight,
 and what the float network makes of it."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def calibration_batches(batches: Iterable[Any] | None) -> Batches:
     kept = list(batches) if batches is not None else []
     for batch in kept:
         # the first example of bare inputs would pass for a batch
-        if isinstance(batch, Tensor) or not isinstance(batch[0], Tensor):
+        if not (isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor)):
             raise ValueError(
                 f"a calibration batch is a {type(batch).__name__}: (inputs, …), a tuple or list "
                 "with a tensor of inputs, is needed"
@@ -61,6 +62,8 @@ def run(model: nn.Module, inputs: Tensor) -> None:
     """One pass; a shape that does not fit is a ValueError."""
     try:
         model(inputs.to(device_of(model)))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, IndexError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -69,7 +72,7 @@ def run(model: nn.Module, inputs: Tensor) -> None:
 
 
 def weight_uses(model: nn.Module, batches: Batches) -> Counter[str]:
-    """The weights in the order in which a pass uses them, and how often it does."""
+    """The weights in the order in which a pass of the first batch uses them, and how often."""
     uses: Counter[str] = Counter()
 
     def visit(product: Product) -> Tensor:
@@ -78,7 +81,7 @@ def weight_uses(model: nn.Module, batches: Batches) -> Counter[str]:
         return product.compute(*product.operands)
 
     with evaluating(model), visiting(model, visit):
-        run(model, batches[0][0][:1])
+        run(model, batches[0][0])
     return uses
 
 
@@ -96,8 +99,10 @@ def second_moments(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
         if product.weight is not None:
             weight = weights[product.weight]
             if product.kind == "embedding":
-                counts = product.operands[0].flatten().bincount(minlength=len(weight))
-                power = counts.double().unsqueeze(1)
+                first, last, _ = (product.rows or slice(None)).indices(len(weight))
+                counts = product.operands[0].flatten().bincount(minlength=last - first)
+                power = weight.new_zeros(len(weight), 1, dtype=torch.float64)
+                power[first:last, 0] += counts
             elif product.kind in ("linear", "convolution"):
                 chunks = input_rows(product, weight)
                 power = torch.stack([x.double().square().sum(1) for x in chunks]).sum(0)
@@ -167,6 +172,12 @@ def layer_moments(
                 found.positions += len(x)
     if any(not found.inputs.isfinite().all() for found in moments.values()):
         raise ValueError(f"{name}: its inputs on calibration data are NaN or infinite")
+    spans = sorted(moments)
+    if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise ValueError(
+            f"{name}: rounding 'compensated': a pass uses it whole and in parts; "
+            "round it to 'nearest'"
+        )
     if look_ups is not None:
         if not moments:
             moments[0, len(weight)] = _no_moments(weight, len(weight), weight[0].numel())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
-from quantifind.activations import QuantizedActivations, round_through
+from quantifind.activations import QuantizedActivations, in_float32, round_through
 from quantifind.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
@@ -27,7 +27,7 @@ from quantifind.checkpoints import (
     set_random_state,
 )
 from quantifind.quantized import Grid, QuantizedTensor, from_rows, to_rows
-from quantifind.scales import POWER_OF_TWO, nearest_codes, stored_scale
+from quantifind.scales import nearest_codes, stored_scale
 from quantifind.strategy import Quantized, Strategy, plain_copy, put_values, quantize
 from quantifind.utils import device_of, progress
 
@@ -66,11 +66,11 @@ def learn(
     loader: training data, batches [inputs, targets]. epochs or seconds: the budget, over which the
     learning rate falls to zero along a cosine; one that is resumed has only what is left of it.
     calibration: as `quantifind.strategy.quantize` takes it; by default the loader's first batches.
-    softening: a temperature by which the float network's logits are divided; above 1 it makes a
+    softening: a temperature by which a classifier's float logits are divided; above 1 it makes a
     network that is too sure of itself less so (Guo et al. 2017, arXiv:1706.04599).
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that finds
-    one goes on from it, with a budget of epochs to the same result.
-    seed: of the blends; the order of the examples is the loader's.
+    one goes on from it, with a budget of epochs to the same result. Data are not compared.
+    seed: of the blends, and of the order of the examples unless the loader has a generator.
     Errors: ValueError for a budget or softening out of range, a loader without batches, checkpoints
     of other work, outputs that are not finite, and as for `quantize`.
     """
@@ -115,8 +115,8 @@ def learn(
         with progress("learning", total=100) as step:
             shown = 0.0
             while (share := (done / len(loader) if seconds is None else spent) / budget) < 1:
+                began = time.monotonic()
                 for inputs, targets in loader:
-                    began = time.monotonic()
                     share = (done / len(loader) if seconds is None else spent) / budget
                     if share >= 1:
                         break
@@ -131,7 +131,7 @@ def learn(
                         _check_finite(loss, done)
                         step(f"distance {loss.item():.4g}", steps=100 * share - shown)
                         shown = 100 * share
-                    spent += time.monotonic() - began
+                    spent, began = spent + time.monotonic() - began, time.monotonic()
                 _check_finite(loss, done)
                 if checkpoints is not None:
                     replace_checkpoint(
@@ -188,6 +188,11 @@ class _Student:
         outputs = functional_call(self.net, weights, (inputs,)).float()
         if targets.is_floating_point():
             return F.mse_loss(outputs, wanted)
+        if outputs.dim() < 2 or outputs.shape[1] < 2:
+            raise ValueError(
+                f"outputs of shape {list(outputs.shape)} beside class labels: (examples, classes) "
+                "with two classes or more are needed"
+            )
         return TEMPERATURE**2 * F.kl_div(
             (outputs / TEMPERATURE).log_softmax(1),
             (wanted / (TEMPERATURE * softening)).log_softmax(1),
@@ -198,8 +203,7 @@ class _Student:
     def _weight(self, name: str) -> Tensor:
         tensor, latent = self.start.tensors[name], self.latents[name]
         grid, scale = self._levels(name)
-        if grid.table is not None:
-            grid = replace(grid, table=grid.table.float())
+        grid = in_float32(grid, latent.device)
         rows = to_rows(latent, tensor.axis, tensor.group)
         scale = torch.ones((), device=rows.device) if scale is None else scale
         zero = 0 if tensor.zero_point is None else tensor.zero_point
@@ -207,12 +211,18 @@ class _Student:
         return from_rows(values, latent.shape, tensor.axis, tensor.group).to(tensor.dtype)
 
     def _levels(self, name: str) -> tuple[Grid, Tensor | None]:
-        """A tensor's grid and scale as grown, float32 values of what is stored."""
+        """A tensor's grid and scale as grown: float32 values of what is stored, with the gradient
+        of what they are rounded from."""
         tensor, factor = self.start.tensors[name], self.growths[name].exp()
         if tensor.scale is not None:
-            return tensor.grid, _as_stored(tensor.scale.float() * factor, tensor.scale.dtype)
+            grown = tensor.scale.float() * factor
+            stored = stored_scale(grown.detach().double(), tensor.scale.dtype).float()
+            return tensor.grid, stored + (grown - grown.detach())
         assert tensor.grid.table is not None
-        table = _as_stored(tensor.grid.table.float() * factor, tensor.grid.table.dtype)
+        grown, dtype = tensor.grid.table.float() * factor, tensor.grid.table.dtype
+        largest = min(torch.finfo(kind).max for kind in (dtype, torch.float32))
+        stored = grown.detach().clamp(-largest, largest).to(dtype).float()
+        table = stored + (grown - grown.detach())
         return replace(tensor.grid, table=table.sort(-1)[0]), None
 
     @torch.no_grad()
@@ -258,15 +268,6 @@ def _latent(values: Tensor, tensor: QuantizedTensor) -> Tensor:
     )
     within = values.float().clamp((level + below) / 2, (level + above) / 2)
     return level + INSIDE * (within - level)
-
-
-def _as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 values as they are stored; the gradient is that of the values themselves."""
-    if dtype == POWER_OF_TWO:
-        stored = stored_scale(values.detach(), dtype).float()
-    else:
-        stored = values.detach().to(dtype).float()
-    return stored + (values - values.detach())
 
 
 def _blend(inputs: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ def pack(codes: Tensor, levels: int) -> Tensor:
 
 
 def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
-    """The first ``count`` codes, (count,) int32, or int64 above 2^31 levels, of what `pack` made.
+    """The first ``count`` codes, (count,), of what `pack` made.
+
+    Returns: uint8 up to 256 levels, int32 up to 2^31, else int64.
 
     Errors: ValueError when the number of bytes is not that of so many codes.
 
@@ -63,10 +65,6 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     """
     if packed.numel() != (size := packed_bytes(count, levels)):
         raise ValueError(f"{packed.numel()} bytes: {count} codes of {levels} levels take {size}")
-    return _unpack(packed, levels, count).to(torch.int64 if levels > 2**31 else torch.int32)
-
-
-def _unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     if levels == 3:
         byte = torch.arange(3**5, device=packed.device).unsqueeze(1)
         powers = 3 ** torch.arange(5, device=packed.device)
@@ -74,8 +72,9 @@ def _unpack(packed: Tensor, levels: int, count: int) -> Tensor:
         return digits[packed.int()].flatten()[:count]
     bits = (levels - 1).bit_length()
     if bits > 8:
-        rest = _unpack(packed[count:], 2 ** (bits - 8), count)
-        return (rest.to(torch.int64) << 8) | packed[:count]
+        rest = unpack(packed[count:], 2 ** (bits - 8), count)
+        wide = rest.to(torch.int32 if bits < 32 else torch.int64)
+        return wide.bitwise_left_shift_(8).bitwise_or_(packed[:count])
     groups = torch.nn.functional.pad(_by(packed, bits), (0, 8 - bits))
     words = groups.view(torch.int64).flatten()
     for lane, even in reversed(_EVEN.items()) if bits < 8 else ():

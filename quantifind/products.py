@@ -1,5 +1,9 @@
-"""Every product of a forward pass, shown before it is computed: linear maps, convolutions, look-ups
-of embeddings, matrix products, and those inside attention."""
+"""The products of a forward pass, shown before they are computed: linear maps, convolutions,
+look-ups of embeddings, matrix products, and those inside attention.
+
+Not seen are what a recurrent layer computes inside, `nn.Bilinear`, `nn.EmbeddingBag`, and `einsum`
+of three operands or more.
+"""
 
 import math
 import types
@@ -245,7 +249,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 # The same code, seeing no override: so that its projections and products are visited one by one
-# instead of the whole as one function (test_attention_is_seen_inside).
+# instead of the whole as one function (test_attention).
 _TRANSPARENT_ATTENTION = types.FunctionType(
     F.multi_head_attention_forward.__code__,
     {**vars(F), "has_torch_function": lambda _: False},

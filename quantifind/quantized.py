@@ -1,6 +1,7 @@
 """A tensor on few levels: its codes, and what turns them back into values."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +38,10 @@ class Grid:
         return (self.levels - 1) / 2
 
     @property
-    def ends(self) -> tuple[float, float]:
-        """The lowest and the highest level."""
+    def ends(self) -> tuple[Any, Any]:
+        """The lowest and the highest level; of tables by row, (rows, 1) each."""
         if self.table is not None:
-            return self.table.min().item(), self.table.max().item()
+            return self.table[..., :1].detach(), self.table[..., -1:].detach()
         return self.lowest_code + self.offset, self.lowest_code + self.levels - 1 + self.offset
 
     def codes(self, scaled: Tensor) -> Tensor:

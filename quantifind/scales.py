@@ -73,7 +73,7 @@ def importance_rows(
     if importance is None:
         raise ValueError("weighted errors need the importance of each value: calibration inputs")
     try:
-        each = importance.double().expand_as(values)
+        each = importance.to(values.device).double().expand_as(values)
     except RuntimeError:
         raise ValueError(
             f"importance has shape {list(importance.shape)}: {list(values.shape)}, or what "
@@ -100,8 +100,9 @@ def quantize_on(
     values: floating point, finite, any shape. axis, group: what shares a scale, as in
     `quantifind.quantized.to_rows`: the tensor by default, a channel, or a group of its inputs.
     scale: "largest", which reaches the row's largest magnitude; "squared_error", with the least sum
-        of squared errors among those tried, never more than that of "largest"; "weighted_squared_
-        error", each error weighted with ``importance``; or the scale itself, a number.
+        of squared errors among those tried, never more than that of "largest";
+        "weighted_squared_error", each error weighted with ``importance``; or the scale itself, a
+        number.
     importance: not negative, broadcasts against ``values``: the inputs' second moments.
     scale_dtype: what the scale is stored in: "float32" (default; float64 for float64 values),
         "float16", or "power_of_two", 2^−127 to 2^127 in 8 bits.
@@ -112,6 +113,7 @@ def quantize_on(
     point, and for NaN or infinity, saying how many there are.
     """
     check_values(values)
+    values = values.detach()
     if zero_point and (grid.table is not None or grid.offset):
         raise ValueError("zero_point is True: only the uniform grid's whole levels have one")
     dtype = storage_dtype("scale_dtype", scale_dtype, values.dtype)

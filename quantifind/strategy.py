@@ -111,7 +111,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     first: dict[Any, nn.Parameter] = {}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name in names:
-        # a copied Parameter has memory of its own: test_parameters_over_the_same_memory
+        # a copied Parameter has memory of its own: test_parameters_over_the_same_memory_are_one
         where, _, own = name.rpartition(".")
         memory = _memory(model.get_parameter(name))
         shared = first.setdefault(memory, replica.get_parameter(name))
@@ -192,7 +192,7 @@ def quantize(
     weighted = [name for name in asks if _rounding(choices[name]) == "nearest"]
     moments = second_moments(work, batches) if weighted else {}
     for name in weighted:
-        if name not in moments and "importance" not in choices[name]:
+        if name not in moments:
             raise ValueError(
                 f"{name}: {_needs_calibration(choices[name])}: no {_OR} of a pass uses it"
             )

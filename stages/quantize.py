@@ -1,6 +1,7 @@
 """Quantize: the ladder of strategies to judge, fixed before test data are read; their errors."""
 
 from dataclasses import asdict
+from typing import Any
 
 import pandas as pd
 
@@ -20,7 +21,8 @@ def main(params: Params) -> None:
     with progress("quantizing", total=len(ladder)) as step:
         for strategy in ladder:
             for name, tensor in quantize_tensors(net, strategy).items():
-                row = {"tensor": name, "bit_depth": tensor.bits, "values": tensor.codes.numel()}
+                row: dict[str, Any] = {"tensor": name, "bit_depth": tensor.bits}
+                row["values"] = tensor.codes.numel()
                 values = parameters[name].detach()
                 rows.append(row | weight_error(values, tensor.dequantize()))
             step()

@@ -65,6 +65,15 @@ def test_networks_import_what_every_stage_depends_on():
             assert set(imported) <= {"quantifind.utils"}, file
 
 
+def test_tests_that_comments_name_are_there():
+    tests = "".join((ROOT / f).read_text() for f in tracked_files() if f.startswith("tests/"))
+    for file in tracked_files():
+        if file.startswith(("quantifind/", "stages/")) and file.endswith(".py"):
+            for name in re.findall(r"test_\w+", (ROOT / file).read_text(encoding="utf-8")):
+                found = f"def {name.rstrip('_')}" in tests or f"{name}.py" in tests
+                assert found, f"{file}: {name}"
+
+
 def test_packages_are_empty_of_code():
     for file in tracked_files():
         if file.endswith("__init__.py"):

@@ -234,7 +234,7 @@ GOOD = [(torch.ones(2, 2),)]
         (
             WEIGHT | {"rounding": "compensated"},
             [(torch.ones(2, 5),)],
-            r"calibration inputs of shape \[1, 5\] do not fit the network",
+            r"calibration inputs of shape \[\d, 5\] do not fit the network",
         ),
         (
             WEIGHT | {"scale": "weighted_squared_error"},

@@ -62,6 +62,7 @@ def quantize(
     if options:
         raise ValueError(f"{', '.join(options)}: k-means centres have no scale and no zero point")
     check_values(values)
+    values = values.detach()
     dtype = storage_dtype("table_dtype", table_dtype, values.dtype)
     rows, real = filled_rows(values, axis, group)
     weights = torch.ones_like(rows) if real is None else real.double()

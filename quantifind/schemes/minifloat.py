@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantifind.quantized import Grid, QuantizedTensor
-from quantifind.scales import level_count, quantize_on, whole_number
+from quantifind.scales import quantize_on, whole_number
 
 MIN_BITS, MAX_BITS = 3, 16
 SPECIALS = ("none", "nan", "infinity")
@@ -16,7 +16,7 @@ OCP_SPECIALS = {(4, 3): "nan", (5, 2): "infinity"}
 
 def quantize(
     values: Tensor,
-    bits: int | None = None,
+    bits: int,
     *,
     exponent: int | None = None,
     specials: str | None = None,
@@ -30,15 +30,14 @@ def quantize(
         of either sign; "infinity", the highest exponent, as IEEE 754 does. By default those of the
         OCP formats: "nan" for e4m3, "infinity" for e5m2, else "none".
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, as
-        `quantifind.scales.quantize_on` has them. MX is ``axis=0, group=32, scale_dtype=
-        "power_of_two"``; the format itself, as a processor has it, ``scale=1.0``.
+        `quantifind.scales.quantize_on` has them. MX is ``axis=0``, ``group=32`` and
+        ``scale_dtype="power_of_two"``; the format itself, as a processor has it, ``scale=1.0``.
     Errors: ValueError for a format that can't be, and as `quantize_on`.
 
     >>> quantize(torch.tensor([0.2, -1.6, 2.4, 7.0]), 4, scale=1.0).dequantize().tolist()
     [0.0, -1.5, 2.0, 6.0]
     """
-    level_count("minifloat", bits, None, low=MIN_BITS, high=MAX_BITS)
-    assert bits is not None
+    bits = whole_number("bits", bits, "minifloat takes", MIN_BITS, MAX_BITS)
     if exponent is None:
         exponent = min(bits // 2, 5)
     exponent = whole_number("exponent", exponent, f"{bits} bits take", 1, min(bits - 1, 8))

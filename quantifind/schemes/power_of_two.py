@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from quantifind.quantized import Grid, QuantizedTensor
-from quantifind.scales import level_count, quantize_on, whole_number
+from quantifind.scales import quantize_on, whole_number
 
 MIN_BITS, MAX_BITS = 2, 8
 
 
-def quantize(
-    values: Tensor, bits: int | None = None, *, terms: int = 1, **options: Any
-) -> QuantizedTensor:
+def quantize(values: Tensor, bits: int, *, terms: int = 1, **options: Any) -> QuantizedTensor:
     """Round to nearest on 0 and ± sums of ``terms`` powers of two, times a scale.
 
     bits: 2 to 8, the sign included. terms: 1 to bits − 1, among which the other bits are divided,
@@ -26,8 +24,7 @@ def quantize(
     >>> quantize(torch.tensor([1.0, 0.4, -0.2, 0.1]), 3).dequantize().tolist()
     [1.0, 0.5, -0.25, 0.0]
     """
-    level_count("power_of_two", bits, None, low=MIN_BITS, high=MAX_BITS)
-    assert bits is not None
+    bits = whole_number("bits", bits, "power_of_two takes", MIN_BITS, MAX_BITS)
     terms = whole_number("terms", terms, f"{bits} bits take", 1, bits - 1)
     table = levels(bits, terms).to(values.device)
     return quantize_on(values, Grid(len(table), table=table), **options)

@@ -97,6 +97,7 @@ def evaluate_strategies(
     loader, criterion = _loader_and_criterion(test_loader, criterion)
     # read once, so that all networks see the same examples in the same order, shuffled or not
     strategies, batches = list(strategies), list(loader)
+    calibration = None if calibration is None else list(calibration)
     largest = largest_input(batches) if quantize_inputs else None
     original = outcome(model, batches, criterion)
     rows = []

@@ -3,25 +3,22 @@
 import copy
 from collections.abc import Callable, Iterable
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from quantifind.scales import whole_number
 from quantifind.schemes import uniform
 from quantifind.strategy import quantize_model, uniform_strategy
-
 
 BIT_DEPTHS = range(2, 33)
 
 
 def check_depth(bit_depth: int) -> None:
     """Raise ValueError unless ``bit_depth`` is a whole number from 2 to 32."""
-    whole = isinstance(bit_depth, Integral) and not isinstance(bit_depth, bool)
-    if not whole or bit_depth not in BIT_DEPTHS:
-        raise ValueError(f"bit depth is {bit_depth!r}: whole numbers 2 to 32 are allowed")
+    whole_number("bit depth", bit_depth, "it takes", BIT_DEPTHS[0], BIT_DEPTHS[-1])
 
 
 class BitQuantizer:
