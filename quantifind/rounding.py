@@ -198,8 +198,11 @@ def _all_columns(levels: RowLevels, codes: Tensor) -> Tensor:
 
 
 def _errors(difference: Tensor, hessian: Tensor, own: Tensor) -> Tensor:
-    product = difference @ hessian
-    return product.addcmul_(own, difference).mul_(difference).sum(1, keepdim=True)
+    return _slope(difference, hessian, own).mul_(difference).sum(1, keepdim=True)
+
+
+def _slope(difference: Tensor, hessian: Tensor, own: Tensor) -> Tensor:
+    return (difference @ hessian).addcmul_(own, difference)
 
 
 def _damped(hessian: Tensor, more: float = 0.0) -> Tensor:
@@ -246,6 +249,7 @@ def _in_turn(
             codes[:, start + i : start + i + 1] = rounded
             values[:, start + i : start + i + 1] = value
         rest[:, stop:] -= lost @ factor[start:stop, stop:]
+    del rest, block
     back = order.argsort()
     return codes[:, back], values[:, back]
 
@@ -258,7 +262,7 @@ def _descend(
     power = hessian.diagonal()
     order = power.argsort(descending=True, stable=True)
     order = order[power[order] > 0]
-    slope = (target - values) @ hessian + own * (target - values)  # (rows, inputs)
+    slope = _slope(target - values, hessian, own)  # (rows, inputs)
     for _ in range(SWEEPS):
         for columns in order.split(BLOCK):
             among = hessian[columns]
