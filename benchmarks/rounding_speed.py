@@ -96,7 +96,7 @@ def large_layer_row() -> list[dict[str, Any]]:
     # factor of the inverse; errors before and after; columns in turn; slopes and sweeps
     products = (1 / 3 + 2 / 3 + 1 / 3) + 2 * 2 + 1 + 2 + 2 * SWEEPS
     at_best = products * SIZE**3 / flops
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return [
         row(
             f"compensated rounding of {SIZE} × {SIZE}", seconds, "s", 60, at_best, at_best / seconds

@@ -12,6 +12,7 @@ from quantifind.quantized import Grid, QuantizedTensor, from_rows
 from quantifind.scales import nearest_codes, stored_scale
 
 BLOCK = 128
+ROWS = 512
 DAMPING = 0.01
 SWEEPS = 4
 # of the scale with the least weighted squared error; the one with the least output error is kept
@@ -166,12 +167,12 @@ def compensate(
         wanted = torch.where(alive, target, 0.0)
         codes = torch.where(alive, codes, _nearest_columns(levels, torch.zeros_like(target)))
     values = _all_columns(levels, codes)
-    least = _errors(target - values, hessian, each)
+    least = _errors(target, values, hessian, each)
     factor, order = _factor(hessian, each.mean().item())
     for tried_share in shares:
         scaled = levels.scaled(tried_share)
         tried, tried_values = _in_turn(wanted, factor, order, scaled)
-        error = _errors(target - tried_values, hessian, each)
+        error = _errors(target, tried_values, hessian, each)
         better = error < least
         least = torch.where(better, error, least)
         codes = torch.where(better, tried, codes)
@@ -197,8 +198,14 @@ def _all_columns(levels: RowLevels, codes: Tensor) -> Tensor:
     return torch.cat(columns, 1)
 
 
-def _errors(difference: Tensor, hessian: Tensor, own: Tensor) -> Tensor:
-    return _slope(difference, hessian, own).mul_(difference).sum(1, keepdim=True)
+def _errors(target: Tensor, values: Tensor, hessian: Tensor, own: Tensor) -> Tensor:
+    """Each row's error, (rows, 1); some rows at a time, to take less memory."""
+    parts = zip(*(tensor.split(ROWS) for tensor in (target, values, own)), strict=True)
+    errors = []
+    for wanted, rounded, more in parts:
+        difference = wanted - rounded
+        errors.append(_slope(difference, hessian, more).mul_(difference).sum(1, keepdim=True))
+    return torch.cat(errors)
 
 
 def _slope(difference: Tensor, hessian: Tensor, own: Tensor) -> Tensor:
@@ -235,23 +242,23 @@ def _in_turn(
     rest = target[:, order]
     codes = torch.empty_like(rest, dtype=torch.int32)
     values = torch.empty_like(rest)
+    columns = order.tolist()
     for start in range(0, len(order), BLOCK):
         stop = min(start + BLOCK, len(order))
         block = rest[:, start:stop]
         lost = torch.empty_like(block)
         for i in range(stop - start):
-            column = levels.column(int(order[start + i]))
+            index = columns[start + i]
+            column = levels.column(index)
             rounded = column.nearest(block[:, i : i + 1])
             value = column.values(rounded)
             own = factor[start + i, start + i : stop]
             lost[:, i : i + 1] = (block[:, i : i + 1] - value) / own[0]
             block[:, i:] -= lost[:, i : i + 1] * own
-            codes[:, start + i : start + i + 1] = rounded
-            values[:, start + i : start + i + 1] = value
+            codes[:, index : index + 1] = rounded
+            values[:, index : index + 1] = value
         rest[:, stop:] -= lost @ factor[start:stop, stop:]
-    del rest, block
-    back = order.argsort()
-    return codes[:, back], values[:, back]
+    return codes, values
 
 
 def _descend(
