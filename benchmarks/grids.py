@@ -144,7 +144,9 @@ def markdown(results: pd.DataFrame) -> str:
     lines.append("|---" * (1 + len(networks)) + "|")
     for row, of_row in results.groupby("row", sort=False):
         cells = {
-            one["network"]: f"{one['criterion_ratio']:.4g} [{one['low']:.4g}, {one['high']:.4g}], "
+            one[
+                "network"
+            ]: f"{one['criterion_ratio']:#.4g} [{one['low']:#.4g}, {one['high']:#.4g}], "
             f"{one['mean_bits']:.3f}"
             for one in of_row.to_dict("records")
         }
