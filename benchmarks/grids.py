@@ -94,6 +94,7 @@ def measure(network: str) -> list[dict[str, Any]]:
     net, criterion = trained(network)
     _, val, test = loaders(network)
     softening = calibrating_temperature(net, val)
+    print(f"{network}: temperature {softening:.3f}, fitted on validation data")
     original = outcome(net, test, criterion)
     rows = []
     for row, (choice, activation_bits, epochs) in ROWS.items():
