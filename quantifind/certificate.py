@@ -1,7 +1,7 @@
 """How sure a criterion ratio is: paired intervals, and what a ladder of strategies certifies."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,69 @@ def ratio_bound(
     """The one-sided upper bound of the ratio: a paired t-test at level 1 − confidence rejects
     "the ratio is above the limit" for the limits at or above it, and for no others."""
     return ratio_interval(losses, original_losses, confidence=2 * confidence - 1)[1]
+
+
+def drop_interval(
+    right: ArrayLike, was_right: ArrayLike, *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Two-sided interval of mean(was_right) − mean(right), of a classifier's answers.
+
+    The shares of flips to wrong and to right each have their exact interval (Clopper and Pearson
+    1934) at half the level, so that both hold at once; wider than one of the normal distribution,
+    but right for few flips, too.
+
+    >>> drop_interval([True] * 50, [True] * 50)[1] > 0  # no flip among 50 is no proof
+    True
+    """
+    right, was_right = np.asarray(right, dtype=bool), np.asarray(was_right, dtype=bool)
+    examples = len(right)
+    lost, won = (
+        stats.binomtest(int(flips.sum()), examples).proportion_ci((1 + confidence) / 2)
+        for flips in (was_right & ~right, ~was_right & right)
+    )
+    return lost.low - won.high, lost.high - won.low
+
+
+def drops(columns: Mapping[str, np.ndarray], *, confidence: float = 0.95) -> dict[str, float]:
+    """What a quantized network lost, by each measure of a limit, with intervals.
+
+    columns: by example, as `quantifind.metrics.paired` has them.
+    Returns: ``criterion_ratio`` CR, mean loss / mean original loss; ``relative_error``
+    ‖f_b − f‖/‖f‖ of the outputs over all examples; for a classifier ``accuracy_drop``. Beside each
+    its two-sided interval, ``…_low`` and ``…_high``, and ``…_bound``, below which the true one lies
+    with this confidence (one-sided, so it is below ``…_high``).
+    """
+    loss, original = columns["loss"], columns["original_loss"]
+    error, norm = columns["squared_error"], columns["squared_norm"]
+    ratio = loss.mean() / original.mean() if original.mean() else math.nan
+    row = _with_interval(
+        "criterion_ratio", ratio, lambda level: ratio_interval(loss, original, confidence=level),
+        confidence,
+    )  # fmt: skip
+    if "correct" in columns:
+        right, was_right = columns["correct"], columns["original_correct"]
+        row |= _with_interval(
+            "accuracy_drop", was_right.mean() - right.mean(),
+            lambda level: drop_interval(right, was_right, confidence=level), confidence,
+        )  # fmt: skip
+    share = error.sum() / norm.sum() if norm.sum() else math.nan
+    return row | _with_interval(
+        "relative_error", math.sqrt(share),
+        lambda level: _root(ratio_interval(error, norm, confidence=level)), confidence,
+    )  # fmt: skip
+
+
+def _root(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = (math.sqrt(max(end, 0.0)) for end in interval)
+    return low, high
+
+
+def _with_interval(
+    name: str, value: float, interval: Callable[[float], tuple[float, float]], confidence: float
+) -> dict[str, float]:
+    low, high = interval(confidence)
+    bound = interval(2 * confidence - 1)[1]
+    return {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_bound": bound}
 
 
 def certified_steps(bounds: Sequence[float], limit: float) -> int:

@@ -2,12 +2,10 @@
 network (straight-through estimation, arXiv:1308.3432; LSQ, arXiv:1902.08153; distillation,
 arXiv:1503.02531)."""
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from quantifind.checkpoints import (
 )
 from quantifind.quantized import Grid, QuantizedTensor, from_rows, to_rows
 from quantifind.scales import nearest_codes, stored_scale
+from quantifind.store import fingerprint
 from quantifind.strategy import Quantized, Strategy, plain_copy, put_values, quantize
 from quantifind.utils import device_of, progress
 
@@ -47,17 +46,19 @@ def learn(
     strategy: Strategy,
     loader: DataLoader,
     *,
-    epochs: int | None = None,
+    epochs: float | None = None,
     seconds: float | None = None,
     calibration: Iterable[Any] | None = None,
     softening: float = 1.0,
+    labels: float = 0.0,
+    rate: float = RATE,
     checkpoints: Path | str | None = None,
     seed: int = 0,
 ) -> Quantized:
     """Train the codes, scales and codebooks that ``strategy`` begins with; ``model`` is intact.
 
     The outputs of the quantized network are held to those of ``model``: where targets are class
-    labels, by the Kullback-Leibler divergence, else by the squared error. Labels are not used.
+    labels, by the Kullback-Leibler divergence, else by the squared error.
     Where inputs are floating point, half of each batch are blends of two examples (mixup,
     arXiv:1710.09412), so that the two networks agree between the examples too. Dropout is off and
     norms keep their statistics, activations the levels they are calibrated to, and what stays in
@@ -68,6 +69,8 @@ def learn(
     calibration: as `quantifind.strategy.quantize` takes it; by default the loader's first batches.
     softening: a temperature by which a classifier's float logits are divided; above 1 it makes a
     network that is too sure of itself less so (Guo et al. 2017, arXiv:1706.04599).
+    labels: the weight, beside the outputs' 1, of the loss to the targets themselves (cross entropy,
+    or squared error), blended as the inputs are. rate: the learning rate of codes at the start.
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that finds
     one goes on from it, with a budget of epochs to the same result. Data are not compared.
     seed: of the blends, and of the order of the examples unless the loader has a generator.
@@ -77,14 +80,16 @@ def learn(
     if (epochs is None) == (seconds is None):
         raise ValueError(f"learning takes either epochs or seconds, not {epochs=}, {seconds=}")
     budget = epochs if seconds is None else seconds
+    if not isinstance(labels, int | float) or not 0 <= labels < math.inf:
+        raise ValueError(f"labels is {labels!r}: a number, 0 or above, is needed")
     named = {"epochs" if seconds is None else "seconds": budget, "softening": softening}
-    for name, value in named.items():
+    for name, value in (named | {"rate": rate}).items():
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name} is {value!r}: a number above 0 is needed")
     assert budget is not None
     if len(loader) == 0:
         raise ValueError("the loader has no batches")
-    work = _fingerprint(model, strategy, budget, softening, seed)
+    work = fingerprint(model, strategy.choices, budget, softening, labels, rate, seed)
     path = None if checkpoints is None else latest_checkpoint(Path(checkpoints))
     if path is not None:
         keys = ("work", "student", "optimizer", "done", "spent", "began_with", "random_state")
@@ -104,7 +109,7 @@ def learn(
             raise ValueError("the strategy leaves every parameter in float: nothing can be learned")
         optimizer = torch.optim.Adam(
             [
-                {"params": list(student.latents.values()), "rate": RATE},
+                {"params": list(student.latents.values()), "rate": rate},
                 {"params": list(student.growths.values()), "rate": GROWTH_RATE},
             ]
         )
@@ -122,7 +127,7 @@ def learn(
                         break
                     for group in optimizer.param_groups:
                         group["lr"] = group["rate"] * (1 + math.cos(math.pi * share)) / 2
-                    loss = student.loss(inputs, targets, softening)
+                    loss = student.loss(inputs, targets, softening, labels)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -179,26 +184,36 @@ class _Student:
                 growth = torch.zeros(unit.shape, device=parameter.device)
                 self.growths[name] = growth.requires_grad_()
 
-    def loss(self, inputs: Tensor, targets: Tensor, softening: float) -> Tensor:
-        """How far the outputs are from the float network's."""
-        inputs = _blend(inputs.to(device_of(self.teacher)))
+    def loss(self, inputs: Tensor, targets: Tensor, softening: float, labels: float) -> Tensor:
+        """How far the outputs are from the float network's, and from the labels."""
+        device = device_of(self.teacher)
+        inputs, (first, second, share) = _blend(inputs.to(device), targets.to(device))
         with torch.no_grad():
             wanted = self.teacher(inputs).float()
         weights = {self.prefix + name: self._weight(name) for name in self.latents}
         outputs = functional_call(self.net, weights, (inputs,)).float()
         if targets.is_floating_point():
-            return F.mse_loss(outputs, wanted)
+            loss = F.mse_loss(outputs, wanted)
+            if labels:
+                share = share.reshape(-1, *(1,) * (first.dim() - 1))
+                loss = loss + labels * F.mse_loss(outputs, share * first + (1 - share) * second)
+            return loss
         if outputs.dim() < 2 or outputs.shape[1] < 2:
             raise ValueError(
                 f"outputs of shape {list(outputs.shape)} beside class labels: (examples, classes) "
                 "with two classes or more are needed"
             )
-        return TEMPERATURE**2 * F.kl_div(
+        loss = TEMPERATURE**2 * F.kl_div(
             (outputs / TEMPERATURE).log_softmax(1),
             (wanted / (TEMPERATURE * softening)).log_softmax(1),
             reduction="batchmean",
             log_target=True,
         )
+        if labels:
+            likely = F.cross_entropy(outputs, first, reduction="none")
+            other = F.cross_entropy(outputs, second, reduction="none")
+            loss = loss + labels * (share * likely + (1 - share) * other).mean()
+        return loss
 
     def _weight(self, name: str) -> Tensor:
         tensor, latent = self.start.tensors[name], self.latents[name]
@@ -270,19 +285,18 @@ def _latent(values: Tensor, tensor: QuantizedTensor) -> Tensor:
     return level + INSIDE * (within - level)
 
 
-def _blend(inputs: Tensor) -> Tensor:
-    """Half of the examples, the first of a shuffled batch, blended with others of it."""
+def _blend(inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Half of the examples, the first of a shuffled batch, blended with others of it.
+
+    Returns: the inputs; the targets of both examples that each is made of, and the first's share.
+    """
     count = len(inputs) // 2
+    share = torch.ones(len(inputs), device=inputs.device)
     if not inputs.is_floating_point() or count == 0:
-        return inputs
-    shares = torch.rand(count, *(1,) * (inputs.dim() - 1)).to(inputs)
-    others = inputs[torch.randperm(len(inputs), device="cpu")[:count].to(inputs.device)]
-    return torch.cat([shares * inputs[:count] + (1 - shares) * others, inputs[count:]])
-
-
-def _fingerprint(model: nn.Module, strategy: Strategy, *rest: Any) -> str:
-    digest = hashlib.sha256(json.dumps([asdict(strategy), *rest], default=repr).encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        values = tensor.detach().cpu().flatten().view(torch.uint8)
-        digest.update(name.encode() + values.numpy().tobytes())
-    return digest.hexdigest()
+        return inputs, (targets, targets, share)
+    share[:count] = torch.rand(count).to(inputs.device)
+    others = torch.arange(len(inputs), device=inputs.device)
+    others[:count] = torch.randperm(len(inputs))[:count].to(inputs.device)
+    shares = share.to(inputs.dtype).reshape(-1, *(1,) * (inputs.dim() - 1))
+    blended = shares * inputs + (1 - shares) * inputs[others]
+    return blended, (targets, targets[others], share)

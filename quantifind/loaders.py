@@ -1,11 +1,12 @@
 """The split and the loaders behind all three data sets: whole splits kept as tensors."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 Loaders = tuple[DataLoader, DataLoader, DataLoader]
 
@@ -78,16 +79,10 @@ def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
     Errors: ValueError for a loader whose sampler leaves examples out or repeats them: what it would
     have drawn is not the whole data set (split that with torch.utils.data.Subset instead).
     """
-    sampler: Any = loader.sampler
     dataset: Any = loader.dataset
-    whole = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler)
-        and not sampler.replacement
-        and sampler.num_samples == len(dataset)
-    )
-    if not whole:
+    if not _draws_all(loader):
         raise ValueError(
-            f"a loader draws its examples by a {type(sampler).__name__}: give each split "
+            f"a loader draws its examples by a {type(loader.sampler).__name__}: give each split "
             "a data set of its own, such as torch.utils.data.Subset"
         )
     if isinstance(dataset, TensorDataset):
@@ -95,6 +90,29 @@ def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
         return inputs, targets
     batches = list(DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn))
     return torch.cat([inputs for inputs, _ in batches]), torch.cat([t for _, t in batches])
+
+
+def sample(loader: DataLoader, examples: int, *, seed: int = 0) -> list[Any]:
+    """Batches of so many examples, or of all there are, always the same for a seed; random state
+    is left as it was. Of a loader that doesn't draw each example of its data set once, the first
+    batches."""
+    if not _draws_all(loader):
+        return list(islice(loader, -(-examples // (loader.batch_size or 1))))
+    dataset: Any = loader.dataset
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    chosen = Subset(dataset, order[:examples].tolist())
+    size = loader.batch_size or 64
+    return list(DataLoader(chosen, batch_size=size, collate_fn=loader.collate_fn))
+
+
+def _draws_all(loader: DataLoader) -> bool:
+    sampler: Any = loader.sampler
+    dataset: Any = loader.dataset
+    return isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(dataset)
+    )
 
 
 def describe(splits: dict[str, dict[str, Tensor]]) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from scipy import optimize
 from torch import Tensor, nn
 
-from quantifind.certificate import ratio_bound, ratio_interval
+from quantifind.certificate import drops
 from quantifind.utils import device_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -52,7 +53,7 @@ def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[st
     return measured
 
 
-def is_classification(measured: dict[str, Tensor]) -> bool:
+def is_classification(measured: Mapping[str, Tensor]) -> bool:
     """Whether an outcome has right and wrong answers."""
     return "correct" in measured
 
@@ -78,32 +79,51 @@ def compare(
 ) -> dict[str, float]:
     """A quantized network's outcome beside the original's, on the same examples in the same order.
 
-    Returns: ``criterion``, ``original_criterion``; ``criterion_ratio`` CR, its two-sided interval
-    ``criterion_ratio_low`` and ``_high``, and ``criterion_ratio_bound``, below which the true CR
-    lies with this confidence (one-sided, so it is below ``_high``); ``relative_error``
-    ‖f_b − f‖/‖f‖ of the outputs; for a classifier also ``accuracy``, ``original_accuracy``,
-    ``accuracy_drop`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).
+    Returns: ``criterion``, ``original_criterion``, the drops and their intervals as
+    `quantifind.certificate.drops` has them; for a classifier also ``accuracy``,
+    ``original_accuracy`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).
     """
-    loss, original_loss = quantized["loss"].numpy(), original["loss"].numpy()
-    mean, original_mean = loss.mean(), original_loss.mean()
-    low, high = ratio_interval(loss, original_loss, confidence=confidence)
+    columns = paired(quantized, original)
     row = {
-        "criterion": mean,
-        "original_criterion": original_mean,
-        "criterion_ratio": mean / original_mean if original_mean else math.nan,
-        "criterion_ratio_low": low,
-        "criterion_ratio_high": high,
-        "criterion_ratio_bound": ratio_bound(loss, original_loss, confidence=confidence),
-        "relative_error": relative_error(quantized["outputs"], original["outputs"]),
+        "criterion": columns["loss"].mean(),
+        "original_criterion": columns["original_loss"].mean(),
+        **drops(columns, confidence=confidence),
     }
     if is_classification(original):
-        right, was_right = quantized["correct"], original["correct"]
-        row["accuracy"] = right.double().mean().item()
-        row["original_accuracy"] = was_right.double().mean().item()
-        row["accuracy_drop"] = row["original_accuracy"] - row["accuracy"]
+        right, was_right = columns["correct"], columns["original_correct"]
+        row["accuracy"] = right.mean()
+        row["original_accuracy"] = was_right.mean()
         row["right_to_wrong"] = int((was_right & ~right).sum())
         row["wrong_to_right"] = int((~was_right & right).sum())
     return row
+
+
+def paired(
+    quantized: Mapping[str, Tensor], original: Mapping[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """Two outcomes on the same examples as columns, (examples,) each.
+
+    Returns: ``loss`` and ``original_loss``; ``squared_error`` ‖f_b − f‖² and ``squared_norm`` ‖f‖²
+    of an example's outputs; ``divergence``, the Kullback-Leibler divergence of the classes'
+    probabilities from the original's (nats), or without classes the mean squared error of the
+    outputs: how much the loss would rise if the original's outputs were the truth; for a classifier
+    ``correct`` and ``original_correct``.
+    """
+    outputs, wanted = (o["outputs"].flatten(1).double() for o in (quantized, original))
+    error = (outputs - wanted).square()
+    columns = {
+        "loss": quantized["loss"],
+        "original_loss": original["loss"],
+        "squared_error": error.sum(1),
+        "squared_norm": wanted.square().sum(1),
+        "divergence": error.mean(1),
+    }
+    if is_classification(quantized) and is_classification(original):
+        log_p, log_q = wanted.log_softmax(1), outputs.log_softmax(1)
+        columns["divergence"] = (log_p.exp() * (log_p - log_q)).sum(1)
+        columns["correct"] = quantized["correct"]
+        columns["original_correct"] = original["correct"]
+    return {name: column.numpy() for name, column in columns.items()}
 
 
 def calibrating_temperature(model: nn.Module, loader: Iterable) -> float:
@@ -121,12 +141,6 @@ def calibrating_temperature(model: nn.Module, loader: Iterable) -> float:
 
     ends = (math.log(0.1), math.log(10))
     return math.exp(optimize.minimize_scalar(loss, bounds=ends, method="bounded").x)
-
-
-def relative_error(outputs: Tensor, original_outputs: Tensor) -> float:
-    """‖outputs − original‖ / ‖original‖ over all examples (Frobenius norms)."""
-    original = original_outputs.double()
-    return ((outputs.double() - original).norm() / original.norm()).item()
 
 
 def weight_error(values: Tensor, quantized: Tensor) -> dict[str, float]:

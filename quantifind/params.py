@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 NO_OTHER_KEYS = ConfigDict(extra="forbid")
 Count = Annotated[int, Field(ge=1, strict=True)]
 BitDepth = Annotated[int, Field(ge=2, le=32, strict=True)]
+Width = Annotated[int, Field(ge=1, le=32, strict=True)]
 Ratio = Annotated[float, Field(ge=1, strict=True, allow_inf_nan=False)]
 
 
@@ -35,6 +36,19 @@ class Quantize:
 
 
 @dataclass(frozen=True, config=NO_OTHER_KEYS)
+class Search:
+    """What `quantifind.search.find_strategy` is asked for, by its names."""
+
+    limit: dict[str, float] | None = None
+    budget: dict[str, float] | None = None
+    learn: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    widths: Annotated[list[Width], Field(min_length=1)] = field(
+        default_factory=lambda: list(range(1, 17))
+    )
+    activation_bits: list[Width] = field(default_factory=list)
+
+
+@dataclass(frozen=True, config=NO_OTHER_KEYS)
 class Evaluate:
     """What the evaluate stage certifies."""
 
@@ -49,6 +63,7 @@ class Params:
     model: str
     models: dict[str, Model]
     quantize: Quantize
+    search: Search
     evaluate: Evaluate
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
 
@@ -90,6 +105,6 @@ def _explain(error: Any) -> str:
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    sections = {"models": Model, "quantize": Quantize, "evaluate": Evaluate}
+    sections = {"models": Model, "quantize": Quantize, "search": Search, "evaluate": Evaluate}
     section = sections[str(location[0])] if len(location) > 1 else Params
     return sorted(key.name for key in fields(section))

@@ -1,7 +1,7 @@
 """A strategy says on which grid each tensor of a network is put; it is data only."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from quantifind.activations import (
 from quantifind.calibration import (
     COMPENSABLE,
     Batches,
+    Moments,
     calibration_batches,
     layer_moments,
     mean_shift,
@@ -32,7 +33,7 @@ from quantifind.rounding import compensate_layer
 from quantifind.scales import check_values
 
 Choice = Mapping[str, Any]
-ROUNDINGS = ("nearest", "compensated", "corrected")
+ROUNDINGS = ("nearest", "compensated", "corrected", "learned")
 _OR = " or ".join(COMPENSABLE)
 # what a tensor of one axis, a bias or a norm, takes instead of a choice about channels or inputs
 INSTEAD = {
@@ -40,6 +41,14 @@ INSTEAD = {
     "rounding": {"compensated": "nearest"},
     "centres": {"weighted_k_means": "k_means"},
 }
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` makes of a network: tensors and activations by name, on their levels."""
+
+    tensors: dict[str, QuantizedTensor]
+    activations: dict[str, QuantizedTensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,20 @@ class Strategy:
         are named; buffers need not be. "rounding" is, for weights, "nearest" (the default) or
         "compensated"; for biases, "nearest" or "corrected". With compensated rounding, "scale" may
         be "output_error": that of each channel with the least error of the layer's outputs.
+        "learned" says that the codes have been trained, and stand in ``fitted``.
     activations: by site, as `quantifind.activations.fit_activations` takes them; empty for none.
+    fitted: what the choices have come to for one network, where that took calibration data or
+        learning; `quantize` then takes it as it is.
     """
 
     tensors: Mapping[str, Choice | None] = field(default_factory=dict)
     activations: Mapping[str, Choice | None] = field(default_factory=dict)
+    fitted: Quantized | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def choices(self) -> dict[str, dict[str, Choice | None]]:
+        """What is chosen, as plain values."""
+        return {"tensors": dict(self.tensors), "activations": dict(self.activations)}
 
     @property
     def bit_depth(self) -> int | None:
@@ -152,12 +170,35 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(tensors.values())
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What `quantize` makes of a network: tensors and activations by name, on their levels."""
+@torch.no_grad()
+def quantize_alone(
+    model: nn.Module, name: str, choices: Sequence[Choice], calibration: Iterable[Any] | None = None
+) -> list[QuantizedTensor]:
+    """One tensor by each of several choices, the rest of the network in float.
 
-    tensors: dict[str, QuantizedTensor]
-    activations: dict[str, QuantizedTensor] = field(default_factory=dict)
+    Calibration data are looked at once for all of them. Errors: as for `quantize`.
+    """
+    values = (dict(model.named_buffers()) | named_tensors(model))[name]
+    batches: Batches = []
+    if any(_needs_calibration(choice) for choice in choices):
+        batches = calibration_batches(calibration)
+    uses = weight_uses(model, batches)[name] if batches else 0
+    moments: Mapping[tuple[int, int], Moments] | None = None
+    importance: Tensor | None = None
+    results = []
+    for choice in choices:
+        _check_choice(name, choice, values)
+        if _rounding(choice) == "compensated":
+            if not uses:
+                raise ValueError(f"{name}: rounding 'compensated': no {_OR} of a pass uses it")
+            if moments is None:
+                moments = layer_moments(model, model, name, batches, uses, lambda product: product)
+            results.append(_compensated(name, choice, values, moments))
+            continue
+        if _needs_calibration(choice) and importance is None:
+            importance = second_moments(model, batches)[name]
+        results.append(_on_grid(name, choice, values, importance))
+    return results
 
 
 @torch.no_grad()
@@ -176,6 +217,9 @@ def quantize(
     check_names("tensors", strategy.tensors, list(parameters), set(buffers))
     choices = {name: choice for name, choice in strategy.tensors.items() if choice is not None}
     targets = buffers | parameters
+    if strategy.fitted is not None:
+        _check_fitted(strategy.fitted, choices, targets)
+        return strategy.fitted
     asks = [name for name, choice in choices.items() if _needs_calibration(choice)]
     for name, choice in choices.items():
         _check_choice(name, choice, targets[name])
@@ -225,7 +269,8 @@ def _in_order(
     for name, count in uses.items():
         arguments = model, work, name, batches, count, rounded
         if name in left and _rounding(choices[name]) == "compensated":
-            tensors[name] = _compensated(name, choices[name], values[name], arguments)
+            moments = layer_moments(*arguments)
+            tensors[name] = _compensated(name, choices[name], values[name], moments)
             put_values(work, {name: tensors[name]})
         bias, shift = None, torch.zeros(())
         if any(_rounding(choices[other]) == "corrected" for other in left - tensors.keys()):
@@ -244,9 +289,8 @@ def _in_order(
 
 
 def _compensated(
-    name: str, choice: Choice, values: Tensor, arguments: tuple[Any, ...]
+    name: str, choice: Choice, values: Tensor, moments: Mapping[tuple[int, int], Moments]
 ) -> QuantizedTensor:
-    moments = layer_moments(*arguments)
     search = choice.get("scale") == "output_error"
     if search:
         choice = {**choice, "scale": "weighted_squared_error"}
@@ -276,6 +320,19 @@ def _needs_calibration(choice: Choice) -> str | None:
     return None
 
 
+def _check_fitted(
+    fitted: Quantized, choices: Mapping[str, Choice], targets: Mapping[str, Tensor]
+) -> None:
+    if fitted.tensors.keys() != choices.keys():
+        raise ValueError("the strategy's fitted tensors are not those that it puts on a grid")
+    for name, tensor in fitted.tensors.items():
+        if tensor.codes.shape != targets[name].shape:
+            raise ValueError(
+                f"{name}: fitted codes of shape {list(tensor.codes.shape)}, "
+                f"the network's are {list(targets[name].shape)}"
+            )
+
+
 def _check_choice(name: str, choice: Choice, values: Tensor) -> None:
     check_options(name, _scheme_options(choice))
     try:
@@ -285,6 +342,10 @@ def _check_choice(name: str, choice: Choice, values: Tensor) -> None:
     rounding = _rounding(choice)
     if rounding not in ROUNDINGS:
         raise ValueError(f"{name}: rounding is {rounding!r}: {', '.join(ROUNDINGS)} are allowed")
+    if rounding == "learned":
+        raise ValueError(
+            f"{name}: rounding 'learned' without the codes: quantifind.learning.learn gives them"
+        )
     if (rounding == "compensated") > (values.dim() > 1) or (rounding == "corrected") > (
         values.dim() == 1
     ):

@@ -1,7 +1,11 @@
-"""Evaluate: judge the ladder on test data, which took no part in choosing anything."""
+"""Evaluate: judge the ladders on test data, which took no part in choosing anything."""
+
+import pandas as pd
 
 from quantifind.certificate import mark_certified
+from quantifind.goal import Goal
 from quantifind.params import Params
+from quantifind.recommendation import in_words, recommend
 from quantifind.strategy import Strategy
 from quantifind.workflow.evaluation_workflow import evaluate_strategies, summarize
 from stages import files
@@ -9,12 +13,24 @@ from stages import files
 
 def main(params: Params) -> None:
     net, criterion = files.read_network()
-    ladder = [Strategy(**strategy) for strategy in files.read_json(files.LADDER)]
+    uniform = [Strategy(**choices) for choices in files.read_json(files.LADDER)]
+    strategies, facts = zip(*files.read_ladder(), strict=True)
     test = files.read_loader("test", batch_size=files.TEST_BATCH)
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
-    table = evaluate_strategies(net, ladder, test, criterion, confidence=confidence)
+    table = evaluate_strategies(net, uniform, test, criterion, confidence=confidence)
+    found = evaluate_strategies(net, strategies, test, criterion, confidence=confidence)
+    goal = Goal.of(params.search.limit, params.search.budget)
+    limit = limits[0] if goal.limit is None else goal.limit
+    chosen_on = pd.DataFrame(facts).add_prefix("validation_")
+    frontier = found.join(chosen_on)
+    answer = recommend(
+        frontier, table, strategies, measure=goal.measure, limit=limit, confidence=confidence
+    )
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
+    files.write_table(files.PLOTS / "frontier.csv", frontier)
     files.write_json(files.METRICS / "evaluation.json", summarize(table, limits))
+    files.write_json(files.METRICS / "recommendation.json", answer)
+    files.write_text(files.METRICS / "recommendation.md", in_words(answer, params.model))
 
 
 if __name__ == "__main__":

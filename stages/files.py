@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.data import DataLoader
 
+    from quantifind.strategy import Strategy
+
 PARAMS = Path("params.yaml")
 SPLITS = ("train", "val", "test")
 DATA = Path("out/data")
@@ -34,6 +36,8 @@ WEIGHTS = Path("out/checkpoint/weights.safetensors")
 NETWORK = Path("out/checkpoint/network.json")
 RESUME = Path("out/resume")
 LADDER = Path("out/strategies/ladder.json")
+FOUND = Path("out/strategies/found.json")
+MEASURED = Path("out/search")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 TEST_BATCH = 250
@@ -59,9 +63,12 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
     os.replace(partial, path)
 
 
-def write_json(path: Path, values: Any) -> None:
-    text = json.dumps(values, indent=2) + "\n"
+def write_text(path: Path, text: str) -> None:
     write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -160,18 +167,61 @@ def resumable(params: Params) -> Iterator[Path]:
     fingerprint of the parameters, the data and the code that is loaded, so no other training
     can go on from it.
     """
-    digest = hashlib.sha256(repr((asdict(params.entry), params.seed)).encode())
+    data = [DATA / "train.safetensors", DATA / "val.safetensors", DESCRIPTION, NETWORK_SOURCE]
+    folder = RESUME / _digest(repr((asdict(params.entry), params.seed)), data)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def measured_folder() -> Path:
+    """Where a search keeps what it has measured, for the code that is loaded.
+
+    No output of the stage, as in `resumable`; networks and data have folders of their own in it.
+    """
+    return MEASURED / _digest("", [])
+
+
+def _digest(values: str, data: list[Path]) -> str:
+    """Of values, data, and the code that is loaded."""
+    digest = hashlib.sha256(values.encode())
     sources = {
         str(module.__file__)
         for name, module in sys.modules.items()
         if name.startswith(("quantifind.", "stages."))
     }
-    data = [DATA / "train.safetensors", DATA / "val.safetensors", DESCRIPTION, NETWORK_SOURCE]
     for path in [*data, *map(Path, sorted(sources))]:
         digest.update(path.read_bytes())
-    folder = RESUME / digest.hexdigest()[:16]
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    return digest.hexdigest()[:16]
+
+
+def write_ladder(rungs: list[tuple["Strategy", dict[str, Any]]]) -> None:
+    """A search's ladder: each strategy's choices and facts, and the packed codes beside them."""
+    from quantifind import artifact
+
+    described = []
+    for number, (strategy, facts) in enumerate(rungs):
+        assert strategy.fitted is not None
+        tensors, codes = artifact.pack(strategy.fitted)
+        write_tensors(_codes(number), tensors)
+        described.append({**strategy.choices, "codes": codes, **facts})
+    write_json(FOUND, described)
+
+
+def read_ladder() -> list[tuple["Strategy", dict[str, Any]]]:
+    """What `write_ladder` wrote."""
+    from quantifind import artifact
+    from quantifind.strategy import Strategy
+
+    rungs = []
+    for number, facts in enumerate(read_json(FOUND)):
+        tensors, activations, codes = (facts.pop(k) for k in ("tensors", "activations", "codes"))
+        fitted = artifact.unpack(read_tensors(_codes(number)), codes)
+        rungs.append((Strategy(tensors, activations, fitted), facts))
+    return rungs
+
+
+def _codes(number: int) -> Path:
+    return FOUND.with_name(f"codes-{number:02d}.safetensors")
 
 
 def write_figure(path: Path, figure: "Figure") -> None:

@@ -1,4 +1,5 @@
-"""Quantize: the ladder of strategies to judge, fixed before test data are read; their errors."""
+"""Quantize: the ladders of strategies to judge, fixed before test data are read; and what each
+tensor costs the network."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,27 +8,49 @@ import pandas as pd
 
 from quantifind.metrics import weight_error
 from quantifind.params import Params
+from quantifind.search import find_strategy
+from quantifind.sensitivity import cliffs, measure_sensitivity, rank_correlations
 from quantifind.strategy import quantize_tensors, uniform_strategy
 from quantifind.utils import progress
 from stages import files
 
 
 def main(params: Params) -> None:
-    net, _ = files.read_network()
+    net, criterion = files.read_network()
     depths = sorted(set(params.quantize.bit_depths), reverse=True)
-    ladder = [uniform_strategy(net, bits, scheme=params.quantize.scheme) for bits in depths]
+    uniform = [uniform_strategy(net, bits, scheme=params.quantize.scheme) for bits in depths]
     parameters = dict(net.named_parameters())
     rows = []
-    with progress("quantizing", total=len(ladder)) as step:
-        for strategy in ladder:
+    with progress("quantizing", total=len(uniform)) as step:
+        for strategy in uniform:
             for name, tensor in quantize_tensors(net, strategy).items():
                 row: dict[str, Any] = {"tensor": name, "bit_depth": tensor.bits}
                 row["values"] = tensor.codes.numel()
                 values = parameters[name].detach()
                 rows.append(row | weight_error(values, tensor.dequantize()))
             step()
+
+    train = files.read_loader("train", batch_size=params.entry.batch_size, seed=params.seed)
+    val = files.read_loader("val", batch_size=params.entry.batch_size)
+    search: Any = asdict(params.search) | {"folder": files.measured_folder(), "seed": params.seed}
+    _, candidates = find_strategy(net, train, val, criterion, **search)
+    menus = {key: search[key] for key in ("widths", "activation_bits", "folder", "seed")}
+    sensitivity = measure_sensitivity(net, train, val, criterion, **menus)
+    limits = params.evaluate.limits
+    rungs: list[Any] = candidates[candidates["on_ladder"]].to_dict("records")
+
     files.write_table(files.PLOTS / "weight_error.csv", pd.DataFrame(rows))
-    files.write_json(files.LADDER, [asdict(strategy) for strategy in ladder])
+    files.write_table(files.PLOTS / "candidates.csv", candidates.drop(columns="strategy"))
+    files.write_table(files.PLOTS / "sensitivity.csv", sensitivity.drop(columns="choice"))
+    files.write_json(
+        files.METRICS / "sensitivity.json",
+        {
+            "rank_correlation": rank_correlations(sensitivity),
+            "cliff": {f"at_{limit:g}": cliffs(sensitivity, limit) for limit in limits},
+        },
+    )
+    files.write_json(files.LADDER, [strategy.choices for strategy in uniform])
+    files.write_ladder([(row.pop("strategy"), row) for row in rungs])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""Other projects' quantizers beside each other: the fewest bits each finds within a limit of loss.
+
+    python -m benchmarks.peers [--network NAME] [--peer NAME]
+
+Each network is trained as the pipeline trains it. Each peer gets the same checkpoint, calibration
+examples and validation examples, runs its own search in an environment of its own, on one thread of
+the CPU, and answers with networks, whose codes, scales, zero points and float32 values are counted
+one way. Those are judged here, on validation and on test data, which the peers never see. Writes
+benchmarks/results/peers.csv; its columns, for each limit of the criterion ratio CR:
+
+- best_bits, best_ratio: the fewest mean bits whose CR on test is within the limit, and that CR:
+  what the peer could have found had it known the test data;
+- chosen_bits, chosen_validation_ratio, chosen_test_ratio: the fewest mean bits whose CR on
+  validation is within the limit, and what came of it on test;
+- seconds: of the peer's search on the network, for all limits together.
+"""
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks import grids
+from benchmarks.peers import exchange
+from benchmarks.peers.environments import REQUIREMENTS, python_of
+from quantifind.metrics import outcome
+from quantifind.params import read_params
+
+ROOT = grids.ROOT
+FOLDER = ROOT / "out/peers"
+RESULTS = ROOT / "benchmarks/results/peers.csv"
+NETWORKS = ("dense_mnist", "conv_mnist")
+LIMITS = (1.01, 1.05, 1.10)
+CALIBRATION_EXAMPLES = 4_096
+MOST_SECONDS = 1_800
+COLUMNS = ["network", "peer", "version", "limit", "best_bits", "best_ratio", "chosen_bits"]
+COLUMNS += ["chosen_validation_ratio", "chosen_test_ratio", "seconds", "note"]
+
+
+class Judge:
+    """Criterion ratios of a network's quantized versions, on validation and on test data."""
+
+    def __init__(self, network: nn.Module, criterion: nn.Module, name: str) -> None:
+        self.network, self.criterion = network, criterion
+        _, *held_out = grids.loaders(name)
+        self.loaders = dict(zip(("validation", "test"), held_out, strict=True))
+        self.original = {split: self.loss(network, split) for split in self.loaders}
+
+    def loss(self, network: nn.Module, split: str) -> float:
+        return outcome(network, self.loaders[split], self.criterion)["loss"].mean().item()
+
+    def ratios(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        """By split, with ``weights`` in the place of the network's."""
+        network = copy.deepcopy(self.network)
+        network.load_state_dict(network.state_dict() | weights)
+        return {split: self.loss(network, split) / self.original[split] for split in self.loaders}
+
+
+def ask(network: nn.Module, name: str) -> Path:
+    """Lay down what every peer is given; the folder it is in."""
+    entry = read_params(ROOT / "params.yaml").models[name]
+    train, validation, _ = grids.loaders(name)
+
+    def examples(batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        return images, labels
+
+    batches = islice(train, CALIBRATION_EXAMPLES // entry.batch_size)
+    exchange.write(
+        FOLDER / name / "question",
+        network,
+        created_by={"network": entry.network, "options": dict(entry.options)},
+        calibration=examples(batches),
+        validation=examples(validation),
+    )
+    return FOLDER / name / "question"
+
+
+def asked(peer: str, question: Path) -> Path:
+    """Have a peer answer; the folder of its answer.
+
+    Errors: RuntimeError with a line that says why it could not be installed or did not answer.
+    """
+    folder = question.parent / peer
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    python = python_of(peer, FOLDER / "environments")
+    command = [str(python), "-m", f"benchmarks.peers.{peer}", str(question), str(folder)]
+    # the environment's programs first, and what its packages compile in it
+    own = {
+        "PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]]),
+        "TORCH_EXTENSIONS_DIR": str(python.parent.parent / "extensions"),
+    }
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        try:
+            subprocess.run(
+                command,
+                cwd=ROOT,
+                env=os.environ | own | one_thread,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=MOST_SECONDS,
+                check=True,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"did not end within {MOST_SECONDS} seconds") from None
+        except subprocess.CalledProcessError:
+            lines = (folder / "log.txt").read_text(encoding="utf-8").split("\n")
+            raise RuntimeError(next(filter(str.strip, reversed(lines)), "said nothing")) from None
+    return folder
+
+
+def measure(name: str, peers: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a network: for each peer one for each limit."""
+    network, criterion = grids.trained(name)
+    judge = Judge(network, criterion, name)
+    question = ask(network, name)
+    for peer in peers:
+        version = REQUIREMENTS[peer][0].partition("==")[2]
+        of_peer = {"network": name, "peer": peer, "version": version}
+        print(f"{name}: {peer} {version} …", flush=True)
+        try:
+            folder = asked(peer, question)
+        except RuntimeError as error:
+            rows = [of_peer | {"limit": limit, "note": str(error)} for limit in LIMITS]
+        else:
+            rows = [of_peer | row for row in judged(folder, network, judge)]
+        show(pd.DataFrame(rows, columns=COLUMNS))
+        yield from rows
+
+
+def judged(folder: Path, network: nn.Module, judge: Judge) -> Iterator[dict[str, Any]]:
+    """For each limit the fewest bits among an answer's candidates."""
+    answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    candidates = [
+        {"candidate": name, "bits": exchange.mean_bits(one["counts"], network)}
+        | judge.ratios(load_file(folder / one["file"]))
+        for name, one in answer["candidates"].items()
+    ]
+    table = pd.DataFrame(candidates, columns=["candidate", "bits", "validation", "test"])
+    table.sort_values("bits").to_csv(folder / "candidates.csv", index=False)
+    for limit in LIMITS:
+        row = {"limit": limit, "seconds": answer["seconds"], "note": "; ".join(answer["notes"])}
+        best, chosen = (
+            table[table[split] <= limit].sort_values(["bits", split]).head(1)
+            for split in ("test", "validation")
+        )
+        for one in best.to_dict("records"):
+            row |= {"best_bits": one["bits"], "best_ratio": one["test"]}
+        for one in chosen.to_dict("records"):
+            row |= {"chosen_bits": one["bits"], "chosen_validation_ratio": one["validation"]}
+            row |= {"chosen_test_ratio": one["test"]}
+        yield row
+
+
+def show(results: pd.DataFrame) -> None:
+    """Print the table, and its notes below it."""
+    numbers = results.drop(columns="note")
+    print(numbers.to_string(index=False, na_rep="–", float_format="{:.4g}".format))
+    noted = results[["network", "peer", "note"]].replace("", None).dropna().drop_duplicates()
+    for row in noted.to_dict("records"):
+        print(f"{row['network']}, {row['peer']}: {row['note']}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--network", choices=NETWORKS, help="by default both")
+    parser.add_argument("--peer", choices=REQUIREMENTS, help="by default all of them")
+    chosen = parser.parse_args()
+    networks = [name for name in NETWORKS if chosen.network in (None, name)]
+    peers = [name for name in REQUIREMENTS if chosen.peer in (None, name)]
+    measured = [row for name in networks for row in measure(name, peers)]
+    results = pd.DataFrame(measured, columns=COLUMNS)
+    if RESULTS.exists():
+        kept = pd.read_csv(RESULTS)
+        again = kept["network"].isin(networks) & kept["peer"].isin(peers)
+        known = kept["network"].isin(NETWORKS) & kept["peer"].isin(list(REQUIREMENTS))
+        results = pd.concat([kept[known & ~again], results])
+    order = {name: place for names in (NETWORKS, REQUIREMENTS) for place, name in enumerate(names)}
+    by = ["network", "peer", "limit"]
+    results = results.sort_values(by, key=lambda column: column.map(order).fillna(column))
+    RESULTS.parent.mkdir(exist_ok=True)
+    results.to_csv(RESULTS, index=False)
+    show(results)
+
+
+if __name__ == "__main__":
+    main()

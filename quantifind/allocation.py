@@ -1,0 +1,98 @@
+"""Which choice each tensor gets, under a budget: an exact integer programme (the multiple-choice
+knapsack, solved by HiGHS), as if what tensors cost the loss added up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, sparse
+
+from quantifind.strategy import Choice
+
+Assignment = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to put a unit, a tensor with the activations it meets, on few levels.
+
+    tensors, activations: the choices, None for what stays in float. cost: in the budget's unit.
+    rise: predicted, of the loss.
+    """
+
+    tensors: dict[str, Choice | None]
+    activations: dict[str, Choice | None]
+    cost: float
+    rise: float
+
+
+def undominated(options: Sequence[Option]) -> list[Option]:
+    """Those than which no other is both as cheap and as good, from the dearest to the cheapest."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.cost, o.rise)):
+        if not kept or option.rise < kept[-1].rise:
+            kept.append(option)
+    return kept[::-1]
+
+
+def allocate(units: Sequence[Sequence[Option]], budget: float) -> Assignment | None:
+    """For each unit the number of its option, so that the sum of the rises is least and that of the
+    costs at most ``budget``; None where even the cheapest cost more.
+
+    >>> unit = [Option({}, {}, 8.0, 0.0), Option({}, {}, 4.0, 0.1), Option({}, {}, 2.0, 1.0)]
+    >>> allocate([unit, unit], 12.0)
+    (0, 1)
+    """
+    costs = np.array([option.cost for unit in units for option in unit])
+    rises = np.array([option.rise for unit in units for option in unit])
+    sizes = [len(unit) for unit in units]
+    if sum(min(option.cost for option in unit) for unit in units) > budget:
+        return None
+    one_each = sparse.block_diag([np.ones((1, size)) for size in sizes])
+    # in units of their largest, which is what a solver's tolerances are made for
+    scale = max(rises.max(), 1e-300)
+    solved = optimize.milp(
+        rises / scale,
+        integrality=np.ones(len(costs)),
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(costs[None] / budget, -np.inf, 1),
+        ],
+        options={"mip_rel_gap": 0},
+    )
+    assert solved.x is not None, solved.message
+    starts = np.cumsum([0, *sizes])
+    return tuple(
+        int(solved.x[start : start + size].argmax())
+        for start, size in zip(starts, sizes, strict=False)
+    )
+
+
+def total_cost(units: Sequence[Sequence[Option]], assignment: Assignment) -> float:
+    return sum(unit[i].cost for unit, i in zip(units, assignment, strict=True))
+
+
+def total_rise(units: Sequence[Sequence[Option]], assignment: Assignment) -> float:
+    return sum(unit[i].rise for unit, i in zip(units, assignment, strict=True))
+
+
+def moves(units: Sequence[Sequence[Option]], start: Assignment) -> list[Assignment]:
+    """The assignments one unit one step down, or one a step down and another one up, away; those
+    whose predicted rise per saved cost is least come first.
+
+    units: their options from the dearest to the cheapest (`undominated`).
+    """
+    found: dict[Assignment, tuple[float, float]] = {}
+    cost, rise = total_cost(units, start), total_rise(units, start)
+    for down in range(len(units)):
+        for up in [None, *range(len(units))]:
+            moved = list(start)
+            moved[down] += 1
+            if up is not None:
+                moved[up] -= 1
+            if up == down or not all(0 <= i < len(u) for i, u in zip(moved, units, strict=True)):
+                continue
+            saved = cost - total_cost(units, tuple(moved))
+            found[tuple(moved)] = (saved, total_rise(units, tuple(moved)) - rise)
+    return sorted(found, key=lambda a: (found[a][0] <= 0, found[a][1] / (abs(found[a][0]) or 1e-9)))

@@ -1,0 +1,230 @@
+"""The candidates of a search: made of each tensor's choices, measured on the whole network."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product as combinations
+from typing import Any
+
+import numpy as np
+
+from quantifind import plugins
+from quantifind.allocation import Assignment, Option, total_rise, undominated
+from quantifind.certificate import drops, ratio_interval
+from quantifind.costs import model_bytes
+from quantifind.goal import Goal
+from quantifind.measuring import Measurements
+from quantifind.multiply_adds import multiply_adds
+from quantifind.sensitivity import Menus, part_key, quantized_parts, sensitivities
+from quantifind.strategy import Choice, Quantized, Strategy, mean_bits, named_tensors
+
+# shares of the validation examples after each of which a candidate is given up or goes on
+RACE = (0.125, 0.25, 0.5, 1.0)
+# the widest of the uniform candidates
+UNIFORM_BITS = 8
+Row = dict[str, Any]
+Chosen = Mapping[str, Choice | None]
+
+
+class Candidates:
+    """What a search may choose among, and the rows of those it has measured.
+
+    units: of each tensor, with the site that meets it, and of each product of two activations, the
+        options from the dearest to the cheapest, those left out that another one beats.
+    fixed: the cost, in the goal's unit, of what no menu names.
+    """
+
+    def __init__(
+        self, measurements: Measurements, menus: Menus, goal: Goal, confidence: float
+    ) -> None:
+        self.measurements, self.menus, self.goal = measurements, menus, goal
+        self.model, self.confidence = measurements.model, confidence
+        self.values = named_tensors(self.model)
+        self.products = multiply_adds(self.model, measurements.calibration[0][0])
+        self.parts = quantized_parts(measurements, menus)
+        table = sensitivities(measurements, menus, self.parts)
+        keys = map(part_key, table["kind"], table["name"], table["choice"])
+        self.rises = dict(zip(keys, table["rise"], strict=True))
+        self.units = [undominated(self._options(*unit)) for unit in self._units()]
+        self.fixed = self.cost(Quantized({})) - self.cost(
+            Quantized({}), {*menus["tensors"], *menus["activations"]}
+        )
+        self.rows: dict[str, Row] = {}
+        self.assignments: dict[str, Assignment] = {}
+        self.best_losses: np.ndarray | None = None
+        cheapest = self.fixed + sum(unit[-1].cost for unit in self.units)
+        if goal.budget is not None and goal.budget < cheapest:
+            raise ValueError(
+                f"budget {goal.cost} is {goal.budget:g}: "
+                f"the smallest candidate takes {cheapest:.4g}"
+            )
+
+    def _units(self) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
+        """Names of tensors and of sites that are chosen together, since one's cost depends on the
+        other's width."""
+        own, sites = self.menus["tensors"], self.menus["activations"]
+        pairs = {p.sites for p in self.products if p.weight is None} if sites else set()
+        paired = {site for pair in pairs for site in pair}
+        for name in self.values:
+            if name in own:
+                yield [name], [name] if name in sites and name not in paired else []
+        yield from (([], pair) for pair in sorted(pairs))
+
+    def _options(self, tensors: Sequence[str], sites: Sequence[str]) -> list[Option]:
+        menus: list[list[tuple[str, Choice | None]]] = []
+        for name in tensors:
+            menus.append([(name, choice) for choice in self.menus["tensors"][name]])
+        for name in sites:
+            levels = self.menus["activations"][name]
+            menus.append([(name, None), *((name, choice) for choice in levels)])
+        options = []
+        for chosen in combinations(*menus):
+            own, met = dict(chosen[: len(tensors)]), dict(chosen[len(tensors) :])
+            cost = self.cost(self.alone(own, met), {*tensors, *sites})
+            options.append(Option(own, met, cost, self.rise(own, met)))
+        return options
+
+    def rise(self, tensors: Chosen, activations: Chosen) -> float:
+        """Predicted, of the loss: the sum of what each measured alone."""
+        return sum(
+            self.rises[part_key(kind, name, choice)]
+            for kind, named in (("tensors", tensors), ("activations", activations))
+            for name, choice in named.items()
+            if choice is not None
+        )
+
+    def alone(self, tensors: Chosen, activations: Chosen) -> Quantized:
+        """Tensors and activations by their choices, each fitted with the rest in float."""
+        tensor_parts, activation_parts = (
+            {
+                name: self.parts[part_key(kind, name, choice)]
+                for name, choice in named.items()
+                if choice is not None
+            }
+            for kind, named in (("tensors", tensors), ("activations", activations))
+        )
+        return Quantized(tensor_parts, activation_parts)
+
+    def cost(self, quantized: Quantized, names: set[str] | None = None) -> float:
+        """In the goal's unit, of the tensors and sites named, or of all."""
+        in_bits = self.goal.cost == "mean_bits"
+        measure = plugins.load("costs", "model_bytes" if in_bits else self.goal.cost, "measure")
+        costs = measure(self.model, quantized, self.products)
+        total = float(sum(v for name, v in costs.items() if names is None or name in names))
+        count = sum(tensor.numel() for tensor in self.values.values())
+        return 8 * total / count if in_bits else total
+
+    def strategy(
+        self, assignment: Assignment, units: Sequence[Sequence[Option]] | None = None
+    ) -> Strategy:
+        """The choices of an assignment, without codes."""
+        tensors: dict[str, Choice | None] = dict.fromkeys(self.values)
+        activations: dict[str, Choice | None] = dict.fromkeys(self.menus["activations"])
+        for unit, index in zip(units or self.units, assignment, strict=True):
+            tensors |= unit[index].tensors
+            activations |= unit[index].activations
+        levels = activations if any(activations.values()) else {}
+        return Strategy(tensors, levels)
+
+    def uniform(self) -> Iterator[Strategy]:
+        """The same choice for every weight, where all have it in their menu, and others at as many
+        bits or the nearest there are; all of few bits."""
+        own = self.menus["tensors"]
+        weights = [name for name in own if self.values[name].dim() > 1]
+        for choice in own[weights[0]] if weights else []:
+            bits = choice.get("bits", 2)
+            if bits <= UNIFORM_BITS and all(choice in own[name] for name in weights):
+                tensors: dict[str, Choice | None] = dict.fromkeys(self.values)
+                for name, menu in own.items():
+                    nearest = min(menu, key=lambda c: abs(c.get("bits", 2) - bits))
+                    tensors[name] = choice if name in weights else nearest
+                yield Strategy(tensors)
+
+    def measure_alone(self, strategy: Strategy, origin: str = "allocated") -> Row:
+        """A strategy with each tensor fitted with the rest in float."""
+        quantized = self.alone(strategy.tensors, strategy.activations)
+        return self.measure(origin, strategy, quantized)
+
+    def measure_assignment(self, assignment: Assignment) -> Row:
+        strategy = self.strategy(assignment)
+        self.assignments[choices_key(strategy)] = assignment
+        return self.measure_alone(strategy)
+
+    def measure(self, origin: str, strategy: Strategy, quantized: Quantized) -> Row:
+        """A candidate's row, kept: from as many examples as it takes to give it up, else all."""
+        key = f"{origin} {choices_key(strategy)}"
+        if key not in self.rows:
+            self.keep(key, self.measured(key, origin, strategy, quantized))
+        return self.rows[key]
+
+    def measured(self, key: str, origin: str, strategy: Strategy, quantized: Quantized) -> Row:
+        """A candidate's row. key: names it for ever."""
+        everything = self.measurements.examples
+        for share in RACE:
+            columns = self.measurements.columns(key, quantized, math.ceil(share * everything))
+            drop = drops(columns, confidence=self.confidence)
+            if self._hopeless(drop, columns["loss"]):
+                break
+        original = self.measurements.original["loss"].mean().item()
+        rise = self.rise(
+            {n: c for n, c in strategy.tensors.items() if self._was_measured("tensors", n, c)},
+            strategy.activations,
+        )
+        return {
+            "strategy": replace(strategy, fitted=quantized),
+            "origin": origin,
+            "mean_bits": mean_bits(self.model, quantized),
+            "model_bytes": sum(model_bytes.measure(self.model, quantized, []).values()),
+            self.goal.cost: self.cost(quantized),
+            "predicted_ratio": 1 + rise / original,
+            "examples": len(columns["loss"]),
+            **drop,
+        }
+
+    def _was_measured(self, kind: str, name: str, choice: Choice | None) -> bool:
+        return choice is not None and part_key(kind, name, choice) in self.rises
+
+    def keep(self, key: str, row: Row) -> None:
+        """Let a measured candidate be one of those to choose among."""
+        self.rows[key] = row
+        if self.best() is row:
+            examples = self.measurements.examples
+            self.best_losses = self.measurements.columns(key, row["strategy"].fitted, examples)[
+                "loss"
+            ]
+
+    def _hopeless(self, drop: Mapping[str, float], losses: np.ndarray) -> bool:
+        if self.goal.limit is not None:
+            return drop[f"{self.goal.measure}_low"] > self.goal.limit
+        if self.best_losses is None:
+            return False
+        return ratio_interval(losses, self.best_losses[: len(losses)])[0] > 1
+
+    def whole(self) -> list[Row]:
+        """The rows of candidates measured on all examples."""
+        return [r for r in self.rows.values() if self.is_whole(r)]
+
+    def is_whole(self, row: Row) -> bool:
+        return bool(row["examples"] == self.measurements.examples)
+
+    def best(self, origin: str | None = None) -> Row | None:
+        """The candidate that the goal likes best, of those of an origin that keep it."""
+        keeping = [
+            row
+            for row in self.whole()
+            if self.goal.keeps(row) and (origin is None or row["origin"] == origin)
+        ]
+        return min(keeping, key=self.goal.rank, default=None)
+
+    def best_assignment(self) -> Assignment | None:
+        row = self.best("allocated")
+        return None if row is None else self.assignments[choices_key(row["strategy"])]
+
+    def predicted_rise(self, assignment: Assignment) -> float:
+        return total_rise(self.units, assignment)
+
+
+def choices_key(strategy: Strategy) -> str:
+    """A strategy's choices as a string."""
+    return json.dumps(strategy.choices, sort_keys=True)

@@ -1,0 +1,92 @@
+"""What a search is asked for: a limit of what is lost, or a budget; and the ladder to judge."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantifind import plugins
+
+Limit = float | Mapping[str, float]
+LIMITS = ("criterion_ratio", "accuracy_drop", "relative_error")
+# rungs of a ladder are at least so far apart
+RUNG = 0.97
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The least ``cost`` with ``measure`` at most ``limit``; or, where that is None, the least of
+    ``measure`` with ``cost`` at most ``budget``."""
+
+    measure: str
+    limit: float | None
+    cost: str
+    budget: float | None
+
+    @classmethod
+    def of(cls, limit: Limit | None, budget: Limit | None) -> "Goal":
+        """As `quantifind.search.find_strategy` takes them. Errors: ValueError, out of range."""
+        if (limit is None) == (budget is None):
+            raise ValueError(f"a search takes either a limit or a budget, not {limit=}, {budget=}")
+        if limit is not None:
+            measure, value = _one("limit", limit, "criterion_ratio", LIMITS)
+            lowest = 1 if measure == "criterion_ratio" else 0
+            if not lowest <= value < math.inf:
+                raise ValueError(f"limit {measure} is {value:g}: {lowest} or more is needed")
+            return cls(measure, value, "model_bytes", None)
+        assert budget is not None
+        cost, value = _one("budget", budget, "mean_bits", ("mean_bits", *plugins.names("costs")))
+        if not 0 < value < math.inf:
+            raise ValueError(f"budget {cost} is {value:g}: a number above 0 is needed")
+        return cls("criterion_ratio", None, cost, value)
+
+    def keeps(self, row: Mapping[str, Any]) -> bool:
+        """Whether a measured candidate does what was asked."""
+        if self.limit is not None:
+            return bool(row[f"{self.measure}_bound"] <= self.limit)
+        assert self.budget is not None
+        return bool(row[self.cost] <= self.budget * (1 + 1e-9))
+
+    def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """What is to be least among the candidates that keep the goal."""
+        drop, cost = row[f"{self.measure}_bound"], row[self.cost]
+        return (cost, drop) if self.limit is not None else (drop, cost)
+
+    def sureness(self, row: Mapping[str, Any]) -> float:
+        """How many standard errors the drop is from the limit; the higher, the surer."""
+        value, bound = row[self.measure], row[f"{self.measure}_bound"]
+        if self.limit is None:
+            return -float(bound)
+        return float((self.limit - value) / max(bound - value, 1e-12))
+
+
+def _one(kind: str, given: Limit, default: str, allowed: Sequence[str]) -> tuple[str, float]:
+    named = given if isinstance(given, Mapping) else {default: given}
+    if len(named) != 1 or not named.keys() <= set(allowed):
+        raise ValueError(f"{kind} is {given!r}: a number or one of {', '.join(allowed)} is needed")
+    ((name, value),) = named.items()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{kind} {name} is {value!r}: a number is needed")
+    return name, float(value)
+
+
+def ladder(
+    rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], goal: Goal
+) -> list[Mapping[str, Any]]:
+    """The candidates to judge, from most bytes to fewest, the chosen one among them.
+
+    A rung is surer of the limit than every one below it: what is no surer than one with fewer bytes
+    would only be one more test to fail.
+    """
+    rungs: list[Mapping[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (row["model_bytes"], row[f"{goal.measure}_bound"])):
+        if row is chosen or not rungs or goal.sureness(row) > goal.sureness(rungs[-1]):
+            rungs.append(row)
+    spaced: list[Mapping[str, Any]] = []
+    for row in rungs[::-1]:
+        if spaced and row["model_bytes"] > RUNG * spaced[-1]["model_bytes"]:
+            if row is not chosen:
+                continue
+            spaced.pop()
+        spaced.append(row)
+    return spaced

@@ -1,0 +1,122 @@
+"""What to do with a network: the strategy that test data certify, in numbers and in words."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from quantifind.certificate import certified_steps
+from quantifind.strategy import Strategy
+
+MEASURES = {
+    "criterion_ratio": "criterion ratio",
+    "accuracy_drop": "drop of accuracy",
+    "relative_error": "relative error of the outputs",
+}
+
+
+def recommend(
+    found: pd.DataFrame,
+    uniform: pd.DataFrame,
+    strategies: Sequence[Strategy],
+    *,
+    measure: str = "criterion_ratio",
+    limit: float = 1.01,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """The answer of a search, judged on test data.
+
+    found: of the search's ladder, from most bytes to fewest, the rows of `evaluate_strategies`,
+    with the columns of the candidates under ``validation_…``. uniform: those of the uniform depths.
+    strategies: the ladder's. measure, limit: what is certified.
+    Returns: plain values; ``certified`` is the last strategy of the ladder that passes when it is
+    walked from the top, or None; ``chosen`` the one chosen on validation data.
+    """
+    steps = certified_steps(found[f"{measure}_bound"].tolist(), limit)
+    uniform = uniform.sort_values("bit_depth", ascending=False)
+    depths = certified_steps(uniform[f"{measure}_bound"].tolist(), limit)
+    rows = found.to_dict("records")
+    chosen = next(i for i, row in enumerate(rows) if row["validation_chosen"])
+    best = steps - 1 if steps else chosen
+    return {
+        "limit": {measure: limit},
+        "confidence": confidence,
+        "certified": _facts(rows[best], measure) if steps else None,
+        "chosen": _facts(rows[chosen], measure),
+        "certified_uniform_depth": int(uniform["bit_depth"].iloc[depths - 1]) if depths else None,
+        "tensors": {name: words_of(c) for name, c in strategies[best].tensors.items()},
+        "activations": {name: words_of(c) for name, c in strategies[best].activations.items()},
+    }
+
+
+def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
+    """A judged strategy: its size, and its drop on test beside that on validation data."""
+    value, on_validation = float(row[measure]), float(row[f"validation_{measure}"])
+    return {
+        "mean_bits": float(row["mean_bits"]),
+        "model_bytes": int(row["validation_model_bytes"]),
+        "compression": 32 / float(row["mean_bits"]),
+        "rounding": str(row["validation_origin"]),
+        measure: value,
+        **{end: float(row[f"{measure}_{end}"]) for end in ("low", "high", "bound")},
+        "on_validation": on_validation,
+        "test_minus_validation": value - on_validation,
+    }
+
+
+def words_of(choice: Mapping[str, Any] | None) -> str:
+    """A tensor's choice in words.
+
+    >>> words_of({"scheme": "uniform", "levels": 3, "axis": 0, "rounding": "learned"})
+    'ternary, a scale per channel, learned'
+    """
+    if choice is None:
+        return "float"
+    levels = choice.get("levels") or 2 ** choice["bits"]
+    width = {2: "binary", 3: "ternary"}.get(levels) or f"{choice.get('bits', levels)} bits"
+    scheme = "" if choice["scheme"] == "uniform" else f"{choice['scheme'].replace('_', ' ')}, "
+    axis, group = choice.get("axis"), choice.get("group")
+    scale = "one scale" if axis is None else "a scale per channel"
+    if group is not None:
+        scale = f"a scale per {group} values"
+    return f"{scheme}{width}, {scale}, {choice.get('rounding', 'nearest')}"
+
+
+def in_words(answer: Mapping[str, Any], name: str) -> str:
+    """The recommendation as a page of Markdown."""
+    ((measure, limit),) = answer["limit"].items()
+    what, best = MEASURES[measure], answer["certified"]
+    uniform = answer["certified_uniform_depth"]
+    lines = [f"# {name}: {what} at most {limit:g}", ""]
+    if best is None:
+        best = answer["chosen"]
+        lines.append(
+            f"**Nothing is certified** with {answer['confidence']:.0%} confidence on test data. "
+            f"The strategy chosen on validation data, at {_size(best)}, has a {what} of "
+            f"{_interval(best, measure)} there."
+        )
+    else:
+        lines.append(
+            f"**{best['mean_bits']:.3f} bits per parameter**, with {answer['confidence']:.0%} "
+            f"confidence: {_size(best)}, {best['compression']:.1f} times smaller than in float32. "
+            f"Its {what} on test data is {_interval(best, measure)}; on validation data, which "
+            f"chose it, it was {best['on_validation']:.4g}."
+        )
+    lines += [
+        "",
+        f"With the same bit depth for all tensors, rounded to nearest, "
+        f"{'no depth' if uniform is None else f'{uniform} bits'} would be certified.",
+        "",
+        "| tensor | becomes |",
+        "|---|---|",
+        *(f"| {tensor} | {words} |" for tensor, words in answer["tensors"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _size(row: Mapping[str, Any]) -> str:
+    return f"{row['model_bytes']:,} bytes"
+
+
+def _interval(row: Mapping[str, Any], measure: str) -> str:
+    return f"{row[measure]:.4g} [{row['low']:.4g}, {row['high']:.4g}]"

@@ -1,0 +1,260 @@
+"""What each tensor, and each activation, costs a network when it alone is put on few levels."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from quantifind import artifact
+from quantifind.activations import activation_sites, fit_activations
+from quantifind.calibration import weight_uses
+from quantifind.certificate import drops
+from quantifind.measuring import Measurements
+from quantifind.proxies import (
+    fisher,
+    fisher_rise,
+    hessian_rise,
+    hessian_traces,
+    output_fisher_rises,
+)
+from quantifind.quantized import QuantizedTensor
+from quantifind.strategy import Choice, Quantized, named_tensors, quantize_alone
+from quantifind.utils import progress
+
+# examples on which single tensors are measured; divergences of a few thousand tell them apart
+EXAMPLES = 2_000
+# training examples and random vectors from which derivatives are estimated
+PROXY_EXAMPLES, DRAWS = 256, 8
+PROXIES = ("sqnr_db", "hessian_rise", "fisher_rise", "output_fisher_rise")
+Parts = dict[str, QuantizedTensor]
+# "tensors" and "activations", by name of the tensor or site the choices it has
+Menus = Mapping[str, Mapping[str, Sequence[Choice]]]
+
+
+WIDTHS = range(1, 17)
+PER_CHANNEL = {"scheme": "uniform", "axis": 0, "scale_dtype": "float16"}
+NEAREST = PER_CHANNEL | {"scale": "squared_error"}
+COMPENSATED = PER_CHANNEL | {"scale": "output_error", "rounding": "compensated"}
+PER_TENSOR = {"scheme": "uniform", "scale_dtype": "float16", "scale": "squared_error"}
+ACTIVATION = {"scheme": "uniform", "zero_point": True, "scale": "squared_error"}
+# widths at which compensated rounding is tried; above, rounding to nearest is as good
+COMPENSATED_WIDTHS = (1, 2, 3, 4)
+
+
+def default_menus(
+    measurements: Measurements,
+    widths: Iterable[int] = WIDTHS,
+    activation_bits: Iterable[int] = (),
+) -> Menus:
+    """What each tensor may become: weights with a scale per channel, rounded to nearest at each
+    width and compensated at the low ones, ternary among them; others with one scale.
+
+    activation_bits: widths that every activation may have besides float; none by default.
+    """
+    widths, model = list(widths), measurements.model
+    weight = [NEAREST | {"bits": bits} for bits in widths]
+    weight += [COMPENSATED | {"bits": bits} for bits in widths if bits in COMPENSATED_WIDTHS]
+    if 2 in widths:
+        weight.append(COMPENSATED | {"levels": 3})
+    single = [PER_TENSOR | {"bits": bits} for bits in widths]
+    uses = weight_uses(model, measurements.calibration)
+    tensors = {
+        name: [
+            dict(choice)
+            for choice in (weight if tensor.dim() > 1 else single)
+            if name in uses or "rounding" not in choice
+        ]
+        for name, tensor in named_tensors(model).items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    bits = list(activation_bits)
+    sites = activation_sites(model, measurements.calibration) if bits else []
+    return {
+        "tensors": tensors,
+        "activations": {site: [ACTIVATION | {"bits": b} for b in bits] for site in sites},
+    }
+
+
+def part_key(kind: str, name: str, choice: Choice) -> str:
+    """Names a choice for a tensor or a site for ever."""
+    return f"{kind}/{name} {json.dumps(dict(choice), sort_keys=True)}"
+
+
+def quantized_parts(measurements: Measurements, menus: Menus) -> Parts:
+    """Every tensor and site by each of its choices, the rest in float, by `part_key`.
+
+    menus: "tensors" and "activations", by name the choices. What is in the store is taken from it.
+    """
+    model, calibration = measurements.model, measurements.calibration
+    store = measurements.store
+    parts: Parts = {}
+    todo = [(kind, name) for kind, menu in menus.items() for name in menu]
+    with progress("rounding", total=len(todo)) as step:
+        for kind, name in todo:
+            keys = {part_key(kind, name, choice): choice for choice in menus[kind][name]}
+            missing = {}
+            for key, choice in keys.items():
+                entry = store.get(f"part {key}")
+                if entry is None:
+                    missing[key] = choice
+                else:
+                    parts[key] = getattr(artifact.unpack(*entry), kind)[name]
+            if missing and kind == "tensors":
+                fitted = quantize_alone(model, name, list(missing.values()), calibration)
+            else:
+                fitted = [
+                    fit_activations(model, _alone(menus["activations"], name, choice), calibration)[
+                        name
+                    ]
+                    for choice in missing.values()
+                ]
+            for key, part in zip(missing, fitted, strict=True):
+                parts[key] = part
+                store.put(f"part {key}", *artifact.pack(_quantized(kind, name, part)))
+            step(name)
+    return parts
+
+
+def _alone(menu: Mapping[str, Any], name: str, choice: Choice) -> dict[str, Choice | None]:
+    return {site: choice if site == name else None for site in menu}
+
+
+def _quantized(kind: str, name: str, part: QuantizedTensor) -> Quantized:
+    return Quantized({name: part}) if kind == "tensors" else Quantized({}, {name: part})
+
+
+def sensitivities(
+    measurements: Measurements, menus: Menus, parts: Parts, *, examples: int = EXAMPLES
+) -> pd.DataFrame:
+    """A row for each choice of each tensor and site, measured alone on the first examples.
+
+    Columns: ``kind`` ("tensors" or "activations"), ``name``, ``scheme``, ``rounding``, ``bits`` of
+    a code, ``stored_bits`` with scales, ``rise`` the mean divergence
+    (`quantifind.metrics.paired`), those of `quantifind.certificate.drops`, ``sqnr_db`` of the
+    network's outputs (arXiv:2302.05397), ``examples``, and ``choice``.
+    """
+    rows = []
+    total = sum(len(choices) for menu in menus.values() for choices in menu.values())
+    with progress("sensitivity", total=total) as step:
+        for kind, menu in menus.items():
+            for name, choices in menu.items():
+                for choice in choices:
+                    key = part_key(kind, name, choice)
+                    part = parts[key]
+                    columns = measurements.columns(
+                        f"alone {key}", _quantized(kind, name, part), examples
+                    )
+                    noise, signal = (columns[c].mean() for c in ("squared_error", "squared_norm"))
+                    rows.append(
+                        {
+                            "kind": kind,
+                            "name": name,
+                            "scheme": choice["scheme"],
+                            "rounding": choice.get("rounding", "nearest"),
+                            "bits": part.bits,
+                            "stored_bits": part.stored_bits if kind == "tensors" else 0,
+                            "original_criterion": columns["original_loss"].mean(),
+                            "rise": max(columns["divergence"].mean(), 0.0),
+                            **drops(columns),
+                            "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,
+                            "examples": len(columns["loss"]),
+                            "choice": choice,
+                        }
+                    )
+                    step(name)
+    return pd.DataFrame(rows)
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    train_loader: DataLoader,
+    val_loader: Iterable[Any],
+    criterion: Any,
+    *,
+    widths: Iterable[int] = WIDTHS,
+    activation_bits: Iterable[int] = (),
+    menus: Menus | None = None,
+    folder: Path | str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The table of `sensitivities`, and for tensors what is predicted of them without measuring:
+    ``hessian_rise``, ``fisher_rise`` and ``output_fisher_rise`` (`quantifind.proxies`), from
+    training data.
+
+    Arguments as for `quantifind.search.find_strategy`, with which it shares what it measured.
+    """
+    measurements = Measurements(
+        model, train_loader, val_loader, criterion, folder=folder, seed=seed
+    )
+    menus = menus or default_menus(measurements, widths, activation_bits)
+    parts = quantized_parts(measurements, menus)
+    table = sensitivities(measurements, menus, parts)
+    return table.join(_proxies(table, measurements, parts))
+
+
+def _proxies(table: pd.DataFrame, measurements: Measurements, parts: Parts) -> pd.DataFrame:
+    model, criterion = measurements.model, measurements.criterion
+    examples = [
+        t[:PROXY_EXAMPLES] for t in map(torch.cat, zip(*measurements.calibration, strict=True))
+    ]
+    batches = list(zip(*(t.split(128) for t in examples), strict=True))
+    values = named_tensors(model)
+    traces = hessian_traces(model, criterion, batches, draws=DRAWS, seed=measurements.seed)
+    information = fisher(model, criterion, batches)
+    rows = table[table["kind"] == "tensors"]
+    candidates: dict[str, list[Tensor]] = {name: [] for name in rows["name"]}
+    for row in rows.to_dict("records"):
+        part = parts[part_key("tensors", row["name"], row["choice"])]
+        candidates[row["name"]].append(part.dequantize())
+    by_output = output_fisher_rises(model, criterion, batches, candidates)
+    predicted = []
+    for name, quantized in candidates.items():
+        of_outputs = by_output.get(name, [math.nan] * len(quantized))
+        for put, of_output in zip(quantized, of_outputs, strict=True):
+            predicted.append(
+                {
+                    "hessian_rise": hessian_rise(traces[name], values[name], put),
+                    "fisher_rise": fisher_rise(information[name], values[name], put),
+                    "output_fisher_rise": of_output,
+                }
+            )
+    return pd.DataFrame(predicted, index=rows.index)
+
+
+def rank_correlations(table: pd.DataFrame) -> dict[str, float]:
+    """Spearman's rank correlation of each proxy with the measured rise, over all tensors and
+    choices; of the SQNR, which falls where the rise grows, with its sign turned. Missing values are
+    left out; NaN where fewer than three remain."""
+    correlations = {}
+    for proxy in PROXIES:
+        if proxy in table:
+            both = table[["rise", proxy]].replace([np.inf, -np.inf], np.nan).dropna()
+            sign = -1 if proxy == "sqnr_db" else 1
+            enough = len(both) > 2
+            found = sign * both["rise"].corr(both[proxy], method="spearman") if enough else math.nan
+            correlations[proxy] = float(found)
+    return correlations
+
+
+def cliffs(table: pd.DataFrame, limit: float) -> dict[str, float | None]:
+    """By tensor and site, the fewest bits above which no width of it alone is predicted to bring
+    the criterion ratio above ``limit``; None where even the widest does.
+
+    The prediction is 1 + rise / float loss, with the least rise of a width.
+    """
+    found: dict[str, float | None] = {}
+    for kind, name in dict.fromkeys(zip(table["kind"], table["name"], strict=True)):
+        rows = table[(table["kind"] == kind) & (table["name"] == name)]
+        least = rows.groupby("bits")["rise"].min().sort_index(ascending=False)
+        within = least <= (limit - 1) * rows["original_criterion"].iloc[0]
+        passed = within.cummin()
+        key = name if kind == "tensors" else f"input of {name}"
+        found[key] = float(least.index[passed][-1]) if passed.any() else None
+    return found

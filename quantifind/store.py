@@ -1,0 +1,74 @@
+"""A folder of measured results by key: nothing is measured twice, and a kill loses nothing."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Entry = tuple[dict[str, Tensor], Any]
+
+
+class Store:
+    """Tensors and plain values by key, in memory, and in a folder where one is given."""
+
+    def __init__(self, folder: Path | str | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.entries: dict[str, Entry] = {}
+
+    def get(self, key: str) -> Entry | None:
+        """What was put under ``key``, or None; a file that can't be read counts as none."""
+        if key not in self.entries and self.folder is not None and self._path(key).exists():
+            try:
+                with safe_open(self._path(key), "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                    self.entries[key] = tensors, json.loads(file.metadata()["values"])
+            except (SafetensorError, ValueError):
+                return None  # is measured anew: test_a_damaged_entry_is_measured_again
+        return self.entries.get(key)
+
+    def put(self, key: str, tensors: Mapping[str, Tensor], values: Any = None) -> None:
+        """Keep tensors and plain values; the file gets its name when it is whole."""
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self.entries[key] = whole, values
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self._path(key)
+            partial = path.with_suffix(f".{os.getpid()}")
+            # tensors may share memory, which safetensors refuses
+            unshared = {name: tensor.clone() for name, tensor in whole.items()}
+            save_file(unshared, partial, {"values": json.dumps(values)})
+            os.replace(partial, path)
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{fingerprint(key)[:24]}.safetensors"
+
+
+def fingerprint(*parts: Any) -> str:
+    """A digest of plain values, tensors, and the tensors of networks."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+                digest.update(name.encode())
+                digest.update(_bytes(tensor))
+        elif isinstance(part, Tensor):
+            digest.update(_bytes(part))
+        else:
+            digest.update(json.dumps(part, default=repr, sort_keys=True).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    import torch
+
+    described = f"{tensor.dtype}{list(tensor.shape)}".encode()
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return described + values.numpy().tobytes()
