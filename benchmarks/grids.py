@@ -155,6 +155,18 @@ def markdown(results: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_rows(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """Write the rows of some networks, and those of the others that are there already; all rows, in
+    the order of `NETWORKS`."""
+    if path.exists():
+        kept = pd.read_csv(path)
+        rows = pd.concat([kept[~kept["network"].isin(rows["network"])], rows])
+    rows = rows.loc[rows["network"].map(NETWORKS.index).sort_values(kind="stable").index]
+    path.parent.mkdir(exist_ok=True)
+    rows.to_csv(path, index=False)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -163,15 +175,8 @@ def main() -> None:
     chosen = parser.parse_args().network
     torch.manual_seed(0)
     measured = [row for name in NETWORKS if chosen in (None, name) for row in measure(name)]
-    results = pd.DataFrame(measured)
-    if chosen is not None and RESULTS.exists():
-        kept = pd.read_csv(RESULTS)
-        kept = kept[(kept["network"] != chosen) & kept["row"].isin(ROWS)]
-        results = pd.concat([kept, results])
-        order = results["network"].map(NETWORKS.index)
-        results = results.loc[order.sort_values(kind="stable").index]
-    RESULTS.parent.mkdir(exist_ok=True)
-    results.to_csv(RESULTS, index=False)
+    results = write_rows(RESULTS, pd.DataFrame(measured))
+    results = results[results["row"].isin(ROWS)]
     if set(results["network"]) == set(NETWORKS):
         readme = ROOT / "README.md"
         text = readme.read_text(encoding="utf-8")

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from quantifind import plugins
-from quantifind.allocation import Assignment, Option, total_rise, undominated
+from quantifind.allocation import Assignment, Option, undominated
 from quantifind.certificate import drops, ratio_interval
 from quantifind.costs import model_bytes
 from quantifind.goal import Goal
 from quantifind.measuring import Measurements
 from quantifind.multiply_adds import multiply_adds
 from quantifind.sensitivity import Menus, part_key, quantized_parts, sensitivities
-from quantifind.strategy import Choice, Quantized, Strategy, mean_bits, named_tensors
+from quantifind.strategy import Choice, Quantized, Strategy, mean_bits, named_tensors, scaled
 
 # shares of the validation examples after each of which a candidate is given up or goes on
 RACE = (0.125, 0.25, 0.5, 1.0)
@@ -53,6 +53,8 @@ class Candidates:
         self.rows: dict[str, Row] = {}
         self.assignments: dict[str, Assignment] = {}
         self.best_losses: np.ndarray | None = None
+        # what the scales of weights are multiplied with in allocations
+        self.factors: dict[str, float] = {}
         cheapest = self.fixed + sum(unit[-1].cost for unit in self.units)
         if goal.budget is not None and goal.budget < cheapest:
             raise ValueError(
@@ -141,15 +143,18 @@ class Candidates:
                     tensors[name] = choice if name in weights else nearest
                 yield Strategy(tensors)
 
-    def measure_alone(self, strategy: Strategy, origin: str = "allocated") -> Row:
-        """A strategy with each tensor fitted with the rest in float."""
-        quantized = self.alone(strategy.tensors, strategy.activations)
-        return self.measure(origin, strategy, quantized)
-
     def measure_assignment(self, assignment: Assignment) -> Row:
+        """An allocation's row, each tensor fitted with the rest in float, scales adjusted."""
         strategy = self.strategy(assignment)
         self.assignments[choices_key(strategy)] = assignment
-        return self.measure_alone(strategy)
+        quantized = self.alone(strategy.tensors, strategy.activations)
+        if not self.factors:
+            return self.measure("allocated", strategy, quantized)
+        key = f"allocated {json.dumps(self.factors)} {choices_key(strategy)}"
+        if key not in self.rows:
+            quantized, origin = scaled(quantized, self.factors), "allocated, scales adjusted"
+            self.keep(key, self.measured(key, origin, strategy, quantized))
+        return self.rows[key]
 
     def measure(self, origin: str, strategy: Strategy, quantized: Quantized) -> Row:
         """A candidate's row, kept: from as many examples as it takes to give it up, else all."""
@@ -167,10 +172,11 @@ class Candidates:
             if self._hopeless(drop, columns["loss"]):
                 break
         original = self.measurements.original["loss"].mean().item()
-        rise = self.rise(
-            {n: c for n, c in strategy.tensors.items() if self._was_measured("tensors", n, c)},
-            strategy.activations,
+        known = all(
+            c is None or part_key("tensors", n, c) in self.rises
+            for n, c in strategy.tensors.items()
         )
+        rise = self.rise(strategy.tensors, strategy.activations) if known else math.nan
         return {
             "strategy": replace(strategy, fitted=quantized),
             "origin": origin,
@@ -182,8 +188,10 @@ class Candidates:
             **drop,
         }
 
-    def _was_measured(self, kind: str, name: str, choice: Choice | None) -> bool:
-        return choice is not None and part_key(kind, name, choice) in self.rises
+    def drop(self, row: Row) -> None:
+        """Let a candidate with adjusted scales go for one with better ones."""
+        if row["origin"].endswith("adjusted"):
+            self.rows = {key: kept for key, kept in self.rows.items() if kept is not row}
 
     def keep(self, key: str, row: Row) -> None:
         """Let a measured candidate be one of those to choose among."""
@@ -209,20 +217,17 @@ class Candidates:
         return bool(row["examples"] == self.measurements.examples)
 
     def best(self, origin: str | None = None) -> Row | None:
-        """The candidate that the goal likes best, of those of an origin that keep it."""
+        """The candidate that the goal likes best of those, of an origin, that keep it."""
         keeping = [
             row
             for row in self.whole()
-            if self.goal.keeps(row) and (origin is None or row["origin"] == origin)
+            if self.goal.keeps(row) and (origin is None or row["origin"].startswith(origin))
         ]
         return min(keeping, key=self.goal.rank, default=None)
 
     def best_assignment(self) -> Assignment | None:
         row = self.best("allocated")
         return None if row is None else self.assignments[choices_key(row["strategy"])]
-
-    def predicted_rise(self, assignment: Assignment) -> float:
-        return total_rise(self.units, assignment)
 
 
 def choices_key(strategy: Strategy) -> str:

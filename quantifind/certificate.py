@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 
 def ratio_interval(
@@ -27,7 +27,7 @@ def ratio_interval(
     examples = len(original)
     if examples < 2:
         return -math.inf, math.inf
-    t = stats.t.ppf((1 + confidence) / 2, examples - 1)
+    t = special.stdtrit(examples - 1, (1 + confidence) / 2)
     variance = t**2 * np.cov(rise, original) / examples
     mean_rise, mean = rise.mean(), original.mean()
     a = mean**2 - variance[1, 1]
@@ -61,11 +61,16 @@ def drop_interval(
     """
     right, was_right = np.asarray(right, dtype=bool), np.asarray(was_right, dtype=bool)
     examples = len(right)
-    lost, won = (
-        stats.binomtest(int(flips.sum()), examples).proportion_ci((1 + confidence) / 2)
-        for flips in (was_right & ~right, ~was_right & right)
-    )
-    return lost.low - won.high, lost.high - won.low
+    tail = (1 - confidence) / 4
+
+    def share(flips: np.ndarray) -> tuple[float, float]:
+        count = int(flips.sum())
+        low = special.betaincinv(count, examples - count + 1, tail) if count else 0.0
+        high = special.betaincinv(count + 1, examples - count, 1 - tail)
+        return low, high if count < examples else 1.0
+
+    lost, won = share(was_right & ~right), share(~was_right & right)
+    return lost[0] - won[1], lost[1] - won[0]
 
 
 def drops(columns: Mapping[str, np.ndarray], *, confidence: float = 0.95) -> dict[str, float]:

@@ -42,9 +42,7 @@ class Search:
     limit: dict[str, float] | None = None
     budget: dict[str, float] | None = None
     learn: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
-    widths: Annotated[list[Width], Field(min_length=1)] = field(
-        default_factory=lambda: list(range(1, 17))
-    )
+    widths: Annotated[list[Width], Field(min_length=1)] | None = None
     activation_bits: list[Width] = field(default_factory=list)
 
 

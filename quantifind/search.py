@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,19 @@ from quantifind.goal import Goal, Limit, ladder
 from quantifind.learning import learn as learn_codes
 from quantifind.measuring import Measurements
 from quantifind.metrics import calibrating_temperature
-from quantifind.quantized import QuantizedTensor
-from quantifind.scales import stored_scale
-from quantifind.sensitivity import WIDTHS, Menus, default_menus
+from quantifind.sensitivity import WIDER, WIDTHS, Menus, default_menus
 from quantifind.store import Store, fingerprint
-from quantifind.strategy import Choice, Quantized, Strategy, quantize
+from quantifind.strategy import Choice, Quantized, Strategy, quantize, scaled
 from quantifind.utils import progress
 
 # candidates at most, of a sweep over budgets, of local moves, and of learning
 SWEEP, MOVES, LEARNED = 20, 24, 4
+# a walk down falling budgets ends when so many in a row fail
 FAILURES = 3
-# shares of the best allocation's cost at which layers are compensated in order
-IN_ORDER = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+# shares of the best cost so far, at which a finer sweep allocates, and layers are compensated in
+# order
+FINER = tuple(0.94**i for i in range(SWEEP))
+IN_ORDER = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
 # of its cost, what a move saves at least: else there would be one for each small tensor
 SAVING = 0.003
 # what the scales of a tensor are multiplied with, step by step
@@ -49,7 +49,7 @@ def find_strategy(
     limit: Limit | None = None,
     budget: Limit | None = None,
     learn: float = 0,
-    widths: Iterable[int] = WIDTHS,
+    widths: Iterable[int] | None = None,
     activation_bits: Iterable[int] = (),
     menus: Menus | None = None,
     confidence: float = 0.95,
@@ -68,7 +68,8 @@ def find_strategy(
     validation data is at most that. budget: instead, mean bits per parameter, or one of
     ``mean_bits`` and the modules of `quantifind.costs`, such as ``{"model_bytes": 100_000}``.
     learn: epochs of learned rounding of each of the few best allocations; 0 for none.
-    widths: bits of the default menus, 1 to 32. activation_bits: bits that activations may have
+    widths: bits of the default menus, 1 to 32; by default 1 to 16, and up to 32 where none of those
+    keeps the limit. activation_bits: bits that activations may have
     besides float. menus: instead of both, ``{"tensors": {name: choices}, "activations": …}``.
     folder: keeps all that is measured: a call that was killed goes on, and another limit for the
     same network and data does not measure again what is there.
@@ -85,9 +86,12 @@ def find_strategy(
     measurements = Measurements(
         model, train_loader, val_loader, criterion, folder=folder, seed=seed
     )
-    menus = menus or default_menus(measurements, widths, activation_bits)
-    candidates = Candidates(measurements, menus, goal, confidence)
-    sweep(candidates)
+    for tried in (WIDTHS, WIDER) if widths is None and menus is None else (widths or WIDTHS,):
+        given = menus or default_menus(measurements, tried, activation_bits)
+        candidates = Candidates(measurements, given, goal, confidence)
+        sweep(candidates)
+        if candidates.best() is not None:
+            break
     move(candidates)
     compensate_in_order(candidates)
     if learn:
@@ -96,7 +100,8 @@ def find_strategy(
 
 
 def sweep(candidates: Candidates) -> None:
-    """Uniform strategies, and allocations under falling budgets until three in a row fail."""
+    """Uniform strategies, and allocations under falling budgets; once more with the scales of the
+    best adjusted."""
     goal = candidates.goal
     for strategy in candidates.uniform():
         quantized = candidates.alone(strategy.tensors, {})
@@ -108,17 +113,28 @@ def sweep(candidates: Candidates) -> None:
     if goal.budget is not None:
         highest = min(goal.budget, highest)
         lowest = max(lowest, 0.8 * highest)
-    failed, tried = 0, set()
-    with progress("allocating", total=SWEEP) as step:
-        for i in range(SWEEP):
-            budget = highest * (lowest / highest) ** (i / (SWEEP - 1))
-            assignment = _allocate(candidates, candidates.units, budget)
-            if assignment is None or assignment in tried:
+    _walk_down(
+        candidates, [highest * (lowest / highest) ** (i / (SWEEP - 1)) for i in range(SWEEP)]
+    )
+    best = candidates.best_assignment()
+    if best is not None:
+        cost = candidates.fixed + total_cost(candidates.units, best)
+        row = candidates.best("allocated")
+        assert row is not None
+        _, candidates.factors = adjust_scales(candidates, row)
+        _walk_down(candidates, [cost * share for share in FINER])
+
+
+def _walk_down(candidates: Candidates, budgets: Sequence[float]) -> None:
+    failed = 0
+    allocated = (_allocate(candidates, candidates.units, budget) for budget in budgets)
+    with progress("allocating", total=len(budgets)) as step:
+        for assignment in dict.fromkeys(allocated):
+            if assignment is None:
                 continue
-            tried.add(assignment)
             row = candidates.measure_assignment(assignment)
             step(_note(row))
-            failed = 0 if goal.keeps(row) else failed + 1
+            failed = 0 if candidates.goal.keeps(row) else failed + 1
             if failed == FAILURES:
                 break
 
@@ -170,10 +186,11 @@ def compensate_in_order(candidates: Candidates) -> None:
                     model, strategy, candidates.measurements.calibration
                 ),
             )
-            row = adjust_scales(candidates, candidates.measure("in order", strategy, quantized))
+            row = candidates.measure("in order", strategy, quantized)
+            row, _ = adjust_scales(candidates, row, candidates.factors)
             step(_note(row))
             failed = 0 if goal.keeps(row) else failed + 1
-            if failed == FAILURES:
+            if failed == FAILURES - 1:  # each of these takes seconds
                 break
 
 
@@ -244,49 +261,46 @@ def _learn(candidates: Candidates, start: Strategy, epochs: float) -> Row:
     quantized = _kept(store, key, make)
     learned = {n: None if c is None else {**c, "rounding": "learned"} for n, c in tensors.items()}
     row = candidates.measure(f"learned {epochs:g} epochs", Strategy(learned), quantized)
-    return adjust_scales(candidates, row)
+    return adjust_scales(candidates, row)[0]
 
 
-def adjust_scales(candidates: Candidates, row: Row) -> Row:
+def adjust_scales(
+    candidates: Candidates, row: Row, start: Mapping[str, float] | None = None
+) -> tuple[Row, dict[str, float]]:
     """The row of a candidate whose scales of weights are multiplied, tensor after tensor from the
-    last, for as long as the measured drop falls; the row itself where it doesn't."""
-    if not candidates.is_whole(row):
-        return row
+    last, for as long as the measured drop falls; and the factors. The row itself where it doesn't.
+
+    start: factors to begin with, of the tensors that are adjusted at all; by default all weights.
+    """
     strategy, drop = row["strategy"], f"{candidates.goal.measure}_bound"
-    fitted = strategy.fitted
     weights = [
         name
-        for name, tensor in fitted.tensors.items()
+        for name, tensor in strategy.fitted.tensors.items()
         if candidates.values[name].dim() > 1 and tensor.scale is not None
     ]
-    best, best_key = row, ""
-    factors: dict[str, float] = {}
+    best, factors = row, {}
+
+    def better(grown: dict[str, float]) -> bool:
+        nonlocal best, factors
+        key = f"{row['origin']} {json.dumps(grown)} {choices_key(strategy)}"
+        origin = f"{row['origin']}, scales adjusted"
+        quantized = scaled(strategy.fitted, grown)
+        tried = candidates.measured(key, origin, strategy, quantized)
+        if not candidates.is_whole(tried) or tried[drop] >= best[drop]:
+            return False
+        candidates.drop(best)
+        candidates.keep(key, tried)
+        best, factors = tried, grown
+        return True
+
+    if start:
+        better(dict(start))
+        weights = [name for name in weights if name in start]
     for name in weights[::-1]:
         for factor in FACTORS:
-            while True:
-                grown = factors | {name: factors.get(name, 1.0) * factor}
-                quantized = replace(fitted, tensors=_scaled(fitted.tensors, grown))
-                key = f"{row['origin']} {json.dumps(grown)} {choices_key(strategy)}"
-                origin = f"{row['origin']}, scales adjusted"
-                tried = candidates.measured(key, origin, strategy, quantized)
-                if not candidates.is_whole(tried) or tried[drop] >= best[drop]:
-                    break
-                best, best_key, factors = tried, key, grown
-    if best is not row:
-        candidates.keep(best_key, best)
-    return best
-
-
-def _scaled(
-    tensors: Mapping[str, QuantizedTensor], factors: Mapping[str, float]
-) -> dict[str, QuantizedTensor]:
-    changed = {}
-    for name, factor in factors.items():
-        scale = tensors[name].scale
-        assert scale is not None
-        grown = stored_scale(scale.double() * factor, scale.dtype)
-        changed[name] = replace(tensors[name], scale=grown)
-    return {**tensors, **changed}
+            while better(factors | {name: factors.get(name, 1.0) * factor}):
+                pass
+    return best, factors
 
 
 def answer(candidates: Candidates) -> tuple[Strategy, pd.DataFrame]:

@@ -39,11 +39,18 @@ Menus = Mapping[str, Mapping[str, Sequence[Choice]]]
 
 
 WIDTHS = range(1, 17)
-PER_CHANNEL = {"scheme": "uniform", "axis": 0, "scale_dtype": "float16"}
+WIDER = range(1, 33)
+PER_CHANNEL: dict[str, Any] = {"scheme": "uniform", "axis": 0, "scale_dtype": "float16"}
 NEAREST = PER_CHANNEL | {"scale": "squared_error"}
 COMPENSATED = PER_CHANNEL | {"scale": "output_error", "rounding": "compensated"}
-PER_TENSOR = {"scheme": "uniform", "scale_dtype": "float16", "scale": "squared_error"}
-ACTIVATION = {"scheme": "uniform", "zero_point": True, "scale": "squared_error"}
+PER_TENSOR: dict[str, Any] = {
+    "scheme": "uniform",
+    "scale_dtype": "float16",
+    "scale": "squared_error",
+}
+ACTIVATION: dict[str, Any] = {"scheme": "uniform", "zero_point": True, "scale": "squared_error"}
+# the most bits with float16 scales
+FLOAT16_BITS = 8
 # widths at which compensated rounding is tried; above, rounding to nearest is as good
 COMPENSATED_WIDTHS = (1, 2, 3, 4)
 
@@ -59,11 +66,11 @@ def default_menus(
     activation_bits: widths that every activation may have besides float; none by default.
     """
     widths, model = list(widths), measurements.model
-    weight = [NEAREST | {"bits": bits} for bits in widths]
+    weight = [NEAREST | _width(bits) for bits in widths]
     weight += [COMPENSATED | {"bits": bits} for bits in widths if bits in COMPENSATED_WIDTHS]
     if 2 in widths:
         weight.append(COMPENSATED | {"levels": 3})
-    single = [PER_TENSOR | {"bits": bits} for bits in widths]
+    single = [PER_TENSOR | _width(bits) for bits in widths]
     uses = weight_uses(model, measurements.calibration)
     tensors = {
         name: [
@@ -80,6 +87,11 @@ def default_menus(
         "tensors": tensors,
         "activations": {site: [ACTIVATION | {"bits": b} for b in bits] for site in sites},
     }
+
+
+def _width(bits: int) -> dict[str, Any]:
+    # a step of many bits is too small for float16: test_wide_menus_have_wide_scales
+    return {"bits": bits} if bits <= FLOAT16_BITS else {"bits": bits, "scale_dtype": "float32"}
 
 
 def part_key(kind: str, name: str, choice: Choice) -> str:
@@ -178,7 +190,7 @@ def measure_sensitivity(
     val_loader: Iterable[Any],
     criterion: Any,
     *,
-    widths: Iterable[int] = WIDTHS,
+    widths: Iterable[int] | None = None,
     activation_bits: Iterable[int] = (),
     menus: Menus | None = None,
     folder: Path | str | None = None,
@@ -193,7 +205,7 @@ def measure_sensitivity(
     measurements = Measurements(
         model, train_loader, val_loader, criterion, folder=folder, seed=seed
     )
-    menus = menus or default_menus(measurements, widths, activation_bits)
+    menus = menus or default_menus(measurements, widths or WIDTHS, activation_bits)
     parts = quantized_parts(measurements, menus)
     table = sensitivities(measurements, menus, parts)
     return table.join(_proxies(table, measurements, parts))

@@ -30,7 +30,7 @@ from quantifind.calibration import (
 from quantifind.products import Product
 from quantifind.quantized import QuantizedTensor
 from quantifind.rounding import compensate_layer
-from quantifind.scales import check_values
+from quantifind.scales import check_values, stored_scale
 
 Choice = Mapping[str, Any]
 ROUNDINGS = ("nearest", "compensated", "corrected", "learned")
@@ -395,6 +395,17 @@ def with_quantized(model: nn.Module, quantized: Quantized) -> nn.Module:
     if not quantized.activations:
         return replica
     return QuantizedActivations(replica, quantized.activations)
+
+
+def scaled(quantized: Quantized, factors: Mapping[str, float]) -> Quantized:
+    """With the scales of the tensors named multiplied, and stored as wide as before."""
+    tensors = dict(quantized.tensors)
+    for name, factor in factors.items():
+        scale = tensors[name].scale
+        if scale is not None:
+            grown = stored_scale(scale.double() * factor, scale.dtype)
+            tensors[name] = replace(tensors[name], scale=grown)
+    return replace(quantized, tensors=tensors)
 
 
 def with_tensors(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> nn.Module:

@@ -1,6 +1,12 @@
 """Plot: pictures from the tables alone."""
 
+from quantifind.goal import Goal
 from quantifind.params import Params
+from quantifind.workflow.search_figures import (
+    visualize_frontier,
+    visualize_prediction,
+    visualize_sensitivity,
+)
 from quantifind.workflow.visualization_workflow import (
     visualize_bit_depth_results,
     visualize_history,
@@ -10,13 +16,23 @@ from stages import files
 
 
 def main(params: Params) -> None:
-    results = files.read_table(files.PLOTS / "bit_depths.csv")
-    history = files.read_table(files.PLOTS / "history.csv")
-    weight_error = files.read_table(files.PLOTS / "weight_error.csv")
+    tables = ("bit_depths", "history", "weight_error", "frontier", "candidates", "sensitivity")
+    results, history, weight_error, frontier, candidates, sensitivity = (
+        files.read_table(files.PLOTS / f"{table}.csv") for table in tables
+    )
+    found = files.read_json(files.METRICS / "sensitivity.json")["cliff"]
     name, limits = params.model, params.evaluate.limits
+    goal = Goal.of(params.search.limit, params.search.budget)
+    limit = limits[0] if goal.limit is None else goal.limit
+    cliffs = {limit: found[f"at_{limit:g}"] for limit in limits}
     figures = visualize_bit_depth_results(results, name=name, limits=limits)
     figures["history"] = visualize_history(history, name=name)
     figures["weight_sqnr"] = visualize_weight_error(weight_error, name=name)
+    figures["frontier"] = visualize_frontier(
+        frontier, results, name=name, measure=goal.measure, limit=limit, limits=limits
+    )
+    figures["sensitivity"] = visualize_sensitivity(sensitivity, cliffs, name=name)
+    figures["prediction"] = visualize_prediction(candidates, name=name)
     for picture, figure in figures.items():
         files.write_figure(files.PLOTS / f"{picture}.png", figure)
 

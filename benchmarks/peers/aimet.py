@@ -43,7 +43,7 @@ def search(question: Question) -> Iterator[Candidate | Failure]:
     uniform = [dict.fromkeys(question.layers(), width) for width in WIDTHS]
     for widths in uniform:
         yield Candidate(f"nearest {name(widths)}", nearest(question, widths))
-    found = mixed(question)
+    found = [widths for widths in mixed(question) if widths not in uniform]
     for widths in found:
         yield Candidate(f"AMP {name(widths)}", nearest(question, widths))
     sizes = {layer: module.weight.numel() for layer, module in question.layers().items()}

@@ -167,13 +167,14 @@ def answer(search: Search) -> None:
     seconds = time.monotonic() - started
 
     candidates, notes = {}, []
-    for one in found:
+    for place, one in enumerate(found):
         if isinstance(one, Candidate) and (reason := off_grid(one)):
             one = Failure(one.name, reason)
         if isinstance(one, Failure):
             notes.append(f"{one.name}: {' '.join(one.reason.split())}")
             continue
-        file = f"{len(candidates)}.safetensors"
+        assert one.name not in candidates, f"{one.name} twice"
+        file = f"{place}.safetensors"
         values = {name: w.values.detach().float() for name, w in one.weights.items()}
         save_file({name: v.contiguous() for name, v in values.items()}, folder / file)
         counts = {name: weight.counts for name, weight in one.weights.items()}

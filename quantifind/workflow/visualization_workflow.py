@@ -37,7 +37,7 @@ def visualize_bit_depth_results(
         "signal_to_complexity": _signal_to_complexity(results, certified),
     }
     for subject, figure in figures.items():
-        figure.suptitle(_title(subject.replace("_", " ").capitalize(), name))
+        figure.suptitle(title(subject.replace("_", " ").capitalize(), name))
     return figures
 
 
@@ -55,13 +55,13 @@ def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
         ("val_loss", "validation, after the epoch", QUANTIZED),
     ):
         loss.plot(history["epoch"], history[column], "o-", ms=4, color=colour, label=label)
-    _log_axis(loss, "mean loss")
+    log_axis(loss, "mean loss")
     loss.legend()
     if panels > 1:
         accuracy = 100 * history["val_accuracy"]
         rows[0, 1].plot(history["epoch"], accuracy, "o-", ms=4, color=QUANTIZED)
         rows[0, 1].set(ylabel="validation accuracy (%)")
-    figure.suptitle(_title("Training history", name))
+    figure.suptitle(title("Training history", name))
     return figure
 
 
@@ -89,7 +89,7 @@ def visualize_weight_error(
     axes.grid(alpha=0.3)
     if shown:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(_title("Weight SQNR per tensor", name))
+    figure.suptitle(title("Weight SQNR per tensor", name))
     return figure
 
 
@@ -99,7 +99,7 @@ def _criterion(results: pd.DataFrame, certified: Certified) -> Figure:
     baseline = results["original_criterion"].iloc[0]
     axes.axhline(baseline, color=FLOAT, ls="--", label=f"float: {baseline:.4g}")
     _curve(axes, results, "criterion", certified)
-    _log_axis(axes, "mean loss on the judged split")
+    log_axis(axes, "mean loss on the judged split")
     axes.legend()
     return figure
 
@@ -123,7 +123,7 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
             label="interval",
         )
         _curve(axes, results, "criterion_ratio", certified)
-    _log_axis(whole, "criterion ratio")
+    log_axis(whole, "criterion ratio")
     whole.set(xlabel="")
     whole.legend()
     reach = 2 * max(max(certified, default=1) - 1, 0.01)
@@ -146,12 +146,12 @@ def _signal_to_complexity(results: pd.DataFrame, certified: Certified) -> Figure
         best["bit_depth"], best["signal_to_complexity"], "*", ms=14, color="black",
         label=f"lowest: {best['bit_depth']:.0f} bits",
     )  # fmt: skip
-    _log_axis(axes, "criterion per bit (lower is better)")
+    log_axis(axes, "criterion per bit (lower is better)")
     axes.legend()
     return figure
 
 
-def _title(subject: str, name: str) -> str:
+def title(subject: str, name: str) -> str:
     return f"{subject}: {name}" if name else subject
 
 
@@ -163,7 +163,7 @@ def _depth_axis(axes: Axes) -> None:
     axes.grid(alpha=0.3, which="both")
 
 
-def _log_axis(axes: Axes, label: str) -> None:
+def log_axis(axes: Axes, label: str) -> None:
     """A log axis for what has been drawn, with ticks between decades where they are few."""
     axes.set(ylabel=label, yscale="log")
     low, high = axes.get_ylim()

@@ -1,0 +1,133 @@
+"""The fewest bits that are certified, of each network at three limits, and how good the search is.
+
+    python benchmarks/search.py [--network NAME]
+
+Each network is trained as the pipeline trains it. The search sees train and validation data; the
+ladder it fixes is judged on test data once. Writes benchmarks/results/search.csv: by limit of the
+criterion ratio, with and without learned rounding, the certified strategy, the certified uniform
+depth, and the seconds of the search (the first of a network, 1.01 without learning, measures
+everything; those after it go on from that). And search_quality.csv: within budgets, the criterion
+ratio on validation data of what the search finds, of the best uniform strategy, and of the best of
+as many random allocations as the search measured.
+"""
+
+import argparse
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks import grids
+from quantifind.candidates import Candidates
+from quantifind.certificate import certified_depth, certified_steps
+from quantifind.goal import Goal
+from quantifind.measuring import Measurements
+from quantifind.search import find_strategy
+from quantifind.sensitivity import default_menus
+from quantifind.workflow.evaluation_workflow import evaluate_bit_depths, evaluate_strategies
+
+RESULTS = grids.ROOT / "benchmarks/results/search.csv"
+QUALITY = grids.ROOT / "benchmarks/results/search_quality.csv"
+LIMITS = (1.01, 1.05, 1.10)
+EPOCHS = 4
+BUDGETS = (1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def measure(network: str, folder: str) -> list[dict[str, Any]]:
+    """A row per limit, without and with learning."""
+    net, criterion = grids.trained(network)
+    train, val, test = grids.loaders(network)
+    uniform = evaluate_bit_depths(net, test, criterion)
+    rows = []
+    for learn in (0, EPOCHS):
+        for limit in LIMITS:
+            started = time.monotonic()
+            _, candidates = find_strategy(
+                net, train, val, criterion, limit=limit, learn=learn, folder=folder
+            )
+            seconds = time.monotonic() - started
+            ladder = candidates[candidates["on_ladder"]]
+            judged = evaluate_strategies(net, ladder["strategy"], test, criterion)
+            steps = certified_steps(judged["criterion_ratio_bound"].tolist(), limit)
+            best = judged.iloc[steps - 1] if steps else None
+            rows.append(
+                {
+                    "network": network,
+                    "limit": limit,
+                    "learn": learn,
+                    "mean_bits": np.nan if best is None else best["mean_bits"],
+                    "criterion_ratio": np.nan if best is None else best["criterion_ratio"],
+                    "low": np.nan if best is None else best["criterion_ratio_low"],
+                    "high": np.nan if best is None else best["criterion_ratio_high"],
+                    "uniform_bits": certified_depth(uniform, limit),
+                    "seconds": seconds,
+                }
+            )
+            print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
+    return rows
+
+
+def measure_quality(network: str, folder: str) -> list[dict[str, Any]]:
+    """A row per budget of mean bits: the search beside uniform and random strategies."""
+    net, criterion = grids.trained(network)
+    train, val, _ = grids.loaders(network)
+    measurements = Measurements(net, train, val, criterion, folder=folder)
+    menus = default_menus(measurements)
+    rows = []
+    for budget in BUDGETS:
+        _, table = find_strategy(net, train, val, criterion, budget=budget, folder=folder)
+        found = table[table["chosen"]].iloc[0]
+        uniform = table[table["origin"] == "uniform"]["criterion_ratio"].min()
+        candidates = Candidates(measurements, menus, Goal.of(None, budget), 0.95)
+        generator = np.random.default_rng(0)
+        drawn = [random_allocation(candidates, budget, generator) for _ in range(len(table))]
+        ratios = [candidates.measure_assignment(one)["criterion_ratio"] for one in drawn]
+        rows.append(
+            {
+                "network": network,
+                "budget": budget,
+                "found_bits": found["mean_bits"],
+                "found_ratio": found["criterion_ratio"],
+                "uniform_ratio": uniform,
+                "random_ratio": min(ratios),
+                "candidates": len(table),
+            }
+        )
+        print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
+    return rows
+
+
+def random_allocation(
+    candidates: Candidates, budget: float, generator: np.random.Generator
+) -> tuple[int, ...]:
+    """Options drawn at random, then one after another a step cheaper until the budget holds."""
+    units = candidates.units
+    chosen = [int(generator.integers(len(unit))) for unit in units]
+    while (
+        candidates.fixed + sum(unit[i].cost for unit, i in zip(units, chosen, strict=True)) > budget
+    ):
+        able = [i for i, unit in enumerate(units) if chosen[i] < len(unit) - 1]
+        chosen[generator.choice(able)] += 1
+    return tuple(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--network", choices=grids.NETWORKS, help="by default all of them")
+    chosen = parser.parse_args().network
+    found, quality = [], []
+    for network in grids.NETWORKS:
+        if chosen in (None, network):
+            with tempfile.TemporaryDirectory() as folder:
+                found += measure(network, folder)
+                quality += measure_quality(network, folder)
+            grids.write_rows(RESULTS, pd.DataFrame(found))
+            grids.write_rows(QUALITY, pd.DataFrame(quality))
+
+
+if __name__ == "__main__":
+    main()

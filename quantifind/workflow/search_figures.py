@@ -1,0 +1,238 @@
+"""Pictures of a search: what it found, what each tensor costs, and how far costs add up.
+
+Colours are those of `quantifind.workflow.visualization_workflow`: blue is the same bits for all,
+grey is float.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from quantifind.certificate import certified_steps
+from quantifind.workflow.visualization_workflow import (
+    CERTIFIED,
+    DEPTH_TICKS,
+    FLOAT,
+    QUANTIZED,
+    log_axis,
+    title,
+)
+
+FOUND, NOT_TRIED = "black", "0.85"
+ORIGINS = {"allocated": "tab:cyan", "in order": "tab:pink", "learned": "tab:olive"}
+# of a measure, its words, its unit, and what it is where nothing is lost
+MEASURES = {
+    "criterion_ratio": ("criterion ratio", "(1 is lossless)", 1.0),
+    "accuracy_drop": ("drop of accuracy", "(share of examples)", 0.0),
+    "relative_error": ("relative error of the outputs", "(share of their norm)", 0.0),
+}
+# rises of the loss as shares of it: below the first a tensor costs nothing that can be seen
+SHARES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)
+# ratios nearer to 1 are told apart on a linear scale
+LINEAR = 1e-3
+
+
+def visualize_frontier(
+    frontier: pd.DataFrame,
+    uniform: pd.DataFrame,
+    *,
+    name: str = "",
+    measure: str = "criterion_ratio",
+    limit: float = 1.01,
+    limits: Sequence[float] = (1.01, 1.05),
+) -> Figure:
+    """What is lost on test data against bits: the search's ladder beside the uniform depths.
+
+    frontier: the ladder's rows, from most bytes to fewest; uniform: those of the uniform depths,
+    both as `quantifind.workflow.evaluation_workflow.evaluate_strategies` has them. measure, limit:
+    what is certified, marked on each of the two. limits: those of the other pictures, whose
+    colours they have here too.
+    Returns: the whole range above, and below it the region in which the limit lies.
+    """
+    uniform = uniform.sort_values("mean_bits", ascending=False)
+    words, unit, lossless = MEASURES[measure]
+    colour = CERTIFIED[[*limits, limit].index(limit) % len(CERTIFIED)]
+    figure, (whole, near) = plt.subplots(
+        2, 1, figsize=(8, 7), layout="constrained", sharex=True, height_ratios=(2, 3)
+    )
+    best, best_uniform = (_certified(table, measure, limit) for table in (frontier, uniform))
+    marks = [
+        (best, "D", colour, "certified strategy"),
+        (best_uniform, "o", colour, "certified uniform depth"),
+    ]
+    if "validation_chosen" in frontier:
+        chosen = frontier[frontier["validation_chosen"].astype(bool)]
+        if len(chosen) and (best is None or best.name != chosen.index[0]):
+            marks.append((chosen.iloc[0], "s", FOUND, "chosen on validation data"))
+    for axes in (whole, near):
+        axes.axhline(lossless, color=FLOAT, ls="--", label="float")
+        axes.axhline(limit, color=colour, lw=1, label=f"limit {limit:g}")
+        _ladder(axes, uniform, measure, QUANTIZED, "uniform depths")
+        _ladder(axes, frontier, measure, FOUND, "ladder of the search")
+        for row, marker, mark_colour, what in marks:
+            if row is not None:
+                axes.plot(
+                    row["mean_bits"], row[measure], marker, ms=11, mew=2, mfc="none",
+                    color=mark_colour, label=f"{what}: {row['mean_bits']:.4g} bits",
+                )  # fmt: skip
+                axes.axvline(row["mean_bits"], color=mark_colour, lw=1, ls=":")
+    _bits_axis(near, min(frontier["mean_bits"].min(), uniform["mean_bits"].min()))
+    if measure == "accuracy_drop":
+        whole.set(ylabel=f"{words}\n{unit}")
+    else:
+        log_axis(whole, f"{words}\n{unit}")
+    whole.legend()
+    reach = 2 * max(limit - lossless, 0.002)
+    # a ladder may gain, far below the limit: test_frontier_near_the_limit_holds_what_is_certified
+    lows = [row[f"{measure}_low"] for row in (best, best_uniform) if row is not None]
+    shown = [lossless, *lows, *frontier[measure], *uniform[measure]]
+    bottom = min(value for value in shown if np.isfinite(value)) - 0.2 * reach
+    near.set(ylim=(bottom, lossless + reach), ylabel=f"{words}\nnear the limit")
+    figure.suptitle(title(f"Bits and {words}", name))
+    return figure
+
+
+def visualize_sensitivity(
+    sensitivity: pd.DataFrame,
+    cliffs: Mapping[float, Mapping[str, float | None]],
+    *,
+    name: str = "",
+) -> Figure:
+    """What each tensor alone costs at each width: a row per tensor, a panel per kind of rounding.
+
+    sensitivity: a table of `quantifind.sensitivity.measure_sensitivity`; the least rise of a width
+    is shown. cliffs: by criterion ratio, the fewest bits of each tensor that
+    `quantifind.sensitivity.cliffs` predicts to keep it; marked where the rise is least.
+    """
+    labels = sensitivity["name"].where(
+        sensitivity["kind"] == "tensors", "input of " + sensitivity["name"]
+    )
+    table = sensitivity.assign(
+        label=labels, share=sensitivity["rise"] / sensitivity["original_criterion"]
+    )
+    grids = {
+        str(rounding): part.pivot_table(
+            index="label", columns="bits", values="share", aggfunc="min", dropna=False
+        ).reindex(labels.unique())
+        for rounding, part in table.groupby("rounding", sort=False)
+    }
+    rows = labels.nunique()
+    figure, panels = plt.subplots(
+        1, len(grids), figsize=(9, max(2 + 0.24 * rows, 3.6)), layout="constrained", sharey=True,
+        squeeze=False, width_ratios=[len(grid.columns) for grid in grids.values()],
+    )  # fmt: skip
+    colours = plt.get_cmap("Blues").resampled(256)
+    norm = BoundaryNorm(SHARES, colours.N, extend="both")
+    for axes, (rounding, grid) in zip(panels[0], grids.items(), strict=True):
+        cells = axes.imshow(grid.to_numpy(), aspect="auto", cmap=colours, norm=norm)
+        axes.set(xlabel="bits", title=rounding, facecolor=NOT_TRIED)
+        axes.set_xticks(range(len(grid.columns)), [f"{bits:g}" for bits in grid.columns])
+        axes.set_yticks(range(rows), list(labels.unique()), fontsize=8)
+    figure.colorbar(
+        cells, ax=panels[0].tolist(), label="rise of the loss / float loss", format="%g",
+        fraction=0.04,
+    )  # fmt: skip
+    sizes = np.linspace(11, 6, len(cliffs))
+    rings: list[Artist] = []
+    for (limit, found), size, colour in zip(cliffs.items(), sizes, cycle(CERTIFIED), strict=False):
+        ring = {"marker": "o", "ms": size, "mew": 2, "mfc": "none", "ls": "", "color": colour}
+        label = f"fewest bits predicted to keep CR ≤ {limit:g}"
+        rings.append(Line2D([], [], label=label, **ring))
+        for row, tensor in enumerate(labels.unique()):
+            bits = found.get(tensor)
+            reached = {
+                r: grid.loc[tensor, bits]
+                for r, grid in grids.items()
+                if bits in grid and np.isfinite(grid.loc[tensor, bits])
+            }
+            if reached:
+                rounding = min(reached, key=reached.__getitem__)
+                place = grids[rounding].columns.get_loc(bits)
+                panels[0][list(grids).index(rounding)].plot(place, row, **ring)
+    if any(grid.isna().any(axis=None) for grid in grids.values()):
+        rings.append(Patch(facecolor=NOT_TRIED, label="not tried"))
+    figure.legend(handles=rings, loc="outside lower center", ncols=2)
+    figure.suptitle(title("Loss from each tensor alone, by rounding", name))
+    return figure
+
+
+def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
+    """The criterion ratio that single tensors' rises add up to, against the measured one.
+
+    candidates: those of `quantifind.search.find_strategy`; shown are the predicted ones that were
+    measured on all examples, with intervals, by origin.
+    """
+    shown = candidates[candidates["examples"] == candidates["examples"].max()]
+    shown = shown[np.isfinite(shown["predicted_ratio"]) & np.isfinite(shown["criterion_ratio"])]
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    axes.axhline(0, color=FLOAT, ls="--", label="float")
+    colours = {**ORIGINS, "uniform": QUANTIZED}
+    for origin, rows in shown.groupby("origin"):
+        kind, _, adjusted = str(origin).partition(", ")
+        colour = next((c for start, c in colours.items() if kind.startswith(start)), FLOAT)
+        axes.errorbar(
+            rows["predicted_ratio"] - 1, rows["criterion_ratio"] - 1,
+            _interval(rows, "criterion_ratio"), fmt="o", ms=5, color=colour,
+            ecolor=to_rgba(colour, 0.35), mfc="white" if adjusted else colour, label=origin,
+        )  # fmt: skip
+    chosen = shown[shown["chosen"].astype(bool)]
+    if len(chosen):
+        axes.plot(
+            chosen["predicted_ratio"] - 1, chosen["criterion_ratio"] - 1, "D", ms=11, mew=2,
+            mfc="none", color=FOUND, label=f"chosen: {chosen['mean_bits'].iloc[0]:.4g} bits",
+        )  # fmt: skip
+    most = 2 * max((shown["predicted_ratio"] - 1).max(), LINEAR) if len(shown) else 10 * LINEAR
+    diagonal = np.linspace(0, 1, 200) ** 4 * most
+    axes.plot(diagonal, diagonal, color=FLOAT, lw=1, label="rises add up")
+    axes.set_xscale("symlog", linthresh=LINEAR)
+    axes.set_yscale("symlog", linthresh=LINEAR)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.set(
+        xlabel="criterion ratio − 1, predicted from tensors alone",
+        ylabel="criterion ratio − 1, measured on validation data",
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title("Predicted and measured criterion ratio", name))
+    return figure
+
+
+def _certified(table: pd.DataFrame, measure: str, limit: float) -> pd.Series | None:
+    """The last row that passes when the table is walked from the top, None where none does."""
+    steps = certified_steps(table[f"{measure}_bound"].tolist(), limit)
+    return table.iloc[steps - 1] if steps else None
+
+
+def _ladder(axes: Axes, rows: pd.DataFrame, measure: str, colour: str, label: str) -> None:
+    """A line through what was measured, from most bits to fewest, with intervals."""
+    rows = rows.sort_values("mean_bits", ascending=False)
+    axes.errorbar(
+        rows["mean_bits"], rows[measure], _interval(rows, measure), fmt="o-", ms=4, lw=1.2,
+        elinewidth=1, capsize=2, color=colour, label=label,
+    )  # fmt: skip
+
+
+def _interval(rows: pd.DataFrame, measure: str) -> np.ndarray:
+    """How far a measure's interval reaches down and up; NaN where it has no end. (2, rows)"""
+    ends = (rows[measure] - rows[f"{measure}_low"], rows[f"{measure}_high"] - rows[measure])
+    reach = np.array(ends, dtype=float)
+    # rounding can put an exact value a little outside its interval
+    return np.where(np.isfinite(reach), np.maximum(reach, 0), np.nan)
+
+
+def _bits_axis(axes: Axes, fewest: float) -> None:
+    axes.set(xlabel="mean bits per parameter", xscale="log", xlim=(min(1.85, 0.9 * fewest), 35))
+    axes.xaxis.set_major_locator(FixedLocator((0.5, 1, 1.5, *DEPTH_TICKS)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,290 @@
+"""The search finds the best of all strategies where all can be tried, and says what can't be had."""
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from quantifind import search
+from quantifind.candidates import Candidates
+from quantifind.goal import Goal
+from quantifind.loaders import Tensors, batch_loader, random_split
+from quantifind.measuring import Measurements
+from quantifind.metrics import compare, outcome
+from quantifind.search import find_strategy
+from quantifind.strategy import mean_bits, quantize, quantize_model
+
+PLAIN = {"scheme": "uniform", "axis": 0, "scale_dtype": "float16"}
+SMALL_MENU = [PLAIN | {"bits": bits} for bits in (2, 3, 4, 6, 8)]
+
+
+def toy(*sizes: int, examples: int = 3_000, seed: int = 0):
+    """A trained classifier of noisy data, which is never sure, and its loaders."""
+    torch.manual_seed(seed)
+    layers = [
+        layer
+        for before, after in itertools.pairwise(sizes)
+        for layer in (nn.Linear(before, after, bias=False), nn.ReLU())
+    ]
+    net = nn.Sequential(*layers[:-1])
+    inputs = torch.randn(examples, sizes[0])
+    targets = (inputs[:, : sizes[-1]] + 0.7 * torch.randn(examples, sizes[-1])).argmax(1)
+    counts = [examples - 2 * (examples // 3), examples // 3, examples // 3]
+    train, val, test = random_split(Tensors(inputs, targets), counts)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(train.tensors[0]), train.tensors[1]).backward()
+        optimizer.step()
+    loaders = [
+        batch_loader(split, batch_size=100, shuffle=split is train, seed=0)
+        for split in (train, val, test)
+    ]
+    return net.eval(), *loaders
+
+
+@pytest.fixture(scope="module")
+def small():
+    return toy(6, 5, 4)
+
+
+def menu(net):
+    return {"tensors": {name: SMALL_MENU for name, _ in net.named_parameters()}, "activations": {}}
+
+
+def every_candidate(net, train, val, goal):
+    """All strategies of the menu, measured on all examples without scale adjustment."""
+    measurements = Measurements(net, train, val, nn.CrossEntropyLoss())
+    candidates = Candidates(measurements, menu(net), goal, 0.95)
+    options = [range(len(unit)) for unit in candidates.units]
+    return [candidates.measure_assignment(one) for one in itertools.product(*options)]
+
+
+@pytest.mark.parametrize("limit", [1.003, 1.01, 1.05, 1.2])
+def test_a_limit_is_kept_with_no_more_bytes_than_the_best_of_all_strategies(small, limit):
+    net, train, val, _ = small
+    goal = Goal.of(limit, None)
+    everything = every_candidate(net, train, val, goal)
+    least = min(row["model_bytes"] for row in everything if goal.keeps(row))
+    strategy, table = find_strategy(
+        net, train, val, nn.CrossEntropyLoss(), limit=limit, menus=menu(net)
+    )
+    chosen = table[table["chosen"]].iloc[0]
+    # scales that are adjusted may take it below what the plain strategies reach
+    assert chosen["model_bytes"] <= least
+    assert chosen["criterion_ratio_bound"] <= limit
+    assert chosen["strategy"] is strategy
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+def test_a_budget_is_spent_as_well_as_by_the_best_of_all_strategies(small, share):
+    net, train, val, _ = small
+    sizes = [row["model_bytes"] for row in every_candidate(net, train, val, Goal.of(1.0, None))]
+    budget = min(sizes) + share * (max(sizes) - min(sizes))
+    goal = Goal.of(None, {"model_bytes": budget})
+    everything = every_candidate(net, train, val, goal)
+    least = min(goal.rank(row) for row in everything if goal.keeps(row))
+    _, table = find_strategy(
+        net, train, val, nn.CrossEntropyLoss(), budget={"model_bytes": budget}, menus=menu(net)
+    )
+    chosen = table[table["chosen"]].iloc[0]
+    assert chosen["model_bytes"] <= budget
+    assert goal.rank(chosen) <= least
+
+
+def test_a_budget_is_spent_to_the_last_byte(small):
+    net, train, val, _ = small
+    rows = every_candidate(net, train, val, Goal.of(1.0, None))
+    most = max(row["model_bytes"] for row in rows)
+    _, table = find_strategy(
+        net, train, val, nn.CrossEntropyLoss(), budget={"model_bytes": most}, menus=menu(net)
+    )
+    assert (table["model_bytes"] == most).any()
+
+
+def test_what_is_found_needs_no_calibration_and_is_what_was_measured(small):
+    net, train, val, _ = small
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    criterion = nn.CrossEntropyLoss()
+    strategy, table = find_strategy(net, train, val, criterion, limit=1.05)
+    replica = quantize_model(net, strategy)
+    measured = compare(outcome(replica, val, criterion), outcome(net, val, criterion))
+    chosen = table[table["chosen"]].iloc[0]
+    assert measured["criterion_ratio"] == pytest.approx(chosen["criterion_ratio"], rel=1e-6)
+    assert mean_bits(net, quantize(net, strategy)) == chosen["mean_bits"]
+    assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_rows_and_ladder(small):
+    net, train, val, _ = small
+    _, table = find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05)
+    assert table["model_bytes"].is_monotonic_decreasing
+    assert table["chosen"].sum() == 1
+    assert table.loc[table["chosen"], "on_ladder"].all()
+    assert (table.loc[table["on_ladder"], "examples"] == 1_000).all()
+    assert table["examples"].between(1, 1_000).all()
+    given_up = table[table["examples"] < 1_000]
+    assert (given_up["criterion_ratio_low"] > 1.05).all()
+
+
+def test_measures_and_costs(small):
+    net, train, val, _ = small
+    criterion = nn.CrossEntropyLoss()
+    for limit in ({"accuracy_drop": 0.03}, {"relative_error": 0.05}):
+        ((measure, value),) = limit.items()
+        _, table = find_strategy(net, train, val, criterion, limit=limit)
+        assert table.loc[table["chosen"], f"{measure}_bound"].item() <= value
+    for cost, few in (("bit_operations", 32 * 4), ("energy_picojoules", None), ("mean_bits", 5.0)):
+        whole = every_cost(net, train, val, cost)
+        budget = whole / 4 if few is None else few if cost == "mean_bits" else whole * 4 / 32
+        _, table = find_strategy(
+            net, train, val, criterion, budget={cost: budget}, activation_bits=[4, 8]
+        )
+        assert (table[cost] <= budget * (1 + 1e-9)).all()
+    assert any(s.activations for s in table["strategy"]) or cost == "mean_bits"
+
+
+def every_cost(net, train, val, cost):
+    """What the float network costs."""
+    from quantifind import plugins
+    from quantifind.multiply_adds import multiply_adds
+    from quantifind.strategy import Quantized
+
+    if cost == "mean_bits":
+        return 32.0
+    products = multiply_adds(net, next(iter(val))[0])
+    return sum(plugins.load("costs", cost, "measure")(net, Quantized({}), products).values())
+
+
+def test_activations_are_chosen_with_weights(small):
+    net, train, val, _ = small
+    budget = every_cost(net, train, val, "bit_operations") / 64
+    strategy, table = find_strategy(
+        net,
+        train,
+        val,
+        nn.CrossEntropyLoss(),
+        budget={"bit_operations": budget},
+        activation_bits=[2, 4, 8],
+    )
+    assert set(strategy.activations) == {"0.weight", "2.weight"}
+    assert any(strategy.activations.values())
+    assert table.loc[table["chosen"], "bit_operations"].item() <= budget * (1 + 1e-9)
+
+
+def test_learning_goes_below_what_rounding_reaches():
+    net, train, val, _ = toy(8, 32, 4)
+    criterion = nn.CrossEntropyLoss()
+    _, rounded = find_strategy(net, train, val, criterion, limit=1.05)
+    strategy, learned = find_strategy(net, train, val, criterion, limit=1.05, learn=10)
+    sizes = [table.loc[table["chosen"], "mean_bits"].item() for table in (rounded, learned)]
+    assert sizes[1] < sizes[0]
+    assert {choice["rounding"] for choice in strategy.tensors.values()} == {"learned"}
+    assert outcome(quantize_model(net, strategy), val, criterion)["loss"].isfinite().all()
+
+
+def count_forwards(monkeypatch):
+    """How many examples networks are run on, from here on."""
+    seen = []
+    measure = Measurements._measure
+
+    def counted(self, quantized, first, last):
+        seen.append(last - first)
+        return measure(self, quantized, first, last)
+
+    monkeypatch.setattr(Measurements, "_measure", counted)
+    return seen
+
+
+def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
+    net, train, val, _ = small
+    criterion = nn.CrossEntropyLoss()
+    seen = count_forwards(monkeypatch)
+    first = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
+    count = len(seen)
+    again = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
+    assert len(seen) == count  # nothing is measured again
+    assert first[0] == again[0]
+    assert first[1].drop(columns="strategy").equals(again[1].drop(columns="strategy"))
+    find_strategy(net, train, val, criterion, limit=1.03, folder=tmp_path)
+    assert len(seen) - count < count / 2
+    find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05)
+    assert len(seen) > 2 * count - 2  # without a folder all is
+
+
+@pytest.mark.parametrize("stop_after", [1, 40, 120])
+def test_a_killed_search_goes_on(small, tmp_path, monkeypatch, stop_after):
+    net, train, val, _ = small
+    criterion = nn.CrossEntropyLoss()
+    whole = find_strategy(net, train, val, criterion, limit=1.05)
+    seen = count_forwards(monkeypatch)
+    measure = Measurements._measure
+
+    def killed(self, quantized, first, last):
+        if len(seen) == stop_after:
+            raise KeyboardInterrupt
+        return measure(self, quantized, first, last)
+
+    monkeypatch.setattr(Measurements, "_measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
+    monkeypatch.setattr(Measurements, "_measure", measure)
+    resumed = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
+    assert resumed[1].drop(columns="strategy").equals(whole[1].drop(columns="strategy"))
+    total = len(seen)
+    seen.clear()
+    find_strategy(net, train, val, criterion, limit=1.05)
+    assert total == len(seen)  # what was measured before the kill was not measured again
+
+
+def test_learning_is_kept(small, tmp_path, monkeypatch):
+    net, train, val, _ = small
+    options = {"limit": 1.3, "learn": 1, "folder": tmp_path}
+    first = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
+    monkeypatch.setattr(search, "learn_codes", None)
+    again = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
+    assert first[1].drop(columns="strategy").equals(again[1].drop(columns="strategy"))
+
+
+BAD = [
+    ({}, "either a limit or a budget"),
+    ({"limit": 1.01, "budget": 4}, "either a limit or a budget"),
+    ({"limit": 0.99}, "limit criterion_ratio is 0.99: 1 or more is needed"),
+    ({"limit": math.nan}, "limit criterion_ratio is nan"),
+    ({"limit": {"loss": 2}}, "criterion_ratio, accuracy_drop, relative_error"),
+    ({"budget": 0.5}, "budget mean_bits is 0.5: the smallest candidate takes"),
+    ({"budget": -1}, "budget mean_bits is -1: a number above 0"),
+    ({"limit": 1.01, "learn": -1}, "learn is -1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_limits_and_budgets(small, options, message):
+    net, train, val, _ = small
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
+
+
+def test_a_limit_that_cannot_be_kept_names_the_nearest(small):
+    net, train, val, _ = small
+    menus = {
+        "tensors": {name: SMALL_MENU[:2] for name, _ in net.named_parameters()},
+        "activations": {},
+    }
+    message = r"no candidate keeps criterion_ratio at most 1 with 95% confidence on 1000 .* bits"
+    with pytest.raises(ValueError, match=message):
+        find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.0, menus=menus)
+
+
+def test_too_few_examples_say_how_many_it_would_take(small):
+    net, train, val, _ = small
+    few = batch_loader(Tensors(*val.dataset[:12]), batch_size=4, shuffle=False, seed=0)
+    menus = {
+        "tensors": {name: SMALL_MENU[-1:] for name, _ in net.named_parameters()},
+        "activations": {},
+    }
+    with pytest.raises(ValueError, match="on 12 validation examples.*about [0-9,]+ examples"):
+        find_strategy(net, train, few, nn.CrossEntropyLoss(), limit=1.003, menus=menus)
