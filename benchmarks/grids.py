@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,14 @@ from quantifind.strategy import (
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/grids.csv"
 NETWORKS = ("dense_mnist", "conv_mnist", "language_transformer", "simple_dense")
-MARKERS = re.compile(r"(?<=<!-- python benchmarks/grids.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def markers(command: str) -> re.Pattern[str]:
+    """Finds what stands in README.md after the marker with a command, up to the next end."""
+    return re.compile(rf"(?<=<!-- {re.escape(command)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+MARKERS = markers("python benchmarks/grids.py")
 CALIBRATION_BATCHES = 64
 NEAREST = {"axis": 0, "scale_dtype": "float16"}
 COMPENSATED = NEAREST | {"rounding": "compensated", "scale": "output_error"}
@@ -167,6 +175,16 @@ def write_rows(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+def write_readme(
+    place: re.Pattern[str], results: pd.DataFrame, table: Callable[[pd.DataFrame], str]
+) -> None:
+    """Put the table of all four networks, where they are there, between README.md's markers."""
+    if set(results["network"]) == set(NETWORKS):
+        readme = ROOT / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        readme.write_text(place.sub(lambda _: table(results), text), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -177,10 +195,7 @@ def main() -> None:
     measured = [row for name in NETWORKS if chosen in (None, name) for row in measure(name)]
     results = write_rows(RESULTS, pd.DataFrame(measured))
     results = results[results["row"].isin(ROWS)]
-    if set(results["network"]) == set(NETWORKS):
-        readme = ROOT / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        readme.write_text(MARKERS.sub(lambda _: markdown(results), text), encoding="utf-8")
+    write_readme(MARKERS, results, markdown)
     print(markdown(results))
 
 

@@ -30,6 +30,7 @@ from quantifind.workflow.evaluation_workflow import evaluate_bit_depths, evaluat
 
 RESULTS = grids.ROOT / "benchmarks/results/search.csv"
 QUALITY = grids.ROOT / "benchmarks/results/search_quality.csv"
+MARKERS = grids.markers("python benchmarks/search.py")
 LIMITS = (1.01, 1.05, 1.10)
 EPOCHS = 4
 BUDGETS = (1.5, 2.0, 3.0, 4.0, 6.0)
@@ -113,6 +114,29 @@ def random_allocation(
     return tuple(chosen)
 
 
+def markdown(results: pd.DataFrame) -> str:
+    """The table of certified strategies, a line per network and a column per limit."""
+    limits = sorted(set(results["limit"]))
+    lines = [
+        "| certified on test: mean bits, CR, 95% interval | learned "
+        + " ".join(f"| CR ≤ {limit:g}" for limit in limits)
+        + " | uniform depth at these |",
+        "|---" * (3 + len(limits)) + "|",
+    ]
+    for (network, learn), rows in results.groupby(["network", "learn"], sort=False):
+        cells = [
+            "none"
+            if pd.isna(row["mean_bits"])
+            else f"**{row['mean_bits']:.3f}** bits, {row['criterion_ratio']:#.4g} "
+            f"[{row['low']:#.4g}, {row['high']:#.4g}]"
+            for row in rows.to_dict("records")
+        ]
+        depths = ["none" if pd.isna(d) else f"{d:.0f}" for d in rows["uniform_bits"]]
+        epochs = f"{learn} epochs" if learn else "no"
+        lines.append(f"| {network} | {epochs} | {' | '.join(cells)} | {', '.join(depths)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -125,8 +149,10 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found += measure(network, folder)
                 quality += measure_quality(network, folder)
-            grids.write_rows(RESULTS, pd.DataFrame(found))
+            results = grids.write_rows(RESULTS, pd.DataFrame(found))
             grids.write_rows(QUALITY, pd.DataFrame(quality))
+            grids.write_readme(MARKERS, results, markdown)
+            print(markdown(results))
 
 
 if __name__ == "__main__":

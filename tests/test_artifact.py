@@ -65,7 +65,7 @@ def assert_same(one, other):
     assert torch.equal(one.codes, other.codes)
     for part in ("dtype", "axis", "group", "bits", "stored_bits"):
         assert getattr(one, part) == getattr(other, part)
-    for part in ("levels", "offset", "stored", "lowest_code", "reach"):
+    for part in ("levels", "offset", "stored", "lowest_code"):
         assert getattr(one.grid, part) == getattr(other.grid, part)
     pairs = [(one.scale, other.scale), (one.zero_point, other.zero_point)]
     for a, b in (*pairs, (one.grid.table, other.grid.table)):

@@ -29,10 +29,8 @@ PLAIN = st.recursive(
 @st.composite
 def tensors(draw):
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
-    values = torch.from_numpy(
-        draw(hnp.arrays("float32", shape, elements=st.floats(0, 9, width=32)))
-    )
-    return torch.from_numpy(numbers).to(draw(st.sampled_from(DTYPES)))
+    numbers = draw(hnp.arrays("float32", shape, elements=st.floats(0, 9, width=32)))
+    return torch.tensor(numbers).to(draw(st.sampled_from(DTYPES)))
 
 
 def in_bytes(tensor):
@@ -217,6 +215,16 @@ def test_different_things_have_different_fingerprints():
 @given(one=tensors(), other=tensors())
 def test_tensors_have_one_fingerprint_where_they_are_alike(one, other):
     assert (fingerprint(one) == fingerprint(other)) == (in_bytes(one) == in_bytes(other))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=RuntimeError,
+    reason="an empty tensor may have any stride, and _bytes views it as bytes",
+)
+def test_an_empty_tensor_of_any_stride_has_a_fingerprint():
+    odd = torch.zeros(0, dtype=torch.float16).as_strided((0,), (0,))
+    assert fingerprint(odd) == fingerprint(torch.zeros(0, dtype=torch.float16))
 
 
 @given(one=PLAIN, other=PLAIN)

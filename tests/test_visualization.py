@@ -1,11 +1,20 @@
 """The pictures show what their tables say."""
 
+from itertools import pairwise
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
+from quantifind.sensitivity import cliffs
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
+from quantifind.workflow.search_figures import (
+    MEASURES,
+    visualize_frontier,
+    visualize_prediction,
+    visualize_sensitivity,
+)
 from quantifind.workflow.visualization_workflow import (
     visualize_bit_depth_results,
     visualize_history,
@@ -92,3 +101,209 @@ def test_weight_error_has_a_row_per_tensor_and_leaves_out_the_infinite():
 def test_weight_error_shows_other_depths_where_the_usual_ones_are_not_there():
     errors = pd.DataFrame({"tensor": ["w"] * 2, "bit_depth": [5, 16], "sqnr_db": [20.0, 80.0]})
     assert legend(visualize_weight_error(errors)) == ["5 bits", "16 bits"]
+
+
+def judged(bits, values, bounds, measure="criterion_ratio"):
+    """Rows of judged strategies, with intervals of 0.002 to each side."""
+    values = np.array(values, dtype=float)
+    columns = {"mean_bits": bits, measure: values, f"{measure}_bound": bounds}
+    ends = {f"{measure}_low": values - 0.002, f"{measure}_high": values + 0.002}
+    return pd.DataFrame(columns | ends)
+
+
+UNIFORM = judged([8.0, 6.0, 4.0], [1.0, 1.005, 2.0], [1.001, 1.008, 2.1])
+
+
+def drawn(axes, start):
+    """The line whose label starts so, or None."""
+    lines = (line for line in axes.lines if str(line.get_label()).startswith(start))
+    return next(lines, None)
+
+
+def series(axes, label):
+    """Bits and values of what was drawn with intervals."""
+    found = next(c for c in axes.containers if c.get_label() == label)
+    return [found.lines[0].get_xdata().tolist(), found.lines[0].get_ydata().tolist()]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_frontier_marks_what_is_certified_at_any_measure(measure):
+    lossless = MEASURES[measure][2]
+    tables = [
+        judged(bits, lossless + np.array(drops), lossless + np.array(drops) + 0.001, measure)
+        for bits, drops in (([9.0, 5.5, 3.0], [0.001, 0.004, 0.5]), ([8.0, 4.0], [0.002, 0.3]))
+    ]
+    limit = lossless + 0.01
+    figure = visualize_frontier(*tables, name="toy", measure=measure, limit=limit)
+    for axes in figure.axes:
+        for table, label in zip(tables, ("ladder of the search", "uniform depths"), strict=True):
+            assert series(axes, label) == [table["mean_bits"].tolist(), table[measure].tolist()]
+        assert drawn(axes, f"limit {limit:g}").get_ydata() == [limit, limit]
+        assert drawn(axes, "float").get_ydata() == [lossless, lossless]
+        assert drawn(axes, "certified strategy: 5.5 bits").get_xdata().tolist() == [5.5]
+        assert drawn(axes, "certified uniform depth: 8 bits").get_xdata().tolist() == [8.0]
+    whole, near = figure.axes
+    assert whole.get_yscale() == ("linear" if measure == "accuracy_drop" else "log")
+    assert near.get_xscale() == "log"
+    assert near.get_xlabel() == "mean bits per parameter"
+    assert whole.get_ylabel() == "\n".join(MEASURES[measure][:2])
+    assert near.get_ylim()[1] == pytest.approx(lossless + 0.02)
+    assert figure.get_suptitle() == f"Bits and {MEASURES[measure][0]}: toy"
+
+
+def test_frontier_near_the_limit_holds_what_is_certified():
+    ladder = judged([9.0, 2.0], [1.0, 0.8], [1.0, 0.9]).assign(criterion_ratio_low=[0.99, 0.7])
+    low, high = visualize_frontier(ladder, UNIFORM).axes[1].get_ylim()
+    assert low < 0.7
+    assert high == pytest.approx(1.02)
+
+
+def test_frontier_of_one_row_and_nothing_certified_shows_what_was_chosen():
+    ladder = judged([2.5], [3.0], [np.nan]).assign(validation_chosen=True)
+    for end in ("low", "high"):
+        ladder[f"criterion_ratio_{end}"] = [{"low": -np.inf, "high": np.inf}[end]]
+    figure = visualize_frontier(ladder, UNIFORM.iloc[2:])
+    assert not any("certified" in label for label in legend(figure))
+    chosen = drawn(figure.axes[0], "chosen on validation data: 2.5 bits")
+    assert chosen.get_xdata().tolist() == [2.5]
+    assert figure.axes[1].get_xlim()[0] < 2.5
+    figure.canvas.draw()
+
+
+def test_frontier_shows_the_chosen_one_only_where_another_is_certified():
+    ladder = judged([9.0, 5.0, 3.0], [1.0, 1.0, 1.5], [1.001, 1.001, 1.6])
+    for chosen, marked in (([False, True, False], False), ([False, False, True], True)):
+        figure = visualize_frontier(ladder.assign(validation_chosen=chosen), UNIFORM)
+        assert any("chosen" in label for label in legend(figure)) == marked
+
+
+def test_a_limit_has_the_same_colour_in_the_frontier():
+    limits, bounds = (1.01, 1.05), [1.001, 1.03]
+    table = judged([8, 4], [1.0, 1.02], bounds).rename(columns={"mean_bits": "bit_depth"})
+    for column in ("criterion", "original_criterion", "signal_to_complexity"):
+        table[column] = 1.0
+    depths = visualize_bit_depth_results(table, limits=limits)["criterion_ratio"].axes[0]
+    ladder = judged([8.0, 4.0], [1.0, 1.02], bounds)
+    for limit in limits:
+        axes = visualize_frontier(ladder, UNIFORM, limit=limit, limits=limits).axes[0]
+        known = drawn(depths, f"certified CR ≤ {limit:g}").get_color()
+        assert drawn(axes, "limit").get_color() == known
+        assert drawn(axes, "certified strategy").get_color() == known
+
+
+def alone(*, tensors=2, sites=0, original=0.5):
+    """A table of sensitivities: weights also compensated at 2 and 4 bits, biases not."""
+    rows = []
+    names = [f"{i // 2}.{('weight', 'bias')[i % 2]}" for i in range(tensors)]
+    names += [str(i) for i in range(sites)]
+    for place, name in enumerate(names):
+        for rounding, widths in (("nearest", (2, 4, 8)), ("compensated", (2, 4))):
+            if rounding == "nearest" or name.endswith("weight"):
+                for bits in widths:
+                    rise = original * 4.0**-bits / (1 if rounding == "nearest" else 4)
+                    rows.append(
+                        {
+                            "kind": "tensors" if place < tensors else "activations",
+                            "name": name,
+                            "rounding": rounding,
+                            "bits": float(bits),
+                            "rise": rise,
+                            "original_criterion": original,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def rings(axes):
+    """Where rings are, by colour."""
+    return {(*line.get_xdata(), *line.get_ydata()): line.get_color() for line in axes.lines}
+
+
+def test_sensitivity_has_a_row_per_tensor_and_a_ring_at_each_cliff():
+    table = alone(sites=1)
+    limits = (1.01, 1.05)
+    found = {limit: cliffs(table, limit) for limit in limits}
+    assert found[1.01] == {"0.weight": 4.0, "0.bias": 4.0, "input of 0": 4.0}
+    assert found[1.05] == {"0.weight": 2.0, "0.bias": 4.0, "input of 0": 4.0}
+    figure = visualize_sensitivity(table, found, name="toy")
+    nearest, compensated = figure.axes[:2]
+    assert [axes.get_title() for axes in (nearest, compensated)] == ["nearest", "compensated"]
+    assert [text.get_text() for text in nearest.get_yticklabels()] == list(found[1.01])
+    assert [text.get_text() for text in nearest.get_xticklabels()] == ["2", "4", "8"]
+    assert [text.get_text() for text in compensated.get_xticklabels()] == ["2", "4"]
+    assert nearest.images[0].get_array()[0].tolist() == [4.0**-2, 4.0**-4, 4.0**-8]
+    assert compensated.images[0].get_array().mask.tolist() == [[False] * 2, [True] * 2, [True] * 2]
+    # of the weight where its rise is least, compensated; by place: 2 bits is 0, 4 bits is 1
+    assert rings(compensated) == {(1, 0): "tab:green", (0, 0): "tab:red"}
+    assert set(rings(nearest)) == {(1, 1), (1, 2)}
+    assert nearest.get_xlabel() == "bits"
+    assert figure.axes[2].get_ylabel() == "rise of the loss / float loss"
+    assert figure.get_suptitle().endswith(": toy")
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [*(f"fewest bits predicted to keep CR ≤ {x}" for x in limits), "not tried"]
+
+
+def test_sensitivity_of_one_tensor_without_a_cliff_or_a_rise():
+    table = alone(tensors=1).query("rounding == 'nearest'").assign(rise=[np.nan, 0.0, np.inf])
+    figure = visualize_sensitivity(table, {1.01: {"0.weight": None}})
+    assert rings(figure.axes[0]) == {}
+    figure.canvas.draw()
+
+
+def test_sensitivity_of_forty_tensors_stays_readable():
+    table = alone(tensors=40)
+    figure = visualize_sensitivity(table, {1.01: cliffs(table, 1.01)})
+    figure.canvas.draw()
+    labels = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
+    assert len(labels) == 40
+    assert all(above.y0 >= below.y1 for above, below in pairwise(labels))
+    assert min(label.x0 for label in labels) >= 0
+
+
+def candidates():
+    table = judged([8.0, 4.0, 3.0, 2.0, 1.5], [1.0, 1.02, 0.9, 1.03, 5.0], 1.0)
+    origins = ["uniform", "allocated", "in order, scales adjusted", "learned 2 epochs", "uniform"]
+    return table.assign(
+        origin=origins,
+        predicted_ratio=[1.0, 1.01, 1.02, np.nan, 4.0],
+        examples=[60, 60, 60, 60, 15],
+        chosen=[False, True, False, False, False],
+    )
+
+
+def test_prediction_shows_the_predicted_that_were_measured_on_all_examples():
+    figure = visualize_prediction(candidates(), name="toy")
+    axes = figure.axes[0]
+    shown = {c.get_label(): series(axes, c.get_label()) for c in axes.containers}
+    expected = {
+        "uniform": (0, 0),
+        "allocated": (0.01, 0.02),
+        "in order, scales adjusted": (0.02, -0.1),
+    }
+    assert shown.keys() == expected.keys()
+    for origin, (predicted, measured) in expected.items():
+        assert shown[origin] == [[pytest.approx(predicted)], [pytest.approx(measured)]]
+    assert drawn(axes, "chosen: 4 bits").get_ydata().tolist() == [pytest.approx(0.02)]
+    diagonal = drawn(axes, "rises add up")
+    assert diagonal.get_xdata().tolist() == diagonal.get_ydata().tolist()
+    assert axes.get_xscale() == axes.get_yscale() == "symlog"
+    assert "predicted" in axes.get_xlabel()
+    assert "measured" in axes.get_ylabel()
+    assert figure.get_suptitle().endswith(": toy")
+
+
+@pytest.mark.parametrize("rows", [[0], [3], []])
+def test_prediction_of_one_of_none_predicted_and_of_none(rows):
+    figure = visualize_prediction(candidates().iloc[rows])
+    figure.canvas.draw()
+    assert len(figure.axes[0].containers) == (rows == [0])
+
+
+def test_uniform_depths_have_one_colour_in_all_pictures():
+    points = visualize_prediction(candidates()).axes[0].containers
+    depths = visualize_frontier(UNIFORM, UNIFORM).axes[0].containers
+    assert {
+        container.lines[0].get_color()
+        for container in (*points, *depths)
+        if container.get_label().startswith("uniform")
+    } == {"tab:blue"}

@@ -174,7 +174,7 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
     """
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
     shown = shown[np.isfinite(shown["predicted_ratio"]) & np.isfinite(shown["criterion_ratio"])]
-    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     axes.axhline(0, color=FLOAT, ls="--", label="float")
     colours = {**ORIGINS, "uniform": QUANTIZED}
     for origin, rows in shown.groupby("origin"):
