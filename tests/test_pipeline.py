@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, tracked_files
@@ -49,6 +50,7 @@ class Project:
         for model, options in small.items():
             params["models"][model] |= {"data": "few_data", "epochs": 1, "options": options}
         params["quantize"]["bit_depths"] = [2, 3, 4, 8, 16]
+        params["search"] = {"limit": {"criterion_ratio": 1.05}, "widths": [2, 4, 8]}
         self.write_params(params)
         (folder / "dvc.lock").unlink(missing_ok=True)
         for command in (
@@ -103,9 +105,22 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     left = {path.name for path in (project.folder / "plots").iterdir() if path.name[0] != "."}
     assert left == {
         *("bit_depths.csv", "history.csv", "weight_error.csv"),
+        *("candidates.csv", "frontier.csv", "sensitivity.csv"),
         *("criterion.png", "criterion_ratio.png", "signal_to_complexity.png"),
         *("history.png", "weight_sqnr.png"),
+        *("frontier.png", "prediction.png", "sensitivity.png"),
     }
+    answer = json.loads((project.folder / "metrics/recommendation.json").read_text())
+    assert answer["limit"] == {"criterion_ratio": 1.05}
+    frontier = pd.read_csv(project.folder / "plots/frontier.csv")
+    best = answer["certified"] or answer["chosen"]
+    row = frontier[frontier["mean_bits"] == best["mean_bits"]].iloc[0]
+    assert row["criterion_ratio"] == pytest.approx(best["criterion_ratio"])
+    assert set(answer["tensors"]) == {"0.0.weight", "0.0.bias", "1.0.weight", "1.0.bias"} | {
+        f"3.{kind}" for kind in ("weight", "bias")
+    }
+    words = (project.folder / "metrics/recommendation.md").read_text(encoding="utf-8")
+    assert f"{best['model_bytes']:,} bytes" in words
     assert not (project.folder / "out/resume").exists() or not any(
         (project.folder / "out/resume").iterdir()
     )
@@ -143,6 +158,31 @@ def test_a_change_runs_what_depends_on_it_and_no_more(project):
     assert project.dvc("repro") == ["quantize", "evaluate", "plot"]
 
 
+def test_another_limit_measures_nothing_again(project):
+    """What was measured stays in out/search: only the allocation is solved anew."""
+    params = project.params()
+    params["search"]["limit"] = {"criterion_ratio": 1.2}
+    project.write_params(params)
+    (measured,) = (project.folder / "out/search").iterdir()
+    alone = {path: path.stat().st_mtime_ns for path in measured.glob("*/*.safetensors")}
+    assert project.dvc("repro") == ["quantize", "evaluate", "plot"]
+    assert {path: path.stat().st_mtime_ns for path in alone} == alone
+
+
+def test_a_limit_that_cannot_be_kept(project):
+    params = project.params()
+    params["search"]["limit"] = {"criterion_ratio": 1.0}
+    params["search"]["widths"] = [2]
+    project.write_params(params)
+    fails(project, "quantize", "no candidate keeps criterion_ratio at most 1 with 95% confidence")
+    params["search"]["limit"] = {"criterion_ratio": 0.9}
+    project.write_params(params)
+    fails(project, "quantize", "limit criterion_ratio is 0.9: 1 or more is needed")
+    params["search"] = {"limit": {"criterion_ratio": 1.2}, "widths": [2, 4, 8]}
+    project.write_params(params)
+    project.dvc("checkout", "--force")
+
+
 def test_a_new_model_file_leaves_trained_models_standing(project):
     model = project.folder / "quantifind/models/mine_model.py"
     shutil.copy(project.folder / "quantifind/models/dense_mnist_model.py", model)
@@ -158,7 +198,7 @@ def test_plots_of_two_models_share_each_chart(project):
     project.dvc("plots", "diff", "dense", "conv", "-o", str(page.parent))
     html = page.read_text(encoding="utf-8")
     charts = html.split("vegaEmbed('#")
-    assert len(charts) == 1 + 6
+    assert len(charts) == 1 + 8
     specs = html.split("var spec = ")[1:]
     for spec in specs:
         assert '"rev": "dense"' in spec
