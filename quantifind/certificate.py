@@ -10,12 +10,17 @@ from scipy import special
 
 
 def ratio_interval(
-    losses: ArrayLike, original_losses: ArrayLike, *, confidence: float = 0.95
+    losses: ArrayLike,
+    original_losses: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    near: float = 1.0,
 ) -> tuple[float, float]:
     """Two-sided interval of mean(losses) / mean(original_losses), paired (Fieller 1954).
 
     It holds the ratios r that a paired t-test of mean(losses − r · original_losses) = 0 does not
-    reject. (-inf, inf) where the original losses' mean can't be told from 0, or for one example.
+    reject. near: a ratio it is likely to be close to, about which it is computed exactly.
+    (-inf, inf) where the original losses' mean can't be told from 0, or for one example.
 
     >>> low, high = ratio_interval([2.0, 4.0, 6.3], [1.0, 2.0, 3.1])
     >>> low < 2.0 < high
@@ -23,7 +28,7 @@ def ratio_interval(
     """
     original = np.asarray(original_losses, dtype=np.float64)
     # r − 1 is estimated, not r: exact where nothing changed (test_ratio_of_equal_losses_is_one)
-    rise = np.asarray(losses, dtype=np.float64) - original
+    rise = np.asarray(losses, dtype=np.float64) - near * original
     examples = len(original)
     if examples < 2:
         return -math.inf, math.inf
@@ -36,7 +41,7 @@ def ratio_interval(
     if not a > 0:
         return -math.inf, math.inf
     spread = math.sqrt(max(b**2 - a * c, 0.0))
-    return 1 + (b - spread) / a, 1 + (b + spread) / a
+    return near + (b - spread) / a, near + (b + spread) / a
 
 
 def ratio_bound(
@@ -98,7 +103,7 @@ def drops(columns: Mapping[str, np.ndarray], *, confidence: float = 0.95) -> dic
     share = error.sum() / norm.sum() if norm.sum() else math.nan
     return row | _with_interval(
         "relative_error", math.sqrt(share),
-        lambda level: _root(ratio_interval(error, norm, confidence=level)), confidence,
+        lambda level: _root(ratio_interval(error, norm, confidence=level, near=0.0)), confidence,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The search finds the best of all strategies where all can be tried, and says what can't be had."""
+"""The search finds the best of all strategies where all can be tried; what can't be had is said."""
 
 import itertools
 import math
@@ -286,5 +286,5 @@ def test_too_few_examples_say_how_many_it_would_take(small):
         "tensors": {name: SMALL_MENU[-1:] for name, _ in net.named_parameters()},
         "activations": {},
     }
-    with pytest.raises(ValueError, match="on 12 validation examples.*about [0-9,]+ examples"):
+    with pytest.raises(ValueError, match=r"on 12 validation examples.*about [0-9,]+ examples"):
         find_strategy(net, train, few, nn.CrossEntropyLoss(), limit=1.003, menus=menus)
