@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -175,14 +174,11 @@ def write_rows(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def write_readme(
-    place: re.Pattern[str], results: pd.DataFrame, table: Callable[[pd.DataFrame], str]
-) -> None:
-    """Put the table of all four networks, where they are there, between README.md's markers."""
-    if set(results["network"]) == set(NETWORKS):
-        readme = ROOT / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        readme.write_text(place.sub(lambda _: table(results), text), encoding="utf-8")
+def write_readme(place: re.Pattern[str], table: str) -> None:
+    """Put a table between README.md's markers."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(place.sub(lambda _: table, text), encoding="utf-8")
 
 
 def main() -> None:
@@ -195,7 +191,8 @@ def main() -> None:
     measured = [row for name in NETWORKS if chosen in (None, name) for row in measure(name)]
     results = write_rows(RESULTS, pd.DataFrame(measured))
     results = results[results["row"].isin(ROWS)]
-    write_readme(MARKERS, results, markdown)
+    if set(results["network"]) == set(NETWORKS):
+        write_readme(MARKERS, markdown(results))
     print(markdown(results))
 
 

@@ -152,7 +152,8 @@ def main() -> None:
                 quality += measure_quality(network, folder)
             results = grids.write_rows(RESULTS, pd.DataFrame(found))
             grids.write_rows(QUALITY, pd.DataFrame(quality))
-            grids.write_readme(MARKERS, results, markdown)
+            if set(results["network"]) == set(grids.NETWORKS):
+                grids.write_readme(MARKERS, markdown(results))
             print(markdown(results))
 
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from conftest import ROOT, tracked_files
 
-from benchmarks import grids, table
+from benchmarks import grids, search, table
+from benchmarks.peers import __main__ as peers
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -31,6 +32,8 @@ def test_every_import_is_a_dependency():
         *PYPROJECT["project"]["optional-dependencies"]["datasets"],
     ]
     names = {re.split(r"[\[<>=]", item)[0].replace("-", "_") for item in listed}
+    # what benchmarks/peers/ installs in environments of their own
+    names |= {"modelopt", "optimum", "hqq", "aimet_torch", "nncf", "torchao"}
     names |= {"yaml", "sklearn", "quantifind", "stages", "benchmarks", "conftest", "test_schemes"}
     for file in tracked_files():
         if file.endswith(".py"):
@@ -95,7 +98,7 @@ def test_readme_names_the_commands_that_are_there():
         assert (ROOT / script).exists(), script
 
 
-@pytest.mark.parametrize("benchmark", [table, grids])
+@pytest.mark.parametrize("benchmark", [table, grids, search, peers])
 def test_readme_table_is_what_its_command_measured(benchmark):
     measured = benchmark.markdown(pd.read_csv(benchmark.RESULTS))
     assert measured in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -100,11 +100,13 @@ def test_notebook_block(model, monkeypatch):
 
 def test_notebook_block_of_the_readme(root, monkeypatch):
     readme = (root / "README.md").read_text(encoding="utf-8")
-    block, rounding = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
+    search, block, rounding = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
     names = run_block(block, monkeypatch)
     assert names["result"]
     plt.close("all")
-    exec(rounding, names)  # goes on with the network and the loaders of the first
+    exec(search, names)  # goes on with the network and the loaders of the notebook
+    assert names["candidates"]["chosen"].sum() == 1
+    exec(rounding, names)
     assert 1.6 < names["bits"] < 1.65
     assert len(names["small_net"][0][0].weight[0].unique()) <= 3
 

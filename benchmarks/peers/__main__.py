@@ -40,6 +40,7 @@ from quantifind.params import read_params
 ROOT = grids.ROOT
 FOLDER = ROOT / "out/peers"
 RESULTS = ROOT / "benchmarks/results/peers.csv"
+MARKERS = grids.markers("python -m benchmarks.peers")
 NETWORKS = ("dense_mnist", "conv_mnist")
 LIMITS = (1.01, 1.05, 1.10)
 CALIBRATION_EXAMPLES = 4_096
@@ -165,6 +166,29 @@ def judged(folder: Path, network: nn.Module, judge: Judge) -> Iterator[dict[str,
         yield row
 
 
+def markdown(results: pd.DataFrame) -> str:
+    """The table, a line per network and peer; the limits one after another in a cell."""
+    limits = " / ".join(f"{limit:g}" for limit in sorted(set(results["limit"])))
+    lines = [
+        f"| CR ≤ {limits} | peer | best on test: mean bits | chosen on validation: mean bits → CR "
+        "on test | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for (network, peer), rows in results.groupby(["network", "peer"], sort=False):
+        records = rows.sort_values("limit").to_dict("records")
+        best = " / ".join(f"{row['best_bits']:.3f}" for row in records)
+        chosen = []
+        for row in records:
+            broke = row["chosen_test_ratio"] > row["limit"]
+            cell = f"{row['chosen_bits']:.3f} → {row['chosen_test_ratio']:.3f}"
+            chosen.append(f"**{cell}**" if broke else cell)
+        version, seconds = records[0]["version"], records[0]["seconds"]
+        lines.append(
+            f"| {network} | {peer} {version} | {best} | {' / '.join(chosen)} | {seconds:.0f} |"
+        )
+    return "\n".join(lines).replace("nan → nan", "–").replace("nan", "–") + "\n"
+
+
 def show(results: pd.DataFrame) -> None:
     """Print the table, and its notes below it."""
     numbers = results.drop(columns="note")
@@ -195,6 +219,8 @@ def main() -> None:
     results = results.sort_values(by, key=lambda column: column.map(order).fillna(column))
     RESULTS.parent.mkdir(exist_ok=True)
     results.to_csv(RESULTS, index=False)
+    if set(results["network"]) == set(NETWORKS):
+        grids.write_readme(MARKERS, markdown(results))
     show(results)
 
 
