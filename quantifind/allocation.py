@@ -93,15 +93,17 @@ def moves(units: Sequence[Sequence[Option]], start: Assignment) -> list[Assignme
     units: their options from the dearest to the cheapest (`undominated`).
     """
     found: dict[Assignment, tuple[float, float]] = {}
-    cost, rise = total_cost(units, start), total_rise(units, start)
     for down in range(len(units)):
         for up in [None, *range(len(units))]:
             moved = list(start)
             moved[down] += 1
             if up is not None:
                 moved[up] -= 1
-            if up == down or not all(0 <= i < len(u) for i, u in zip(moved, units, strict=True)):
+            if up == down or moved[down] == len(units[down]) or (up is not None and moved[up] < 0):
                 continue
-            saved = cost - total_cost(units, tuple(moved))
-            found[tuple(moved)] = (saved, total_rise(units, tuple(moved)) - rise)
+            changed = [
+                (units[i][start[i]], units[i][moved[i]]) for i in (down, up) if i is not None
+            ]
+            saved = sum(old.cost - new.cost for old, new in changed)
+            found[tuple(moved)] = (saved, sum(new.rise - old.rise for old, new in changed))
     return sorted(found, key=lambda a: (found[a][0] <= 0, found[a][1] / (abs(found[a][0]) or 1e-9)))

@@ -41,6 +41,10 @@ class Candidates:
         self.measurements, self.menus, self.goal = measurements, menus, goal
         self.model, self.confidence = measurements.model, confidence
         self.values = named_tensors(self.model)
+        if not menus["tensors"]:
+            raise ValueError("no tensor of the network has a choice: the menus need some")
+        if empty := [name for menu in menus.values() for name in menu if not menu[name]]:
+            raise ValueError(f"{empty[0]}: its menu has no choice")
         self.products = multiply_adds(self.model, measurements.calibration[0][0])
         self.parts = quantized_parts(measurements, menus)
         table = sensitivities(measurements, menus, self.parts)
@@ -69,8 +73,9 @@ class Candidates:
         pairs = {p.sites for p in self.products if p.weight is None} if sites else set()
         paired = {site for pair in pairs for site in pair}
         for name in self.values:
-            if name in own:
-                yield [name], [name] if name in sites and name not in paired else []
+            met = [name] if name in sites and name not in paired else []
+            if name in own or met:
+                yield [name] if name in own else [], met
         yield from (([], pair) for pair in sorted(pairs))
 
     def _options(self, tensors: Sequence[str], sites: Sequence[str]) -> list[Option]:

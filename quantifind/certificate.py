@@ -20,7 +20,8 @@ def ratio_interval(
 
     It holds the ratios r that a paired t-test of mean(losses − r · original_losses) = 0 does not
     reject. near: a ratio it is likely to be close to, about which it is computed exactly.
-    (-inf, inf) where the original losses' mean can't be told from 0, or for one example.
+    (-inf, inf) where the original losses' mean can't be told from 0 or is below it, or for one
+    example.
 
     >>> low, high = ratio_interval([2.0, 4.0, 6.3], [1.0, 2.0, 3.1])
     >>> low < 2.0 < high
@@ -38,7 +39,7 @@ def ratio_interval(
     a = mean**2 - variance[1, 1]
     b = mean * mean_rise - variance[0, 1]
     c = mean_rise**2 - variance[0, 0]
-    if not a > 0:
+    if not (a > 0 and mean > 0):
         return -math.inf, math.inf
     spread = math.sqrt(max(b**2 - a * c, 0.0))
     return near + (b - spread) / a, near + (b + spread) / a
@@ -89,7 +90,7 @@ def drops(columns: Mapping[str, np.ndarray], *, confidence: float = 0.95) -> dic
     """
     loss, original = columns["loss"], columns["original_loss"]
     error, norm = columns["squared_error"], columns["squared_norm"]
-    ratio = loss.mean() / original.mean() if original.mean() else math.nan
+    ratio = loss.mean() / original.mean() if original.mean() > 0 else math.nan
     row = _with_interval(
         "criterion_ratio", ratio, lambda level: ratio_interval(loss, original, confidence=level),
         confidence,

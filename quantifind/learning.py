@@ -89,7 +89,9 @@ def learn(
     assert budget is not None
     if len(loader) == 0:
         raise ValueError("the loader has no batches")
-    work = fingerprint(model, strategy.choices, budget, softening, labels, rate, seed)
+    given = () if strategy.fitted is None else strategy.fitted.tensors.values()
+    codes = [tensor.codes for tensor in given]
+    work = fingerprint(model, strategy.choices, *codes, budget, softening, labels, rate, seed)
     path = None if checkpoints is None else latest_checkpoint(Path(checkpoints))
     if path is not None:
         keys = ("work", "student", "optimizer", "done", "spent", "began_with", "random_state")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from quantifind.activations import QuantizedActivations
-from quantifind.calibration import calibration_batches
+from quantifind.calibration import calibration_batches, run
 from quantifind.loaders import sample
 from quantifind.metrics import Criterion, outcome, paired
 from quantifind.quantized import QuantizedTensor
@@ -30,7 +30,8 @@ class Measurements:
     """The losses of a network's quantized versions on validation data, in a seeded order of the
     examples; and the training data that calibrate them.
 
-    folder: keeps what is measured of this network on these data, in a folder of its own there.
+    folder: keeps what is measured of this network on these data, in a folder of its own there; data
+    that are drawn or augmented at random are other data each time.
     Errors: ValueError for a split without examples, labels that the network has no outputs for, a
     criterion that gives no loss per example, and a float loss that is 0 or not finite.
     """
@@ -51,21 +52,23 @@ class Measurements:
         self.model, self.train_loader, self.criterion = model, train_loader, criterion
         self.seed = seed
         self.calibration = calibration_batches(sample(train_loader, CALIBRATION, seed=seed))
-        self.store = Store()
-        if folder is not None:
-            data = [tensor for batch in self.calibration for tensor in batch]
-            parts = [model, str(model), _described(criterion), seed, inputs, targets, *data]
-            self.store = Store(Path(folder) / fingerprint(*parts)[:16])
         self.work = plain_copy(model).eval()
         self.values = {name: tensor.clone() for name, tensor in _own(self.work).items()}
         self.changed: set[str] = set()
         self.original = self._original()
+        # outputs and losses tell of a network's code and a criterion's options what their names
+        # don't: test_other_options_have_a_folder_of_their_own
+        made = [self.original["outputs"], self.original["loss"]]
+        data = [tensor for batch in self.calibration for tensor in batch]
+        key = fingerprint(model, str(model), seed, inputs, targets, *made, *data)
+        self.store = Store(None if folder is None else Path(folder) / key[:16])
 
     @property
     def examples(self) -> int:
         return len(self.inputs)
 
     def _original(self) -> dict[str, Tensor]:
+        run(self.work, self.inputs[:2])
         _check_labels(self.work, self.inputs[:2], self.targets)
         try:
             original = outcome(self.work, self.batches(), self.criterion)
@@ -77,10 +80,10 @@ class Measurements:
                 "reduction='mean' or 'sum' as torch's own have"
             ) from None
         loss = original["loss"].mean().item()
-        if not math.isfinite(loss) or loss == 0:
+        if not math.isfinite(loss) or loss <= 0:
             raise ValueError(
                 f"the float network's loss on validation data is {loss}: "
-                "a ratio to it needs one that is finite and not 0"
+                "a ratio to it needs one that is finite and above 0"
             )
         return original
 
@@ -152,11 +155,3 @@ def _check_labels(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
             f"{len(wrong)} validation labels are out of range, such as {wrong[0].item()}: "
             f"the network has outputs for 0 to {classes - 1}"
         )
-
-
-def _described(criterion: Any) -> str:
-    """What a criterion is, the same in every process."""
-    if isinstance(criterion, nn.Module):
-        return repr(criterion)
-    named = getattr(criterion, "__qualname__", type(criterion).__qualname__)
-    return f"{getattr(criterion, '__module__', '')}.{named}"

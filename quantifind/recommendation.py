@@ -22,13 +22,15 @@ def recommend(
     *,
     measure: str = "criterion_ratio",
     limit: float = 1.01,
+    budget: Mapping[str, float] | None = None,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
     """The answer of a search, judged on test data.
 
     found: of the search's ladder, from most bytes to fewest, the rows of `evaluate_strategies`,
     with the columns of the candidates under ``validation_…``. uniform: those of the uniform depths.
-    strategies: the ladder's. measure, limit: what is certified.
+    strategies: the ladder's. measure, limit: what is certified. budget: what was searched for, if
+    it was no limit.
     Returns: plain values; ``certified`` is the last strategy of the ladder that passes when it is
     walked from the top, or None; ``chosen`` the one chosen on validation data.
     """
@@ -40,6 +42,7 @@ def recommend(
     best = steps - 1 if steps else chosen
     return {
         "limit": {measure: limit},
+        "budget": budget,
         "confidence": confidence,
         "certified": _facts(rows[best], measure) if steps else None,
         "chosen": _facts(rows[chosen], measure),
@@ -60,7 +63,7 @@ def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
         measure: value,
         **{end: float(row[f"{measure}_{end}"]) for end in ("low", "high", "bound")},
         "on_validation": on_validation,
-        "test_minus_validation": value - on_validation,
+        "validation_gap": value - on_validation,
     }
 
 
@@ -73,7 +76,8 @@ def words_of(choice: Mapping[str, Any] | None) -> str:
     if choice is None:
         return "float"
     levels = choice.get("levels") or 2 ** choice["bits"]
-    width = {2: "binary", 3: "ternary"}.get(levels) or f"{choice.get('bits', levels)} bits"
+    width = f"{choice['bits']} bits" if "bits" in choice else f"{levels} levels"
+    width = {2: "binary", 3: "ternary"}.get(levels, width)
     scheme = "" if choice["scheme"] == "uniform" else f"{choice['scheme'].replace('_', ' ')}, "
     axis, group = choice.get("axis"), choice.get("group")
     scale = "one scale" if axis is None else "a scale per channel"
@@ -88,12 +92,15 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
     what, best = MEASURES[measure], answer["certified"]
     uniform = answer["certified_uniform_depth"]
     lines = [f"# {name}: {what} at most {limit:g}", ""]
+    if answer["budget"] is not None:
+        ((cost, most),) = answer["budget"].items()
+        lines += [f"Searched for the least {what} with {cost.replace('_', ' ')} ≤ {most:g}.", ""]
     if best is None:
         best = answer["chosen"]
         lines.append(
             f"**Nothing is certified** with {answer['confidence']:.0%} confidence on test data. "
-            f"The strategy chosen on validation data, at {_size(best)}, has a {what} of "
-            f"{_interval(best, measure)} there."
+            f"The strategy chosen on validation data, {best['mean_bits']:.3f} bits per parameter, "
+            f"{_size(best)}, has a {what} of {_interval(best, measure)} there."
         )
     else:
         lines.append(

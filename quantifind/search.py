@@ -2,21 +2,23 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from quantifind import artifact
 from quantifind.allocation import Assignment, Option, allocate, moves, total_cost
 from quantifind.candidates import Candidates, Row, choices_key
+from quantifind.checkpoints import random_state, set_random_state
 from quantifind.goal import Goal, Limit, ladder
 from quantifind.learning import learn as learn_codes
 from quantifind.measuring import Measurements
-from quantifind.metrics import calibrating_temperature
+from quantifind.metrics import calibrating_temperature, is_classification
 from quantifind.sensitivity import WIDER, WIDTHS, Menus, default_menus
 from quantifind.store import Store, fingerprint
 from quantifind.strategy import Choice, Quantized, Strategy, quantize, scaled
@@ -36,6 +38,7 @@ SAVING = 0.003
 FACTORS = (0.94, 1.06)
 # learned rounding here follows the labels too, and may take large steps
 LEARNING_RATE, LABELS = 1e-3, 1.0
+LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
 # bits that a weight, and another tensor, has at most where codes are learned
 LEARNABLE, BESIDE = 4, 8
 
@@ -69,13 +72,13 @@ def find_strategy(
     ``mean_bits`` and the modules of `quantifind.costs`, such as ``{"model_bytes": 100_000}``.
     learn: epochs of learned rounding of each of the few best allocations; 0 for none.
     widths: bits of the default menus, 1 to 32; by default 1 to 16, and up to 32 where none of those
-    keeps the limit. activation_bits: bits that activations may have
-    besides float. menus: instead of both, ``{"tensors": {name: choices}, "activations": …}``.
+    keeps the limit. activation_bits: bits that activations may have besides float, for a budget of
+    what they save. menus: instead of both, ``{"tensors": {name: choices}, "activations": …}``.
     folder: keeps all that is measured: a call that was killed goes on, and another limit for the
     same network and data does not measure again what is there.
-    Returns: the strategy, with its codes in ``fitted``; and a row per candidate measured, from most
-    bytes to fewest: ``strategy``, ``origin``, ``mean_bits``, ``model_bytes``, the budget's cost,
-    ``predicted_ratio``, ``examples`` it was measured on, the columns of
+    Returns: the strategy, with its codes in ``fitted``; and a row per candidate, but for scales
+    that were adjusted further, from most bytes to fewest: ``strategy``, ``origin``, ``mean_bits``,
+    ``model_bytes``, the budget's cost, ``predicted_ratio``, ``examples`` it was measured on, the columns of
     `quantifind.certificate.drops`, ``on_ladder`` and ``chosen``.
     Errors: ValueError for a limit or budget out of range, and, naming the nearest, for one that no
     candidate keeps; for data and criteria that `Measurements` can't take.
@@ -83,9 +86,19 @@ def find_strategy(
     goal = Goal.of(limit, budget)
     if not 0 <= learn < math.inf:
         raise ValueError(f"learn is {learn!r}: epochs, 0 or more, are needed")
+    if not 0.5 < confidence < 1:
+        raise ValueError(f"confidence is {confidence!r}: above 0.5 and below 1 is needed")
+    activation_bits = list(activation_bits)
+    if activation_bits and goal.cost in ("model_bytes", "mean_bits"):
+        raise ValueError(
+            f"activation_bits is {activation_bits}: activations on levels save no {goal.cost}; "
+            "give a budget of bit_operations or energy_picojoules"
+        )
     measurements = Measurements(
         model, train_loader, val_loader, criterion, folder=folder, seed=seed
     )
+    if goal.measure == "accuracy_drop" and not is_classification(measurements.original):
+        raise ValueError("limit accuracy_drop needs targets that are class labels")
     for tried in (WIDTHS, WIDER) if widths is None and menus is None else (widths or WIDTHS,):
         given = menus or default_menus(measurements, tried, activation_bits)
         candidates = Candidates(measurements, given, goal, confidence)
@@ -220,47 +233,60 @@ def learn_allocations(candidates: Candidates, epochs: float) -> None:
 
 
 def _learnable(option: Option) -> bool:
-    """Whether all its tensors are of few bits, weights compensated to begin with, and activations
-    in float."""
+    """Whether all its tensors are of few bits, weights compensated to begin with."""
     for choice in option.tensors.values():
         weight = choice is not None and "axis" in choice
         if choice is None or choice.get("bits", 2) > (LEARNABLE if weight else BESIDE):
             return False
         if weight and choice.get("rounding") != "compensated":
             return False
-    return not any(option.activations.values())
+    return True
 
 
 def _learn(candidates: Candidates, start: Strategy, epochs: float) -> Row:
     measurements = candidates.measurements
     tensors: dict[str, Choice | None] = dict(start.tensors)
     for name, choice in tensors.items():
-        if choice is not None and "rounding" in choice and choice.get("bits") == 2:
+        two_bits = choice is not None and "rounding" in choice and choice.get("bits") == 2
+        if choice is not None and two_bits and choice["scheme"] == "uniform":
             # ±½ and ±1½ waste no level, which learned codes make use of
-            tensors[name] = {**choice, "half_integer": True}
-    start = Strategy(tensors)
-    key = f"learned {epochs} {choices_key(start)}"
-    store = measurements.store
+            tensors[name] = {**choice, "half_integer": not choice.get("zero_point")}
+    start = Strategy(tensors, start.activations)
+    # a network trained to the end is too sure of itself, and so would its followers be
+    softening = calibrating_temperature(measurements.model, measurements.batches())
+    labels = LABELS if isinstance(measurements.criterion, LABELLED) else 0.0
+    loader, store = measurements.train_loader, measurements.store
+    whole = loader.dataset.tensors if isinstance(loader.dataset, TensorDataset) else ()
+    options = [epochs, softening, labels, LEARNING_RATE]
+    key = f"learned {fingerprint(*options, *whole)} {choices_key(start)}"
     resume = None if store.folder is None else store.folder / f"learning-{fingerprint(key)[:16]}"
 
     def make() -> Quantized:
-        return learn_codes(
-            measurements.model,
-            start,
-            measurements.train_loader,
-            epochs=epochs,
-            calibration=measurements.calibration,
-            # a network trained to the end is too sure of itself, and so would its followers be
-            softening=calibrating_temperature(measurements.model, measurements.batches()),
-            labels=LABELS,
-            rate=LEARNING_RATE,
-            checkpoints=resume,
-            seed=measurements.seed,
-        )
+        # each candidate sees the same order: test_a_killed_learning_search_goes_on
+        before = random_state(loader)
+        try:
+            return learn_codes(
+                measurements.model,
+                start,
+                loader,
+                epochs=epochs,
+                calibration=measurements.calibration,
+                softening=softening,
+                labels=labels,
+                rate=LEARNING_RATE,
+                checkpoints=resume,
+                seed=measurements.seed,
+            )
+        finally:
+            set_random_state(before, loader)
 
     quantized = _kept(store, key, make)
+    if resume is not None:
+        shutil.rmtree(resume, ignore_errors=True)
     learned = {n: None if c is None else {**c, "rounding": "learned"} for n, c in tensors.items()}
-    row = candidates.measure(f"learned {epochs:g} epochs", Strategy(learned), quantized)
+    row = candidates.measure(
+        f"learned {epochs:g} epochs", Strategy(learned, start.activations), quantized
+    )
     return adjust_scales(candidates, row)[0]
 
 
@@ -286,7 +312,7 @@ def adjust_scales(
         origin = f"{row['origin']}, scales adjusted"
         quantized = scaled(strategy.fitted, grown)
         tried = candidates.measured(key, origin, strategy, quantized)
-        if not candidates.is_whole(tried) or tried[drop] >= best[drop]:
+        if not (candidates.is_whole(tried) and tried[drop] < best[drop]):
             return False
         candidates.drop(best)
         candidates.keep(key, tried)
@@ -319,11 +345,10 @@ def answer(candidates: Candidates) -> tuple[Strategy, pd.DataFrame]:
 def _nearest(candidates: Candidates) -> str:
     measure, limit = candidates.goal.measure, candidates.goal.limit
     rows = candidates.whole() or [*candidates.rows.values()]
-    examples = candidates.measurements.examples
     if limit is None:
-        return f"no candidate within the budget was measured on all {examples} validation examples"
+        return "no candidate within the budget can be measured: all losses are NaN or infinite"
     row = min(rows, key=lambda row: row[f"{measure}_bound"])
-    value, bound = row[measure], row[f"{measure}_bound"]
+    value, bound, examples = row[measure], row[f"{measure}_bound"], row["examples"]
     text = (
         f"no candidate keeps {measure} at most {limit:g} with {candidates.confidence:.0%} "
         f"confidence on {examples} validation examples; the nearest has {value:.6g} (at most "

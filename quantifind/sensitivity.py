@@ -224,7 +224,7 @@ def _proxies(table: pd.DataFrame, measurements: Measurements, parts: Parts) -> p
     candidates: dict[str, list[Tensor]] = {name: [] for name in rows["name"]}
     for row in rows.to_dict("records"):
         part = parts[part_key("tensors", row["name"], row["choice"])]
-        candidates[row["name"]].append(part.dequantize())
+        candidates[row["name"]].append(part.dequantize().to(values[row["name"]].device))
     by_output = output_fisher_rises(model, criterion, batches, candidates)
     predicted = []
     for name, quantized in candidates.items():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -67,8 +68,6 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    import torch
-
     described = f"{tensor.dtype}{list(tensor.shape)}".encode()
     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return described + values.numpy().tobytes()

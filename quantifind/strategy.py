@@ -188,6 +188,8 @@ def quantize_alone(
     results = []
     for choice in choices:
         _check_choice(name, choice, values)
+        if _rounding(choice) == "corrected":
+            raise ValueError(f"{name}: rounding 'corrected' is for a bias beside rounded weights")
         if _rounding(choice) == "compensated":
             if not uses:
                 raise ValueError(f"{name}: rounding 'compensated': no {_OR} of a pass uses it")
@@ -196,7 +198,11 @@ def quantize_alone(
             results.append(_compensated(name, choice, values, moments))
             continue
         if _needs_calibration(choice) and importance is None:
-            importance = second_moments(model, batches)[name]
+            importance = second_moments(model, batches).get(name)
+            if importance is None:
+                raise ValueError(
+                    f"{name}: {_needs_calibration(choice)}: no {_OR} of a pass uses it"
+                )
         results.append(_on_grid(name, choice, values, importance))
     return results
 

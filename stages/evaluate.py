@@ -24,7 +24,13 @@ def main(params: Params) -> None:
     chosen_on = pd.DataFrame(facts).add_prefix("validation_")
     frontier = found.join(chosen_on)
     answer = recommend(
-        frontier, table, strategies, measure=goal.measure, limit=limit, confidence=confidence
+        frontier,
+        table,
+        strategies,
+        measure=goal.measure,
+        limit=limit,
+        budget=params.search.budget,
+        confidence=confidence,
     )
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
     files.write_table(files.PLOTS / "frontier.csv", frontier)

@@ -174,11 +174,12 @@ def resumable(params: Params) -> Iterator[Path]:
 
 
 def measured_folder() -> Path:
-    """Where a search keeps what it has measured, for the code that is loaded.
+    """Where a search keeps what it has measured, for the package and the network as they are.
 
     No output of the stage, as in `resumable`; networks and data have folders of their own in it.
     """
-    return MEASURED / _digest("", [])
+    package = sorted(Path("quantifind").rglob("*.py"))
+    return MEASURED / _digest("", [NETWORK_SOURCE, *package])
 
 
 def _digest(values: str, data: list[Path]) -> str:

@@ -33,6 +33,7 @@ def main(params: Params) -> None:
     train = files.read_loader("train", batch_size=params.entry.batch_size, seed=params.seed)
     val = files.read_loader("val", batch_size=params.entry.batch_size)
     search: Any = asdict(params.search) | {"folder": files.measured_folder(), "seed": params.seed}
+    search["confidence"] = params.evaluate.confidence
     _, candidates = find_strategy(net, train, val, criterion, **search)
     menus = {key: search[key] for key in ("widths", "activation_bits", "folder", "seed")}
     sensitivity = measure_sensitivity(net, train, val, criterion, **menus)

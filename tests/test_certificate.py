@@ -1,15 +1,19 @@
 """Intervals and certificates beside scipy, and by simulation of what they promise."""
 
+import math
+
 import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from scipy import stats
 
 from quantifind.certificate import (
     certified_depth,
     certified_steps,
+    drop_interval,
+    drops,
     mark_certified,
     ratio_bound,
     ratio_interval,
@@ -107,3 +111,201 @@ def test_certified_depth_walks_from_most_bits_whatever_the_order():
     assert certified_depth(table, 0.9) is None
     marked = mark_certified(table, [1.05, 1.01, 1.0055, 0.9]).set_index("bit_depth")
     assert marked["certified_at"].dropna().to_dict() == {6: 1.0055, 4: 1.05}
+
+
+LIMIT = 1.01
+JUST_ABOVE = LIMIT + 1e-7
+LADDERS = {
+    "above after the first": [1.0, JUST_ABOVE, JUST_ABOVE, 1.01001, 1.0101, 1.011, 1.2],
+    "at the limit before above": [0.99, 1.0, LIMIT, LIMIT, JUST_ABOVE, JUST_ABOVE, 1.0101],
+    "up and down": [1.005, 1.0101, 0.99, JUST_ABOVE, 1.0, LIMIT, 1.02],
+    "above at once": [JUST_ABOVE, LIMIT, 1.0, 1.02],
+}
+# a trained classifier's: most examples cost next to nothing, a few nearly all
+LOSSES = {
+    "gamma": lambda generator: generator.gamma(0.2, size=2_000),
+    "lognormal": lambda generator: generator.lognormal(-4, 1.5, size=2_000),
+}
+
+
+def share_of_wrong_certificates(ratios, draw, spread, runs=1_000):
+    """How often the last strategy passed breaks the limit: each example's loss is multiplied with
+    the ratio, and lognormal noise of mean 1."""
+    wrong = 0
+    for seed in range(runs):
+        generator = np.random.default_rng(seed)
+        original, bounds = draw(generator), []
+        for ratio in ratios:
+            normal = generator.standard_normal(len(original))
+            noise = np.exp(spread * normal - spread**2 / 2)
+            bounds.append(ratio_bound(ratio * original * noise, original))
+            if bounds[-1] > LIMIT:
+                break  # the walk sees none below
+        steps = certified_steps(bounds, LIMIT)
+        wrong += steps > 0 and ratios[steps - 1] > LIMIT
+    return wrong / runs
+
+
+ALLOWED = 0.05 + 3 * (0.05 * 0.95 / 1_000) ** 0.5
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("spread", [0.02, 0.2])
+def test_a_certificate_is_wrong_in_at_most_five_percent(ladder, losses, spread):
+    """By simulation on synthetic losses with known ratio: the certified strategy truly violates the
+    limit in at most 5% of 1,000 runs (plus sampling error)."""
+    assert share_of_wrong_certificates(LADDERS[ladder], LOSSES[losses], spread) <= ALLOWED
+
+
+def test_certificates_are_wrong_nearly_as_often_as_they_may():
+    """A walk that certifies next to nothing would keep any limit."""
+    ratios = LADDERS["above after the first"]
+    assert share_of_wrong_certificates(ratios, LOSSES["gamma"], 0.1) > 0.03
+    good = [0.9, 1.0, 1.0099, 1.2]
+    losses = [
+        [ratio * np.random.default_rng(seed).exponential(size=2_000) for ratio in good]
+        for seed in range(20)
+    ]
+    for rungs in losses:
+        bounds = [ratio_bound(rung, rungs[1]) for rung in rungs]
+        assert certified_steps(bounds, LIMIT) == 3
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="Student's t covers too little where a few examples carry mean and noise: 10% to 14%",
+)
+@pytest.mark.parametrize("losses", LOSSES)
+def test_a_certificate_under_noise_as_large_as_the_losses(losses):
+    assert share_of_wrong_certificates([JUST_ABOVE, 1.2], LOSSES[losses], 1.0) <= ALLOWED
+
+
+def flips(examples, lost, won):
+    """Answers of which so many were right and aren't, and weren't and are."""
+    was_right = np.arange(examples) < (examples + lost) // 2
+    right = was_right.copy()
+    right[:lost] = False
+    right[examples - won :] = True
+    assert (was_right & ~right).sum() == lost
+    assert (~was_right & right).sum() == won
+    return right, was_right
+
+
+@pytest.mark.parametrize("examples", [60, 1_000])
+@pytest.mark.parametrize(
+    ("lost", "won"),
+    [(0.0, 0.0), (0.0005, 0.0), (0.001, 0.001), (0.0, 0.01), (0.02, 0.015), (0.3, 0.05)],
+)
+def test_drop_interval_covers_the_true_drop(examples, lost, won):
+    """In 95% of simulations at least, with few flips or none too."""
+    generator = np.random.default_rng(0)
+    draws = generator.multinomial(examples, [lost, won, 1 - lost - won], size=1_000)
+    counts, times = np.unique(draws[:, :2], axis=0, return_counts=True)
+    covered = below = 0
+    for (wrong, right), often in zip(counts, times, strict=True):
+        low, high = drop_interval(*flips(examples, wrong, right))
+        covered += often * (low <= lost - won <= high)
+        bound = drop_interval(*flips(examples, wrong, right), confidence=0.9)[1]
+        below += often * (lost - won <= bound)
+    assert covered >= 950
+    assert below >= 950
+
+
+@given(examples=st.integers(1, 500))
+def test_no_flip_is_no_proof(examples):
+    low, high = drop_interval(*flips(examples, 0, 0))
+    assert low < 0 < high
+    assert low == -high
+
+
+@settings(max_examples=30)
+@given(data=st.data(), examples=st.integers(1, 400), confidence=st.floats(0.5, 0.999))
+def test_flips_one_way_have_the_interval_of_clopper_and_pearson(data, examples, confidence):
+    count = data.draw(st.integers(0, examples // 2))
+    # half of the error for each way, half of that for each side
+    tail = (1 - confidence) / 4
+    none = 1 - tail ** (1 / examples)
+    lowest = stats.beta.ppf(tail, count, examples - count + 1) if count else 0.0
+    highest = stats.beta.ppf(1 - tail, count + 1, examples - count)
+    low, high = drop_interval(*flips(examples, count, 0), confidence=confidence)
+    assert low == pytest.approx(lowest - none, abs=1e-9)
+    assert high == pytest.approx(highest, abs=1e-9)
+    low, high = drop_interval(*flips(examples, 0, count), confidence=confidence)
+    assert low == pytest.approx(-highest, abs=1e-9)
+    assert high == pytest.approx(none - lowest, abs=1e-9)
+
+
+@settings(max_examples=30)
+@given(data=st.data(), examples=st.integers(2, 300))
+def test_drop_interval_is_about_the_drop_and_turns_with_it(data, examples):
+    lost, won = (data.draw(st.integers(0, examples // 2)) for _ in range(2))
+    right, was_right = flips(examples, lost, won)
+    low, high = drop_interval(right, was_right)
+    assert low <= was_right.mean() - right.mean() <= high
+    assert drop_interval(was_right, right) == (-high, -low)
+    narrow = drop_interval(right, was_right, confidence=0.8)
+    assert low <= narrow[0] <= narrow[1] <= high
+
+
+def columns_of(seed=0, examples=400, classes=True):
+    losses, original = paired_losses(seed, examples)
+    generator = np.random.default_rng(seed + 1)
+    columns = {
+        "loss": losses,
+        "original_loss": original,
+        "squared_error": 0.01 * generator.gamma(0.5, size=examples),
+        "squared_norm": generator.gamma(2.0, size=examples),
+    }
+    if classes:
+        columns["original_correct"] = generator.random(examples) < 0.9
+        flipped = generator.random(examples) < 0.03
+        columns["correct"] = columns["original_correct"] ^ flipped
+    return columns
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_drops_are_those_of_each_measure(seed, confidence):
+    columns = columns_of(seed)
+    row = drops(columns, confidence=confidence)
+    names = ["criterion_ratio", "accuracy_drop", "relative_error"]
+    assert list(row) == [name + end for name in names for end in ("", "_low", "_high", "_bound")]
+    losses, original = columns["loss"], columns["original_loss"]
+    assert row["criterion_ratio"] == losses.mean() / original.mean()
+    interval = row["criterion_ratio_low"], row["criterion_ratio_high"]
+    assert interval == ratio_interval(losses, original, confidence=confidence)
+    bound = ratio_bound(losses, original, confidence=confidence)
+    assert row["criterion_ratio_bound"] == bound
+    error, norm = columns["squared_error"], columns["squared_norm"]
+    assert row["relative_error"] == pytest.approx(math.sqrt(error.sum() / norm.sum()))
+    interval = row["relative_error_low"], row["relative_error_high"]
+    wanted = np.sqrt(ratio_interval(error, norm, confidence=confidence))
+    assert interval == pytest.approx(tuple(wanted))
+    bound = math.sqrt(ratio_bound(error, norm, confidence=confidence))
+    assert row["relative_error_bound"] == pytest.approx(bound)
+    right, was_right = columns["correct"], columns["original_correct"]
+    assert row["accuracy_drop"] == pytest.approx(was_right.mean() - right.mean())
+    interval = row["accuracy_drop_low"], row["accuracy_drop_high"]
+    assert interval == drop_interval(right, was_right, confidence=confidence)
+    for name in names:
+        low, high, bound = (row[f"{name}_{end}"] for end in ("low", "high", "bound"))
+        assert low <= row[name] <= bound <= high
+
+
+def test_drops_of_a_network_without_classes_and_of_one_that_lost_nothing():
+    columns = columns_of(classes=False)
+    assert not any(name.startswith("accuracy") for name in drops(columns))
+    same = columns | {"loss": columns["original_loss"], "squared_error": np.zeros(400)}
+    row = drops(same)
+    assert [row[f"criterion_ratio{end}"] for end in ("", "_low", "_high", "_bound")] == [1] * 4
+    assert [row[f"relative_error{end}"] for end in ("", "_low", "_high", "_bound")] == [0] * 4
+
+
+def test_drops_without_a_unit_are_not_known():
+    zeros = np.zeros(5)
+    names = ["loss", "original_loss", "squared_error", "squared_norm"]
+    row = drops(dict.fromkeys(names, zeros))
+    assert math.isnan(row["criterion_ratio"])
+    assert math.isnan(row["relative_error"])
+    assert row["criterion_ratio_bound"] == row["relative_error_bound"] == math.inf

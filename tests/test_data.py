@@ -11,11 +11,26 @@ import tarfile
 import pytest
 import torch
 from conftest import ROOT
-from torch.utils.data import DataLoader, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from quantifind import plugins
 from quantifind.data import language_names, mnist_data
-from quantifind.loaders import Tensors, create_dataloaders, describe, random_split, whole_split
+from quantifind.loaders import (
+    Tensors,
+    batch_loader,
+    create_dataloaders,
+    describe,
+    random_split,
+    sample,
+    whole_split,
+)
 from quantifind.name_archive import alphabet, read_names
 
 DATA = plugins.names("data")
@@ -272,3 +287,94 @@ def test_a_sampler_that_chooses_examples_is_refused():
     loader = DataLoader(data, sampler=SubsetRandomSampler([1, 2]))
     with pytest.raises(ValueError, match="SubsetRandomSampler: give each split a data set"):
         whole_split(loader)
+
+
+def numbered(examples):
+    return Tensors(torch.arange(examples), torch.arange(examples) + 100)
+
+
+def drawn(batches):
+    """The inputs of all batches, whose targets are checked."""
+    for inputs, targets in batches:
+        assert torch.equal(inputs + 100, targets)
+    return torch.cat([inputs for inputs, _ in batches]).tolist()
+
+
+LOADERS = {
+    "shuffled": lambda data: batch_loader(data, batch_size=8, shuffle=True, seed=5),
+    "in order": lambda data: batch_loader(data, batch_size=8, shuffle=False, seed=5),
+    "plain": lambda data: DataLoader(data, batch_size=8, shuffle=True),
+    "dropping": lambda data: DataLoader(data, batch_size=8, drop_last=True),
+    "pairs": lambda data: DataLoader(list(zip(*data.tensors, strict=True)), batch_size=8),
+    "part": lambda data: DataLoader(Subset(data, range(len(data))), 8, collate_fn=list),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("examples", [1, 8, 13, 50, 51, 1_000])
+def test_a_sample_is_of_the_seed_alone(kind, examples):
+    loader = LOADERS[kind](numbered(50))
+    first = sample(loader, examples, seed=3)
+    assert [len(inputs) for inputs, _ in first[:-1]] == [8] * (len(first) - 1)
+    found = drawn(first)
+    assert len(found) == len(set(found)) == min(examples, 50)
+    assert set(found) <= set(range(50))
+    list(loader)  # its own generator moves on
+    torch.rand(3)
+    assert drawn(sample(loader, examples, seed=3)) == found
+    assert drawn(sample(LOADERS["in order"](numbered(50)), examples, seed=3)) == found
+    if examples > 8:
+        assert drawn(sample(loader, examples, seed=4)) != found
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_sample_leaves_the_loaders_generator_alone(kind):
+    loader = LOADERS[kind](numbered(50))
+    state = None if loader.generator is None else loader.generator.get_state()
+    sample(loader, 20)
+    if state is not None:
+        assert torch.equal(loader.generator.get_state(), state)
+        assert drawn(list(loader)) == drawn(list(LOADERS[kind](numbered(50))))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a DataLoader without a generator draws its seed from the global one"
+)
+def test_a_sample_leaves_the_global_random_state_alone():
+    state = torch.get_rng_state()
+    sample(LOADERS["shuffled"](numbered(50)), 20)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("examples", [1, 4, 6, 1_000])
+def test_a_sample_stays_within_the_loaders_subset(examples):
+    subset = [1, 5, 9, 12, 33, 40, 41]
+    loader = DataLoader(numbered(50), 2, sampler=SubsetRandomSampler(subset), collate_fn=list)
+    found = drawn(sample(loader, examples))
+    assert set(found) <= set(subset)
+    assert len(found) == len(set(found)) >= min(examples, 7)
+    loader = DataLoader(
+        numbered(50), 2, sampler=RandomSampler(numbered(50), num_samples=7), collate_fn=list
+    )
+    assert min(examples, 7) <= len(drawn(sample(loader, examples))) <= examples + 1
+    held = Tensors(*(part[subset] for part in numbered(50).tensors))
+    assert set(drawn(sample(LOADERS["shuffled"](held), examples))) <= set(subset)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a sampler without a generator draws from the global one each time anew"
+)
+def test_a_sample_of_a_subset_is_of_the_seed_alone():
+    sampler = SubsetRandomSampler(range(30))
+    loader = DataLoader(numbered(50), 2, sampler=sampler, collate_fn=list)
+    assert drawn(sample(loader, 10)) == drawn(sample(loader, 10))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="_draws_all looks at the sampler, which a batch_sampler takes the place of"
+)
+def test_a_sample_stays_within_what_a_batch_sampler_draws():
+    batches = BatchSampler(SubsetRandomSampler([1, 5, 9]), 2, drop_last=False)
+    loader = DataLoader(numbered(50), batch_sampler=batches, collate_fn=list)
+    assert isinstance(loader.sampler, SequentialSampler)
+    assert set(drawn(sample(loader, 20))) <= {1, 5, 9}

@@ -1,6 +1,7 @@
 """Learned rounding: nearer to the float network than before, on its grid, the same after a kill."""
 
 import copy
+import math
 import time
 
 import pytest
@@ -299,3 +300,115 @@ def test_outputs_that_are_not_finite_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="the loss became nan by batch 8"):
         learn(net, strategy, training(), epochs=1, checkpoints=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def label_loss(net, data, *, classes=True):
+    inputs, targets = data.tensors
+    outputs = copy.deepcopy(net).eval()(inputs)
+    return (F.cross_entropy if classes else F.mse_loss)(outputs, targets).item()
+
+
+def learned_with(net, classes=True, **options):
+    """A network with 2-bit weights, learned for some epochs."""
+    strategy = weights_on(net, {"scheme": "uniform", "bits": 2, "half_integer": True})
+    quantized = learn(net, strategy, training(classes=classes), epochs=8, rate=3e-3, **options)
+    return with_quantized(net, quantized)
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_labels_are_followed_where_they_count(classes):
+    """A network that was never trained teaches nothing of them; the more they weigh, the nearer are
+    the outputs to them, and the further from the network's."""
+    net, far = network(), {"classes": classes}
+    nets = [learned_with(net, classes, labels=labels) for labels in (0, 1, 10)]
+    for data in (examples(1, **far), examples(9, **far)):
+        ignored, equal, mostly = (label_loss(one, data, **far) for one in nets)
+        assert mostly < equal < ignored
+    unseen = examples(9).tensors[0]
+    assert distance(net, nets[0], unseen, **far) < distance(net, nets[2], unseen, **far)
+
+
+def test_labels_of_no_weight_change_nothing():
+    net, (unseen, _) = network(), examples(9).tensors
+    one, other = learned_with(net), learned_with(net, labels=0.0)
+    assert torch.equal(one.eval()(unseen), other.eval()(unseen))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 2)])
+def test_labels_of_a_regression_have_any_shape(shape):
+    class Shaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, max(math.prod(shape), 1))
+
+        def forward(self, x):
+            return self.layer(x).reshape(len(x), *shape)
+
+    torch.manual_seed(0)
+    net, x = Shaped(), torch.randn(256, 6)
+    data = Tensors(x, x[:, : math.prod(shape)].reshape(256, *shape))
+    loader = batch_loader(data, batch_size=32, shuffle=True, seed=2)
+    strategy = weights_on(net, {"scheme": "uniform", "bits": 4, "axis": 0})
+    options = {"epochs": 8, "rate": 3e-2}
+    losses = [
+        label_loss(
+            with_quantized(net, learn(net, strategy, loader, labels=labels, **options)),
+            data,
+            classes=False,
+        )
+        for labels in (0, 10)
+    ]
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.xfail(
+    strict=True, raises=RuntimeError, reason="the share of a blend is (examples,), the loss is not"
+)
+def test_labels_of_several_positions():
+    torch.manual_seed(0)
+    net, x = nn.Conv1d(6, 4, 1), torch.randn(64, 6, 5)
+    data = Tensors(x, x[:, :4].argmax(1))
+    loader = batch_loader(data, batch_size=32, shuffle=True, seed=2)
+    strategy = weights_on(net, {"scheme": "uniform", "bits": 3})
+    learn(net, strategy, loader, epochs=1)
+    learn(net, strategy, loader, epochs=1, labels=1)
+
+
+def test_a_larger_rate_moves_further():
+    net = network()
+    strategy = weights_on(net, {"scheme": "uniform", "bits": 4})
+    start = quantize_model(net, strategy)
+    moved = []
+    for rate in (1e-6, 3e-3):
+        learned = with_quantized(net, learn(net, strategy, training(), epochs=2, rate=rate))
+        moved.append((learned[4].weight - start[4].weight).norm().item())
+    assert moved[0] < moved[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": -1}, "labels is -1: a number, 0 or above, is needed"),
+        ({"labels": float("nan")}, "labels is nan: a number, 0"),
+        ({"labels": float("inf")}, "labels is inf: a number, 0"),
+        ({"labels": "1"}, "labels is '1': a number, 0"),
+        ({"labels": None}, "labels is None: a number, 0"),
+        ({"rate": 0}, "rate is 0: a number above 0"),
+        ({"rate": -1e-3}, "rate is -0.001: a number above 0"),
+        ({"rate": float("nan")}, "rate is nan: a number above 0"),
+        ({"rate": float("inf")}, "rate is inf: a number above 0"),
+        ({"rate": "1"}, "rate is '1': a number above 0"),
+    ],
+)
+def test_labels_and_rates_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        learn(network(), uniform_strategy(network(), 3), training(), epochs=1, **options)
+
+
+@pytest.mark.parametrize("options", [{"labels": 1.0}, {"rate": 1e-4}], ids=str)
+def test_checkpoints_with_other_labels_or_rate_are_refused(tmp_path, options):
+    net = network()
+    learn(net, uniform_strategy(net, 3), training(), epochs=1, checkpoints=tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint-0001.pt: of another network, strategy or"):
+        learn(net, uniform_strategy(net, 3), training(), epochs=1, checkpoints=tmp_path, **options)

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from quantifind.loaders import Tensors, batch_loader
-from quantifind.metrics import compare, is_classification, losses, outcome, weight_error
+from quantifind.metrics import (
+    compare,
+    is_classification,
+    losses,
+    outcome,
+    paired,
+    weight_error,
+)
 from quantifind.workflow.evaluation_workflow import (
     compute_test_loss,
     evaluate_bit_depths,
@@ -143,3 +150,83 @@ def test_weight_error_is_its_definition():
     assert errors["mean_squared_error"] == pytest.approx(0.125)
     assert errors["largest_error"] == pytest.approx(0.5)
     assert weight_error(values, values)["sqnr_db"] == math.inf
+
+
+def outcomes_of(criterion, targets, *, classes=5, examples=40):
+    """Those of a network and of one with a little noise."""
+    torch.manual_seed(0)
+    net = nn.Linear(6, classes)
+    noisy = nn.Linear(6, classes)
+    with torch.no_grad():
+        for own, other in zip(noisy.parameters(), net.parameters(), strict=True):
+            own.copy_(other + 0.2 * torch.randn_like(other))
+    batches = [(torch.randn(examples, 6), targets)]
+    return outcome(noisy, batches, criterion), outcome(net, batches, criterion)
+
+
+def test_paired_columns_of_a_classifier_are_their_definitions():
+    torch.manual_seed(1)
+    quantized, original = outcomes_of(nn.CrossEntropyLoss(), torch.randint(5, (40,)))
+    columns = paired(quantized, original)
+    assert list(columns) == [
+        *("loss", "original_loss", "squared_error", "squared_norm", "divergence"),
+        *("correct", "original_correct"),
+    ]
+    outputs, wanted = quantized["outputs"].double(), original["outputs"].double()
+    pair = outputs.log_softmax(1), wanted.softmax(1)
+    divergence = nn.functional.kl_div(*pair, reduction="none").sum(1)
+    for name, column in (
+        ("loss", quantized["loss"]),
+        ("original_loss", original["loss"]),
+        ("squared_error", (outputs - wanted).norm(dim=1).square()),
+        ("squared_norm", wanted.norm(dim=1).square()),
+        ("divergence", divergence),
+    ):
+        assert columns[name].shape == (40,)
+        assert columns[name].dtype == "float64"
+        torch.testing.assert_close(torch.from_numpy(columns[name]), column)
+    assert columns["correct"].tolist() == quantized["correct"].tolist()
+    assert columns["original_correct"].tolist() == original["correct"].tolist()
+    assert (columns["divergence"] > 0).all()
+
+
+def test_divergence_is_the_rise_of_the_loss_if_the_originals_outputs_were_the_truth():
+    torch.manual_seed(1)
+    quantized, original = outcomes_of(nn.CrossEntropyLoss(), torch.randint(5, (40,)))
+    truth = original["outputs"].double().softmax(1)
+    cross_entropy = nn.functional.cross_entropy
+    for measured, sign in ((quantized, 1), (original, -1)):
+        loss = cross_entropy(measured["outputs"].double(), truth, reduction="none")
+        truth_loss = loss if sign == 1 else truth_loss - loss
+    divergence = torch.from_numpy(paired(quantized, original)["divergence"])
+    torch.testing.assert_close(divergence, truth_loss)
+    shifted = dict(quantized, outputs=original["outputs"] + 3.0)  # softmax knows no shift
+    assert abs(paired(shifted, original)["divergence"]).max() < 1e-6
+
+
+def test_paired_columns_of_a_regression():
+    quantized, original = outcomes_of(nn.MSELoss(), torch.randn(40, 5))
+    columns = paired(quantized, original)
+    assert not {"correct", "original_correct"} & columns.keys()
+    outputs, wanted = quantized["outputs"].double(), original["outputs"].double()
+    each = nn.functional.mse_loss(outputs, wanted, reduction="none").mean(1)
+    torch.testing.assert_close(torch.from_numpy(columns["divergence"]), each)
+    shape = {"outputs": torch.randn(7, 2, 3), "loss": torch.ones(7).double()}
+    columns = paired(shape, shape)
+    assert columns["squared_norm"].shape == (7,)
+    norms = shape["outputs"].double().square().sum((1, 2))
+    torch.testing.assert_close(torch.from_numpy(columns["squared_norm"]), norms)
+    assert not columns["divergence"].any()
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_columns_stand_in_the_order_of_the_examples(classes):
+    torch.manual_seed(1)
+    criterion = nn.CrossEntropyLoss() if classes else nn.MSELoss()
+    targets = torch.randint(5, (40,)) if classes else torch.randn(40, 5)
+    quantized, original = outcomes_of(criterion, targets)
+    columns, order = paired(quantized, original), torch.randperm(40)
+    moved = paired(*({n: t[order] for n, t in o.items()} for o in (quantized, original)))
+    assert moved.keys() == columns.keys()
+    for name, column in columns.items():
+        assert moved[name].tolist() == column[order].tolist()

@@ -93,7 +93,8 @@ def test_readme_names_the_commands_that_are_there():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", readme):
         assert (ROOT / link).exists(), link
     for script in re.findall(r"python -m ([\w.]+)", readme):
-        assert (ROOT / (script.replace(".", "/") + ".py")).exists(), script
+        path = ROOT / script.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), script
     for script in re.findall(r"python (benchmarks/\w+\.py)", readme.replace("\n", " ")):
         assert (ROOT / script).exists(), script
 

@@ -140,11 +140,12 @@ def test_measures_and_costs(small):
     for cost, few in (("bit_operations", 32 * 4), ("energy_picojoules", None), ("mean_bits", 5.0)):
         whole = every_cost(net, train, val, cost)
         budget = whole / 4 if few is None else few if cost == "mean_bits" else whole * 4 / 32
+        bits = [] if cost == "mean_bits" else [4, 8]
         _, table = find_strategy(
-            net, train, val, criterion, budget={cost: budget}, activation_bits=[4, 8]
+            net, train, val, criterion, budget={cost: budget}, activation_bits=bits
         )
         assert (table[cost] <= budget * (1 + 1e-9)).all()
-    assert any(s.activations for s in table["strategy"]) or cost == "mean_bits"
+        assert any(s.activations for s in table["strategy"]) == bool(bits)
 
 
 def every_cost(net, train, val, cost):
@@ -240,6 +241,69 @@ def test_a_killed_search_goes_on(small, tmp_path, monkeypatch, stop_after):
     assert total == len(seen)  # what was measured before the kill was not measured again
 
 
+def test_other_options_have_a_folder_of_their_own(small, tmp_path):
+    net, train, val, _ = small
+    for smoothing in (0.0, 0.3):
+        criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        kept = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
+        alone = find_strategy(net, train, val, criterion, limit=1.05)
+        assert kept[1].drop(columns="strategy").equals(alone[1].drop(columns="strategy"))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_killed_learning_search_goes_on(small, tmp_path, monkeypatch):
+    """Each candidate is taught in the same order, and the loader is left as it was."""
+    net, train, val, _ = small
+    options = {"limit": 1.3, "learn": 1}
+    before = train.generator.get_state()
+    whole = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
+    assert train.generator.get_state().equal(before)
+    learn, calls = search.learn_codes, []
+
+    def killed(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return learn(*arguments, **named)
+
+    monkeypatch.setattr(search, "learn_codes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        find_strategy(net, train, val, nn.CrossEntropyLoss(), folder=tmp_path, **options)
+    resumed = find_strategy(net, train, val, nn.CrossEntropyLoss(), folder=tmp_path, **options)
+    assert resumed[1].drop(columns="strategy").equals(whole[1].drop(columns="strategy"))
+    assert not list(tmp_path.glob("*/learning-*"))
+
+
+def test_a_budget_of_operations_is_kept_when_codes_are_learned(small):
+    net, train, val, _ = small
+    budget = every_cost(net, train, val, "bit_operations") / 200
+    _, table = find_strategy(
+        net,
+        train,
+        val,
+        nn.CrossEntropyLoss(),
+        budget={"bit_operations": budget},
+        activation_bits=[2, 4, 8],
+        learn=1,
+    )
+    assert table["origin"].str.startswith("learned").any()
+    assert (table["bit_operations"] <= budget * (1 + 1e-9)).all()
+
+
+def test_a_loss_below_0_has_no_ratio():
+    net = nn.Linear(3, 1)
+    data = Tensors(torch.randn(90, 3), torch.randn(90, 1))
+    loader = batch_loader(data, batch_size=30, shuffle=False, seed=0)
+
+    def criterion(outputs, targets):
+        return (outputs - targets).square().mean() - 100
+
+    with pytest.raises(ValueError, match="finite and above 0"):
+        find_strategy(net, loader, loader, criterion, limit=1.01)
+    with pytest.raises(ValueError, match="accuracy_drop needs targets that are class labels"):
+        find_strategy(net, loader, loader, nn.MSELoss(), limit={"accuracy_drop": 0.1})
+
+
 def test_learning_is_kept(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     options = {"limit": 1.3, "learn": 1, "folder": tmp_path}
@@ -258,6 +322,13 @@ BAD = [
     ({"budget": 0.5}, "budget mean_bits is 0.5: the smallest candidate takes"),
     ({"budget": -1}, "budget mean_bits is -1: a number above 0"),
     ({"limit": 1.01, "learn": -1}, "learn is -1"),
+    ({"limit": 1.01, "confidence": 95}, "confidence is 95: above 0.5 and below 1"),
+    ({"limit": 1.01, "activation_bits": [8]}, "save no model_bytes; give a budget of"),
+    ({"limit": 1.01, "menus": {"tensors": {}, "activations": {}}}, "no tensor of the network has"),
+    (
+        {"limit": 1.01, "menus": {"tensors": {"0.weight": []}, "activations": {}}},
+        "0.weight: its menu has no choice",
+    ),
 ]
 
 
@@ -274,7 +345,7 @@ def test_a_limit_that_cannot_be_kept_names_the_nearest(small):
         "tensors": {name: SMALL_MENU[:2] for name, _ in net.named_parameters()},
         "activations": {},
     }
-    message = r"no candidate keeps criterion_ratio at most 1 with 95% confidence on 1000 .* bits"
+    message = r"no candidate keeps criterion_ratio at most 1 with 95% confidence on \d+ .* bits"
     with pytest.raises(ValueError, match=message):
         find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.0, menus=menus)
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,10 +10,15 @@ from torch import nn
 
 from quantifind import plugins
 from quantifind.strategy import (
+    Quantized,
     Strategy,
     mean_bits,
+    named_tensors,
+    quantize,
+    quantize_alone,
     quantize_model,
     quantize_tensors,
+    uniform_activations,
     uniform_strategy,
 )
 
@@ -292,3 +297,179 @@ def test_importance_is_for_what_a_pass_multiplies():
             quantize_model(net, strategy, batches)
         some = Strategy(dict(strategy.tensors) | {"positions": None})
         assert len(quantize_model(net, some, batches).head.weight.unique()) <= 16
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def test_fitted_codes_are_taken_as_they_are():
+    net, x = small(), torch.randn(40, 5)
+    strategy = uniform_strategy(net, 3, axis=0, rounding="compensated")
+    fitted = quantize(net, strategy, [(x,)])
+    known = replace(strategy, fitted=fitted)
+    assert quantize(net, known) is fitted  # without calibration
+    wanted = quantize_model(net, strategy, [(x,)])
+    assert torch.equal(quantize_model(net, known)(x), wanted(x))
+    assert known == strategy
+    assert known.choices == strategy.choices
+    assert "fitted" not in repr(known)
+    learned = {name: {**choice, "rounding": "learned"} for name, choice in strategy.tensors.items()}
+    assert quantize(net, Strategy(learned, fitted=fitted)) is fitted
+    levels = uniform_activations(net, [(x,)], 4)
+    both = Strategy(strategy.tensors, levels)
+    both = replace(both, fitted=quantize(net, both, [(x,)]))
+    assert torch.equal(quantize_model(net, both)(x), quantize_model(net, both, [(x,)])(x))
+
+
+def test_fitted_codes_of_something_else_are_refused():
+    net, narrow = small(), nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    strategy = uniform_strategy(net, 3)
+    fitted = quantize(net, strategy)
+    tensors = dict(fitted.tensors)
+    less, more = tensors.copy(), tensors | {"more": tensors["0.bias"]}
+    del less["0.bias"]
+    for other in (less, more, {}):
+        with pytest.raises(ValueError, match="fitted tensors are not those that it puts on a grid"):
+            quantize(net, replace(strategy, fitted=Quantized(other)))
+    some = Strategy(dict(strategy.tensors) | {"0.bias": None}, fitted=fitted)
+    with pytest.raises(ValueError, match="fitted tensors are not those that it puts on a grid"):
+        quantize(net, some)
+    assert quantize(net, replace(some, fitted=Quantized(less))).tensors is less
+    with pytest.raises(
+        ValueError, match=r"0.weight: fitted codes of shape \[6, 5\], the network's are \[4, 5\]"
+    ):
+        quantize(narrow, replace(strategy, fitted=fitted))
+    with pytest.raises(ValueError, match="names tensors nope: the network has"):
+        quantize(net, Strategy(dict(strategy.tensors) | {"nope": None}, fitted=fitted))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="_check_fitted looks at tensors alone: activations are left in float unsaid"
+)
+def test_fitted_activations_of_something_else_are_refused():
+    net, x = small(), torch.randn(40, 5)
+    strategy = uniform_strategy(net, 3)
+    levels = uniform_activations(net, [(x,)], 4)
+    with pytest.raises(ValueError, match="activations"):
+        quantize(net, Strategy(strategy.tensors, levels, fitted=quantize(net, strategy)))
+
+
+def test_learned_codes_have_to_be_there():
+    net = small()
+    with pytest.raises(ValueError, match=r"0.weight: rounding 'learned' without the codes: quan"):
+        quantize(net, uniform_strategy(net, 3, rounding="learned"), [(torch.randn(40, 5),)])
+    with pytest.raises(ValueError, match=r"0.weight: rounding 'learned' without the codes"):
+        quantize_alone(net, "0.weight", [WEIGHT | {"rounding": "learned"}])
+
+
+ALONE = [
+    *({"scheme": scheme, "bits": 3, "axis": 0} for scheme in SCHEMES),
+    {"scheme": "uniform", "levels": 3, "scale": "squared_error"},
+    {"scheme": "uniform", "bits": 3, "axis": 0, "rounding": "compensated"},
+    {"scheme": "codebook", "bits": 3, "axis": 0, "rounding": "compensated"},
+    {"scheme": "uniform", "bits": 2, "axis": 0, "rounding": "compensated", "scale": "output_error"},
+    {"scheme": "uniform", "levels": 3, "axis": 0, "rounding": "compensated",
+     "scale": "output_error", "scale_dtype": "float16"},
+    {"scheme": "uniform", "bits": 3, "axis": 0, "scale": "weighted_squared_error"},
+    {"scheme": "uniform", "bits": 3, "axis": 0, "group": 2, "scale": "weighted_squared_error"},
+    {"scheme": "codebook", "bits": 2, "centres": "weighted_k_means"},
+]  # fmt: skip
+
+
+class Varied(nn.Module):
+    """An embedding, a convolution, a norm and a linear map that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix = nn.Embedding(9, 6), nn.Conv1d(6, 6, 3, padding=1)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 6)
+        self.register_buffer("gain", torch.linspace(0.5, 2, 6))
+
+    def forward(self, codes):
+        x = self.mix(self.table(codes).transpose(1, 2)).transpose(1, 2).relu()
+        return self.head(self.head(self.norm(x)) * self.gain)
+
+
+@pytest.mark.parametrize("name", ["table.weight", "mix.weight", "head.weight"])
+def test_one_tensor_alone_is_as_in_a_strategy_with_the_rest_in_float(name):
+    torch.manual_seed(0)
+    net = Varied()
+    batches = [(torch.randint(9, (30, 4)),), (torch.randint(9, (20, 4)),)]
+    found = intact(net, lambda: quantize_alone(net, name, ALONE, iter(batches)))
+    for choice, tensor in zip(ALONE, found, strict=True):
+        alone = Strategy(dict.fromkeys(named_tensors(net)) | {name: choice})
+        wanted = quantize_tensors(net, alone, batches)[name]
+        assert torch.equal(tensor.codes, wanted.codes)
+        assert torch.equal(tensor.dequantize(), wanted.dequantize())
+        (single,) = quantize_alone(net, name, [choice], batches)
+        assert torch.equal(single.dequantize(), wanted.dequantize())
+
+
+@pytest.mark.parametrize("name", ["head.bias", "norm.weight", "gain"])
+def test_a_bias_or_a_buffer_alone(name):
+    torch.manual_seed(0)
+    net, choice = Varied(), {"scheme": "uniform", "bits": 3}
+    alone = Strategy(dict.fromkeys(named_tensors(net)) | {name: choice})
+    (tensor,) = quantize_alone(net, name, [choice])
+    assert torch.equal(tensor.dequantize(), quantize_tensors(net, alone)[name].dequantize())
+    assert quantize_alone(net, name, []) == []
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (WEIGHT | {"bits": 40}, "head.weight: bits is 40"),
+        (WEIGHT | {"rounding": "up"}, "head.weight: rounding is 'up'"),
+        (WEIGHT | {"rounding": "corrected"}, "head.weight: rounding 'corrected' is for biases"),
+        (WEIGHT | {"rounding": "compensated"}, "calibration has no examples"),
+    ],
+)
+def test_errors_of_one_tensor_alone(choice, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_alone(Varied(), "head.weight", [choice])
+    with pytest.raises(ValueError, match="gain: rounding 'compensated' is for weights"):
+        quantize_alone(Varied(), "gain", [WEIGHT | {"rounding": "compensated"}],
+                       [(torch.randint(9, (3, 4)),)])  # fmt: skip
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="an unknown name is a KeyError")
+def test_an_unknown_tensor_alone_is_named():
+    with pytest.raises(ValueError, match="nope"):
+        quantize_alone(small(), "nope", [WEIGHT])
+
+
+@pytest.mark.xfail(
+    strict=True, raises=KeyError, reason="a weighted scale of a tensor in no product is a KeyError"
+)
+def test_a_tensor_alone_that_no_product_uses_is_named():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.head = nn.Parameter(torch.randn(3, 2)), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(x + self.positions)
+
+    choice = WEIGHT | {"scale": "weighted_squared_error"}
+    with pytest.raises(ValueError, match="positions: .*: no linear or convolution or embedding"):
+        quantize_alone(Positions(), "positions", [choice], [(torch.randn(4, 3, 2),)])
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(KeyError, ValueError),
+    reason="quantize_alone looks at the parametrized model, quantize at a plain copy",
+)
+@pytest.mark.parametrize(
+    "options", [{"rounding": "compensated"}, {"scale": "weighted_squared_error"}], ids=str
+)
+def test_a_parametrized_weight_alone(options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 3))
+    batches, choice = [(torch.randn(30, 4),)], WEIGHT | {"axis": 0} | options
+    alone = Strategy(dict.fromkeys(named_tensors(net)) | {"0.weight": choice})
+    wanted = quantize_tensors(net, alone, batches)["0.weight"]
+    (tensor,) = quantize_alone(net, "0.weight", [choice], batches)
+    assert torch.equal(tensor.dequantize(), wanted.dequantize())

@@ -1,0 +1,173 @@
+"""What a search may be asked for, and which candidates are judged."""
+
+import math
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import assume, given
+
+from quantifind import plugins
+from quantifind.goal import LIMITS, RUNG, Goal, ladder
+
+COSTS = ["mean_bits", *plugins.names("costs")]
+
+
+@pytest.mark.parametrize(
+    ("limit", "goal"),
+    [
+        (1, Goal("criterion_ratio", 1.0, "model_bytes", None)),
+        (1.01, Goal("criterion_ratio", 1.01, "model_bytes", None)),
+        ({"criterion_ratio": 1.01}, Goal("criterion_ratio", 1.01, "model_bytes", None)),
+        ({"accuracy_drop": 0}, Goal("accuracy_drop", 0.0, "model_bytes", None)),
+        ({"relative_error": 0.05}, Goal("relative_error", 0.05, "model_bytes", None)),
+    ],
+)
+def test_limits(limit, goal):
+    assert Goal.of(limit, None) == goal
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_budgets(cost):
+    assert Goal.of(None, {cost: 100}) == Goal("criterion_ratio", None, cost, 100.0)
+    assert Goal.of(None, 3) == Goal("criterion_ratio", None, "mean_bits", 3.0)
+
+
+NO_NUMBERS = [True, False, "1.01", "", [1.01], (1.01,), 1j, b"1"]
+
+
+@pytest.mark.parametrize("value", [0.999, 0, -1, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("measure", LIMITS)
+def test_limits_out_of_range(measure, value):
+    if 0 <= value < 1 and measure != "criterion_ratio":
+        assert Goal.of({measure: value}, None).limit == value
+        return
+    with pytest.raises(ValueError, match=f"limit {measure} is {value:g}: [01] or more is needed"):
+        Goal.of({measure: value}, None)
+
+
+@pytest.mark.parametrize("value", [0, -0.0, -1, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("cost", COSTS)
+def test_budgets_out_of_range(cost, value):
+    with pytest.raises(ValueError, match=f"budget {cost} is {value:g}: a number above 0"):
+        Goal.of(None, {cost: value})
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_what_is_no_number(value):
+    for limit in (value, {"criterion_ratio": value}):
+        with pytest.raises(ValueError, match=r"limit criterion_ratio is .*: a number is needed"):
+            Goal.of(limit, None)
+    for budget in (value, {"mean_bits": value}):
+        with pytest.raises(ValueError, match=r"budget mean_bits is .*: a number is needed"):
+            Goal.of(None, budget)
+    with pytest.raises(ValueError, match="limit accuracy_drop is None: a number is needed"):
+        Goal.of({"accuracy_drop": None}, None)
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"loss": 1.01}, {"criterion_ratio": 1.01, "accuracy_drop": 0.1}, {1: 1}], ids=str
+)
+def test_unknown_names_and_too_many(asked):
+    with pytest.raises(ValueError, match=r"limit is \{.*: a number or one of criterion_ratio, acc"):
+        Goal.of(asked, None)
+    with pytest.raises(ValueError, match=r"budget is \{.*: a number or one of mean_bits, bit_oper"):
+        Goal.of(None, asked)
+
+
+def test_both_and_none():
+    for limit, budget in ((None, None), (1.01, 4), (1.01, {"model_bytes": 4})):
+        with pytest.raises(ValueError, match=r"either a limit or a budget, not limit=.*, budget="):
+            Goal.of(limit, budget)
+
+
+def row(size, value, bound, measure="criterion_ratio"):
+    return {"model_bytes": size, "mean_bits": size / 10, measure: value, f"{measure}_bound": bound}
+
+
+def test_a_limit_is_kept_with_confidence_and_bytes_are_ranked():
+    goal = Goal.of(1.01, None)
+    assert goal.keeps(row(100, 1.0, 1.01))
+    assert not goal.keeps(row(100, 1.0, 1.0101))
+    assert not goal.keeps(row(100, 1.0, math.nan))
+    rows = [row(90, 1.0, 1.009), row(80, 1.0, 1.008), row(80, 1.0, 1.007)]
+    assert min(rows, key=goal.rank) is rows[2]
+
+
+def test_a_budget_is_kept_and_drops_are_ranked():
+    goal = Goal.of(None, 4)
+    assert goal.keeps(row(40, 1.0, 9.0))
+    assert not goal.keeps(row(41, 1.0, 1.0))
+    rows = [row(10, 1.0, 1.009), row(40, 1.0, 1.002), row(39, 1.0, 1.002)]
+    assert min(rows, key=goal.rank) is rows[2]
+
+
+def test_sureness_counts_standard_errors():
+    goal = Goal.of(1.01, None)
+    assert goal.sureness(row(1, 1.0, 1.005)) == pytest.approx(2)
+    assert goal.sureness(row(1, 1.0, 1.01)) == pytest.approx(1)
+    assert goal.sureness(row(1, 1.02, 1.03)) == pytest.approx(-1)
+    assert goal.sureness(row(1, 1.0, 1.0)) > 1e6
+    assert goal.sureness(row(1, 1.0, math.inf)) == 0
+    budget = Goal.of(None, 4)
+    assert budget.sureness(row(1, 1.0, 1.01)) > budget.sureness(row(1, 0.9, 1.02))
+
+
+@st.composite
+def candidates(draw, measure="criterion_ratio"):
+    lowest = 1.0 if measure == "criterion_ratio" else 0.0
+    rows = []
+    for size in draw(st.lists(st.integers(100, 400), min_size=1, max_size=12)):
+        value = lowest + draw(st.floats(-0.02, 0.04))
+        rows.append(row(size, value, value + draw(st.floats(1e-4, 0.02)), measure))
+    return rows
+
+
+def check_ladder(rows, chosen, goal):
+    rungs = ladder(rows, chosen, goal)
+    assert any(rung is chosen for rung in rungs)
+    assert all(any(rung is row for row in rows) for rung in rungs)
+    sizes = [rung["model_bytes"] for rung in rungs]
+    assert all(low <= RUNG * high for high, low in pairwise(sizes))
+    sureness = [goal.sureness(rung) for rung in rungs]
+    assert all(above > below for above, below in pairwise(sureness))
+
+
+@pytest.mark.parametrize("measure", LIMITS)
+@given(data=st.data())
+def test_a_ladder_falls_in_bytes_and_sureness_to_the_chosen_and_on(measure, data):
+    rows = data.draw(candidates(measure))
+    goal = Goal.of({measure: 1.01 if measure == "criterion_ratio" else 0.01}, None)
+    keeping = [row for row in rows if goal.keeps(row)]
+    assume(keeping)
+    chosen = min(keeping, key=goal.rank)
+    check_ladder(rows, chosen, goal)
+
+
+@given(rows=candidates(), budget=st.integers(10, 40))
+def test_a_ladder_of_a_budget(rows, budget):
+    goal = Goal.of(None, budget)
+    keeping = [row for row in rows if goal.keeps(row)]
+    assume(keeping)
+    check_ladder(rows, min(keeping, key=goal.rank), goal)
+
+
+def test_a_ladder_of_one():
+    only = row(100, 1.0, 1.005)
+    for goal in (Goal.of(1.01, None), Goal.of(1.001, None), Goal.of(None, 4)):
+        assert ladder([only], only, goal) == [only]
+
+
+def test_a_ladder_by_hand():
+    goal = Goal.of(1.01, None)
+    rows = [
+        row(1000, 1.0, 1.001),  # sureness 10
+        row(800, 1.0, 1.005),  # 2: no surer than the next
+        row(700, 1.0, 1.004),  # 2.5
+        row(690, 1.0, 1.0045),  # chosen, and near the one above
+        row(500, 1.02, 1.03),
+        row(400, 1.5, 1.6),
+    ]
+    chosen = rows[3]
+    assert ladder(rows[::-1], chosen, goal) == [rows[0], chosen, rows[4], rows[5]]
+    assert ladder(rows, rows[2], goal) == [rows[0], rows[2], rows[4], rows[5]]
