@@ -71,6 +71,20 @@ def run(model: nn.Module, inputs: Tensor) -> None:
         ) from None
 
 
+def compensable_weights(model: nn.Module, batches: Batches) -> set[str]:
+    """The weights that all uses of in a pass of the first batch are of `COMPENSABLE` kinds."""
+    kinds: dict[str, set[str]] = {}
+
+    def visit(product: Product) -> Tensor:
+        if product.weight is not None:
+            kinds.setdefault(product.weight, set()).add(product.kind)
+        return product.compute(*product.operands)
+
+    with evaluating(model), visiting(model, visit):
+        run(model, batches[0][0])
+    return {name for name, seen in kinds.items() if seen <= set(COMPENSABLE)}
+
+
 def weight_uses(model: nn.Module, batches: Batches) -> Counter[str]:
     """The weights in the order in which a pass of the first batch uses them, and how often."""
     uses: Counter[str] = Counter()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
+from quantifind import artifact
 from quantifind.activations import QuantizedActivations, in_float32, round_through
 from quantifind.checkpoints import (
     latest_checkpoint,
@@ -51,7 +52,7 @@ def learn(
     calibration: Iterable[Any] | None = None,
     softening: float = 1.0,
     labels: float = 0.0,
-    rate: float = RATE,
+    rate: float | None = None,
     checkpoints: Path | str | None = None,
     seed: int = 0,
 ) -> Quantized:
@@ -70,7 +71,8 @@ def learn(
     softening: a temperature by which a classifier's float logits are divided; above 1 it makes a
     network that is too sure of itself less so (Guo et al. 2017, arXiv:1706.04599).
     labels: the weight, beside the outputs' 1, of the loss to the targets themselves (cross entropy,
-    or squared error), blended as the inputs are. rate: the learning rate of codes at the start.
+    or squared error), blended as the inputs are. rate: of learning codes at the start, by default
+    `RATE`.
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that finds
     one goes on from it, with a budget of epochs to the same result. Data are not compared.
     seed: of the blends, and of the order of the examples unless the loader has a generator.
@@ -80,6 +82,7 @@ def learn(
     if (epochs is None) == (seconds is None):
         raise ValueError(f"learning takes either epochs or seconds, not {epochs=}, {seconds=}")
     budget = epochs if seconds is None else seconds
+    rate = RATE if rate is None else rate
     if not isinstance(labels, int | float) or not 0 <= labels < math.inf:
         raise ValueError(f"labels is {labels!r}: a number, 0 or above, is needed")
     named = {"epochs" if seconds is None else "seconds": budget, "softening": softening}
@@ -89,9 +92,9 @@ def learn(
     assert budget is not None
     if len(loader) == 0:
         raise ValueError("the loader has no batches")
-    given = () if strategy.fitted is None else strategy.fitted.tensors.values()
-    codes = [tensor.codes for tensor in given]
-    work = fingerprint(model, strategy.choices, *codes, budget, softening, labels, rate, seed)
+    options = [strategy.choices, budget, softening, labels, rate, seed]
+    given = [] if strategy.fitted is None else artifact.pack(strategy.fitted)
+    work = fingerprint(model, options, *given)
     path = None if checkpoints is None else latest_checkpoint(Path(checkpoints))
     if path is not None:
         keys = ("work", "student", "optimizer", "done", "spent", "began_with", "random_state")
@@ -214,6 +217,8 @@ class _Student:
         if labels:
             likely = F.cross_entropy(outputs, first, reduction="none")
             other = F.cross_entropy(outputs, second, reduction="none")
+            # a target may have several positions: test_labels_of_several_positions
+            share = share.reshape(-1, *(1,) * (likely.dim() - 1))
             loss = loss + labels * (share * likely + (1 - share) * other).mean()
         return loss
 

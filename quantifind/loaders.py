@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 Loaders = tuple[DataLoader, DataLoader, DataLoader]
 
@@ -95,19 +102,25 @@ def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
 def sample(loader: DataLoader, examples: int, *, seed: int = 0) -> list[Any]:
     """Batches of so many examples, or of all there are, always the same for a seed; random state
     is left as it was. Of a loader that doesn't draw each example of its data set once, the first
-    batches."""
-    if not _draws_all(loader):
-        return list(islice(loader, -(-examples // (loader.batch_size or 1))))
-    dataset: Any = loader.dataset
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    chosen = Subset(dataset, order[:examples].tolist())
-    size = loader.batch_size or 64
-    return list(DataLoader(chosen, batch_size=size, collate_fn=loader.collate_fn))
+    batches, which are the same where its sampler has no generator of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if not _draws_all(loader):
+            return list(islice(loader, -(-examples // (loader.batch_size or 1))))
+        dataset: Any = loader.dataset
+        chosen = Subset(dataset, torch.randperm(len(dataset))[:examples].tolist())
+        size = loader.batch_size or 64
+        return list(DataLoader(chosen, batch_size=size, collate_fn=loader.collate_fn))
 
 
 def _draws_all(loader: DataLoader) -> bool:
     sampler: Any = loader.sampler
     dataset: Any = loader.dataset
+    if (
+        type(loader.batch_sampler) is not BatchSampler
+        or loader.batch_sampler.sampler is not sampler
+    ):
+        return False
     return isinstance(sampler, SequentialSampler) or (
         isinstance(sampler, RandomSampler)
         and not sampler.replacement

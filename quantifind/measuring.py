@@ -144,11 +144,12 @@ def _whole(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
 
 
 def _check_labels(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-    if targets.dim() != 1 or targets.is_floating_point():
+    if targets.is_floating_point():
         return
     with torch.no_grad():
         outputs = model(inputs.to(device_of(model)))
-    classes = outputs.shape[1] if outputs.dim() == 2 else 0
+    # (examples, classes), or with further axes, of positions
+    classes = outputs.shape[1] if outputs.dim() == targets.dim() + 1 else 0
     wrong = targets[(targets < 0) | (targets >= classes)]
     if classes and len(wrong):
         raise ValueError(

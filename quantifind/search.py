@@ -78,8 +78,8 @@ def find_strategy(
     same network and data does not measure again what is there.
     Returns: the strategy, with its codes in ``fitted``; and a row per candidate, but for scales
     that were adjusted further, from most bytes to fewest: ``strategy``, ``origin``, ``mean_bits``,
-    ``model_bytes``, the budget's cost, ``predicted_ratio``, ``examples`` it was measured on, the columns of
-    `quantifind.certificate.drops`, ``on_ladder`` and ``chosen``.
+    ``model_bytes``, the budget's cost, ``predicted_ratio``, ``examples`` it was measured on, those
+    of `quantifind.certificate.drops`, ``on_ladder`` and ``chosen``.
     Errors: ValueError for a limit or budget out of range, and, naming the nearest, for one that no
     candidate keeps; for data and criteria that `Measurements` can't take.
     """

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from quantifind import artifact
 from quantifind.activations import activation_sites, fit_activations
-from quantifind.calibration import weight_uses
+from quantifind.calibration import compensable_weights
 from quantifind.certificate import drops
 from quantifind.measuring import Measurements
 from quantifind.proxies import (
@@ -25,7 +25,7 @@ from quantifind.proxies import (
     output_fisher_rises,
 )
 from quantifind.quantized import QuantizedTensor
-from quantifind.strategy import Choice, Quantized, named_tensors, quantize_alone
+from quantifind.strategy import Choice, Quantized, named_tensors, plain_copy, quantize_alone
 from quantifind.utils import progress
 
 # examples on which single tensors are measured; divergences of a few thousand tell them apart
@@ -71,12 +71,12 @@ def default_menus(
     if 2 in widths:
         weight.append(COMPENSATED | {"levels": 3})
     single = [PER_TENSOR | _width(bits) for bits in widths]
-    uses = weight_uses(model, measurements.calibration)
+    able = compensable_weights(plain_copy(model), measurements.calibration)
     tensors = {
         name: [
             dict(choice)
             for choice in (weight if tensor.dim() > 1 else single)
-            if name in uses or "rounding" not in choice
+            if name in able or "rounding" not in choice
         ]
         for name, tensor in named_tensors(model).items()
         if tensor.is_floating_point() and tensor.numel()

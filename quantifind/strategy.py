@@ -178,10 +178,17 @@ def quantize_alone(
 
     Calibration data are looked at once for all of them. Errors: as for `quantize`.
     """
-    values = (dict(model.named_buffers()) | named_tensors(model))[name]
+    model = plain_copy(model)
+    tensors = dict(model.named_buffers()) | named_tensors(model)
+    if name not in tensors:
+        raise ValueError(f"unknown tensor {name}: the network has {', '.join(tensors)}")
+    values = tensors[name]
     batches: Batches = []
-    if any(_needs_calibration(choice) for choice in choices):
-        batches = calibration_batches(calibration)
+    if asks := [choice for choice in choices if _needs_calibration(choice)]:
+        try:
+            batches = calibration_batches(calibration)
+        except ValueError as error:
+            raise ValueError(f"{name}: {_needs_calibration(asks[0])}: {error}") from None
     uses = weight_uses(model, batches)[name] if batches else 0
     moments: Mapping[tuple[int, int], Moments] | None = None
     importance: Tensor | None = None
@@ -224,7 +231,7 @@ def quantize(
     choices = {name: choice for name, choice in strategy.tensors.items() if choice is not None}
     targets = buffers | parameters
     if strategy.fitted is not None:
-        _check_fitted(strategy.fitted, choices, targets)
+        _check_fitted(strategy, targets)
         return strategy.fitted
     asks = [name for name, choice in choices.items() if _needs_calibration(choice)]
     for name, choice in choices.items():
@@ -326,11 +333,15 @@ def _needs_calibration(choice: Choice) -> str | None:
     return None
 
 
-def _check_fitted(
-    fitted: Quantized, choices: Mapping[str, Choice], targets: Mapping[str, Tensor]
-) -> None:
-    if fitted.tensors.keys() != choices.keys():
-        raise ValueError("the strategy's fitted tensors are not those that it puts on a grid")
+def _check_fitted(strategy: Strategy, targets: Mapping[str, Tensor]) -> None:
+    fitted = strategy.fitted
+    assert fitted is not None
+    for kind, named, given in (
+        ("tensors", strategy.tensors, fitted.tensors),
+        ("activations", strategy.activations, fitted.activations),
+    ):
+        if given.keys() != {name for name, choice in named.items() if choice is not None}:
+            raise ValueError(f"the strategy's fitted {kind} are not those that it puts on a grid")
     for name, tensor in fitted.tensors.items():
         if tensor.codes.shape != targets[name].shape:
             raise ValueError(

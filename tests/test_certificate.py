@@ -161,15 +161,7 @@ def test_a_certificate_is_wrong_in_at_most_five_percent(ladder, losses, spread):
 def test_certificates_are_wrong_nearly_as_often_as_they_may():
     """A walk that certifies next to nothing would keep any limit."""
     ratios = LADDERS["above after the first"]
-    assert share_of_wrong_certificates(ratios, LOSSES["gamma"], 0.1) > 0.03
-    good = [0.9, 1.0, 1.0099, 1.2]
-    losses = [
-        [ratio * np.random.default_rng(seed).exponential(size=2_000) for ratio in good]
-        for seed in range(20)
-    ]
-    for rungs in losses:
-        bounds = [ratio_bound(rung, rungs[1]) for rung in rungs]
-        assert certified_steps(bounds, LIMIT) == 3
+    assert share_of_wrong_certificates(ratios, LOSSES["gamma"], 0.02) > 0.03
 
 
 @pytest.mark.xfail(
@@ -183,7 +175,7 @@ def test_a_certificate_under_noise_as_large_as_the_losses(losses):
 
 def flips(examples, lost, won):
     """Answers of which so many were right and aren't, and weren't and are."""
-    was_right = np.arange(examples) < (examples + lost) // 2
+    was_right = np.arange(examples) < examples - won
     right = was_right.copy()
     right[:lost] = False
     right[examples - won :] = True

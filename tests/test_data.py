@@ -337,9 +337,6 @@ def test_a_sample_leaves_the_loaders_generator_alone(kind):
         assert drawn(list(loader)) == drawn(list(LOADERS[kind](numbered(50))))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a DataLoader without a generator draws its seed from the global one"
-)
 def test_a_sample_leaves_the_global_random_state_alone():
     state = torch.get_rng_state()
     sample(LOADERS["shuffled"](numbered(50)), 20)
@@ -361,18 +358,12 @@ def test_a_sample_stays_within_the_loaders_subset(examples):
     assert set(drawn(sample(LOADERS["shuffled"](held), examples))) <= set(subset)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a sampler without a generator draws from the global one each time anew"
-)
 def test_a_sample_of_a_subset_is_of_the_seed_alone():
     sampler = SubsetRandomSampler(range(30))
     loader = DataLoader(numbered(50), 2, sampler=sampler, collate_fn=list)
     assert drawn(sample(loader, 10)) == drawn(sample(loader, 10))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_draws_all looks at the sampler, which a batch_sampler takes the place of"
-)
 def test_a_sample_stays_within_what_a_batch_sampler_draws():
     batches = BatchSampler(SubsetRandomSampler([1, 5, 9]), 2, drop_last=False)
     loader = DataLoader(numbered(50), batch_sampler=batches, collate_fn=list)

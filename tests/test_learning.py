@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from quantifind.learning import learn
 from quantifind.loaders import Tensors, batch_loader
 from quantifind.strategy import (
     Strategy,
+    quantize,
     quantize_model,
+    scaled,
     uniform_activations,
     uniform_strategy,
     with_quantized,
@@ -362,9 +365,6 @@ def test_labels_of_a_regression_have_any_shape(shape):
     assert losses[1] < losses[0]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="the share of a blend is (examples,), the loss is not"
-)
 def test_labels_of_several_positions():
     torch.manual_seed(0)
     net, x = nn.Conv1d(6, 4, 1), torch.randn(64, 6, 5)
@@ -412,3 +412,19 @@ def test_checkpoints_with_other_labels_or_rate_are_refused(tmp_path, options):
     learn(net, uniform_strategy(net, 3), training(), epochs=1, checkpoints=tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint-0001.pt: of another network, strategy or"):
         learn(net, uniform_strategy(net, 3), training(), epochs=1, checkpoints=tmp_path, **options)
+
+
+@pytest.mark.parametrize("change", ["codes", "scales"])
+def test_checkpoints_of_other_fitted_tensors_are_refused(tmp_path, change):
+    net = network()
+    strategy = uniform_strategy(net, 3)
+    fitted = quantize(net, strategy)
+    other = scaled(fitted, {"0.weight": 2.0})
+    if change == "codes":
+        moved = net.state_dict() | {"0.weight": net[0].weight.detach().flip(0)}
+        flipped = network()
+        flipped.load_state_dict(moved)
+        other = quantize(flipped, strategy)
+    learn(net, replace(strategy, fitted=fitted), training(), epochs=1, checkpoints=tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint-0001.pt: of another network, strategy or"):
+        learn(net, replace(strategy, fitted=other), training(), epochs=1, checkpoints=tmp_path)

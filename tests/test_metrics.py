@@ -194,12 +194,12 @@ def test_divergence_is_the_rise_of_the_loss_if_the_originals_outputs_were_the_tr
     torch.manual_seed(1)
     quantized, original = outcomes_of(nn.CrossEntropyLoss(), torch.randint(5, (40,)))
     truth = original["outputs"].double().softmax(1)
-    cross_entropy = nn.functional.cross_entropy
-    for measured, sign in ((quantized, 1), (original, -1)):
-        loss = cross_entropy(measured["outputs"].double(), truth, reduction="none")
-        truth_loss = loss if sign == 1 else truth_loss - loss
+    loss, least = (
+        nn.functional.cross_entropy(measured["outputs"].double(), truth, reduction="none")
+        for measured in (quantized, original)
+    )
     divergence = torch.from_numpy(paired(quantized, original)["divergence"])
-    torch.testing.assert_close(divergence, truth_loss)
+    torch.testing.assert_close(divergence, loss - least)
     shifted = dict(quantized, outputs=original["outputs"] + 3.0)  # softmax knows no shift
     assert abs(paired(shifted, original)["divergence"]).max() < 1e-6
 

@@ -152,7 +152,6 @@ def test_no_uniform_depth_in_words():
     assert "no depth would be certified" in page
 
 
-@pytest.mark.xfail(strict=True, reason="the page has no rows for activations")
 def test_activations_stand_on_the_page():
     page = in_words(answer_of([1.0, 1.0]), "net")
     assert "8 bits, one scale, nearest" in page
@@ -192,6 +191,5 @@ def test_choices_in_words(choice, words):
     assert words_of(choice) == words
 
 
-@pytest.mark.xfail(strict=True, reason="words_of calls 5 levels '5 bits'")
 def test_a_number_of_levels_is_not_one_of_bits():
     assert "5 levels" in words_of({"scheme": "uniform", "levels": 5})

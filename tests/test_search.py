@@ -251,10 +251,10 @@ def test_other_options_have_a_folder_of_their_own(small, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_killed_learning_search_goes_on(small, tmp_path, monkeypatch):
+def test_a_killed_learning_search_goes_on(tmp_path, monkeypatch):
     """Each candidate is taught in the same order, and the loader is left as it was."""
-    net, train, val, _ = small
-    options = {"limit": 1.3, "learn": 1}
+    net, train, val, _ = toy(8, 32, 4)
+    options = {"budget": 4.2, "learn": 1}
     before = train.generator.get_state()
     whole = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     assert train.generator.get_state().equal(before)

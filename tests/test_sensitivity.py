@@ -407,21 +407,12 @@ def test_menus_of_every_module_can_be_fitted():
     assert table["rise"].notna().all()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="a transposed convolution's weight has compensated choices, which can't be fitted",
-)
 def test_menus_of_a_transposed_convolution_can_be_fitted():
     net = nn.Sequential(nn.ConvTranspose1d(3, 2, 1), nn.Flatten(), nn.Linear(8, 3))
     measurements = measurements_of(net)
     assert quantized_parts(measurements, default_menus(measurements, [2, 8]))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="weight_uses and quantize_alone look at the parametrized model, not at a plain copy",
-)
 def test_a_parametrized_weight_has_the_menu_of_a_plain_one():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(12, 5))
     net = nn.Sequential(nn.Flatten(), layer, nn.ReLU(), nn.Linear(5, 3))
