@@ -168,7 +168,7 @@ def write_rows(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
     if path.exists():
         kept = pd.read_csv(path)
         rows = pd.concat([kept[~kept["network"].isin(rows["network"])], rows])
-    rows = rows.loc[rows["network"].map(NETWORKS.index).sort_values(kind="stable").index]
+    rows = rows.sort_values("network", key=lambda n: n.map(NETWORKS.index), kind="stable")
     path.parent.mkdir(exist_ok=True)
     rows.to_csv(path, index=False)
     return rows
@@ -178,7 +178,7 @@ def write_readme(place: re.Pattern[str], table: str) -> None:
     """Put a table between README.md's markers."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(place.sub(lambda _: table, text), encoding="utf-8")
+    readme.write_text(place.sub(lambda _: table, text, count=1), encoding="utf-8")
 
 
 def main() -> None:

@@ -155,8 +155,7 @@ def main() -> None:
                 results = grids.write_rows(RESULTS, pd.DataFrame(found))
                 quality += measure_quality(network, folder)
                 grids.write_rows(QUALITY, pd.DataFrame(quality))
-            if set(results["network"]) == set(grids.NETWORKS):
-                grids.write_readme(MARKERS, markdown(results))
+            grids.write_readme(MARKERS, markdown(results))
             print(markdown(results))
 
 
