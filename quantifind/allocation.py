@@ -44,8 +44,8 @@ def allocate(units: Sequence[Sequence[Option]], budget: float) -> Assignment | N
     costs at most ``budget``; None where even the cheapest cost more.
 
     >>> unit = [Option({}, {}, 8.0, 0.0), Option({}, {}, 4.0, 0.1), Option({}, {}, 2.0, 1.0)]
-    >>> allocate([unit, unit], 12.0)
-    (0, 1)
+    >>> allocate([unit, unit[1:]], 12.0)
+    (0, 0)
     """
     costs = np.array([option.cost for unit in units for option in unit])
     rises = np.array([option.rise for unit in units for option in unit])

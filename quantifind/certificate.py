@@ -76,7 +76,7 @@ def drop_interval(
         return low, high if count < examples else 1.0
 
     lost, won = share(was_right & ~right), share(~was_right & right)
-    return lost[0] - won[1], lost[1] - won[0]
+    return float(lost[0] - won[1]), float(lost[1] - won[0])
 
 
 def drops(columns: Mapping[str, np.ndarray], *, confidence: float = 0.95) -> dict[str, float]:

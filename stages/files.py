@@ -178,8 +178,9 @@ def measured_folder() -> Path:
 
     No output of the stage, as in `resumable`; networks and data have folders of their own in it.
     """
-    package = sorted(Path("quantifind").rglob("*.py"))
-    return MEASURED / _digest("", [NETWORK_SOURCE, *package])
+    rooms = (Path("quantifind"), Path("quantifind/schemes"), Path("quantifind/costs"))
+    sources = sorted(path for room in rooms for path in room.glob("*.py"))
+    return MEASURED / _digest("", [NETWORK_SOURCE, *sources])
 
 
 def _digest(values: str, data: list[Path]) -> str:
