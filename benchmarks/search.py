@@ -88,7 +88,9 @@ def measure_quality(network: str, folder: str) -> list[dict[str, Any]]:
         candidates = Candidates(measurements, menus, Goal.of(None, budget), 0.95)
         generator = np.random.default_rng(0)
         for _ in range(DRAWN):
-            candidates.measure_assignment(random_allocation(candidates, budget, generator))
+            candidates.measure(
+                [candidates.allocated(random_allocation(candidates, budget, generator))]
+            )
         ratios = [row["criterion_ratio"] for row in candidates.whole()]
         rows.append(
             {

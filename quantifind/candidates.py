@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product as combinations
 from typing import Any
 
@@ -23,8 +23,20 @@ from quantifind.strategy import Choice, Quantized, Strategy, mean_bits, named_te
 RACE = (0.125, 0.25, 0.5, 1.0)
 # the widest of the uniform candidates
 UNIFORM_BITS = 8
+# ends the origin of a candidate whose scales were adjusted on validation data
+ADJUSTED = ", scales adjusted"
 Row = dict[str, Any]
 Chosen = Mapping[str, Choice | None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate to measure. key: names it for ever."""
+
+    key: str
+    origin: str
+    strategy: Strategy
+    quantized: Quantized
 
 
 class Candidates:
@@ -148,34 +160,44 @@ class Candidates:
                     tensors[name] = choice if name in weights else nearest
                 yield Strategy(tensors)
 
-    def measure_assignment(self, assignment: Assignment) -> Row:
-        """An allocation's row, each tensor fitted with the rest in float, scales adjusted."""
+    def trial(self, origin: str, strategy: Strategy, quantized: Quantized) -> Trial:
+        """A candidate to measure, named by its origin and choices."""
+        return Trial(f"{origin} {choices_key(strategy)}", origin, strategy, quantized)
+
+    def allocated(self, assignment: Assignment) -> Trial:
+        """An allocation to measure, each tensor fitted with the rest in float, scales adjusted."""
         strategy = self.strategy(assignment)
         self.assignments[choices_key(strategy)] = assignment
         quantized = self.alone(strategy.tensors, strategy.activations)
         if not self.factors:
-            return self.measure("allocated", strategy, quantized)
+            return self.trial("allocated", strategy, quantized)
         key = f"allocated {json.dumps(self.factors)} {choices_key(strategy)}"
-        if key not in self.rows:
-            quantized, origin = scaled(quantized, self.factors), "allocated, scales adjusted"
-            self.keep(key, self.measured(key, origin, strategy, quantized))
-        return self.rows[key]
+        return Trial(key, f"allocated{ADJUSTED}", strategy, scaled(quantized, self.factors))
 
-    def measure(self, origin: str, strategy: Strategy, quantized: Quantized) -> Row:
-        """A candidate's row, kept: from as many examples as it takes to give it up, else all."""
-        key = f"{origin} {choices_key(strategy)}"
-        if key not in self.rows:
-            self.keep(key, self.measured(key, origin, strategy, quantized))
-        return self.rows[key]
+    def measure(self, trials: Sequence[Trial]) -> list[Row]:
+        """Their rows, which are kept."""
+        new = [trial for trial in trials if trial.key not in self.rows]
+        for trial, row in zip(new, self.measured(new), strict=True):
+            self.keep(trial.key, row)
+        return [self.rows[trial.key] for trial in trials]
 
-    def measured(self, key: str, origin: str, strategy: Strategy, quantized: Quantized) -> Row:
-        """A candidate's row. key: names it for ever."""
-        everything = self.measurements.examples
+    def measured(self, trials: Sequence[Trial]) -> list[Row]:
+        """Their rows: of each from as many examples as it takes to give it up, else all."""
+        everything, going_on = self.measurements.examples, dict.fromkeys(range(len(trials)))
+        found: dict[int, tuple[int, dict[str, float]]] = {}
         for share in RACE:
-            columns = self.measurements.columns(key, quantized, math.ceil(share * everything))
-            drop = drops(columns, confidence=self.confidence)
-            if self._hopeless(drop, columns["loss"]):
-                break
+            quantized = {trials[i].key: trials[i].quantized for i in going_on}
+            measured = self.measurements.all_columns(quantized, math.ceil(share * everything))
+            for i in list(going_on):
+                columns = measured[trials[i].key]
+                drop = drops(columns, confidence=self.confidence)
+                found[i] = len(columns["loss"]), drop
+                if self._hopeless(drop, columns["loss"]):
+                    del going_on[i]
+        return [self._row(trial, *found[i]) for i, trial in enumerate(trials)]
+
+    def _row(self, trial: Trial, examples: int, drop: dict[str, float]) -> Row:
+        strategy, quantized = trial.strategy, trial.quantized
         original = self.measurements.original["loss"].mean().item()
         known = all(
             c is None or part_key("tensors", n, c) in self.rises
@@ -184,18 +206,18 @@ class Candidates:
         rise = self.rise(strategy.tensors, strategy.activations) if known else math.nan
         return {
             "strategy": replace(strategy, fitted=quantized),
-            "origin": origin,
+            "origin": trial.origin,
             "mean_bits": mean_bits(self.model, quantized),
             "model_bytes": sum(model_bytes.measure(self.model, quantized, []).values()),
             self.goal.cost: self.cost(quantized),
             "predicted_ratio": 1 + rise / original,
-            "examples": len(columns["loss"]),
+            "examples": examples,
             **drop,
         }
 
     def drop(self, row: Row) -> None:
         """Let a candidate with adjusted scales go for one with better ones."""
-        if row["origin"].endswith("adjusted"):
+        if row["origin"].endswith(ADJUSTED):
             self.rows = {key: kept for key, kept in self.rows.items() if kept is not row}
 
     def keep(self, key: str, row: Row) -> None:

@@ -2,7 +2,8 @@
 kept, so that nothing is measured twice."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from quantifind.activations import QuantizedActivations
 from quantifind.calibration import calibration_batches, run
+from quantifind.evaluator import Batches, Evaluator
 from quantifind.loaders import sample
-from quantifind.metrics import Criterion, outcome, paired
-from quantifind.quantized import QuantizedTensor
+from quantifind.metrics import Criterion, paired
 from quantifind.store import Store, fingerprint
-from quantifind.strategy import Quantized, plain_copy, put_values
+from quantifind.strategy import Quantized
 from quantifind.utils import device_of
+from quantifind.workers import Workers
 
-BATCH = 250
 # examples of training data
 CALIBRATION = 4_096
 Columns = dict[str, np.ndarray]
@@ -31,7 +31,8 @@ class Measurements:
     examples; and the training data that calibrate them.
 
     folder: keeps what is measured of this network on these data, in a folder of its own there; data
-    that are drawn or augmented at random are other data each time.
+    that are drawn or augmented at random are other data each time. workers: who measures, by
+    default this process.
     Errors: ValueError for a split without examples, labels that the network has no outputs for, a
     criterion that gives no loss per example, and a float loss that is 0 or not finite.
     """
@@ -45,16 +46,17 @@ class Measurements:
         *,
         folder: Path | str | None = None,
         seed: int = 0,
+        workers: Workers | None = None,
     ) -> None:
         inputs, targets = _whole(val_loader)
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
-        self.inputs, self.targets = inputs[order], targets[order]
+        inputs, targets = inputs[order], targets[order]
         self.model, self.train_loader, self.criterion = model, train_loader, criterion
-        self.seed = seed
+        self.seed, self.workers = seed, workers or Workers()
         self.calibration = calibration_batches(sample(train_loader, CALIBRATION, seed=seed))
-        self.work = plain_copy(model).eval()
-        self.values = {name: tensor.clone() for name, tensor in _own(self.work).items()}
-        self.changed: set[str] = set()
+        run(model, inputs[:2])
+        _check_labels(model, inputs[:2], targets)
+        self.evaluator = Evaluator(model, [(inputs, targets)], criterion)
         self.original = self._original()
         # outputs and losses tell of a network's code and a criterion's options what their names
         # don't: test_other_options_have_a_folder_of_their_own
@@ -65,13 +67,11 @@ class Measurements:
 
     @property
     def examples(self) -> int:
-        return len(self.inputs)
+        return self.evaluator.examples
 
     def _original(self) -> dict[str, Tensor]:
-        run(self.work, self.inputs[:2])
-        _check_labels(self.work, self.inputs[:2], self.targets)
         try:
-            original = outcome(self.work, self.batches(), self.criterion)
+            original = self.evaluator.outcome()
         except (RuntimeError, TypeError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
@@ -87,11 +87,9 @@ class Measurements:
             )
         return original
 
-    def batches(self, first: int = 0, last: int | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Batches (inputs, targets) of a span of the examples, by default all."""
-        last = self.examples if last is None else last
-        ends = [(i, min(i + BATCH, last)) for i in range(first, last, BATCH)]
-        return [(self.inputs[i:j], self.targets[i:j]) for i, j in ends]
+    def batches(self) -> Batches:
+        """All examples in batches (inputs, targets)."""
+        return self.evaluator.batches()
 
     def columns(self, key: str, quantized: Quantized, examples: int | None = None) -> Columns:
         """By example, what `quantifind.metrics.paired` has, of the first so many examples (default
@@ -99,36 +97,70 @@ class Measurements:
 
         key: names this candidate for ever. Those examples that were measured before are not again.
         """
-        examples = self.examples if examples is None else min(examples, self.examples)
+        return self.all_columns({key: quantized}, examples)[key]
+
+    def all_columns(
+        self,
+        candidates: Mapping[str, Quantized],
+        examples: int | None = None,
+        *,
+        step: Callable[..., None] | None = None,
+    ) -> dict[str, Columns]:
+        """The `columns` of several candidates by their keys, measured by the workers.
+
+        step: of a `quantifind.utils.progress`, called as they are measured.
+        """
+        wanted = self.examples if examples is None else min(examples, self.examples)
+        kept = {key: self._kept(key) for key in candidates}
+        # those in which the same tensor alone has changed are measured together
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for key, quantized in candidates.items():
+            done = len(kept[key]["loss"]) if kept[key] else 0
+            if done < wanted:
+                together = len(groups) if _alone(quantized) is None else _alone(quantized)
+                groups[done, together].append(key)
+        tasks = [
+            ([candidates[key] for key in keys], done, wanted) for (done, _), keys in groups.items()
+        ]
+        measured = self.workers.map(_measure, self, tasks)
+        for keys, columns in zip(groups.values(), measured, strict=True):
+            if step is not None:
+                step(steps=len(keys))
+            for key, fresh in zip(keys, columns, strict=True):
+                whole = kept[key]
+                whole = {n: np.concatenate([whole[n], c]) if whole else c for n, c in fresh.items()}
+                self.store.put(key, {name: torch.from_numpy(c) for name, c in whole.items()})
+                kept[key] = whole
+        return {key: {n: c[:wanted] for n, c in kept[key].items()} for key in candidates}
+
+    def _kept(self, key: str) -> Columns:
         entry = self.store.get(key)
-        kept: Columns = {} if entry is None else {n: t.numpy() for n, t in entry[0].items()}
-        done = len(kept["loss"]) if kept else 0
-        if done < examples:
-            fresh = self._measure(quantized, done, examples)
-            kept = {n: np.concatenate([kept[n], c]) if kept else c for n, c in fresh.items()}
-            self.store.put(key, {name: torch.from_numpy(c) for name, c in kept.items()})
-        return {name: column[:examples] for name, column in kept.items()}
+        return {} if entry is None else {name: t.numpy() for name, t in entry[0].items()}
 
-    def _measure(self, quantized: Quantized, first: int, last: int) -> Columns:
-        self._put(quantized.tensors)
-        net: nn.Module = self.work
-        if quantized.activations:
-            net = QuantizedActivations(self.work, quantized.activations)
-        measured = outcome(net, self.batches(first, last), self.criterion)
-        return paired(measured, {name: part[first:last] for name, part in self.original.items()})
-
-    @torch.no_grad()
-    def _put(self, tensors: Mapping[str, QuantizedTensor]) -> None:
-        """The working copy's tensors on their levels; those not named have their float values."""
-        own = _own(self.work)
-        for name in self.changed - tensors.keys():
-            own[name].copy_(self.values[name])
-        put_values(self.work, tensors)
-        self.changed = set(tensors)
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker needs: neither what was measured nor the training data."""
+        return self.__dict__ | {"train_loader": None, "store": Store(), "workers": Workers()}
 
 
-def _own(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_buffers()) | {n: p.detach() for n, p in model.named_parameters()}
+def _alone(quantized: Quantized) -> str | None:
+    """The one tensor that has changed, or None."""
+    if quantized.activations or len(quantized.tensors) != 1:
+        return None
+    return next(iter(quantized.tensors))
+
+
+def _measure(
+    measurements: Measurements, task: tuple[Sequence[Quantized], int, int]
+) -> list[Columns]:
+    candidates, first, last = task
+    name = _alone(candidates[0])
+    if name is None:
+        measured = [measurements.evaluator.outcome(q, first, last) for q in candidates]
+    else:
+        parts = [(name, quantized.tensors[name]) for quantized in candidates]
+        measured = measurements.evaluator.alone(parts, first, last)
+    original = {kind: part[first:last] for kind, part in measurements.original.items()}
+    return [paired(one, original) for one in measured]
 
 
 def _whole(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,16 @@ def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[st
             parts.append((outputs, losses(criterion, outputs, targets).double(), targets))
         if not parts:
             raise ValueError("the loader has no examples")
-        outputs, loss, targets = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        return _outcome(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def outcome_of(outputs: Tensor, targets: Tensor, criterion: Criterion) -> dict[str, Tensor]:
+    """The `outcome` that has these outputs."""
+    return _outcome(outputs, losses(criterion, outputs, targets).double(), targets)
+
+
+def _outcome(outputs: Tensor, loss: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    outputs, loss, targets = outputs.cpu(), loss.cpu(), targets.cpu()
     measured = {"outputs": outputs, "loss": loss}
     if targets.dim() == 1 and outputs.dim() == 2 and not targets.is_floating_point():
         measured["correct"] = outputs.argmax(1) == targets

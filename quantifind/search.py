@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from quantifind import artifact
 from quantifind.allocation import Assignment, Option, allocate, moves, total_cost
-from quantifind.candidates import Candidates, Row, choices_key
+from quantifind.candidates import ADJUSTED, Candidates, Row, Trial, choices_key
 from quantifind.checkpoints import random_state, set_random_state
 from quantifind.goal import Goal, Limit, ladder
 from quantifind.learning import learn as learn_codes
@@ -23,15 +25,21 @@ from quantifind.sensitivity import WIDER, WIDTHS, Menus, default_menus
 from quantifind.store import Store, fingerprint
 from quantifind.strategy import Choice, Quantized, Strategy, quantize, scaled
 from quantifind.utils import progress
+from quantifind.workers import Workers
 
 # candidates at most, of a sweep over budgets, of local moves, and of learning
 SWEEP, MOVES, LEARNED = 20, 24, 4
+# candidates measured at a time, by as many workers as there are
+WAVE = 4
 # a walk down falling budgets ends when so many in a row fail
 FAILURES = 3
 # shares of the best cost so far, at which a finer sweep allocates, and layers are compensated in
 # order
 FINER = tuple(0.94**i for i in range(SWEEP))
 IN_ORDER = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
+DEARER = (1.05, 1.1, 1.15, 1.2, 1.3)
+# moves that take the same tensor down, before the next tensor has its turn
+TRIES = 3
 # of its cost, what a move saves at least: else there would be one for each small tensor
 SAVING = 0.003
 # what the scales of a tensor are multiplied with, step by step
@@ -58,6 +66,8 @@ def find_strategy(
     confidence: float = 0.95,
     folder: Path | str | None = None,
     seed: int = 0,
+    engine: str = "sequential",
+    scheduler: str | None = None,
 ) -> tuple[Strategy, pd.DataFrame]:
     """The strategy with the fewest bytes that keeps a limit, or the smallest drop within a budget.
 
@@ -94,21 +104,23 @@ def find_strategy(
             f"activation_bits is {activation_bits}: activations on levels save no {goal.cost}; "
             "give a budget of bit_operations or energy_picojoules"
         )
-    measurements = Measurements(
-        model, train_loader, val_loader, criterion, folder=folder, seed=seed
-    )
-    if goal.measure == "accuracy_drop" and not is_classification(measurements.original):
-        raise ValueError("limit accuracy_drop needs targets that are class labels")
-    for tried in (WIDTHS, WIDER) if widths is None and menus is None else (widths or WIDTHS,):
-        given = menus or default_menus(measurements, tried, activation_bits)
-        candidates = Candidates(measurements, given, goal, confidence)
-        sweep(candidates)
-        if candidates.best() is not None:
-            break
-    move(candidates)
-    compensate_in_order(candidates)
-    if learn:
-        learn_allocations(candidates, learn)
+    with Workers(engine, scheduler=scheduler) as workers:
+        measurements = Measurements(
+            model, train_loader, val_loader, criterion, folder=folder, seed=seed, workers=workers
+        )
+        if goal.measure == "accuracy_drop" and not is_classification(measurements.original):
+            raise ValueError("limit accuracy_drop needs targets that are class labels")
+        for tried in (WIDTHS, WIDER) if widths is None and menus is None else (widths or WIDTHS,):
+            given = menus or default_menus(measurements, tried, activation_bits)
+            candidates = Candidates(measurements, given, goal, confidence)
+            sweep(candidates)
+            if candidates.best() is not None:
+                break
+        move(candidates)
+        compensate_in_order(candidates)
+        steady(candidates)
+        if learn:
+            learn_allocations(candidates, learn)
     return answer(candidates)
 
 
@@ -116,10 +128,13 @@ def sweep(candidates: Candidates) -> None:
     """Uniform strategies, and allocations under falling budgets; once more with the scales of the
     best adjusted."""
     goal = candidates.goal
-    for strategy in candidates.uniform():
-        quantized = candidates.alone(strategy.tensors, {})
-        if goal.budget is None or candidates.cost(quantized) <= goal.budget:
-            candidates.measure("uniform", strategy, quantized)
+    uniform = [
+        candidates.trial("uniform", strategy, candidates.alone(strategy.tensors, {}))
+        for strategy in candidates.uniform()
+    ]
+    candidates.measure(
+        [t for t in uniform if goal.budget is None or candidates.cost(t.quantized) <= goal.budget]
+    )
     highest, lowest = (
         candidates.fixed + sum(unit[end].cost for unit in candidates.units) for end in (0, -1)
     )
@@ -139,72 +154,121 @@ def sweep(candidates: Candidates) -> None:
 
 
 def _walk_down(candidates: Candidates, budgets: Sequence[float]) -> None:
-    failed = 0
     allocated = (_allocate(candidates, candidates.units, budget) for budget in budgets)
     with progress("allocating", total=len(budgets)) as step:
-        for assignment in dict.fromkeys(allocated):
-            if assignment is None:
-                continue
-            row = candidates.measure_assignment(assignment)
+        trials = (candidates.allocated(a) for a in dict.fromkeys(allocated) if a is not None)
+        _measure_until(candidates, trials, FAILURES, step)
+
+
+def _measure_until(
+    candidates: Candidates, trials: Iterable[Trial], failures: int, step: Callable[..., None]
+) -> None:
+    """Measure trials, a few at a time, until so many in a row don't keep the goal."""
+    trials, failed = iter(trials), 0
+    while failed < failures and (wave := list(islice(trials, WAVE))):
+        for row in candidates.measure(wave):
             step(_note(row))
             failed = 0 if candidates.goal.keeps(row) else failed + 1
-            if failed == FAILURES:
+            if failed == failures:
                 break
 
 
 def move(candidates: Candidates) -> None:
     """From the best allocation, local moves for as long as one is better when it is measured."""
-    left, current, goal = MOVES, candidates.best_assignment(), candidates.goal
+    left, current = MOVES, candidates.best_assignment()
     with progress("moving", total=MOVES) as step:
         while current is not None and left > 0:
-            cost, improved = total_cost(candidates.units, current), None
-            for assignment in moves(candidates.units, current):
-                moved = total_cost(candidates.units, assignment)
-                if goal.budget is not None:
-                    worth = moved + candidates.fixed <= goal.budget
-                else:
-                    worth = moved < cost * (1 - SAVING)
-                key = choices_key(candidates.strategy(assignment))
-                if not worth or key in candidates.assignments:
-                    continue
-                left -= 1
-                row = candidates.measure_assignment(assignment)
-                step(_note(row))
-                if candidates.best() is row:
-                    improved = assignment
-                if improved or left == 0:
+            moved = _worthwhile(candidates, current)
+            improved = None
+            while left > 0 and improved is None:
+                wave = list(islice(moved, min(WAVE, left)))
+                if not wave:
                     break
+                left -= len(wave)
+                rows = candidates.measure([candidates.allocated(a) for a in wave])
+                for assignment, row in zip(wave, rows, strict=True):
+                    step(_note(row))
+                    if candidates.best() is row:
+                        improved = assignment
             current = improved
+
+
+def _worthwhile(candidates: Candidates, current: Assignment) -> Iterator[Assignment]:
+    """The moves that save enough, or stay within the budget, the likeliest first."""
+    goal, tries = candidates.goal, Counter[int]()
+    cost = total_cost(candidates.units, current)
+    for assignment in moves(candidates.units, current):
+        moved = total_cost(candidates.units, assignment)
+        if goal.budget is not None:
+            worth = moved + candidates.fixed <= goal.budget
+        else:
+            worth = moved < cost * (1 - SAVING)
+        down = next(i for i, was in enumerate(current) if assignment[i] > was)
+        known = choices_key(candidates.strategy(assignment)) in candidates.assignments
+        if worth and not known and tries[down] < TRIES:
+            tries[down] += 1
+            yield assignment
 
 
 def compensate_in_order(candidates: Candidates) -> None:
     """The best allocations again, each layer compensated for what those before it lost, then their
     scales adjusted."""
-    best, goal, model = candidates.best_assignment(), candidates.goal, candidates.model
+    best, goal = candidates.best_assignment(), candidates.goal
     if best is None:
         return
     cost = total_cost(candidates.units, best) + candidates.fixed
     shares = IN_ORDER if goal.budget is None else (1.0, 0.97)
     budgets = (_allocate(candidates, candidates.units, cost * share) for share in shares)
+    assignments = [a for a in dict.fromkeys([best, *budgets]) if a is not None]
     failed = 0
-    with progress("compensating in order", total=1 + len(shares)) as step:
-        for assignment in dict.fromkeys([best, *budgets]):
-            if assignment is None:
-                continue
-            strategy = candidates.strategy(assignment)
-            quantized = _kept(
-                candidates.measurements.store,
-                f"in order {choices_key(strategy)}",
-                lambda strategy=strategy: quantize(  # type: ignore[misc]
-                    model, strategy, candidates.measurements.calibration
-                ),
-            )
-            row = candidates.measure("in order", strategy, quantized)
-            row, _ = adjust_scales(candidates, row, candidates.factors)
-            step(_note(row))
-            failed = 0 if goal.keeps(row) else failed + 1
-            if failed == FAILURES - 1:  # each of these takes seconds
-                break
+    with progress("compensating in order", total=len(assignments)) as step:
+        for first in range(0, len(assignments), WAVE):
+            strategies = [candidates.strategy(a) for a in assignments[first : first + WAVE]]
+            fitted = _compensated(candidates, strategies)
+            for strategy, quantized in zip(strategies, fitted, strict=True):
+                (row,) = candidates.measure([candidates.trial("in order", strategy, quantized)])
+                row, _ = adjust_scales(candidates, row, candidates.factors)
+                step(_note(row))
+                failed = 0 if goal.keeps(row) else failed + 1
+                if failed == FAILURES - 1:  # each of these takes seconds
+                    return
+
+
+def _compensated(candidates: Candidates, strategies: Sequence[Strategy]) -> list[Quantized]:
+    """Strategies fitted in order, by the workers, or as they are kept."""
+    measurements = candidates.measurements
+    keys = [f"codes in order {choices_key(strategy)}" for strategy in strategies]
+    missing = [i for i, key in enumerate(keys) if measurements.store.get(key) is None]
+    made = measurements.workers.map(_fit_in_order, measurements, [strategies[i] for i in missing])
+    for i, quantized in zip(missing, made, strict=True):
+        measurements.store.put(keys[i], *artifact.pack(quantized))
+    return [_stored(measurements.store, key) for key in keys]
+
+
+def _fit_in_order(measurements: Measurements, strategy: Strategy) -> Quantized:
+    return quantize(measurements.model, strategy, measurements.calibration)
+
+
+def _stored(store: Store, key: str) -> Quantized:
+    entry = store.get(key)
+    assert entry is not None
+    return artifact.unpack(*entry)
+
+
+def steady(candidates: Candidates) -> None:
+    """Allocations somewhat dearer than the best, each with scales adjusted for itself: rungs of the
+    ladder that are surer, should the best not hold on test data."""
+    best, goal = candidates.best(), candidates.goal
+    if best is None or goal.budget is not None:
+        return
+    with progress("steadying", total=len(DEARER)) as step:
+        for share in DEARER:
+            assignment = _allocate(candidates, candidates.units, share * best[goal.cost])
+            if assignment is not None:
+                (row,) = candidates.measure([candidates.allocated(assignment)])
+                if candidates.is_whole(row):
+                    row, _ = adjust_scales(candidates, row)
+                step(_note(row))
 
 
 def learn_allocations(candidates: Candidates, epochs: float) -> None:
@@ -280,12 +344,15 @@ def _learn(candidates: Candidates, start: Strategy, epochs: float) -> Row:
         finally:
             set_random_state(before, loader)
 
-    quantized = _kept(store, key, make)
+    if store.get(f"codes {key}") is None:
+        store.put(f"codes {key}", *artifact.pack(make()))
+    quantized = _stored(store, f"codes {key}")
     if resume is not None:
         shutil.rmtree(resume, ignore_errors=True)
     learned = {n: None if c is None else {**c, "rounding": "learned"} for n, c in tensors.items()}
-    row = candidates.measure(
-        f"learned {epochs:g} epochs", Strategy(learned, start.activations), quantized
+    strategy = Strategy(learned, start.activations)
+    (row,) = candidates.measure(
+        [candidates.trial(f"learned {epochs:g} epochs", strategy, quantized)]
     )
     return adjust_scales(candidates, row)[0]
 
@@ -304,28 +371,40 @@ def adjust_scales(
         for name, tensor in strategy.fitted.tensors.items()
         if candidates.values[name].dim() > 1 and tensor.scale is not None
     ]
-    best, factors = row, {}
+    origin = row["origin"].removesuffix(ADJUSTED) + ADJUSTED
+    best, factors = row, dict[str, float]()
 
-    def better(grown: dict[str, float]) -> bool:
+    def improve(tried: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
+        """The factors that are better than the best so far, if any of those tried are."""
         nonlocal best, factors
-        key = f"{row['origin']} {json.dumps(grown)} {choices_key(strategy)}"
-        origin = f"{row['origin']}, scales adjusted"
-        quantized = scaled(strategy.fitted, grown)
-        tried = candidates.measured(key, origin, strategy, quantized)
-        if not (candidates.is_whole(tried) and tried[drop] < best[drop]):
-            return False
-        candidates.drop(best)
-        candidates.keep(key, tried)
-        best, factors = tried, grown
-        return True
+        trials = [
+            Trial(
+                f"{row['origin']} {json.dumps(grown)} {choices_key(strategy)}",
+                origin,
+                strategy,
+                scaled(strategy.fitted, grown),
+            )
+            for grown in tried
+        ]
+        found = None
+        for trial, grown, measured in zip(trials, tried, candidates.measured(trials), strict=True):
+            if candidates.is_whole(measured) and measured[drop] < best[drop]:
+                candidates.drop(best)
+                candidates.keep(trial.key, measured)
+                best, factors, found = measured, dict(grown), grown
+        return found
 
     if start:
-        better(dict(start))
+        improve([start])
         weights = [name for name in weights if name in start]
     for name in weights[::-1]:
-        for factor in FACTORS:
-            while better(factors | {name: factors.get(name, 1.0) * factor}):
-                pass
+        steps: Sequence[float] = FACTORS
+        while steps:
+            before = factors.get(name, 1.0)
+            found = improve([factors | {name: before * factor} for factor in steps])
+            # on in the direction that was better, two steps at a time
+            factor = 1.0 if found is None else FACTORS[found[name] > before]
+            steps = () if found is None else (factor, factor**2)
     return best, factors
 
 
@@ -366,15 +445,6 @@ def _allocate(
 ) -> Assignment | None:
     # a budget that an allocation meets exactly is met: test_a_budget_is_spent_to_the_last_byte
     return allocate(units, (budget - candidates.fixed) * (1 + 1e-9))
-
-
-def _kept(store: Store, key: str, make: Callable[[], Quantized]) -> Quantized:
-    entry = store.get(f"codes {key}")
-    if entry is None:
-        quantized = make()
-        store.put(f"codes {key}", *artifact.pack(quantized))
-        return quantized
-    return artifact.unpack(*entry)
 
 
 def _note(row: Row) -> str:

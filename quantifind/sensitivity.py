@@ -16,7 +16,7 @@ from quantifind import artifact
 from quantifind.activations import activation_sites, fit_activations
 from quantifind.calibration import compensable_weights
 from quantifind.certificate import drops
-from quantifind.measuring import Measurements
+from quantifind.measuring import Columns, Measurements
 from quantifind.proxies import (
     fisher,
     fisher_rise,
@@ -104,38 +104,42 @@ def quantized_parts(measurements: Measurements, menus: Menus) -> Parts:
 
     menus: "tensors" and "activations", by name the choices. What is in the store is taken from it.
     """
-    model, calibration = measurements.model, measurements.calibration
-    store = measurements.store
     parts: Parts = {}
-    todo = [(kind, name) for kind, menu in menus.items() for name in menu]
-    with progress("rounding", total=len(todo)) as step:
-        for kind, name in todo:
-            keys = {part_key(kind, name, choice): choice for choice in menus[kind][name]}
-            missing = {}
-            for key, choice in keys.items():
-                entry = store.get(f"part {key}")
+    missing: list[tuple[str, str, list[Choice]]] = []
+    for kind, menu in menus.items():
+        for name, choices in menu.items():
+            left = []
+            for choice in choices:
+                key = part_key(kind, name, choice)
+                entry = measurements.store.get(f"part {key}")
                 if entry is None:
-                    missing[key] = choice
+                    left.append(choice)
                 else:
                     parts[key] = getattr(artifact.unpack(*entry), kind)[name]
-            if missing and kind == "tensors":
-                fitted = quantize_alone(model, name, list(missing.values()), calibration)
-            else:
-                fitted = [
-                    fit_activations(model, _alone(menus["activations"], name, choice), calibration)[
-                        name
-                    ]
-                    for choice in missing.values()
-                ]
-            for key, part in zip(missing, fitted, strict=True):
+            if left:
+                missing.append((kind, name, left))
+    sites = list(menus["activations"])
+    with progress("rounding", total=len(missing)) as step:
+        fitted = measurements.workers.map(_fit, measurements, [(*m, sites) for m in missing])
+        for (kind, name, choices), made in zip(missing, fitted, strict=True):
+            for choice, part in zip(choices, made, strict=True):
+                key = part_key(kind, name, choice)
                 parts[key] = part
-                store.put(f"part {key}", *artifact.pack(_quantized(kind, name, part)))
+                packed = artifact.pack(_quantized(kind, name, part))
+                measurements.store.put(f"part {key}", *packed)
             step(name)
     return parts
 
 
-def _alone(menu: Mapping[str, Any], name: str, choice: Choice) -> dict[str, Choice | None]:
-    return {site: choice if site == name else None for site in menu}
+def _fit(
+    measurements: Measurements, task: tuple[str, str, Sequence[Choice], Sequence[str]]
+) -> list[QuantizedTensor]:
+    kind, name, choices, sites = task
+    model, calibration = measurements.model, measurements.calibration
+    if kind == "tensors":
+        return quantize_alone(model, name, choices, calibration)
+    alone: dict[str, Choice | None] = dict.fromkeys(sites)
+    return [fit_activations(model, alone | {name: choice}, calibration)[name] for choice in choices]
 
 
 def _quantized(kind: str, name: str, part: QuantizedTensor) -> Quantized:
@@ -152,36 +156,40 @@ def sensitivities(
     (`quantifind.metrics.paired`), those of `quantifind.certificate.drops`, ``sqnr_db`` of the
     network's outputs (arXiv:2302.05397), ``examples``, and ``choice``.
     """
-    rows = []
-    total = sum(len(choices) for menu in menus.values() for choices in menu.values())
-    with progress("sensitivity", total=total) as step:
-        for kind, menu in menus.items():
-            for name, choices in menu.items():
-                for choice in choices:
-                    key = part_key(kind, name, choice)
-                    part = parts[key]
-                    columns = measurements.columns(
-                        f"alone {key}", _quantized(kind, name, part), examples
-                    )
-                    noise, signal = (columns[c].mean() for c in ("squared_error", "squared_norm"))
-                    rows.append(
-                        {
-                            "kind": kind,
-                            "name": name,
-                            "scheme": choice["scheme"],
-                            "rounding": choice.get("rounding", "nearest"),
-                            "bits": part.bits,
-                            "stored_bits": part.stored_bits if kind == "tensors" else 0,
-                            "original_criterion": columns["original_loss"].mean(),
-                            "rise": max(columns["divergence"].mean(), 0.0),
-                            **drops(columns),
-                            "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,
-                            "examples": len(columns["loss"]),
-                            "choice": choice,
-                        }
-                    )
-                    step(name)
-    return pd.DataFrame(rows)
+    todo = {
+        part_key(kind, name, choice): (kind, name, choice)
+        for kind, menu in menus.items()
+        for name, choices in menu.items()
+        for choice in choices
+    }
+    candidates = {
+        f"alone {key}": _quantized(kind, name, parts[key]) for key, (kind, name, _) in todo.items()
+    }
+    with progress("sensitivity", total=len(todo)) as step:
+        measured = measurements.all_columns(candidates, examples, step=step)
+    return pd.DataFrame(
+        [_row(*what, parts[key], measured[f"alone {key}"]) for key, what in todo.items()]
+    )
+
+
+def _row(
+    kind: str, name: str, choice: Choice, part: QuantizedTensor, columns: Columns
+) -> dict[str, Any]:
+    noise, signal = (columns[c].mean() for c in ("squared_error", "squared_norm"))
+    return {
+        "kind": kind,
+        "name": name,
+        "scheme": choice["scheme"],
+        "rounding": choice.get("rounding", "nearest"),
+        "bits": part.bits,
+        "stored_bits": part.stored_bits if kind == "tensors" else 0,
+        "original_criterion": columns["original_loss"].mean(),
+        "rise": max(columns["divergence"].mean(), 0.0),
+        **drops(columns),
+        "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,
+        "examples": len(columns["loss"]),
+        "choice": choice,
+    }
 
 
 def measure_sensitivity(

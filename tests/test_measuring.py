@@ -9,7 +9,7 @@ import torch
 from test_strategy import intact
 from torch import nn
 
-from quantifind import measuring
+from quantifind import evaluator
 from quantifind.loaders import Tensors, batch_loader, create_dataloaders
 from quantifind.measuring import Measurements
 from quantifind.metrics import outcome, paired
@@ -41,7 +41,7 @@ class Counted(nn.Module):
 
 @pytest.fixture(autouse=True)
 def several_batches(monkeypatch):
-    monkeypatch.setattr(measuring, "BATCH", 16)
+    monkeypatch.setattr(evaluator, "BATCHES", (16,))
 
 
 def network():

@@ -60,7 +60,9 @@ def every_candidate(net, train, val, goal):
     measurements = Measurements(net, train, val, nn.CrossEntropyLoss())
     candidates = Candidates(measurements, menu(net), goal, 0.95)
     options = [range(len(unit)) for unit in candidates.units]
-    return [candidates.measure_assignment(one) for one in itertools.product(*options)]
+    return [
+        candidates.measure([candidates.allocated(one)])[0] for one in itertools.product(*options)
+    ]
 
 
 @pytest.mark.parametrize("limit", [1.003, 1.01, 1.05, 1.2])

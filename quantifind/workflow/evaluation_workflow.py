@@ -5,34 +5,35 @@ The arguments after the model may stand in either order, ``(test_loader, criteri
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
 from quantifind.certificate import certified_depth
-from quantifind.metrics import compare, outcome
+from quantifind.evaluator import Evaluator
+from quantifind.metrics import compare
 from quantifind.strategy import (
     Strategy,
     mean_bits,
     quantize,
     uniform_strategy,
-    with_quantized,
 )
 from quantifind.utils import progress
 from quantifind.workflow.quantize_workflow import (
     BIT_DEPTHS,
     BitQuantizer,
     check_depth,
+    inputs_on_levels,
     largest_input,
-    quantize_batch,
 )
 
 
 def compute_test_loss(model: nn.Module, test_loader: Any, criterion: Any) -> float:
     """The criterion over the loader's examples, each weighted alike, in eval mode."""
     loader, criterion = _loader_and_criterion(test_loader, criterion)
-    return outcome(model, loader, criterion)["loss"].mean().item()
+    return Evaluator(model, loader, criterion).outcome()["loss"].mean().item()
 
 
 def evaluate_quantized_model(
@@ -95,23 +96,21 @@ def evaluate_strategies(
     Errors: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
-    # read once, so that all networks see the same examples in the same order, shuffled or not
-    strategies, batches = list(strategies), list(loader)
+    strategies, evaluator = list(strategies), Evaluator(model, loader, criterion)
     calibration = None if calibration is None else list(calibration)
-    largest = largest_input(batches) if quantize_inputs else None
-    original = outcome(model, batches, criterion)
+    largest = largest_input(evaluator.batches()) if quantize_inputs else None
+    original = evaluator.outcome()
     rows = []
     with progress("judging", total=len(strategies)) as step:
         for strategy in strategies:
             on_levels = quantize(model, strategy, calibration)
             depth, bits = strategy.bit_depth, mean_bits(model, on_levels)
-            judged = batches
+            change_inputs = None
             if largest is not None:
                 if depth is None:
                     raise ValueError("inputs can only be quantized beside tensors of one bit depth")
-                judged = [quantize_batch(depth, largest, batch) for batch in batches]
-            replica = with_quantized(model, on_levels)
-            quantized = outcome(replica, judged, criterion)
+                change_inputs = partial(inputs_on_levels, depth, largest)
+            quantized = evaluator.outcome(on_levels, change_inputs=change_inputs)
             row: dict[str, Any] = compare(quantized, original, confidence=confidence)
             width = depth or bits
             scr = row["criterion"] / width

@@ -75,16 +75,15 @@ def largest_input(batches: Iterable[Any]) -> float:
     )
 
 
-def quantize_batch(bit_depth: int, largest: float, batch: Any) -> list[Any]:
-    """[inputs, labels] with the inputs on 2^bit_depth levels that reach ``largest``."""
-    inputs, labels = batch
-    if inputs.is_floating_point():
-        scale = 2 * largest / (2**bit_depth - 1)
-        inputs = uniform.quantize(inputs, bit_depth, scale=scale).dequantize()
-    return [inputs, labels]
+def inputs_on_levels(bit_depth: int, largest: float, inputs: Tensor) -> Tensor:
+    """Inputs on 2^bit_depth levels that reach ``largest``; integers as they are."""
+    if not inputs.is_floating_point():
+        return inputs
+    return uniform.quantize(inputs, bit_depth, scale=2 * largest / (2**bit_depth - 1)).dequantize()
 
 
 def _collate_quantized(
     collate: Callable[[Any], Any], bit_depth: int, largest: float, batch: Any
 ) -> list[Any]:
-    return quantize_batch(bit_depth, largest, collate(batch))
+    inputs, labels = collate(batch)
+    return [inputs_on_levels(bit_depth, largest, inputs), labels]
