@@ -16,7 +16,7 @@ from quantifind.costs import model_bytes
 from quantifind.goal import Goal
 from quantifind.measuring import Measurements
 from quantifind.multiply_adds import multiply_adds
-from quantifind.sensitivity import Menus, part_key, quantized_parts, sensitivities
+from quantifind.sensitivity import PRECISION, Menus, part_key, quantized_parts, sensitivities
 from quantifind.strategy import Choice, Quantized, Strategy, mean_bits, named_tensors, scaled
 
 # shares of the validation examples after each of which a candidate is given up or goes on
@@ -48,7 +48,12 @@ class Candidates:
     """
 
     def __init__(
-        self, measurements: Measurements, menus: Menus, goal: Goal, confidence: float
+        self,
+        measurements: Measurements,
+        menus: Menus,
+        goal: Goal,
+        confidence: float,
+        precision: float = PRECISION,
     ) -> None:
         self.measurements, self.menus, self.goal = measurements, menus, goal
         self.model, self.confidence = measurements.model, confidence
@@ -59,7 +64,7 @@ class Candidates:
             raise ValueError(f"{empty[0]}: its menu has no choice")
         self.products = multiply_adds(self.model, measurements.calibration[0][0])
         self.parts = quantized_parts(measurements, menus)
-        table = sensitivities(measurements, menus, self.parts)
+        table = sensitivities(measurements, menus, self.parts, precision=precision)
         keys = map(part_key, table["kind"], table["name"], table["choice"])
         self.rises = dict(zip(keys, table["rise"], strict=True))
         self.units = [undominated(self._options(*unit)) for unit in self._units()]

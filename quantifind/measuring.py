@@ -3,7 +3,7 @@ kept, so that nothing is measured twice."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,8 @@ class Measurements:
         self,
         candidates: Mapping[str, Quantized],
         examples: int | None = None,
-        *,
-        step: Callable[..., None] | None = None,
     ) -> dict[str, Columns]:
-        """The `columns` of several candidates by their keys, measured by the workers.
-
-        step: of a `quantifind.utils.progress`, called as they are measured.
-        """
+        """The `columns` of several candidates by their keys, measured by the workers."""
         wanted = self.examples if examples is None else min(examples, self.examples)
         kept = {key: self._kept(key) for key in candidates}
         # those in which the same tensor alone has changed are measured together
@@ -124,8 +119,6 @@ class Measurements:
         ]
         measured = self.workers.map(_measure, self, tasks)
         for keys, columns in zip(groups.values(), measured, strict=True):
-            if step is not None:
-                step(steps=len(keys))
             for key, fresh in zip(keys, columns, strict=True):
                 whole = kept[key]
                 whole = {n: np.concatenate([whole[n], c]) if whole else c for n, c in fresh.items()}

@@ -21,7 +21,7 @@ from quantifind.goal import Goal, Limit, ladder
 from quantifind.learning import learn as learn_codes
 from quantifind.measuring import Measurements
 from quantifind.metrics import calibrating_temperature, is_classification
-from quantifind.sensitivity import WIDER, WIDTHS, Menus, default_menus
+from quantifind.sensitivity import PRECISION, WIDER, WIDTHS, Menus, default_menus
 from quantifind.store import Store, fingerprint
 from quantifind.strategy import Choice, Quantized, Strategy, quantize, scaled
 from quantifind.utils import progress
@@ -64,6 +64,7 @@ def find_strategy(
     activation_bits: Iterable[int] = (),
     menus: Menus | None = None,
     confidence: float = 0.95,
+    precision: float = PRECISION,
     folder: Path | str | None = None,
     seed: int = 0,
     engine: str = "sequential",
@@ -84,6 +85,8 @@ def find_strategy(
     widths: bits of the default menus, 1 to 32; by default 1 to 16, and up to 32 where none of those
     keeps the limit. activation_bits: bits that activations may have besides float, for a budget of
     what they save. menus: instead of both, ``{"tensors": {name: choices}, "activations": …}``.
+    precision: of the rise of the loss by a single tensor, its standard error over itself, at which
+    no more examples are measured; 0 for all of them.
     folder: keeps all that is measured: a call that was killed goes on, and another limit for the
     same network and data does not measure again what is there.
     Returns: the strategy, with its codes in ``fitted``; and a row per candidate, but for scales
@@ -112,7 +115,7 @@ def find_strategy(
             raise ValueError("limit accuracy_drop needs targets that are class labels")
         for tried in (WIDTHS, WIDER) if widths is None and menus is None else (widths or WIDTHS,):
             given = menus or default_menus(measurements, tried, activation_bits)
-            candidates = Candidates(measurements, given, goal, confidence)
+            candidates = Candidates(measurements, given, goal, confidence, precision)
             sweep(candidates)
             if candidates.best() is not None:
                 break

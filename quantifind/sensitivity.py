@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,8 +29,9 @@ from quantifind.quantized import QuantizedTensor
 from quantifind.strategy import Choice, Quantized, named_tensors, plain_copy, quantize_alone
 from quantifind.utils import progress
 
-# examples on which single tensors are measured; divergences of a few thousand tell them apart
-EXAMPLES = 2_000
+# validation examples on which single tensors are measured first; then twice as many, until the
+# standard error of the rise is at most this share of it
+EXAMPLES, PRECISION = 250, 0.25
 # training examples and random vectors from which derivatives are estimated
 PROXY_EXAMPLES, DRAWS = 256, 8
 PROXIES = ("sqnr_db", "hessian_rise", "fisher_rise", "output_fisher_rise")
@@ -147,10 +149,12 @@ def _quantized(kind: str, name: str, part: QuantizedTensor) -> Quantized:
 
 
 def sensitivities(
-    measurements: Measurements, menus: Menus, parts: Parts, *, examples: int = EXAMPLES
+    measurements: Measurements, menus: Menus, parts: Parts, *, precision: float = PRECISION
 ) -> pd.DataFrame:
-    """A row for each choice of each tensor and site, measured alone on the first examples.
+    """A row for each choice of each tensor and site, measured alone.
 
+    precision: as soon as the standard error of the rise is at most this share of it, no further
+        examples are measured; 0 for all of them.
     Columns: ``kind`` ("tensors" or "activations"), ``name``, ``scheme``, ``rounding``, ``bits`` of
     a code, ``stored_bits`` with scales, ``rise`` the mean divergence
     (`quantifind.metrics.paired`), those of `quantifind.certificate.drops`, ``sqnr_db`` of the
@@ -162,14 +166,27 @@ def sensitivities(
         for name, choices in menu.items()
         for choice in choices
     }
-    candidates = {
-        f"alone {key}": _quantized(kind, name, parts[key]) for key, (kind, name, _) in todo.items()
-    }
+    measured: dict[str, Columns] = {}
+    examples = EXAMPLES if precision else measurements.examples
     with progress("sensitivity", total=len(todo)) as step:
-        measured = measurements.all_columns(candidates, examples, step=step)
-    return pd.DataFrame(
-        [_row(*what, parts[key], measured[f"alone {key}"]) for key, what in todo.items()]
-    )
+        going_on = list(todo)
+        while going_on:
+            candidates = {
+                f"alone {key}": _quantized(*todo[key][:2], parts[key]) for key in going_on
+            }
+            columns = measurements.all_columns(candidates, examples)
+            measured |= {key: columns[f"alone {key}"] for key in going_on}
+            left = [key for key in going_on if not _precise(measured[key], precision)]
+            if examples >= measurements.examples:
+                left = []
+            step(steps=len(going_on) - len(left))
+            going_on, examples = left, 2 * examples
+    return pd.DataFrame([_row(*what, parts[key], measured[key]) for key, what in todo.items()])
+
+
+def _precise(columns: Columns, precision: float) -> bool:
+    rise = columns["divergence"]
+    return bool(stats.sem(rise) <= precision * rise.mean())
 
 
 def _row(
