@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quantifind.activations import QuantizedActivations
 from quantifind.metrics import Criterion, evaluating, outcome, outcome_of
+from quantifind.pooling import pool_first
 from quantifind.products import own_tensors
 from quantifind.quantized import QuantizedTensor
 from quantifind.store import fingerprint
@@ -57,7 +58,8 @@ class Evaluator:
         if not self.given:
             raise ValueError("the loader has no examples")
         self.criterion = criterion
-        self.work = _pooling_first(plain_copy(model).eval())
+        self.work = plain_copy(model).eval()
+        pool_first(self.work)
         self.device = device_of(self.work)
         self.values = {name: tensor.clone() for name, tensor in _own(self.work).items()}
         self.changed: set[str] = set()
@@ -141,7 +143,7 @@ class Evaluator:
             probe = Tape(self.work, batches[0][0].to(self.device), names)
             if probe.memory_bytes > MEMORY and len(names) > 1:
                 half = set(names[: len(names) // 2])
-                found = {}
+                found: dict[int, Outcome] = {}
                 for here in (True, False):
                     chosen = [i for i, (name, _) in enumerate(parts) if (name in half) == here]
                     some = self._going_on([parts[i] for i in chosen], first, last)
@@ -238,19 +240,6 @@ def _on(device: torch.device, tensor: Tensor) -> Tensor:
     if device.type != "cuda" or tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return tensor
     return tensor.to(device)
-
-
-def _pooling_first(model: nn.Module) -> nn.Module:
-    """The model with ReLU after max pooling, not before: the same values, and fewer to compute."""
-    pools = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-    for module in model.modules():
-        if type(module) is not nn.Sequential:
-            continue
-        for i in range(len(module) - 1):
-            first, second = module[i], module[i + 1]
-            if type(first) is nn.ReLU and type(second) in pools and not second.return_indices:
-                module[i], module[i + 1] = second, first
-    return model
 
 
 @torch.inference_mode(False)

@@ -2,7 +2,7 @@
 
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -63,6 +63,9 @@ class Params:
     quantize: Quantize
     search: Search
     evaluate: Evaluate
+    # who measures, as quantifind.workers.Workers takes them
+    engine: Literal["sequential", "loky", "dask"] = "sequential"
+    scheduler: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
 
     @property

@@ -1,5 +1,7 @@
 """Evaluate: judge the ladders on test data, which took no part in choosing anything."""
 
+from typing import Any
+
 import pandas as pd
 
 from quantifind.certificate import mark_certified
@@ -17,8 +19,9 @@ def main(params: Params) -> None:
     strategies, facts = zip(*files.read_ladder(), strict=True)
     test = files.read_loader("test", batch_size=files.TEST_BATCH)
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
-    table = evaluate_strategies(net, uniform, test, criterion, confidence=confidence)
-    found = evaluate_strategies(net, strategies, test, criterion, confidence=confidence)
+    how: Any = {"confidence": confidence, "engine": params.engine, "scheduler": params.scheduler}
+    table = evaluate_strategies(net, uniform, test, criterion, **how)
+    found = evaluate_strategies(net, strategies, test, criterion, **how)
     goal = Goal.of(params.search.limit, params.search.budget)
     limit = limits[0] if goal.limit is None else goal.limit
     chosen_on = pd.DataFrame(facts).add_prefix("validation_")

@@ -21,6 +21,7 @@ from quantifind.strategy import (
     uniform_strategy,
 )
 from quantifind.utils import progress
+from quantifind.workers import Workers
 from quantifind.workflow.quantize_workflow import (
     BIT_DEPTHS,
     BitQuantizer,
@@ -62,17 +63,26 @@ def evaluate_bit_depths(
     bit_depths: Iterable[int] = BIT_DEPTHS,
     *,
     quantize_inputs: bool = False,
+    engine: str = "sequential",
+    scheduler: str | None = None,
 ) -> pd.DataFrame:
     """A row per bit depth, from most bits to fewest, with the columns of `evaluate_strategies`.
 
     bit_depths: whole numbers, 2 to 32. quantize_inputs: put the inputs on as many levels too.
+    engine, scheduler: who measures, as `quantifind.workers.Workers` takes them.
     """
     depths = sorted(set(bit_depths), reverse=True)
     for depth in depths:
         check_depth(depth)
     strategies = [uniform_strategy(model, depth) for depth in depths]
     return evaluate_strategies(
-        model, strategies, test_loader, criterion, quantize_inputs=quantize_inputs
+        model,
+        strategies,
+        test_loader,
+        criterion,
+        quantize_inputs=quantize_inputs,
+        engine=engine,
+        scheduler=scheduler,
     )
 
 
@@ -85,6 +95,8 @@ def evaluate_strategies(
     calibration: Iterable[Any] | None = None,
     quantize_inputs: bool = False,
     confidence: float = 0.95,
+    engine: str = "sequential",
+    scheduler: str | None = None,
 ) -> pd.DataFrame:
     """A row per strategy, in their order.
 
@@ -93,30 +105,52 @@ def evaluate_strategies(
     widths differ), and those of `quantifind.metrics.compare`.
     calibration: batches of training data, for strategies that need some (`strategy.quantize`).
     quantize_inputs: put each loader's inputs on the levels of the strategy's one bit depth.
+    engine, scheduler: who measures, as `quantifind.workers.Workers` takes them.
     Errors: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
-    strategies, evaluator = list(strategies), Evaluator(model, loader, criterion)
-    calibration = None if calibration is None else list(calibration)
-    largest = largest_input(evaluator.batches()) if quantize_inputs else None
-    original = evaluator.outcome()
-    rows = []
-    with progress("judging", total=len(strategies)) as step:
-        for strategy in strategies:
-            on_levels = quantize(model, strategy, calibration)
-            depth, bits = strategy.bit_depth, mean_bits(model, on_levels)
-            change_inputs = None
-            if largest is not None:
-                if depth is None:
-                    raise ValueError("inputs can only be quantized beside tensors of one bit depth")
-                change_inputs = partial(inputs_on_levels, depth, largest)
-            quantized = evaluator.outcome(on_levels, change_inputs=change_inputs)
-            row: dict[str, Any] = compare(quantized, original, confidence=confidence)
-            width = depth or bits
-            scr = row["criterion"] / width
-            rows.append({"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row)
-            step(f"{width:.4g} bits CR {row['criterion_ratio']:.4f}")
+    strategies = list(strategies)
+    if quantize_inputs and any(strategy.bit_depth is None for strategy in strategies):
+        raise ValueError("inputs can only be quantized beside tensors of one bit depth")
+    with Workers(engine, scheduler=scheduler) as workers:
+        judge = _Judge(model, loader, criterion, calibration, quantize_inputs, confidence)
+        rows = []
+        with progress("judging", total=len(strategies)) as step:
+            for row in workers.map(_Judge.row, judge, strategies):
+                rows.append(row)
+                step(f"{row['mean_bits']:.4g} bits CR {row['criterion_ratio']:.4f}")
     return pd.DataFrame(rows)
+
+
+class _Judge:
+    """What it takes to judge strategies, on whichever worker."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        criterion: Any,
+        calibration: Iterable[Any] | None,
+        quantize_inputs: bool,
+        confidence: float,
+    ) -> None:
+        self.model, self.confidence = model, confidence
+        self.evaluator = Evaluator(model, loader, criterion)
+        self.calibration = None if calibration is None else list(calibration)
+        self.largest = largest_input(self.evaluator.batches()) if quantize_inputs else None
+        self.original = self.evaluator.outcome()
+
+    def row(self, strategy: Strategy) -> dict[str, Any]:
+        quantized = quantize(self.model, strategy, self.calibration)
+        depth, bits = strategy.bit_depth, mean_bits(self.model, quantized)
+        change_inputs = None
+        if self.largest is not None:
+            assert depth is not None
+            change_inputs = partial(inputs_on_levels, depth, self.largest)
+        outcome = self.evaluator.outcome(quantized, change_inputs=change_inputs)
+        row = compare(outcome, self.original, confidence=self.confidence)
+        scr = row["criterion"] / (depth or bits)
+        return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
 
 
 def summarize(results: pd.DataFrame, limits: Iterable[float]) -> dict[str, Any]:

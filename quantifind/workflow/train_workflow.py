@@ -21,6 +21,7 @@ from quantifind.checkpoints import (
     set_random_state,
 )
 from quantifind.metrics import is_classification, outcome
+from quantifind.pooling import pooling_first
 from quantifind.utils import check_same_architecture, device_of, progress
 
 CHECK_EVERY = 50
@@ -67,9 +68,10 @@ def train_network(
         step(steps=len(history) * len(train_loader))
         for epoch in range(len(history) + 1, epochs + 1):
             row: dict[str, float] = {"epoch": epoch}
-            row["train_loss"] = _train_epoch(
-                net, criterion, optimizer, schedule, train_loader, epoch, step
-            )
+            with pooling_first(net):
+                row["train_loss"] = _train_epoch(
+                    net, criterion, optimizer, schedule, train_loader, epoch, step
+                )
             validation = outcome(net, val_loader, criterion)
             row["val_loss"] = validation["loss"].mean().item()
             _check_finite(row["val_loss"], f"after epoch {epoch}, on validation data")
