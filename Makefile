@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ACTIVATE = . .venv/bin/activate
 
-.PHONY: repro test table
+.PHONY: repro test table bench
 repro: .venv/installed
 	$(ACTIVATE) && dvc repro
 
@@ -12,6 +12,11 @@ test: .venv/installed
 # The README's table: all four networks, from the cache where they ran before.
 table: .venv/installed
 	$(ACTIVATE) && python -m benchmarks.table
+
+# Every table and figure of the README; hours. Best on a machine with nothing else to do.
+BENCHMARKS = names table rounding_speed speed grids search peers
+bench: .venv/installed
+	$(ACTIVATE) && for name in $(BENCHMARKS); do python -m benchmarks.$$name || exit; done
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

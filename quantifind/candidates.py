@@ -182,8 +182,8 @@ class Candidates:
     def measure(self, trials: Sequence[Trial]) -> list[Row]:
         """Their rows, which are kept."""
         new = [trial for trial in trials if trial.key not in self.rows]
-        for trial, row in zip(new, self.measured(new), strict=True):
-            self.keep(trial.key, row)
+        for row in self.measured(new):
+            self.keep(row)
         return [self.rows[trial.key] for trial in trials]
 
     def measured(self, trials: Sequence[Trial]) -> list[Row]:
@@ -210,6 +210,7 @@ class Candidates:
         )
         rise = self.rise(strategy.tensors, strategy.activations) if known else math.nan
         return {
+            "key": trial.key,
             "strategy": replace(strategy, fitted=quantized),
             "origin": trial.origin,
             "mean_bits": mean_bits(self.model, quantized),
@@ -223,16 +224,14 @@ class Candidates:
     def drop(self, row: Row) -> None:
         """Let a candidate with adjusted scales go for one with better ones."""
         if row["origin"].endswith(ADJUSTED):
-            self.rows = {key: kept for key, kept in self.rows.items() if kept is not row}
+            self.rows.pop(row["key"], None)
 
-    def keep(self, key: str, row: Row) -> None:
+    def keep(self, row: Row) -> None:
         """Let a measured candidate be one of those to choose among."""
-        self.rows[key] = row
-        if self.best() is row:
-            examples = self.measurements.examples
-            self.best_losses = self.measurements.columns(key, row["strategy"].fitted, examples)[
-                "loss"
-            ]
+        self.rows[row["key"]] = row
+        if self.goal.limit is None and self.best() is row:
+            columns = self.measurements.columns(row["key"], row["strategy"].fitted)
+            self.best_losses = columns["loss"]
 
     def _hopeless(self, drop: Mapping[str, float], losses: np.ndarray) -> bool:
         if self.goal.limit is not None:

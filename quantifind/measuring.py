@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from quantifind.calibration import calibration_batches, run
 from quantifind.evaluator import Batches, Evaluator
 from quantifind.loaders import sample
-from quantifind.metrics import Criterion, paired
+from quantifind.metrics import Criterion, evaluating, paired
 from quantifind.store import Store, fingerprint
 from quantifind.strategy import Quantized
 from quantifind.utils import device_of
@@ -54,8 +54,9 @@ class Measurements:
         self.model, self.train_loader, self.criterion = model, train_loader, criterion
         self.seed, self.workers = seed, workers or Workers()
         self.calibration = calibration_batches(sample(train_loader, CALIBRATION, seed=seed))
-        run(model, inputs[:2])
-        _check_labels(model, inputs[:2], targets)
+        with evaluating(model):
+            run(model, inputs[:2])
+            _check_labels(model, inputs[:2], targets)
         self.evaluator = Evaluator(model, [(inputs, targets)], criterion)
         self.original = self._original()
         # outputs and losses tell of a network's code and a criterion's options what their names
@@ -171,8 +172,7 @@ def _whole(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
 def _check_labels(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
     if targets.is_floating_point():
         return
-    with torch.no_grad():
-        outputs = model(inputs.to(device_of(model)))
+    outputs = model(inputs.to(device_of(model)))
     # (examples, classes), or with further axes, of positions
     classes = outputs.shape[1] if outputs.dim() == targets.dim() + 1 else 0
     wrong = targets[(targets < 0) | (targets >= classes)]

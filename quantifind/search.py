@@ -31,6 +31,8 @@ from quantifind.workers import Workers
 SWEEP, MOVES, LEARNED = 20, 24, 4
 # candidates measured at a time, by as many workers as there are
 WAVE = 4
+# the same, of those compensated in order, which takes longer than to measure them
+FITTED = 2
 # a walk down falling budgets ends when so many in a row fail
 FAILURES = 3
 # shares of the best cost so far, at which a finer sweep allocates, and layers are compensated in
@@ -225,8 +227,8 @@ def compensate_in_order(candidates: Candidates) -> None:
     assignments = [a for a in dict.fromkeys([best, *budgets]) if a is not None]
     failed = 0
     with progress("compensating in order", total=len(assignments)) as step:
-        for first in range(0, len(assignments), WAVE):
-            strategies = [candidates.strategy(a) for a in assignments[first : first + WAVE]]
+        for first in range(0, len(assignments), FITTED):
+            strategies = [candidates.strategy(a) for a in assignments[first : first + FITTED]]
             fitted = _compensated(candidates, strategies)
             for strategy, quantized in zip(strategies, fitted, strict=True):
                 (row,) = candidates.measure([candidates.trial("in order", strategy, quantized)])
@@ -390,10 +392,10 @@ def adjust_scales(
             for grown in tried
         ]
         found = None
-        for trial, grown, measured in zip(trials, tried, candidates.measured(trials), strict=True):
+        for grown, measured in zip(tried, candidates.measured(trials), strict=True):
             if candidates.is_whole(measured) and measured[drop] < best[drop]:
                 candidates.drop(best)
-                candidates.keep(trial.key, measured)
+                candidates.keep(measured)
                 best, factors, found = measured, dict(grown), grown
         return found
 
@@ -418,7 +420,7 @@ def answer(candidates: Candidates) -> tuple[Strategy, pd.DataFrame]:
         raise ValueError(_nearest(candidates))
     rows = sorted(candidates.rows.values(), key=lambda row: -row["model_bytes"])
     on_ladder = {id(row) for row in ladder(candidates.whole(), best, candidates.goal)}
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).drop(columns="key")
     table["on_ladder"] = [id(row) in on_ladder for row in rows]
     table["chosen"] = [row is best for row in rows]
     return best["strategy"], table

@@ -34,7 +34,7 @@ def main(params: Params) -> None:
     val = files.read_loader("val", batch_size=params.entry.batch_size)
     search: Any = asdict(params.search) | {"folder": files.measured_folder(), "seed": params.seed}
     search["confidence"] = params.evaluate.confidence
-    who = {"engine": params.engine, "scheduler": params.scheduler}
+    who: Any = {"engine": params.engine, "scheduler": params.scheduler}
     _, candidates = find_strategy(net, train, val, criterion, **search, **who)
     menus = {key: search[key] for key in ("widths", "activation_bits", "folder", "seed")}
     sensitivity = measure_sensitivity(net, train, val, criterion, **menus)

@@ -41,7 +41,7 @@ def test_original_size_has_an_entry(root):
 
 CASES = {
     "unknown model": (["model"], "dense_mnits", "model: unknown 'dense_mnits': models has conv_mn"),
-    "unknown key": (["quantise"], {}, "quantise: unknown key; allowed are evaluate, model, models"),
+    "unknown key": (["quantise"], {}, "quantise: unknown key; allowed are engine, evaluate, model"),
     "unknown model key": (
         ["models", "conv_mnist", "epohcs"],
         3,

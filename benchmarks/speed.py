@@ -1,0 +1,416 @@
+"""How fast candidates are measured, beside a naive loop and beside what this machine can do.
+
+    python benchmarks/speed.py [--part NAME]
+
+The naive loop: a deep copy of the network per candidate, batches of 32 put together from single
+items of a data set of tensors, the default layout, four threads over the candidates. Peak: float32
+matrix products of 2,048 × 2,048, timed in the same process; a share of it counts the network's own
+multiply-adds. Each part runs in a process of its own, whose peak memory stands beside it; ours is
+timed before and after the naive loop, and the mean is given. Writes benchmarks/results/speed.csv
+(seconds, but for rates, whose name says so), and benchmarks/results/speed_growth.csv with its
+picture docs/speed_growth.png: seconds against examples, parameters and tensors.
+"""
+
+import argparse
+import copy
+import io
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks import grids
+from quantifind import plugins
+from quantifind.data import mnist_data
+from quantifind.loaders import Tensors, batch_loader, split_loaders
+from quantifind.measuring import Measurements
+from quantifind.metrics import losses, outcome
+from quantifind.multiply_adds import multiply_adds
+from quantifind.search import find_strategy
+from quantifind.sensitivity import NEAREST, PER_TENSOR, quantized_parts, sensitivities
+from quantifind.strategy import Quantized, named_tensors, with_quantized
+from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
+from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer
+from quantifind.workflow.train_workflow import train_network
+
+RESULTS = grids.ROOT / "benchmarks/results/speed.csv"
+GROWTH = grids.ROOT / "benchmarks/results/speed_growth.csv"
+PICTURE = grids.ROOT / "docs/speed_growth.png"
+MARKERS = grids.markers("python benchmarks/speed.py")
+NAIVE_BATCH, NAIVE_THREADS = 32, 4
+WIDTHS = range(2, 17)
+TRAINED_EXAMPLES = 12_800
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def peak() -> float:
+    """Multiply-adds a second of matrix products of 2,048 × 2,048, the best of several."""
+    left, right = torch.rand(2, 2048, 2048)
+    return 2048**3 / min(seconds(lambda: left @ right) for _ in range(9))
+
+
+def side_by_side(ours: Callable[[], Any], naive: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of both: ours the mean of a call before and one after the naive one."""
+    before, other, after = seconds(ours), seconds(naive), seconds(ours)
+    return (before + after) / 2, other
+
+
+def row(what: str, ours: float, naive: float, *, work: float = 0.0) -> dict[str, Any]:
+    """work: multiply-adds of ours; 0 where a share of the peak says nothing."""
+    return {
+        "what": what,
+        "ours": ours,
+        "naive": naive,
+        "ratio": naive / ours,
+        "share_of_peak": work / ours / peak() if work else np.nan,
+        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def pass_work(net: nn.Module, inputs: torch.Tensor) -> float:
+    """Multiply-adds of one example's pass."""
+    return sum(product.multiply_adds for product in multiply_adds(net, inputs[:2]))
+
+
+def naive_losses(net: nn.Module, data: TensorDataset, criterion: Any) -> float:
+    """The mean loss, item by item into batches of 32."""
+    loader, total = DataLoader(data, batch_size=NAIVE_BATCH), 0.0
+    with torch.no_grad():
+        for inputs, targets in loader:
+            total += losses(criterion, net(inputs), targets).sum().item()
+    return total / len(data)
+
+
+def naively(net: nn.Module, candidates: list[Any], data: TensorDataset, criterion: Any) -> None:
+    """Each candidate, a function of a network, on a deep copy in the default layout."""
+    plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format).eval()
+
+    def one(quantized: Callable[[nn.Module], nn.Module]) -> float:
+        return naive_losses(quantized(copy.deepcopy(plain)), data, criterion)
+
+    with ThreadPoolExecutor(NAIVE_THREADS) as threads:
+        list(threads.map(one, candidates))
+
+
+def sweep(network: str) -> list[dict[str, Any]]:
+    """All 31 bit depths on the whole test split."""
+    net, criterion = grids.trained(network)
+    test = grids.loaders(network)[2]
+    inputs, targets = test.dataset.tensors
+    quantizers = [BitQuantizer(bits).quantize_model for bits in BIT_DEPTHS]
+    outcome(net, islice(test, 1), criterion)
+    evaluate_bit_depths(net, test, criterion, [8])  # finds the layout
+    ours, naive = side_by_side(
+        lambda: evaluate_bit_depths(net, test, criterion),
+        lambda: naively(net, quantizers, TensorDataset(inputs, targets), criterion),
+    )
+    work = pass_work(net, inputs) * len(inputs) * (1 + len(quantizers))
+    return [row(f"sweep of 31 depths, {network}", ours, naive, work=work)]
+
+
+def sensitivity(network: str) -> list[dict[str, Any]]:
+    """Every tensor alone at 15 widths on the validation split."""
+    net, criterion = grids.trained(network)
+    train, val, _ = grids.loaders(network)
+    menus = {
+        "tensors": {
+            name: [(NEAREST if t.dim() > 1 else PER_TENSOR) | {"bits": bits} for bits in WIDTHS]
+            for name, t in named_tensors(net).items()
+        },
+        "activations": {},
+    }
+    measurements = Measurements(net, train, val, criterion)
+    parts = quantized_parts(measurements, menus)
+
+    def measure(precision: float) -> None:
+        measurements.store.entries.clear()
+        sensitivities(measurements, menus, parts, precision=precision)
+
+    alone = [Quantized({key.split("/", 1)[1].split(" ")[0]: part}) for key, part in parts.items()]
+
+    def whole_passes() -> None:
+        for quantized in alone:
+            measurements.evaluator.outcome(quantized)
+
+    what = f"sensitivity, {len(menus['tensors'])} tensors at 15 widths, {network}"
+    measure(0.5)
+    ours, naive = side_by_side(lambda: measure(0), whole_passes)
+    rows = [row(f"{what}: beside whole passes", ours, naive)]
+    data = TensorDataset(*val.dataset.tensors)
+    if network == "conv_mnist":
+        candidates = [lambda copied, q=q: with_quantized(copied, q) for q in alone]
+        naive = seconds(lambda: naively(net, candidates, data, criterion))
+        rows.append(row(f"{what}: beside the naive loop", ours, naive))
+        early = seconds(lambda: measure(0.25))
+        rows.append(row(f"{what}: stopped early, beside the naive loop", early, naive))
+    return rows
+
+
+def search_rate() -> list[dict[str, Any]]:
+    """Candidates a second of a search without learning, and what stopping early changes."""
+    net, criterion = grids.trained("conv_mnist")
+    train, val, _ = grids.loaders("conv_mnist")
+    judged: list[int] = []
+    counted = Measurements.all_columns
+
+    def count(self: Measurements, candidates: Any, examples: int | None = None) -> Any:
+        judged.append(sum(self.store.get(key) is None for key in candidates))
+        return counted(self, candidates, examples)
+
+    Measurements.all_columns = count  # type: ignore[method-assign]
+    found, took, number = {}, {}, {}
+    for precision in (0.25, 0.0):
+        judged.clear()
+        took[precision] = seconds(
+            lambda precision=precision: found.update(
+                {
+                    precision: find_strategy(
+                        net, train, val, criterion, limit=1.01, precision=precision
+                    )[0]
+                }
+            )
+        )
+        number[precision] = sum(judged)
+    from quantifind.strategy import mean_bits, quantize
+
+    bits = {p: mean_bits(net, quantize(net, strategy)) for p, strategy in found.items()}
+    same = "the same" if found[0.25].choices == found[0.0].choices else "another"
+    inputs, targets = val.dataset.tensors
+    plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    naive = seconds(lambda: naive_losses(plain, TensorDataset(inputs, targets), criterion))
+    rate = number[0.25] / took[0.25]
+    result = row("search of conv_mnist: candidates a second", rate, 1 / naive)
+    result["ratio"] = rate * naive
+    whole = row("search of conv_mnist: seconds, beside all tensors on all examples", *took.values())
+    print(
+        f"{number[0.25]} candidates; stopped early: {bits[0.25]:.4f} bits, on all examples "
+        f"{bits[0.0]:.4f}: {same} strategy",
+        flush=True,
+    )
+    return [result, whole]
+
+
+def training() -> list[dict[str, Any]]:
+    """Examples a second of training conv_mnist, and the accuracy of three seeds."""
+    train, val, test = mnist_data.create_dataloaders()
+    inputs, targets = (part[:TRAINED_EXAMPLES] for part in train.dataset.tensors)
+    create = plugins.load("models", "conv_mnist_model", "create_model_context")
+    accuracy: dict[str, list[float]] = {"ours": [], "naive": []}
+
+    def context(seed: int) -> tuple[Any, Any, Any]:
+        torch.manual_seed(seed)
+        return create()
+
+    def ours(seed: int) -> None:
+        net, criterion, optimizer = context(seed)
+        loader = batch_loader(Tensors(inputs, targets), batch_size=64, shuffle=True, seed=seed)
+        few = batch_loader(
+            Tensors(*(t[:64] for t in val.dataset.tensors)), batch_size=64, shuffle=False, seed=0
+        )
+        train_network(net, criterion, optimizer, loader, few, epochs=1)
+        trained["ours"] = net, criterion
+
+    def naive(seed: int) -> None:
+        net, criterion, optimizer = context(seed)
+        net = net.to(memory_format=torch.contiguous_format).train()
+        for some, wanted in DataLoader(TensorDataset(inputs, targets), batch_size=32, shuffle=True):
+            optimizer.zero_grad()
+            criterion(net(some), wanted).backward()
+            optimizer.step()
+        trained["naive"] = net.eval(), criterion
+
+    trained: dict[str, Any] = {}
+    taken: dict[str, list[float]] = {"ours": [], "naive": []}
+    for seed in range(3):
+        for name, call in (("ours", ours), ("naive", naive)):
+            taken[name].append(seconds(lambda call=call, seed=seed: call(seed)))
+            measured = outcome(trained[name][0], test, trained[name][1])
+            accuracy[name].append(measured["correct"].double().mean().item())
+    print("accuracy after an epoch:", {n: np.round(a, 4).tolist() for n, a in accuracy.items()})
+    rates = [TRAINED_EXAMPLES / np.mean(taken[name]) for name in ("ours", "naive")]
+    result = row("training of conv_mnist: examples a second", *rates)
+    return [result | {"ratio": rates[0] / rates[1]}]
+
+
+def memory(times: int) -> list[dict[str, Any]]:
+    """A sweep of conv_mnist on the test split, so many times as large."""
+    create = plugins.load("models", "conv_mnist_model", "create_model_context")
+    net, criterion, _ = create()
+    test = mnist_data.create_dataloaders()[2]
+    data = Tensors(
+        *(tensor.repeat(times, *[1] * (tensor.dim() - 1)) for tensor in test.dataset.tensors)
+    )
+    loader = batch_loader(data, batch_size=64, shuffle=False, seed=0)
+    took = seconds(lambda: evaluate_bit_depths(net, loader, criterion, [2, 4, 8]))
+    size = len(data)
+    return [row(f"sweep of conv_mnist on {size:,} examples: peak memory", took, np.nan)]
+
+
+def cluster() -> list[dict[str, Any]]:
+    """A search by two Dask workers on loopback beside one, each with one thread."""
+    from distributed import LocalCluster
+
+    torch.set_num_threads(1)
+    net, criterion = grids.trained("conv_mnist")
+    train, val, _ = grids.loaders("conv_mnist")
+    took, found = {}, {}
+    for workers in (1, 2):
+        with LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+        ) as local:
+            local.wait_for_workers(workers)
+            how = {"engine": "dask", "scheduler": local.scheduler_address}
+            took[workers] = seconds(
+                lambda how=how, workers=workers: found.update(
+                    {workers: find_strategy(net, train, val, criterion, limit=1.01, **how)[0]}
+                )
+            )
+    same = "the same" if found[1].choices == found[2].choices else "another"
+    print(f"two workers find {same} strategy", flush=True)
+    return [row("search of conv_mnist by two Dask workers, beside one", took[2], took[1])]
+
+
+def growth() -> list[dict[str, Any]]:
+    """Seconds of sensitivities against examples, parameters and tensors, at three sizes each."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+
+    def measure(examples: int, width: int, layers: int) -> float:
+        inputs = torch.randn(examples, width, generator=generator)
+        data = Tensors(inputs, torch.randint(10, (examples,), generator=generator))
+        train, val, _ = split_loaders(data, data, data)
+        torch.manual_seed(0)
+        body = [part for _ in range(layers) for part in (nn.Linear(width, width), nn.ReLU())]
+        net = nn.Sequential(*body, nn.Linear(width, 10)).eval()
+        menus = {
+            "tensors": {
+                name: [PER_TENSOR | {"bits": bits} for bits in range(2, 8)]
+                for name, t in named_tensors(net).items()
+                if t.dim() > 1
+            },
+            "activations": {},
+        }
+        measurements = Measurements(net, train, val, nn.CrossEntropyLoss())
+        measurements.evaluator.repeatable = False  # each candidate is a whole pass
+
+        def once() -> None:
+            measurements.store.entries.clear()
+            parts = quantized_parts(measurements, menus)
+            sensitivities(measurements, menus, parts, precision=0)
+
+        return min(seconds(once) for _ in range(3))
+
+    for examples in (10_000, 20_000, 40_000):
+        found.append(("examples", examples, measure(examples, 256, 4)))
+    for width in (256, 512, 1024):
+        size = 4 * width * (width + 1) + 10 * (width + 1)
+        found.append(("parameters", size, measure(4_000, width, 4)))
+    for layers in (4, 8, 16):
+        # a candidate is a tensor at a width, and a pass has as many tensors: square, so that the
+        # seconds of one candidate are what is linear
+        found.append(("tensors", layers + 1, measure(4_000, 256, layers) / (layers + 1)))
+    table = pd.DataFrame(found, columns=["of", "size", "seconds"])
+    table.to_csv(GROWTH, index=False)
+    draw(table)
+    print(table.to_string(index=False), flush=True)
+    return []
+
+
+def draw(table: pd.DataFrame) -> None:
+    """Seconds against each size, and the line through the first."""
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    for panel, (of, rows) in zip(panels, table.groupby("of", sort=False), strict=True):
+        size, taken = rows["size"].to_numpy(), rows["seconds"].to_numpy()
+        panel.plot(size, taken[0] * size / size[0], color="0.6", linestyle="--", label="linear")
+        panel.plot(size, taken, marker="o", label="measured")
+        panel.set(xlabel=of, xlim=(0, None), ylim=(0, None))
+        power = np.polyfit(np.log(size), np.log(taken), 1)[0]
+        panel.set_title(f"grows with the power {power:.2f}")
+    panels[0].set_ylabel("seconds, all candidates")
+    panels[2].set_ylabel("seconds per tensor")
+    panels[0].legend(frameon=False)
+    figure.suptitle("Seconds of measuring every tensor at six widths")
+    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+
+
+PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "sweep_conv": lambda: sweep("conv_mnist"),
+    "sweep_dense": lambda: sweep("dense_mnist"),
+    "sensitivity_conv": lambda: sensitivity("conv_mnist"),
+    "sensitivity_language": lambda: sensitivity("language_transformer"),
+    "search": search_rate,
+    "training": training,
+    "memory": lambda: memory(1),
+    "memory_tenfold": lambda: memory(10),
+    "cluster": cluster,
+    "growth": growth,
+}
+
+
+def markdown(results: pd.DataFrame) -> str:
+    """The table of README.md."""
+    lines = ["| | ours | beside it | ratio | share of peak | peak memory |", "|---" * 6 + "|"]
+    for line in results.to_dict("records"):
+        naive, ratio, share = (
+            "–" if pd.isna(line[key]) else form.format(line[key])
+            for key, form in (
+                ("naive", "{:#.3g}"),
+                ("ratio", "{:.2f}×"),
+                ("share_of_peak", "{:.0%}"),
+            )
+        )
+        lines.append(
+            f"| {line['what']} | {line['ours']:#.3g} | {naive} | {ratio} | {share} "
+            f"| {line['peak_megabytes']:,.0f} MB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--part", choices=PARTS, help="one of them, in this process")
+    part = parser.parse_args().part
+    if part:
+        print("ROWS" + pd.DataFrame(PARTS[part]()).to_json(orient="records"), flush=True)
+        return
+    rows: list[pd.DataFrame] = []
+    for name in PARTS:
+        print(name, flush=True)
+        command = [sys.executable, __file__, "--part", name]
+        # this folder's modules, whatever is installed
+        environment = {**os.environ, "PYTHONPATH": str(grids.ROOT)}
+        done = subprocess.run(
+            command, cwd=grids.ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        text, _, found = done.stdout.partition("ROWS")
+        print(text, end="")
+        if found.strip() != "[]":
+            rows.append(pd.read_json(io.StringIO(found)))
+            print(rows[-1].to_string(index=False), flush=True)
+    results = pd.concat(rows, ignore_index=True)
+    results.to_csv(RESULTS, index=False)
+    grids.write_readme(MARKERS, markdown(results))
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
