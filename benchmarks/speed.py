@@ -155,8 +155,10 @@ def sensitivity(network: str) -> list[dict[str, Any]]:
     rows = [row(f"{what}: beside whole passes", ours, naive)]
     data = TensorDataset(*val.dataset.tensors)
     if network == "conv_mnist":
-        candidates = [lambda copied, q=q: with_quantized(copied, q) for q in alone]
-        naive = seconds(lambda: naively(net, candidates, data, criterion))
+        # a third of the candidates, since each takes as long
+        candidates = [lambda copied, q=q: with_quantized(copied, q) for q in alone[::3]]
+        few = seconds(lambda: naively(net, candidates, data, criterion))
+        naive = few * len(alone) / len(candidates)
         rows.append(row(f"{what}: beside the naive loop", ours, naive))
         early = seconds(lambda: measure(0.25))
         rows.append(row(f"{what}: stopped early, beside the naive loop", early, naive))
@@ -249,18 +251,29 @@ def training() -> list[dict[str, Any]]:
     return [result | {"ratio": rates[0] / rates[1]}]
 
 
-def memory(times: int) -> list[dict[str, Any]]:
-    """A sweep of conv_mnist on the test split, so many times as large."""
-    create = plugins.load("models", "conv_mnist_model", "create_model_context")
-    net, criterion, _ = create()
-    test = mnist_data.create_dataloaders()[2]
-    data = Tensors(
-        *(tensor.repeat(times, *[1] * (tensor.dim() - 1)) for tensor in test.dataset.tensors)
-    )
-    loader = batch_loader(data, batch_size=64, shuffle=False, seed=0)
-    took = seconds(lambda: evaluate_bit_depths(net, loader, criterion, [2, 4, 8]))
-    size = len(data)
-    return [row(f"sweep of conv_mnist on {size:,} examples: peak memory", took, np.nan)]
+# with nothing imported but what a sweep needs; the values of images don't matter
+MEMORY = """
+import resource, sys, time, torch
+from quantifind.loaders import Tensors, batch_loader
+from quantifind.models import conv_mnist_model
+from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
+net, criterion, _ = conv_mnist_model.create_model_context()
+examples = int(sys.argv[1])
+data = Tensors(torch.rand(examples, 1, 28, 28), torch.randint(10, (examples,)))
+loader = batch_loader(data, batch_size=64, shuffle=False, seed=0)
+started = time.perf_counter()
+evaluate_bit_depths(net, loader, criterion, [2, 4, 8])
+print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def memory(examples: int) -> list[dict[str, Any]]:
+    """Peak memory of a sweep of conv_mnist."""
+    command = [sys.executable, "-c", MEMORY, str(examples)]
+    done = subprocess.run(command, cwd=grids.ROOT, capture_output=True, text=True, check=True)
+    took, megabytes = map(float, done.stdout.split())
+    result = row(f"sweep of 3 depths, conv_mnist on {examples:,} examples", took, np.nan)
+    return [result | {"peak_megabytes": megabytes}]
 
 
 def cluster() -> list[dict[str, Any]]:
@@ -357,8 +370,8 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "sensitivity_language": lambda: sensitivity("language_transformer"),
     "search": search_rate,
     "training": training,
-    "memory": lambda: memory(1),
-    "memory_tenfold": lambda: memory(10),
+    "memory": lambda: memory(10_000),
+    "memory_tenfold": lambda: memory(100_000),
     "cluster": cluster,
     "growth": growth,
 }
@@ -388,14 +401,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--part", choices=PARTS, help="one of them, in this process")
-    part = parser.parse_args().part
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME")
+    arguments = parser.parse_args()
+    part = arguments.part
     if part:
         print("ROWS" + pd.DataFrame(PARTS[part]()).to_json(orient="records"), flush=True)
         return
-    rows: list[pd.DataFrame] = []
-    for name in PARTS:
+    kept = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame({"what": []})
+    for name in arguments.parts:
         print(name, flush=True)
-        command = [sys.executable, __file__, "--part", name]
+        command = [sys.executable, sys.argv[0], "--part", name]
         # this folder's modules, whatever is installed
         environment = {**os.environ, "PYTHONPATH": str(grids.ROOT)}
         done = subprocess.run(
@@ -404,12 +419,11 @@ def main() -> None:
         text, _, found = done.stdout.partition("ROWS")
         print(text, end="")
         if found.strip() != "[]":
-            rows.append(pd.read_json(io.StringIO(found)))
-            print(rows[-1].to_string(index=False), flush=True)
-    results = pd.concat(rows, ignore_index=True)
-    results.to_csv(RESULTS, index=False)
-    grids.write_readme(MARKERS, markdown(results))
-    print(markdown(results))
+            rows = pd.read_json(io.StringIO(found))
+            print(rows.to_string(index=False), flush=True)
+            kept = pd.concat([kept[~kept["what"].isin(rows["what"])], rows], ignore_index=True)
+            kept.to_csv(RESULTS, index=False)
+            grids.write_readme(MARKERS, markdown(pd.read_csv(RESULTS)))
 
 
 if __name__ == "__main__":

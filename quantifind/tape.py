@@ -3,6 +3,7 @@ the network has changed; what lies before it is not computed twice."""
 
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,13 @@ from quantifind.products import own_tensors
 
 # what such an operation returns may be of another kind for other values
 VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# but of what these pick, only a mask's values tell the shape
+PICKING = {torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default}
+# torch's own, of whole layers, which hide what is inside
+FUSED = {
+    torch.ops.aten._transformer_encoder_layer_fwd.default,
+    torch.ops.aten._native_multi_head_attention.default,
+}
 
 
 class NotRepeatable(Exception):
@@ -49,13 +57,6 @@ class Step:
         return _tensors(self.operation(*args, **kwargs))
 
 
-# torch's own, of whole layers, which hide what is inside
-FUSED = {
-    torch.ops.aten._transformer_encoder_layer_fwd.default,
-    torch.ops.aten._native_multi_head_attention.default,
-}
-
-
 class Tape:
     """One pass of a network, in eval mode, through one batch of inputs.
 
@@ -64,12 +65,13 @@ class Tape:
 
     names: of the network's tensors that may change.
     Errors: NotRepeatable for a pass whose course depends on values that a tensor has a part in,
-    that draws at random, or that works in place on memory which other values share.
+    that draws at random, or that works in place on memory which other values share. Not seen is
+    what leaves torch by ``tolist`` or ``numpy``.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor, names: Iterable[str]) -> None:
-        own, names = own_tensors(model), list(names)
-        recording = _record(model, own, inputs)
+        self.own, names = own_tensors(model), list(names)
+        recording = _record(model, self.own, inputs)
         self.plans = {name: recording.plan(name) for name in names}
         # of the last fused layer only a part need be gone through, which then is cheaper
         split = [name for name in names if _fused(self.plans[name].steps) == [0]]
@@ -77,19 +79,24 @@ class Tape:
             fused = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
             try:
-                recording = _record(model, own, inputs)
+                with suppress(NotRepeatable):
+                    recording = _record(model, self.own, inputs)
+                    self.plans |= {name: recording.plan(name) for name in split}
             finally:
                 torch.backends.mha.set_fastpath_enabled(fused)
-            self.plans |= {name: recording.plan(name) for name in split}
-        kept = {_memory(v): v for plan in self.plans.values() for v in plan.values.values()}
-        given = set(map(_memory, own.values()))
-        # of what is kept, the network's own tensors aside
+        given = {_memory(tensor) for tensor in (*self.own.values(), inputs)}
+        kept = {_memory(value): value for plan in self.plans.values() for value in plan.kept()}
+        # the network's own tensors and the inputs aside
         self.memory_bytes = sum(
             value.untyped_storage().nbytes() for at, value in kept.items() if at not in given
         )
 
     def outputs(self, name: str, value: Tensor) -> Tensor:
         """The network's outputs with ``value`` for the tensor ``name``."""
+        own = self.own[name]
+        if value.stride() != own.stride():
+            # the steps are those of its layout: test_a_value_may_have_another_layout
+            value = torch.empty_like(own, requires_grad=False).copy_(value)
         return self.plans[name].outputs(value)
 
 
@@ -109,8 +116,12 @@ class Plan:
             values.update(zip(step.gives, step.run(values), strict=True))
         return values[self.output]
 
+    def kept(self) -> list[Tensor]:
+        """The values they begin with, and the constants in them."""
+        return _tensors([list(self.values.values()), [step.leaves for step in self.steps]])
 
-def _fused(steps: list["Step"]) -> list[int]:
+
+def _fused(steps: list[Step]) -> list[int]:
     return [i for i, step in enumerate(steps) if step.operation in FUSED]
 
 
@@ -135,7 +146,14 @@ def _memory(tensor: Tensor) -> int:
 
 def _random_state() -> list[Tensor]:
     with _disable_current_modes():
-        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return [torch.get_rng_state(), *on_gpu]
+
+
+def _depends_on_values(operation: Any, taken: Mapping[int, Tensor]) -> bool:
+    if operation in PICKING:
+        return any(i > 0 and t.dtype in (torch.bool, torch.uint8) for i, t in taken.items())
+    return bool(taken) and not VALUE_DEPENDENT.isdisjoint(operation.tags)
 
 
 class _Recording(TorchDispatchMode):
@@ -151,7 +169,10 @@ class _Recording(TorchDispatchMode):
         self.alive: list[Tensor] = []
         # by memory, how many tensors were seen there
         self.seen: Counter[int] = Counter()
+        # memory of what follows, and what must stay as it is: the network's, and steps' constants
+        self.following: set[int] = set()
         self.own = {name: self._place(tensor) for name, tensor in own.items()}
+        self.fixed = set(self.following)
         self.output = -1
 
     def plan(self, name: str) -> Plan:
@@ -174,29 +195,34 @@ class _Recording(TorchDispatchMode):
         leaves, spec = tree_flatten((args, kwargs))
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         takes = {i: self.places[id(t)] for i, t in tensors.items() if id(t) in self.places}
-        changes = bool(takes) and operation._schema.is_mutable
-        if takes and VALUE_DEPENDENT.intersection(operation.tags):
+        # such as what numpy was given and gave back
+        if any(_memory(t) in self.following for i, t in tensors.items() if i not in takes):
+            raise NotRepeatable(f"{operation} takes a tensor whose origin is not seen")
+        if _depends_on_values(operation, {i: tensors[i] for i in takes}):
             raise NotRepeatable(f"the course of the pass depends on values ({operation})")
+        changes = bool(takes) and operation._schema.is_mutable
+        if operation._schema.is_mutable:
+            self._check_alone(operation, args, kwargs, changes)
         if changes:
-            self._check_alone(operation, args)
             # what it was before: test_what_works_in_place_is_gone_through_again
             leaves[0] = args[0].clone()
             if 0 in takes:
                 self.values[takes[0]] = leaves[0]
         may_draw = torch.Tag.nondeterministic_seeded in operation.tags
-        state = _random_state() if takes and may_draw else []
+        state = _random_state() if may_draw else []
         results = operation(*args, **kwargs)
         # dropout in eval mode draws nothing
         if state and not all(map(torch.equal, state, _random_state())):
             raise NotRepeatable(f"{operation} draws at random")
         given = _tensors(results)
         self.alive += given
-        if not changes:
+        if not operation._schema.is_mutable:
             self.seen.update(map(_memory, given))
         if takes:
-            if len(given) != len(tree_flatten(results)[0]):
-                raise NotRepeatable(f"{operation} gives what is no tensor")
+            if any(not isinstance(part, Tensor | None) for part in tree_flatten(results)[0]):
+                raise NotRepeatable(f"the course of the pass depends on values ({operation})")
             leaves = [None if i in takes else leaf for i, leaf in enumerate(leaves)]
+            self.fixed.update(map(_memory, _tensors(leaves)))
             gives = tuple(map(self._place, given))
             self.steps.append(Step(operation, tuple(leaves), spec, takes, gives, changes))
         return results
@@ -205,11 +231,21 @@ class _Recording(TorchDispatchMode):
         self.places[id(tensor)] = len(self.values)
         self.values.append(tensor)
         self.alive.append(tensor)
+        if tensor.numel():
+            self.following.add(_memory(tensor))
         return len(self.values) - 1
 
-    def _check_alone(self, operation: Any, args: Any) -> None:
-        written = [a for a in operation._schema.arguments if a.alias_info and a.alias_info.is_write]
-        own = isinstance(args[0], Tensor) and self.seen[_memory(args[0])] == 1
-        whole = own and args[0].untyped_storage().nbytes() == args[0].nbytes
-        if written != [operation._schema.arguments[0]] or not whole:
+    def _check_alone(self, operation: Any, args: Any, kwargs: Any, changes: bool) -> None:
+        """Raise NotRepeatable unless the memory that is written to may change, and, where this is a
+        step, nothing else is in it."""
+        arguments = operation._schema.arguments
+        named = dict(zip([a.name for a in arguments], args, strict=False)) | kwargs
+        writes = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+        written = _tensors([named.get(name) for name in writes])
+        alone = self.fixed.isdisjoint(map(_memory, written))
+        if changes:
+            alone &= len(written) == 1 and written[0] is args[0]
+            alone &= all(self.seen[_memory(t)] == 1 for t in written)
+            alone &= all(t.untyped_storage().nbytes() == t.nbytes for t in written)
+        if not alone:
             raise NotRepeatable(f"{operation} works in place on memory that is shared")

@@ -2,26 +2,30 @@
 of a Dask cluster; with the same results."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
 import cloudpickle
-import joblib
+from joblib.externals import loky
 
 from quantifind.utils import console
 
 ENGINES = ("sequential", "loky", "dask")
 # seconds within which a scheduler must answer, and have a worker
 PATIENCE = 8
-# times that work begins anew after a worker was lost
-ATTEMPTS = 5
+# times that work is begun without a result before it is given up
+ATTEMPTS = 3
+# tasks that are under way for each process or thread that takes them
+AHEAD = 2
 _one_at_a_time = threading.Lock()
-_received: dict[Path, Any] = {}
+_received: dict[str, Any] = {}
 
 
 class Workers:
@@ -39,10 +43,11 @@ class Workers:
             raise ValueError(f"engine is {engine!r}: {', '.join(ENGINES)} are allowed")
         if (engine == "dask") != (scheduler is not None):
             raise ValueError(f"engine {engine!r} with scheduler {scheduler!r}: dask needs one")
-        self.engine, self.scheduler = engine, scheduler
-        self.jobs = jobs or joblib.cpu_count()
-        self.client = None if scheduler is None else _client(scheduler)
-        self.folder = TemporaryDirectory(prefix="quantifind-") if engine == "loky" else None
+        self.pool: _Processes | _Cluster | None = None
+        if engine == "loky":
+            self.pool = _Processes(jobs or loky.cpu_count())
+        elif scheduler is not None:
+            self.pool = _Cluster(scheduler)
         # what reached the workers last, and what stands for it there
         self.sent: tuple[Any, Any] | None = None
 
@@ -50,10 +55,8 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.client is not None:
-            self.client.close()
-        if self.folder is not None:
-            self.folder.cleanup()
+        if self.pool is not None:
+            self.pool.close()
 
     def map(
         self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]
@@ -61,62 +64,145 @@ class Workers:
         """``function(shared, item)`` of each item, in their order, as they are done.
 
         shared: reaches each worker once, pickled. What a lost worker was at is done by another.
+        Errors: what the function raises; ValueError for a cluster that has no workers any more;
+        RuntimeError where workers are lost one after another.
         """
-        if self.engine == "sequential" or len(items) < 2:
+        if self.pool is None or len(items) < 2:
             yield from (function(shared, item) for item in items)
             return
-        done = 0
-        for attempt in range(1, ATTEMPTS + 1):
+        done = failures = 0
+        while done < len(items):
+            before = done
             try:
-                for result in self._results(function, shared, items[done:]):
+                for result in self._results(self.pool, function, shared, items[done:]):
                     done += 1
                     yield result
-                return
-            except (BrokenProcessPool, CancelledError) as error:
-                if attempt == ATTEMPTS:
-                    raise
-                self.sent = None
+            except self.pool.losses as error:
+                failures = failures + 1 if done == before else 1
+                if failures == ATTEMPTS:
+                    raise RuntimeError(
+                        f"workers were lost {failures} times, without a result in between ({error})"
+                    ) from error
                 console.print(f"A worker was lost ({type(error).__name__}): again", markup=False)
+                self.sent = None
+                self.pool.renew()
 
-    def _results(self, function: Any, shared: Any, items: Sequence[Any]) -> Iterator[Any]:
+    def _results(
+        self, pool: "_Processes | _Cluster", function: Any, shared: Any, items: Sequence[Any]
+    ) -> Iterator[Any]:
         if self.sent is None or self.sent[0] is not shared:
-            self.sent = shared, self._send(shared)
-        sent = self.sent[1]
-        options = {"client": self.client} if self.client else {"n_jobs": self.jobs}
-        with joblib.parallel_config(backend=self.engine, **options):
-            parallel = joblib.Parallel(return_as="generator", batch_size=1)
-            yield from parallel(joblib.delayed(_work)(function, sent, (item,)) for item in items)
+            self.sent = shared, pool.send(cloudpickle.dumps(shared))
+        free, waiting = threading.Semaphore(AHEAD * pool.places()), deque[Any]()
+        try:
+            for item in items:
+                free.acquire()
+                waiting.append(pool.submit(self.sent[1], cloudpickle.dumps((function, item))))
+                waiting[-1].add_done_callback(lambda _: free.release())
+                while waiting and waiting[0].done():
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
-    def _send(self, shared: Any) -> Any:
-        if self.client is not None:
-            return self.client.scatter(shared, broadcast=True, hash=False)
-        assert self.folder is not None
+
+class _Processes:
+    """Processes of this machine, which find what is shared in a file."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs, self.losses = jobs, (BrokenProcessPool,)
+        self.folder = TemporaryDirectory(prefix="quantifind-")
+        self._start()
+
+    def _start(self) -> None:
+        threads = str(max(1, loky.cpu_count() // self.jobs))
+        env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        self.executor = loky.ProcessPoolExecutor(self.jobs, env=env)
+
+    def places(self) -> int:
+        return self.jobs
+
+    def send(self, packed: bytes) -> Path:
         path = Path(self.folder.name) / uuid4().hex
-        path.write_bytes(cloudpickle.dumps(shared))
+        path.write_bytes(packed)
         return path
 
+    def submit(self, sent: Path, task: bytes) -> Any:
+        return self.executor.submit(_work, sent.name, sent, task)
 
-def _client(scheduler: str) -> Any:
-    try:
-        from distributed import Client
-    except ImportError:
-        raise ValueError("engine 'dask' needs Dask: pip install 'quantifind[cluster]'") from None
-    try:
-        client = Client(scheduler, timeout=PATIENCE, set_as_default=False)
-        client.wait_for_workers(1, timeout=PATIENCE)
-    except (OSError, ValueError, TimeoutError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"scheduler {scheduler}: no Dask workers there ({reason})") from None
-    return client
+    def renew(self) -> None:
+        self.executor.shutdown(kill_workers=True)
+        self._start()
+
+    def close(self) -> None:
+        self.executor.shutdown(kill_workers=True)
+        self.folder.cleanup()
 
 
-def _work(function: Callable[[Any, Any], Any], sent: Any, item: tuple[Any]) -> Any:
+class _Cluster:
+    """The workers of a Dask cluster.
+
+    What is shared goes there as bytes, of which each worker makes its own object: one that a task
+    is working on could not be passed on to a worker that joins.
+    """
+
+    def __init__(self, scheduler: str) -> None:
+        try:
+            from distributed import Client, KilledWorker
+        except ImportError:
+            install = "pip install 'quantifind[cluster]'"
+            raise ValueError(f"engine 'dask' needs Dask: {install}") from None
+        self.scheduler, self.losses = scheduler, (CancelledError, KilledWorker)
+        with self._answering():
+            self.client = Client(scheduler, timeout=PATIENCE, set_as_default=False)
+        try:
+            with self._answering():
+                self.client.wait_for_workers(1, timeout=PATIENCE)
+        except BaseException:
+            self.client.close()
+            raise
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        # the last, of a client that has given its scheduler up
+        except (OSError, ValueError, TimeoutError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"scheduler {self.scheduler}: no Dask workers there ({reason})"
+            ) from None
+
+    def places(self) -> int:
+        with self._answering():
+            return max(1, sum(self.client.ncores().values()))
+
+    def send(self, packed: bytes) -> Any:
+        with self._answering():
+            return self.client.scatter(packed, broadcast=True, hash=False)
+
+    def submit(self, sent: Any, task: bytes) -> Any:
+        import dask
+
+        # a task has the codes of a whole candidate: test_large_tasks_are_sent_without_a_warning
+        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
+            return self.client.submit(_work, sent.key, sent, task, pure=False)
+
+    def renew(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def _work(key: str, sent: bytes | Path, task: bytes) -> Any:
     # what is shared is one network whose tensors are swapped: a worker with several threads takes
     # its tasks one at a time
     with _one_at_a_time:
-        if isinstance(sent, Path):
-            if sent not in _received:
-                _received.clear()
-                _received[sent] = cloudpickle.loads(sent.read_bytes())
-            sent = _received[sent]
-        return function(sent, *item)
+        if key not in _received:
+            _received.clear()
+            packed = sent if isinstance(sent, bytes) else sent.read_bytes()
+            _received[key] = cloudpickle.loads(packed)
+        function, item = cloudpickle.loads(task)
+        return function(_received[key], item)

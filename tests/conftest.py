@@ -20,6 +20,15 @@ settings.load_profile("quantifind")
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def layouts_of_their_own(tmp_path_factory):
+    """What the tests time is not remembered in the user's cache folder."""
+    path = tmp_path_factory.mktemp("cache") / "layouts.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantifind.evaluator.REMEMBERED", path)
+        yield
+
+
 @pytest.fixture
 def root() -> Path:
     return ROOT

@@ -9,7 +9,7 @@ import torch
 from test_strategy import intact
 from torch import nn
 
-from quantifind import evaluator
+from quantifind import evaluator, measuring
 from quantifind.loaders import Tensors, batch_loader, create_dataloaders
 from quantifind.measuring import Measurements
 from quantifind.metrics import outcome, paired
@@ -125,6 +125,51 @@ def test_steps_give_what_one_measurement_does_and_nothing_is_measured_twice(tmp_
         assert_columns(columns, wanted)
 
 
+def each_alone(net):
+    """Candidates of one tensor each, of several, and of none, in turn."""
+    coarse, fine = at(net, 2).tensors, at(net, 3).tensors
+    alone = {f"{n} {i}": Quantized({n: p[n]}) for i, p in enumerate((coarse, fine)) for n in p}
+    return {"fine": Quantized(fine), "none": Quantized({})} | alone | {"coarse": Quantized(coarse)}
+
+
+def test_many_are_measured_as_each_is():
+    net = network()
+    candidates, measured, alone = each_alone(net), measurements_of(net), measurements_of(net)
+    for key in [*candidates][::3]:
+        measured.columns(key, candidates[key], 20)
+    for examples in (10, 35, None):
+        found = measured.all_columns(candidates, examples)
+        assert list(found) == list(candidates)
+        for key, columns in found.items():
+            assert_columns(columns, alone.columns(f"{key} {examples}", candidates[key], examples))
+    before = Counted.seen
+    measured.all_columns(candidates)
+    assert Counted.seen == before
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 5])
+def test_what_was_measured_before_a_kill_is_kept(tmp_path, monkeypatch, killed_at):
+    net = network()
+    candidates, measure, tasks = each_alone(net), measuring._measure, []
+
+    def killed(measurements, task):
+        if len(tasks) == killed_at:
+            raise KeyboardInterrupt
+        tasks.append(task)
+        return measure(measurements, task)
+
+    monkeypatch.setattr(measuring, "_measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measurements_of(net, folder=tmp_path).all_columns(candidates)
+    monkeypatch.setattr(measuring, "_measure", measure)
+    resumed = measurements_of(net, folder=tmp_path)
+    kept = [key for key in candidates if resumed.store.get(key) is not None]
+    assert len(kept) == sum(len(quantized) for quantized, *_ in tasks)
+    found, wanted = (m.all_columns(candidates) for m in (resumed, measurements_of(net)))
+    for key, columns in wanted.items():
+        assert_columns(found[key], columns)
+
+
 def test_a_folder_is_shared_by_what_is_alike_alone(tmp_path):
     net, (train, val) = network(), splits()
     other = copy.deepcopy(net)
@@ -188,7 +233,7 @@ def test_criteria_with_other_settings_do_not_share_what_they_measured(tmp_path, 
 @pytest.mark.parametrize("train", [True, False])
 def test_the_model_is_left_as_it_was(train):
     net = network().train(train)
-    net.inner[1].eval()
+    net.inner[3].eval()
 
     def measure():
         measured = measurements_of(net)
@@ -244,10 +289,12 @@ def test_the_order_is_of_the_seed_alone():
     net = network()
     first, same, other = (measurements_of(net, seed=seed) for seed in (1, 1, 2))
     torch.rand(3)
-    assert torch.equal(first.inputs, same.inputs)
-    assert torch.equal(first.targets, same.targets)
-    assert not torch.equal(first.inputs, other.inputs)
-    assert torch.equal(first.inputs.sort(0)[0], other.inputs.sort(0)[0])
+    inputs, again, others = (torch.cat([x for x, _ in m.batches()]) for m in (first, same, other))
+    assert torch.equal(inputs, again)
+    assert not torch.equal(inputs, others)
+    assert torch.equal(inputs.sort(0)[0], others.sort(0)[0])
+    targets, again = (torch.cat([y for _, y in m.batches()]) for m in (first, same))
+    assert torch.equal(targets, again)
     for one, another in zip(first.calibration, same.calibration, strict=True):
         assert torch.equal(one[0], another[0])
 

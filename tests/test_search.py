@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import search
+from quantifind import measuring, search
 from quantifind.candidates import Candidates
 from quantifind.goal import Goal
 from quantifind.loaders import Tensors, batch_loader, random_split
@@ -189,23 +189,25 @@ def test_learning_goes_below_what_rounding_reaches():
     assert outcome(quantize_model(net, strategy), val, criterion)["loss"].isfinite().all()
 
 
-def count_forwards(monkeypatch):
-    """How many examples networks are run on, from here on."""
-    seen = []
-    measure = Measurements._measure
+def count_measured(monkeypatch, stop_after=math.inf):
+    """The spans of examples that candidates are measured on, from here on, until a kill."""
+    seen, measure = [], measuring._measure
 
-    def counted(self, quantized, first, last):
-        seen.append(last - first)
-        return measure(self, quantized, first, last)
+    def counted(measurements, task):
+        if len(seen) >= stop_after:
+            raise KeyboardInterrupt
+        candidates, *span = task
+        seen.extend([span] * len(candidates))
+        return measure(measurements, task)
 
-    monkeypatch.setattr(Measurements, "_measure", counted)
+    monkeypatch.setattr(measuring, "_measure", counted)
     return seen
 
 
 def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
-    seen = count_forwards(monkeypatch)
+    seen = count_measured(monkeypatch)
     first = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
     count = len(seen)
     again = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
@@ -223,24 +225,16 @@ def test_a_killed_search_goes_on(small, tmp_path, monkeypatch, stop_after):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
     whole = find_strategy(net, train, val, criterion, limit=1.05)
-    seen = count_forwards(monkeypatch)
-    measure = Measurements._measure
-
-    def killed(self, quantized, first, last):
-        if len(seen) == stop_after:
-            raise KeyboardInterrupt
-        return measure(self, quantized, first, last)
-
-    monkeypatch.setattr(Measurements, "_measure", killed)
-    with pytest.raises(KeyboardInterrupt):
-        find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
-    monkeypatch.setattr(Measurements, "_measure", measure)
+    with monkeypatch.context() as patch:
+        before = count_measured(patch, stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
+    seen = count_measured(monkeypatch)
     resumed = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
     assert resumed[1].drop(columns="strategy").equals(whole[1].drop(columns="strategy"))
-    total = len(seen)
-    seen.clear()
+    after = len(seen)
     find_strategy(net, train, val, criterion, limit=1.05)
-    assert total == len(seen)  # what was measured before the kill was not measured again
+    assert len(before) + after == len(seen) - after  # what was measured before was not again
 
 
 def test_other_options_have_a_folder_of_their_own(small, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import artifact, sensitivity
+from quantifind import artifact, measuring, sensitivity
 from quantifind.loaders import Tensors, create_dataloaders
 from quantifind.measuring import Measurements
 from quantifind.metrics import compare, outcome, paired
@@ -32,7 +32,6 @@ from quantifind.sensitivity import (
 from quantifind.strategy import Strategy, named_tensors, quantize, quantize_tensors, with_quantized
 
 CRITERION = nn.CrossEntropyLoss()
-EXAMPLES = 30
 
 
 class Net(nn.Module):
@@ -73,7 +72,7 @@ def measured():
     measurements = measurements_of(network())
     menus = default_menus(measurements, [2, 4], [3])
     parts = quantized_parts(measurements, menus)
-    return measurements, menus, parts, sensitivities(measurements, menus, parts, examples=EXAMPLES)
+    return measurements, menus, parts, sensitivities(measurements, menus, parts, precision=0)
 
 
 def strategy_of(net, measurements, row):
@@ -102,8 +101,7 @@ def test_every_tensor_and_site_has_a_row_for_each_choice(measured):
 
 def test_rows_are_those_of_a_plain_evaluation(measured):
     measurements, _, _, table = measured
-    net = network()
-    batches = measurements.batches(0, EXAMPLES)
+    net, batches = network(), measurements.batches()
     original = outcome(net, batches, CRITERION)
     for row in table.to_dict("records"):
         quantized = quantize(net, strategy_of(net, measurements, row), measurements.calibration)
@@ -119,7 +117,7 @@ def test_rows_are_those_of_a_plain_evaluation(measured):
         (part,) = (quantized.tensors or quantized.activations).values()
         assert row["bits"] == part.bits
         assert row["stored_bits"] == (part.stored_bits if row["kind"] == "tensors" else 0)
-        assert row["examples"] == EXAMPLES
+        assert row["examples"] == measurements.examples
         assert row["scheme"] == "uniform"
         assert row["rounding"] == row["choice"].get("rounding", "nearest")
 
@@ -140,11 +138,11 @@ def test_what_is_in_the_folder_is_not_measured_again(tmp_path, monkeypatch):
         measurements = measurements_of(network(), folder=tmp_path)
         menus = default_menus(measurements, [2, 3], [4])
         parts = quantized_parts(measurements, menus)
-        return sensitivities(measurements, menus, parts, examples=EXAMPLES), parts
+        return sensitivities(measurements, menus, parts), parts
 
     first, parts = run()
     for owner, name in (
-        (Measurements, "_measure"),
+        (measuring, "_measure"),
         (sensitivity, "quantize_alone"),
         (sensitivity, "fit_activations"),
     ):
@@ -160,19 +158,33 @@ def test_what_is_in_the_folder_is_not_measured_again(tmp_path, monkeypatch):
             assert torch.equal(part.zero_point, kept[key].zero_point)
 
 
-def test_more_examples_measure_the_missing_ones_alone(measured, monkeypatch):
-    measurements, menus, parts, _ = measured
-    spans, measure = [], Measurements._measure
+@pytest.mark.parametrize("precision", [0, 0.2, 0.5, 10])
+def test_examples_are_measured_until_the_rise_is_precise(monkeypatch, precision):
+    monkeypatch.setattr(sensitivity, "EXAMPLES", 8)
+    measurements, measure, measured = measurements_of(network()), measuring._measure, []
 
-    def spy(self, quantized, first, last):
-        spans.append((first, last))
-        return measure(self, quantized, first, last)
+    def counted(measurements, task):
+        candidates, first, last = task
+        measured.append(len(candidates) * (last - first))
+        return measure(measurements, task)
 
-    monkeypatch.setattr(Measurements, "_measure", spy)
-    more = sensitivities(measurements, menus, parts, examples=EXAMPLES + 5)
-    assert spans == [(EXAMPLES, EXAMPLES + 5)] * len(more)
-    monkeypatch.setattr(Measurements, "_measure", forbid)
-    sensitivities(measurements, menus, parts, examples=EXAMPLES)
+    monkeypatch.setattr(measuring, "_measure", counted)
+    menus = default_menus(measurements, [2, 4], [3])
+    parts = quantized_parts(measurements, menus)
+    table = sensitivities(measurements, menus, parts, precision=precision)
+    assert sum(measured) == table["examples"].sum()
+    sensitivities(measurements, menus, parts, precision=0)
+    assert sum(measured) == len(table) * measurements.examples
+    for row in table.to_dict("records"):
+        key = f"alone {part_key(row['kind'], row['name'], row['choice'])}"
+        rises = measurements.store.get(key)[0]["divergence"]
+        counts = [8, 16, 32] if precision else []
+        for count in (*counts, len(rises)):
+            rise = rises[:count].mean().item()
+            if rises[:count].std() / count**0.5 <= precision * rise:
+                break
+        assert row["examples"] == count
+        assert row["rise"] == pytest.approx(max(rise, 0))
 
 
 def test_parts_of_a_menu_are_those_of_a_strategy(measured):
@@ -403,7 +415,7 @@ def test_menus_of_every_module_can_be_fitted():
     compensated = {key.split()[0] for key in parts if "compensated" in key}
     assert {f"tensors/{n}" for n in ("table.weight", "mix.weight", "head.weight")} <= compensated
     assert "tensors/layer.self_attn.in_proj_weight" in compensated
-    table = sensitivities(measurements, menus, parts, examples=20)
+    table = sensitivities(measurements, menus, parts)
     assert table["rise"].notna().all()
 
 

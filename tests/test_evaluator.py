@@ -1,0 +1,222 @@
+"""The evaluator gives what a plain loop over a quantized copy gives, in whichever layout."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from quantifind import evaluator
+from quantifind.evaluator import Evaluator
+from quantifind.metrics import outcome
+from quantifind.strategy import Quantized, named_tensors, quantize, uniform_strategy, with_quantized
+
+CRITERION = nn.CrossEntropyLoss()
+EXAMPLES = 600
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        out = self.second(self.first(x).relu())
+        out += x
+        return self.head(out)
+
+
+class Branching(Residual):
+    def forward(self, x):
+        x = self.first(x)
+        return self.head(self.second(x) if x.isfinite().all() else x)
+
+
+def conv(channels):
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(5, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4)),
+    )
+
+
+NETWORKS = {
+    "one channel": (lambda: conv(1), (1, 8, 8)),
+    "three channels": (lambda: conv(3), (3, 8, 8)),
+    "residual": (Residual, (6,)),
+    "branching": (Branching, (6,)),
+    "transformer": (
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(40, 4)
+        ),
+        (5, 8),
+    ),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def case(request):
+    torch.manual_seed(0)
+    make, shape = NETWORKS[request.param]
+    inputs, targets = torch.randn(EXAMPLES, *shape), torch.randint(4, (EXAMPLES,))
+    return make().eval(), list(zip(inputs.split(50), targets.split(50), strict=True))
+
+
+def agree(found, wanted):
+    torch.testing.assert_close(found["outputs"], wanted["outputs"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["loss"], wanted["loss"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [32, 512])
+@pytest.mark.parametrize("layout", evaluator.FORMATS)
+def test_outcomes_are_those_of_a_plain_loop(case, layout, batch, monkeypatch):
+    net, batches = case
+    before = copy.deepcopy(net.state_dict())
+    monkeypatch.setattr(evaluator, "_fastest", lambda *_: (layout, batch))
+    measured = Evaluator(net, batches, CRITERION)
+    for bits in (2, 8):
+        quantized = quantize(net, uniform_strategy(net, bits))
+        plain = outcome(with_quantized(net, quantized), batches, CRITERION)
+        agree(measured.outcome(quantized), plain)
+    agree(measured.outcome(), outcome(net, batches, CRITERION))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("memory", [1, evaluator.MEMORY])
+def test_one_tensor_alone_is_as_in_a_whole_pass(case, memory, monkeypatch, capsys):
+    net, batches = case
+    monkeypatch.setattr(evaluator, "MEMORY", memory)
+    measured = Evaluator(net, batches, CRITERION)
+    tensors = quantize(net, uniform_strategy(net, 3)).tensors
+    for first, last in ((0, EXAMPLES), (70, 200)):
+        alone = measured.alone(list(tensors.items()), first, last)
+        for (name, part), found in zip(tensors.items(), alone, strict=True):
+            agree(found, measured.outcome(Quantized({name: part}), first, last))
+    said = capsys.readouterr().err.count("Each pass is a whole one")
+    assert said == (not measured.repeatable) == isinstance(net, Branching)
+
+
+def test_what_lies_before_a_tensor_is_computed_once():
+    class Counted(nn.Linear):
+        passes = 0
+
+        def forward(self, x):
+            Counted.passes += 1
+            return super().forward(x)
+
+    net = nn.Sequential(Counted(6, 6), nn.ReLU(), nn.Linear(6, 4))
+    data = [(torch.randn(64, 6), torch.randint(4, (64,)))]
+    measured = Evaluator(net, data, CRITERION)
+    parts = [
+        ("2.weight", quantize(net, uniform_strategy(net, b)).tensors["2.weight"])
+        for b in range(2, 9)
+    ]
+    before = Counted.passes
+    measured.alone(parts)
+    # recorded twice, and once to compare
+    assert Counted.passes - before <= 3
+
+
+def test_a_pass_that_gives_other_outputs_is_not_gone_on_with(monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "TOLERANCE", -1.0)
+    net = Residual().eval()
+    data = [(torch.randn(64, 6), torch.randint(4, (64,)))]
+    measured = Evaluator(net, data, CRITERION)
+    part = quantize(net, uniform_strategy(net, 3)).tensors["second.weight"]
+    (found,) = measured.alone([("second.weight", part)])
+    agree(found, measured.outcome(Quantized({"second.weight": part})))
+    assert "other outputs" in capsys.readouterr().err
+
+
+def test_layouts_are_timed_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluator, "REMEMBERED", tmp_path / "new" / "layouts.json")
+    timed, whole = [], evaluator._timed
+    monkeypatch.setattr(evaluator, "_timed", lambda *given: timed.append(1) or whole(*given))
+    data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
+    for _ in range(2):
+        Evaluator(Residual(), data, CRITERION)
+    assert len(timed) == 1
+    few = [(data[0][0][:100], data[0][1][:100])]
+    assert Evaluator(Residual(), few, CRITERION).batch == evaluator.BATCHES[0]
+    assert len(timed) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": ["sideways", 64]}'])
+def test_a_damaged_memory_of_layouts_is_none(text, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluator, "REMEMBERED", tmp_path / "layouts.json")
+    evaluator.REMEMBERED.write_text(text)
+    assert evaluator._remembered() == {}
+    Evaluator(Residual(), [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))], CRITERION)
+    assert len(json.loads(evaluator.REMEMBERED.read_text())) == 1
+
+
+def test_one_channel_is_laid_out_too():
+    inputs = torch.randn(3, 1, 4, 5)
+    found = evaluator._in_layout(inputs, evaluator.CHANNELS_LAST)
+    assert torch.equal(found, inputs)
+    assert found.stride() == torch.empty(3, 1, 4, 5, memory_format=torch.channels_last).stride()
+    assert found.stride()[1:] == (1, 5, 1)
+
+
+class Picky(nn.Linear):
+    """Fails for batches of another size than it can take."""
+
+    most, error = 64, RuntimeError("no kernel")
+
+    def forward(self, x):
+        if len(x) > self.most:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("most", "error", "message"),
+    [
+        (64, RuntimeError("no kernel"), "no kernel"),
+        (20, torch.OutOfMemoryError("out"), "batches of 16"),
+        (100, RuntimeError("not enough memory: you tried"), "batches of 64"),
+    ],
+)
+def test_what_fails_is_done_otherwise(monkeypatch, capsys, most, error, message):
+    monkeypatch.setattr(evaluator, "_fastest", lambda *_: (evaluator.CONTIGUOUS, 512))
+    monkeypatch.setattr(Picky, "most", 10**6)
+    net = Picky(6, 4)
+    data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
+    plain = outcome(net, data, CRITERION)
+    measured = Evaluator(net, data, CRITERION)
+    monkeypatch.setattr(Picky, "most", most)
+    monkeypatch.setattr(Picky, "error", error)
+    for _ in range(2):
+        agree(measured.outcome(), plain)
+    said = capsys.readouterr().err
+    assert message in " ".join(said.split())
+    assert said.count(message.split()[-1]) == 1
+
+
+def test_another_error_is_raised_as_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "_fastest", lambda *_: (evaluator.CONTIGUOUS, 512))
+    monkeypatch.setattr(Picky, "most", 0)
+    data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
+    measured = Evaluator(Picky(6, 4), data, CRITERION)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        measured.outcome()
+    assert not capsys.readouterr().err
+
+
+def test_batches_of_other_shapes_stay_as_they_are():
+    class Mean(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mean(1))
+
+    net = Mean(6, 4)
+    data = [(torch.randn(9, length, 6), torch.randint(4, (9,))) for length in (3, 5, 2)]
+    measured = Evaluator(net, data, CRITERION)
+    quantized = quantize(net, uniform_strategy(net, 3))
+    agree(measured.outcome(quantized), outcome(with_quantized(net, quantized), data, CRITERION))
+    assert measured.examples == 27
+    assert set(named_tensors(net)) == {"weight", "bias"}
+
+
+def test_a_loader_without_examples_is_an_error():
+    with pytest.raises(ValueError, match="no examples"):
+        Evaluator(nn.Linear(2, 2), [], CRITERION)
