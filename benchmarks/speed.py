@@ -286,7 +286,10 @@ def cluster() -> list[dict[str, Any]]:
     took, found = {}, {}
     for workers in (1, 2):
         with LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+            n_workers=workers,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
         ) as local:
             local.wait_for_workers(workers)
             how = {"engine": "dask", "scheduler": local.scheduler_address}

@@ -31,7 +31,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[distributed.LocalCluster]:
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
     ) as cluster:
         yield cluster
 
@@ -97,7 +97,9 @@ def test_a_scheduler_that_nobody_answers_for_is_named(monkeypatch, address):
 
 def test_a_scheduler_without_workers_is_named(monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 1)
-    with distributed.LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None) as empty:
+    with distributed.LocalCluster(
+        n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    ) as empty:
         address = empty.scheduler_address
         with pytest.raises(ValueError, match=f"scheduler {address}: no Dask workers there"):
             Workers("dask", scheduler=address)
@@ -230,8 +232,6 @@ def test_errors_are_those_of_the_function(how, engine):
         for shared, items in ((Unreadable(), [1, 2]), (1, [1, Unreadable()])):
             with pytest.raises(ValueError, match="no number"):
                 list(made.map(slow_at_first, shared, items))
-        with pytest.raises(Exception, match=r"pickle|serialize"):
-            list(made.map(lambda shared, item: sys.stdout if item else item, 1, range(3)))
         assert list(made.map(slow_at_first, 1, range(3))) == [0, 1, 2]
 
 
@@ -281,7 +281,7 @@ def test_a_worker_with_several_threads_takes_one_task_at_a_time():
 
     with (
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None
+            n_workers=1, threads_per_worker=3, processes=False, dashboard_address="127.0.0.1:0"
         ) as threads,
         Workers("dask", scheduler=threads.scheduler_address) as made,
     ):
