@@ -192,8 +192,9 @@ class Evaluator:
         own = _own(self.work)
         for name in self.changed - tensors.keys():
             own[name].copy_(self.values[name])
+        # first, so that a put that fails is undone: test_what_fails_leaves_nothing_behind
+        self.changed = tensors.keys() & own.keys()
         put_values(self.work, tensors)
-        self.changed = set(tensors)
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
         """What ``run`` returns; in half the batch size where memory runs out, and in the default
