@@ -220,3 +220,15 @@ def test_batches_of_other_shapes_stay_as_they_are():
 def test_a_loader_without_examples_is_an_error():
     with pytest.raises(ValueError, match="no examples"):
         Evaluator(nn.Linear(2, 2), [], CRITERION)
+
+
+def test_what_fails_leaves_nothing_behind():
+    net = Residual().eval()
+    data = [(torch.randn(64, 6), torch.randint(4, (64,)))]
+    measured = Evaluator(net, data, CRITERION)
+    plain = measured.outcome()
+    tensors = quantize(net, uniform_strategy(net, 3)).tensors
+    wrong = {"first.weight": tensors["first.weight"], "second.weight": tensors["head.weight"]}
+    with pytest.raises(RuntimeError):
+        measured.outcome(Quantized(wrong))
+    assert torch.equal(measured.outcome()["outputs"], plain["outputs"])
