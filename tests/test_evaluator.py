@@ -232,3 +232,10 @@ def test_what_fails_leaves_nothing_behind():
     with pytest.raises(RuntimeError):
         measured.outcome(Quantized(wrong))
     assert torch.equal(measured.outcome()["outputs"], plain["outputs"])
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluator, "REMEMBERED", tmp_path / "file" / "layouts.json")
+    data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
+    assert Evaluator(Residual(), data, CRITERION).batch in evaluator.BATCHES
