@@ -239,3 +239,10 @@ def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluator, "REMEMBERED", tmp_path / "file" / "layouts.json")
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
     assert Evaluator(Residual(), data, CRITERION).batch in evaluator.BATCHES
+
+
+def test_what_fails_while_timed_is_not_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluator, "REMEMBERED", tmp_path / "layouts.json")
+    monkeypatch.setattr(Picky, "most", 64)
+    data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
+    assert Evaluator(Picky(6, 4), data, CRITERION).batch <= 64
