@@ -249,8 +249,10 @@ def paired_uses(
 ) -> Iterator[tuple[Product, Tensor, Tensor]]:
     """Each product with weight ``name`` in ``work``, its result, and the float network's."""
     for inputs, *_ in batches:
-        targets = _uses(model, name, inputs, uses, lambda product: product)
         results = _uses(work, name, inputs, uses, rounded)
+        targets = results
+        if work is not model:
+            targets = _uses(model, name, inputs, uses, lambda product: product)
         for (product, result), (_, target) in zip(results, targets, strict=True):
             yield product, result, target
 

@@ -14,13 +14,15 @@ from quantifind.allocation import Assignment, Option, undominated
 from quantifind.certificate import drops, ratio_interval
 from quantifind.costs import model_bytes
 from quantifind.goal import Goal
-from quantifind.measuring import Measurements
+from quantifind.measuring import Columns, Measurements
 from quantifind.multiply_adds import multiply_adds
 from quantifind.sensitivity import PRECISION, Menus, part_key, quantized_parts, sensitivities
 from quantifind.strategy import Choice, Quantized, Strategy, mean_bits, named_tensors, scaled
 
 # shares of the validation examples after each of which a candidate is given up or goes on
 RACE = (0.125, 0.25, 0.5, 1.0)
+# a step is given up where it is worse by more than this interval: a lost step costs little
+LIKELY = 0.68
 # the widest of the uniform candidates
 UNIFORM_BITS = 8
 # ends the origin of a candidate whose scales were adjusted on validation data
@@ -186,9 +188,13 @@ class Candidates:
             self.keep(row)
         return [self.rows[trial.key] for trial in trials]
 
-    def measured(self, trials: Sequence[Trial]) -> list[Row]:
-        """Their rows: of each from as many examples as it takes to give it up, else all."""
+    def measured(self, trials: Sequence[Trial], rival: Row | None = None) -> list[Row]:
+        """Their rows: of each from as many examples as it takes to give it up, else all.
+
+        rival: a row of all examples; a trial that is likely to be worse is given up, too.
+        """
         everything, going_on = self.measurements.examples, dict.fromkeys(range(len(trials)))
+        other = None if rival is None else self._columns(rival)
         found: dict[int, tuple[int, dict[str, float]]] = {}
         for share in RACE:
             quantized = {trials[i].key: trials[i].quantized for i in going_on}
@@ -197,7 +203,8 @@ class Candidates:
                 columns = measured[trials[i].key]
                 drop = drops(columns, confidence=self.confidence)
                 found[i] = len(columns["loss"]), drop
-                if self._hopeless(drop, columns["loss"]):
+                outdone = other is not None and self._outdone(drop, columns, other)
+                if outdone or self._hopeless(drop, columns["loss"]):
                     del going_on[i]
         return [self._row(trial, *found[i]) for i, trial in enumerate(trials)]
 
@@ -230,8 +237,10 @@ class Candidates:
         """Let a measured candidate be one of those to choose among."""
         self.rows[row["key"]] = row
         if self.goal.limit is None and self.best() is row:
-            columns = self.measurements.columns(row["key"], row["strategy"].fitted)
-            self.best_losses = columns["loss"]
+            self.best_losses = self._columns(row)["loss"]
+
+    def _columns(self, row: Row) -> Columns:
+        return self.measurements.columns(row["key"], row["strategy"].fitted)
 
     def _hopeless(self, drop: Mapping[str, float], losses: np.ndarray) -> bool:
         if self.goal.limit is not None:
@@ -239,6 +248,19 @@ class Candidates:
         if self.best_losses is None:
             return False
         return ratio_interval(losses, self.best_losses[: len(losses)])[0] > 1
+
+    def _outdone(self, drop: Mapping[str, float], columns: Columns, rival: Columns) -> bool:
+        """Whether the bound of a trial, on all examples, is likely to be above a rival's."""
+        examples, whole = len(columns["loss"]), len(rival["loss"])
+        if self.goal.measure != "criterion_ratio":
+            return False
+        same = {name: column[:examples] for name, column in rival.items()}
+        rise = 0.0
+        for sign, row in ((1, drop), (-1, drops(same, confidence=self.confidence))):
+            width = row["criterion_ratio_bound"] - row["criterion_ratio"]
+            rise += sign * (row["criterion_ratio"] + width * math.sqrt(examples / whole))
+        low, high = ratio_interval(columns["loss"], same["loss"], confidence=LIKELY)
+        return rise > (high - low) / 2 * math.sqrt(1 - examples / whole)
 
     def whole(self) -> list[Row]:
         """The rows of candidates measured on all examples."""

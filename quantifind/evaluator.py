@@ -26,11 +26,12 @@ from quantifind.strategy import Quantized, plain_copy, put_values
 from quantifind.tape import NotRepeatable, Tape
 from quantifind.utils import console, device_of
 
-# sizes of batches that are tried, from the first on; with fewer examples, the first is taken
+# sizes of batches that are tried, the large ones on a GPU; with few examples, the first is taken
 BATCHES = (64, 32, 128, 512, 2048)
-TIMED = 512
-# another layout or batch size is taken where it needs so much less time
-FASTER = 0.97
+LARGE = (8192, 32768)
+# examples that are timed at least, and how often; what takes longer than the fastest so far by this
+# factor is not timed again
+TIMED, ROUNDS, SLOWER = 512, 4, 1.2
 # bytes of activations that are kept at a time while one tensor after another is changed
 MEMORY = 256 * 2**20
 # between a pass that goes on from where a tensor changed and a whole one, of the largest output
@@ -271,7 +272,7 @@ def _fastest(model: nn.Module, inputs: Tensor) -> tuple[str, int]:
     device = device_of(model)
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.node()
     shapes = {name: list(tensor.shape) for name, tensor in own_tensors(model).items()}
-    size = min(len(inputs), max(BATCHES))
+    size = min(len(inputs), max(_sizes(device)))
     facts = [str(model), shapes, list(inputs.shape[1:]), str(inputs.dtype), str(device), on, size]
     key = fingerprint(*facts, torch.get_num_threads(), torch.__version__)[:24]
     remembered = _remembered()
@@ -292,46 +293,51 @@ def _remembered() -> dict[str, list[Any]]:
         return {
             key: [layout, batch]
             for key, (layout, batch) in found.items()
-            if layout in FORMATS and batch in BATCHES
+            if layout in FORMATS and batch in BATCHES + LARGE
         }
     except (OSError, ValueError, AttributeError, TypeError):
         return {}  # is timed anew: test_a_damaged_memory_of_layouts_is_none
 
 
+def _sizes(device: torch.device) -> tuple[int, ...]:
+    return BATCHES + LARGE if device.type == "cuda" else BATCHES
+
+
 def _timed(model: nn.Module, inputs: Tensor) -> list[Any]:
+    """The fastest layout and batch size, all of them timed in turn, so that what else the machine
+    does meets each alike."""
     convolves = any(tensor.dim() == 4 for tensor in own_tensors(model).values())
     layouts = list(FORMATS) if convolves and inputs.dim() == 4 else [CONTIGUOUS]
-    best, fastest = (CONTIGUOUS, BATCHES[0]), float("inf")
-    device = device_of(model)
-
-    def seconds(layout: str, batch: int) -> float:
-        _to_layout(model, layout)
-        some = _in_layout(inputs[: max(batch, TIMED)], layout).to(device)
-        found = []
-        try:
-            for _ in range(3):  # the first warms up
-                started = time.perf_counter()
-                for part in some.split(batch):
-                    model(part)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                found.append(time.perf_counter() - started)
-        except (RuntimeError, MemoryError):
-            return float("inf")  # is not taken: test_what_fails_while_timed_is_not_taken
-        return min(found[1:]) / len(some)
-
+    sizes = [size for size in _sizes(device_of(model)) if size <= len(inputs)]
+    going_on = [(layout, size) for size in sizes for layout in layouts]
+    taken = dict.fromkeys(going_on, float("inf"))
     with evaluating(model):
-        tried = [(layout, BATCHES[0]) for layout in layouts]
-        for layout, batch in tried:
-            taken = seconds(layout, batch)
-            if taken < FASTER * fastest:
-                best, fastest = (layout, batch), taken
-        for batch in BATCHES[1:]:
-            if batch <= len(inputs):
-                taken = seconds(best[0], batch)
-                if taken < FASTER * fastest:
-                    best, fastest = (best[0], batch), taken
+        for _ in range(ROUNDS):
+            for tried in going_on:
+                taken[tried] = min(taken[tried], _seconds(model, inputs, *tried))
+            fastest = min(taken.values())
+            going_on = [tried for tried in going_on if taken[tried] <= SLOWER * fastest]
+    best = min(taken, key=lambda tried: taken[tried])
     return list(best)
+
+
+def _seconds(model: nn.Module, inputs: Tensor, layout: str, batch: int) -> float:
+    """Of an example; infinite where the pass fails."""
+    device = device_of(model)
+    _to_layout(model, layout)
+    try:
+        some = _in_layout(inputs[: max(batch, TIMED)], layout).to(device)
+        model(some[:batch])  # warms up
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for part in some.split(batch):
+            model(part)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / len(some)
+    except (RuntimeError, MemoryError):
+        return float("inf")  # is not taken: test_what_fails_while_timed_is_not_taken
 
 
 def _keep_freed_memory() -> None:

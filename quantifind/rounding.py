@@ -13,6 +13,8 @@ from quantifind.scales import nearest_codes, stored_scale
 
 BLOCK = 128
 ROWS = 512
+# elements of a weight's copies, each with scales of its own, that are rounded at a time
+TOGETHER = 2**22
 DAMPING = 0.01
 SWEEPS = 4
 # of the scale with the least weighted squared error; the one with the least output error is kept
@@ -114,6 +116,19 @@ class RowLevels:
         dtype = None if tensor.scale is None else tensor.scale.dtype
         return cls(tensor.grid, spread(tensor.scale), dtype, spread(tensor.zero_point), table_of)
 
+    def repeated(self, count: int) -> "RowLevels":
+        """Those of so many copies of the rows, one copy after another."""
+
+        def again(each: Tensor | None) -> Tensor | None:
+            return each if each is None or count == 1 else each.repeat(count, 1)
+
+        return replace(
+            self,
+            scale=again(self.scale),
+            zero=again(self.zero),
+            table_of=again(self.table_of),
+        )
+
     def scaled(self, share: float | Tensor) -> "RowLevels":
         """With the scales that are stored for so many times these."""
         if self.scale is None or self.scale_dtype is None:
@@ -169,19 +184,26 @@ def compensate(
     values = _all_columns(levels, codes)
     least = _errors(target, values, hessian, each)
     factor, order = _factor(hessian, each.mean().item())
-    for tried_share in shares:
-        scaled = levels.scaled(tried_share)
-        tried, tried_values = _in_turn(wanted, factor, order, scaled)
-        error = _errors(target, tried_values, hessian, each)
-        better = error < least
-        least = torch.where(better, error, least)
-        codes = torch.where(better, tried, codes)
-        values = torch.where(better, tried_values, values)
-        share = torch.where(better, tried_share, share)
-        del tried, tried_values  # a layer of 4,096 × 4,096 takes 134 MB each
+    # several shares at a time, as copies of the rows: each step is one operation for all of them
+    together = max(1, TOGETHER // max(target.numel(), 1))
+    for first in range(0, len(shares), together):
+        some = target.new_tensor(shares[first : first + together])
+        copies = levels.repeated(len(some)).scaled(some.repeat_interleave(len(target)).unsqueeze(1))
+        again = wanted if len(some) == 1 else wanted.repeat(len(some), 1)
+        tried, tried_values = _in_turn(again, factor, order, copies)
+        for i, tried_share in enumerate(some):
+            rows = slice(i * len(target), (i + 1) * len(target))
+            error = _errors(target, tried_values[rows], hessian, each)
+            better = error < least
+            least = torch.where(better, error, least)
+            codes = torch.where(better, tried[rows], codes)
+            values = torch.where(better, tried_values[rows], values)
+            share = torch.where(better, tried_share, share)
+        del again, tried, tried_values  # a layer of 4,096 × 4,096 takes 134 MB each
     del factor, wanted
+    codes, values = codes.T.contiguous(), values.T.contiguous()
     _descend(target, hessian, each, levels.scaled(share), codes, values)
-    return codes, share
+    return codes.T.contiguous(), share
 
 
 def _nearest_columns(levels: RowLevels, values: Tensor) -> Tensor:
@@ -239,51 +261,51 @@ def _in_turn(
     target: Tensor, factor: Tensor, order: Tensor, levels: RowLevels
 ) -> tuple[Tensor, Tensor]:
     """GPTQ: columns rounded one by one, what each loses taken over by those to come."""
-    rest = target[:, order]
+    # columns are rows here, whose elements lie side by side in memory
+    rest = target.T[order]
     codes = torch.empty_like(rest, dtype=torch.int32)
     values = torch.empty_like(rest)
-    columns = order.tolist()
     for start in range(0, len(order), BLOCK):
         stop = min(start + BLOCK, len(order))
-        block = rest[:, start:stop]
+        block = rest[start:stop]
         lost = torch.empty_like(block)
-        for i in range(stop - start):
-            index = columns[start + i]
+        columns = order[start:stop].tolist()
+        own = factor[start:stop, start:stop]
+        for i, index in enumerate(columns):
             column = levels.column(index)
-            rounded = column.nearest(block[:, i : i + 1])
+            rounded = column.nearest(block[i].unsqueeze(1))
             value = column.values(rounded)
-            own = factor[start + i, start + i : stop]
-            lost[:, i : i + 1] = (block[:, i : i + 1] - value) / own[0]
-            block[:, i:] -= lost[:, i : i + 1] * own
-            codes[:, index : index + 1] = rounded
-            values[:, index : index + 1] = value
-        rest[:, stop:] -= lost @ factor[start:stop, stop:]
-    return codes, values
+            torch.div(block[i] - value[:, 0], own[i, i], out=lost[i])
+            block[i + 1 :].addcmul_(own[i, i + 1 :].unsqueeze(1), lost[i], value=-1)
+            codes[index] = rounded[:, 0]
+            values[index] = value[:, 0]
+        rest[stop:] -= factor[start:stop, stop:].T @ lost
+    return codes.T, values.T
 
 
 def _descend(
     target: Tensor, hessian: Tensor, own: Tensor, levels: RowLevels, codes: Tensor, values: Tensor
 ) -> None:
     """Coordinate descent: one column after another to the level with the least error, the others
-    fixed; ``codes`` and ``values`` are improved in place, no row becomes worse."""
+    fixed; ``codes`` and ``values``, (inputs, rows), are improved in place, no row becomes worse."""
     power = hessian.diagonal()
     order = power.argsort(descending=True, stable=True)
     order = order[power[order] > 0]
-    slope = _slope(target - values, hessian, own)  # (rows, inputs)
+    slope = _slope(target - values.T, hessian, own).T.contiguous()  # (inputs, rows)
+    own = own[:, 0]
     for _ in range(SWEEPS):
         for columns in order.split(BLOCK):
             among = hessian[columns]
-            within, own_slope = among[:, columns], slope[:, columns]
+            within, own_slope = among[:, columns], slope[columns]
             moves = torch.empty_like(own_slope)
             for i, index in enumerate(columns.tolist()):
-                column = levels.column(index)
-                old = values[:, index : index + 1]
-                rounded = column.nearest(old + own_slope[:, i : i + 1] / (power[index] + own))
-                value = column.values(rounded)
-                moves[:, i : i + 1] = value - old
-                own_slope -= moves[:, i : i + 1] * within[i]
-                own_slope[:, i : i + 1] -= own * moves[:, i : i + 1]
-                codes[:, index : index + 1] = rounded
-                values[:, index : index + 1] = value
-            slope -= moves @ among
-            slope[:, columns] -= own * moves
+                column, old = levels.column(index), values[index]
+                wanted = old + own_slope[i] / (power[index] + own)
+                rounded = column.nearest(wanted.unsqueeze(1))
+                value = column.values(rounded)[:, 0]
+                torch.sub(value, old, out=moves[i])
+                own_slope[i + 1 :].addcmul_(within[i, i + 1 :].unsqueeze(1), moves[i], value=-1)
+                codes[index] = rounded[:, 0]
+                values[index] = value
+            slope -= among.T @ moves
+            slope[columns] -= own * moves

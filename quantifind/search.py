@@ -392,7 +392,7 @@ def adjust_scales(
             for grown in tried
         ]
         found = None
-        for grown, measured in zip(tried, candidates.measured(trials), strict=True):
+        for grown, measured in zip(tried, candidates.measured(trials, best), strict=True):
             if candidates.is_whole(measured) and measured[drop] < best[drop]:
                 candidates.drop(best)
                 candidates.keep(measured)

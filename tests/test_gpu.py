@@ -1,0 +1,136 @@
+"""On a GPU: the results of the CPU, without waiting for the device batch by batch. Skipped where
+there is none."""
+
+import warnings
+
+import pytest
+import torch
+from test_evaluator import NETWORKS
+from torch import nn
+
+from quantifind import evaluator
+from quantifind.evaluator import Evaluator
+from quantifind.learning import learn
+from quantifind.loaders import Tensors, create_dataloaders
+from quantifind.search import find_strategy
+from quantifind.strategy import Quantized, named_tensors, quantize, uniform_strategy
+from quantifind.workflow.train_workflow import train_network
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CRITERION = nn.CrossEntropyLoss()
+COMPENSATED = {"rounding": "compensated", "axis": 0, "scale": "output_error"}
+
+
+@pytest.fixture(params=NETWORKS)
+def case(request):
+    torch.manual_seed(0)
+    make, shape = NETWORKS[request.param]
+    return make().eval(), torch.randn(600, *shape), torch.randint(4, (600,))
+
+
+def on_both(net):
+    return net, evaluator.plain_copy(net).cuda()
+
+
+def agree(found, wanted):
+    assert found.keys() == wanted.keys()
+    for kind in ("outputs", "loss"):
+        assert found[kind].device.type == "cpu"
+        torch.testing.assert_close(found[kind], wanted[kind], rtol=1e-4, atol=1e-5)
+    mean, other = found["loss"].mean(), wanted["loss"].mean()
+    torch.testing.assert_close(mean, other, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", evaluator.FORMATS)
+def test_outcomes_are_those_of_the_cpu(case, layout, monkeypatch):
+    monkeypatch.setattr(evaluator, "_fastest", lambda *_: (layout, 128))
+    net, inputs, targets = case
+    on_cpu, on_gpu = (Evaluator(n, [(inputs, targets)], CRITERION) for n in on_both(net))
+    parts = []
+    for bits in (2, 8):
+        quantized = quantize(net, uniform_strategy(net, bits))
+        agree(on_gpu.outcome(quantized), on_cpu.outcome(quantized))
+        parts += quantized.tensors.items()
+    for (name, part), found in zip(parts, on_gpu.alone(parts), strict=True):
+        agree(found, on_cpu.outcome(Quantized({name: part})))
+
+
+def test_no_batch_waits_for_the_device(case, monkeypatch):
+    net, inputs, targets = case
+    quantized = quantize(net, uniform_strategy(net, 4))
+    waits = {}
+    for batch in (300, 10):
+        monkeypatch.setattr(evaluator, "_fastest", lambda *_, batch=batch: ("contiguous", batch))
+        measured = Evaluator(on_both(net)[1], [(inputs, targets)], CRITERION)
+        measured.outcome(quantized)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                measured.outcome(quantized)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits[batch] = sum("synchronizing" in str(one.message) for one in caught)
+    assert waits[10] == waits[300]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_codes_are_those_of_the_cpu(case, rounding):
+    net, inputs, targets = case
+    options = COMPENSATED if rounding == "compensated" else {"axis": 0}
+    tensors = {
+        name: {"scheme": "uniform", "bits": 4} | (options if tensor.dim() > 1 else {})
+        for name, tensor in named_tensors(net).items()
+    }
+    strategy = uniform_strategy(net, 4)
+    strategy.tensors.update(tensors)
+    batches = [(inputs[:256], targets[:256])]
+    found = [quantize(n, strategy, batches).tensors for n in on_both(net)]
+    for name, tensor in found[0].items():
+        other = found[1][name]
+        assert other.codes.device.type == "cuda"
+        # a tie may fall to either side where sums are taken in another order
+        same = (other.dequantize().cpu() - tensor.dequantize()).abs() < 1e-5
+        assert same.double().mean() > 0.97, name
+
+
+def test_a_search_on_the_gpu_finds_what_the_cpu_finds(classifier, tmp_path):
+    net, criterion, (train, val, _) = classifier
+    train_network(net, criterion, torch.optim.Adam(net.parameters(), 0.02), train, val, epochs=20)
+    bits = []
+    for one in on_both(net):
+        strategy, table = find_strategy(one, train, val, criterion, limit=1.5, widths=range(1, 9))
+        bits.append(table[table["chosen"]]["mean_bits"].item())
+        assert strategy.fitted is not None
+    assert bits[1] == pytest.approx(bits[0], rel=0.1)
+
+
+def test_training_and_learning_on_the_gpu():
+    torch.manual_seed(0)
+    inputs = torch.randn(400, 6)
+    train, val, _ = create_dataloaders(Tensors(inputs, inputs[:, :3].argmax(1)), batch_size=32)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).cuda()
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    history = train_network(net, CRITERION, optimizer, train, val, epochs=10)
+    assert history["val_accuracy"].iloc[-1] > 0.8
+    strategy = uniform_strategy(net, 3)
+    quantized = learn(net, strategy, train, epochs=1)
+    assert all(tensor.codes.device.type == "cuda" for tensor in quantized.tensors.values())
+
+
+def test_out_of_memory_halves_the_batch(capsys, monkeypatch):
+    monkeypatch.setattr(evaluator, "_fastest", lambda *_: ("contiguous", 2048))
+    net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.Flatten(), nn.LazyLinear(4)).eval()
+    net(torch.randn(2, 1, 32, 32))
+    inputs, targets = torch.randn(2048, 1, 32, 32), torch.randint(4, (2048,))
+    on_cpu, on_gpu = (Evaluator(n, [(inputs, targets)], CRITERION) for n in on_both(net))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(400 * 2**20 / total)
+    try:
+        found = on_gpu.outcome()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert on_gpu.batch < 2048
+    assert "Out of memory: going on with batches of 1024" in capsys.readouterr().err
+    agree(found, on_cpu.outcome())
