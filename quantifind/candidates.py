@@ -255,11 +255,14 @@ class Candidates:
         if self.goal.measure != "criterion_ratio":
             return False
         same = {name: column[:examples] for name, column in rival.items()}
-        rise = 0.0
-        for sign, row in ((1, drop), (-1, drops(same, confidence=self.confidence))):
-            width = row["criterion_ratio_bound"] - row["criterion_ratio"]
-            rise += sign * (row["criterion_ratio"] + width * math.sqrt(examples / whole))
+        ours, its = drop, drops(same, confidence=self.confidence)
         low, high = ratio_interval(columns["loss"], same["loss"], confidence=LIKELY)
+        if not math.isfinite(ours["criterion_ratio_bound"] + its["criterion_ratio_bound"] + high):
+            return False  # too few examples to tell: test_steps_on_few_examples_are_not_given_up
+        rise, wider = (
+            ours[f"criterion_ratio{end}"] - its[f"criterion_ratio{end}"] for end in ("", "_bound")
+        )
+        rise += (wider - rise) * math.sqrt(examples / whole)
         return rise > (high - low) / 2 * math.sqrt(1 - examples / whole)
 
     def whole(self) -> list[Row]:

@@ -192,7 +192,8 @@ class _Student:
     def loss(self, inputs: Tensor, targets: Tensor, softening: float, labels: float) -> Tensor:
         """How far the outputs are from the float network's, and from the labels."""
         device = device_of(self.teacher)
-        inputs, (first, second, share) = _blend(inputs.to(device), targets.to(device))
+        inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
+        inputs, (first, second, share) = _blend(inputs, targets)
         with torch.no_grad():
             wanted = self.teacher(inputs).float()
         weights = {self.prefix + name: self._weight(name) for name in self.latents}

@@ -41,8 +41,9 @@ def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[st
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with evaluating(model):
         for inputs, targets in loader:
-            targets = targets.to(device)
-            outputs = model(inputs.to(device))
+            # the copies don't wait for the device: test_no_batch_waits_for_the_device
+            targets = targets.to(device, non_blocking=True)
+            outputs = model(inputs.to(device, non_blocking=True))
             parts.append((outputs, losses(criterion, outputs, targets).double(), targets))
         if not parts:
             raise ValueError("the loader has no examples")

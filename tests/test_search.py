@@ -10,6 +10,7 @@ from torch import nn
 
 from quantifind import measuring, search
 from quantifind.candidates import Candidates
+from quantifind.certificate import drops
 from quantifind.goal import Goal
 from quantifind.loaders import Tensors, batch_loader, random_split
 from quantifind.measuring import Measurements
@@ -130,6 +131,42 @@ def test_rows_and_ladder(small):
     assert table["examples"].between(1, 1_000).all()
     given_up = table[table["examples"] < 1_000]
     assert (given_up["criterion_ratio_low"] > 1.05).all()
+
+
+def stepped(net, train, val):
+    """Candidates, and those of all tensors at 2, 4 and 8 bits, to measure."""
+    measurements = Measurements(net, train, val, nn.CrossEntropyLoss())
+    candidates = Candidates(measurements, menu(net), Goal.of(2.0, None), 0.95)
+    uniform = {
+        strategy.tensors["0.weight"]["bits"]: candidates.trial(
+            "step", strategy, candidates.alone(strategy.tensors, {})
+        )
+        for strategy in candidates.uniform()
+    }
+    return candidates, [uniform[bits] for bits in (2, 4, 8)]
+
+
+def test_steps_that_are_worse_are_given_up_early(small):
+    candidates, trials = stepped(*small[:3])
+    worst, middle, best = candidates.measured(trials)
+    assert {row["examples"] for row in (worst, middle, best)} == {1_000}
+    given_up, itself, better = candidates.measured(trials, middle)
+    assert given_up["examples"] < 1_000
+    assert given_up["criterion_ratio_bound"] > middle["criterion_ratio_bound"]
+    assert itself["strategy"].choices == middle["strategy"].choices
+    assert [row["examples"] for row in (itself, better)] == [1_000, 1_000]
+
+
+@pytest.mark.parametrize("examples", [1, 2, 500])
+def test_steps_on_few_examples_are_not_given_up(small, examples):
+    candidates, trials = stepped(*small[:3])
+    worst, _, best = (
+        candidates.measurements.all_columns({t.key: t.quantized for t in trials})[trial.key]
+        for trial in trials
+    )
+    few = {name: column[:examples] for name, column in worst.items()}
+    given_up = candidates._outdone(drops(few), few, best)
+    assert given_up == (examples == 500)
 
 
 def test_measures_and_costs(small):

@@ -101,7 +101,8 @@ def _train_epoch(
     device = device_of(net)
     total, examples = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch, (inputs, targets) in enumerate(loader, start=1):
-        inputs, targets = inputs.to(device), targets.to(device)
+        inputs = inputs.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
         optimizer.zero_grad()
         loss = criterion(net(inputs), targets)
         loss.backward()
