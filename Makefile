@@ -14,7 +14,7 @@ table: .venv/installed
 	$(ACTIVATE) && python -m benchmarks.table
 
 # Every table and figure of the README; hours. Best on a machine with nothing else to do.
-BENCHMARKS = names table rounding_speed speed grids search peers
+BENCHMARKS = names table rounding_speed speed grids search coverage peers
 bench: .venv/installed
 	$(ACTIVATE) && for name in $(BENCHMARKS); do python -m benchmarks.$$name || exit; done
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, tracked_files
 
-from benchmarks import grids, search, speed, table
+from benchmarks import coverage, grids, search, speed, table
 from benchmarks.peers import __main__ as peers
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def test_readme_names_the_commands_that_are_there():
         assert (ROOT / script).exists(), script
 
 
-@pytest.mark.parametrize("benchmark", [table, grids, search, peers, speed])
+@pytest.mark.parametrize("benchmark", [table, grids, search, coverage, peers, speed])
 def test_readme_table_is_what_its_command_measured(benchmark):
     measured = benchmark.markdown(pd.read_csv(benchmark.RESULTS))
     assert measured in (ROOT / "README.md").read_text(encoding="utf-8")
