@@ -40,7 +40,8 @@ from quantifind.metrics import losses, outcome
 from quantifind.multiply_adds import multiply_adds
 from quantifind.search import find_strategy
 from quantifind.sensitivity import NEAREST, PER_TENSOR, quantized_parts, sensitivities
-from quantifind.strategy import Quantized, named_tensors, with_quantized
+from quantifind.strategy import Quantized, mean_bits, named_tensors, quantize, with_quantized
+from quantifind.utils import device
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer
 from quantifind.workflow.train_workflow import train_network
@@ -55,14 +56,17 @@ TRAINED_EXAMPLES = 12_800
 
 
 def seconds(call: Callable[[], Any]) -> float:
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     started = time.perf_counter()
     call()
+    wait()
     return time.perf_counter() - started
 
 
 def peak() -> float:
     """Multiply-adds a second of matrix products of 2,048 × 2,048, the best of several."""
-    left, right = torch.rand(2, 2048, 2048)
+    left, right = torch.rand(2, 2048, 2048, device=device())
     return 2048**3 / min(seconds(lambda: left @ right) for _ in range(9))
 
 
@@ -86,7 +90,8 @@ def row(what: str, ours: float, naive: float, *, work: float = 0.0) -> dict[str,
 
 def pass_work(net: nn.Module, inputs: torch.Tensor) -> float:
     """Multiply-adds of one example's pass."""
-    return sum(product.multiply_adds for product in multiply_adds(net, inputs[:2]))
+    some = inputs[:2].to(device())
+    return sum(product.multiply_adds for product in multiply_adds(net, some))
 
 
 def naive_losses(net: nn.Module, data: TensorDataset, criterion: Any) -> float:
@@ -94,6 +99,7 @@ def naive_losses(net: nn.Module, data: TensorDataset, criterion: Any) -> float:
     loader, total = DataLoader(data, batch_size=NAIVE_BATCH), 0.0
     with torch.no_grad():
         for inputs, targets in loader:
+            inputs, targets = inputs.to(device()), targets.to(device())
             total += losses(criterion, net(inputs), targets).sum().item()
     return total / len(data)
 
@@ -190,8 +196,6 @@ def search_rate() -> list[dict[str, Any]]:
             )
         )
         number[precision] = sum(judged)
-    from quantifind.strategy import mean_bits, quantize
-
     bits = {p: mean_bits(net, quantize(net, strategy)) for p, strategy in found.items()}
     same = "the same" if found[0.25].choices == found[0.0].choices else "another"
     inputs, targets = val.dataset.tensors
@@ -233,6 +237,7 @@ def training() -> list[dict[str, Any]]:
         net, criterion, optimizer = context(seed)
         net = net.to(memory_format=torch.contiguous_format).train()
         for some, wanted in DataLoader(TensorDataset(inputs, targets), batch_size=32, shuffle=True):
+            some, wanted = some.to(device()), wanted.to(device())
             optimizer.zero_grad()
             criterion(net(some), wanted).backward()
             optimizer.step()

@@ -141,6 +141,14 @@ class Candidates:
         count = sum(tensor.numel() for tensor in self.values.values())
         return 8 * total / count if in_bits else total
 
+    def costs(self, quantized: Quantized) -> dict[str, float]:
+        """What a candidate costs by each module of `quantifind.costs`."""
+        totals = {}
+        for name in plugins.names("costs"):
+            measure = plugins.load("costs", name, "measure")
+            totals[name] = float(sum(measure(self.model, quantized, self.products).values()))
+        return totals
+
     def strategy(
         self, assignment: Assignment, units: Sequence[Sequence[Option]] | None = None
     ) -> Strategy:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from quantifind import plugins
 from quantifind.certificate import certified_steps
 from quantifind.strategy import Strategy
 
@@ -53,12 +54,17 @@ def recommend(
 
 
 def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
-    """A judged strategy: its size, and its drop on test beside that on validation data."""
+    """A judged strategy: its costs, and its drop on test beside that on validation data."""
     value, on_validation = float(row[measure]), float(row[f"validation_{measure}"])
     return {
         "mean_bits": float(row["mean_bits"]),
         "model_bytes": int(row["validation_model_bytes"]),
         "compression": 32 / float(row["mean_bits"]),
+        **{
+            cost: float(row[f"validation_{cost}"])
+            for cost in plugins.names("costs")
+            if cost != "model_bytes"
+        },
         "rounding": str(row["validation_origin"]),
         measure: value,
         **{end: float(row[f"{measure}_{end}"]) for end in ("low", "high", "bound")},

@@ -93,8 +93,8 @@ def find_strategy(
     same network and data does not measure again what is there.
     Returns: the strategy, with its codes in ``fitted``; and a row per candidate, but for scales
     that were adjusted further, from most bytes to fewest: ``strategy``, ``origin``, ``mean_bits``,
-    ``model_bytes``, the budget's cost, ``predicted_ratio``, ``examples`` it was measured on, those
-    of `quantifind.certificate.drops`, ``on_ladder`` and ``chosen``.
+    each of `quantifind.costs`, ``predicted_ratio``, ``examples`` it was measured on, those of
+    `quantifind.certificate.drops`, ``on_ladder`` and ``chosen``.
     Errors: ValueError for a limit or budget out of range, and, naming the nearest, for one that no
     candidate keeps; for data and criteria that `Measurements` can't take.
     """
@@ -421,6 +421,8 @@ def answer(candidates: Candidates) -> tuple[Strategy, pd.DataFrame]:
     rows = sorted(candidates.rows.values(), key=lambda row: -row["model_bytes"])
     on_ladder = {id(row) for row in ladder(candidates.whole(), best, candidates.goal)}
     table = pd.DataFrame(rows).drop(columns="key")
+    costs = pd.DataFrame([candidates.costs(row["strategy"].fitted) for row in rows])
+    table = table.join(costs[costs.columns.difference(table.columns)])
     table["on_ladder"] = [id(row) in on_ladder for row in rows]
     table["chosen"] = [row is best for row in rows]
     return best["strategy"], table

@@ -1,8 +1,10 @@
 """Plot: pictures from the tables alone."""
 
+from quantifind import plugins
 from quantifind.goal import Goal
 from quantifind.params import Params
 from quantifind.workflow.search_figures import (
+    visualize_costs,
     visualize_frontier,
     visualize_prediction,
     visualize_sensitivity,
@@ -33,6 +35,7 @@ def main(params: Params) -> None:
     )
     figures["sensitivity"] = visualize_sensitivity(sensitivity, cliffs, name=name)
     figures["prediction"] = visualize_prediction(candidates, name=name)
+    figures["costs"] = visualize_costs(candidates, plugins.names("costs"), name=name)
     for picture, figure in figures.items():
         files.write_figure(files.PLOTS / f"{picture}.png", figure)
 

@@ -108,7 +108,7 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
         *("candidates.csv", "frontier.csv", "sensitivity.csv"),
         *("criterion.png", "criterion_ratio.png", "signal_to_complexity.png"),
         *("history.png", "weight_sqnr.png"),
-        *("frontier.png", "prediction.png", "sensitivity.png"),
+        *("costs.png", "frontier.png", "prediction.png", "sensitivity.png"),
     }
     answer = json.loads((project.folder / "metrics/recommendation.json").read_text())
     assert answer["limit"] == {"criterion_ratio": 1.05}

@@ -23,6 +23,8 @@ def judged(bounds, measure="criterion_ratio", chosen=1):
             f"{measure}_bound": bound,
             f"validation_{measure}": bound - 0.003,
             "validation_model_bytes": 10_000 - 1_000 * number,
+            "validation_bit_operations": 80.0 - number,
+            "validation_energy_picojoules": 60.0 - number,
             "validation_origin": f"origin {number}",
             "validation_chosen": number == chosen,
         }
@@ -84,6 +86,8 @@ def test_the_last_one_passed_is_certified(bounds, certified):
             "mean_bits": 8.0 - best,
             "model_bytes": 10_000 - 1_000 * best,
             "compression": 32 / (8 - best),
+            "bit_operations": 80.0 - best,
+            "energy_picojoules": 60.0 - best,
             "rounding": f"origin {best}",
             "criterion_ratio": pytest.approx(bounds[best] - 0.002),
             "low": pytest.approx(bounds[best] - 0.005),

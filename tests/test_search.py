@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import measuring, search
+from quantifind import measuring, plugins, search
 from quantifind.candidates import Candidates
 from quantifind.certificate import drops
 from quantifind.goal import Goal
 from quantifind.loaders import Tensors, batch_loader, random_split
 from quantifind.measuring import Measurements
 from quantifind.metrics import compare, outcome
+from quantifind.multiply_adds import multiply_adds
 from quantifind.search import find_strategy
 from quantifind.strategy import mean_bits, quantize, quantize_model
 
@@ -125,6 +126,12 @@ def test_rows_and_ladder(small):
     net, train, val, _ = small
     _, table = find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05)
     assert table["model_bytes"].is_monotonic_decreasing
+    products = multiply_adds(net, next(iter(train))[0])
+    for cost in plugins.names("costs"):
+        measure = plugins.load("costs", cost, "measure")
+        for row in table.to_dict("records"):
+            parts = measure(net, row["strategy"].fitted, products)
+            assert row[cost] == pytest.approx(sum(parts.values()))
     assert table["chosen"].sum() == 1
     assert table.loc[table["chosen"], "on_ladder"].all()
     assert (table.loc[table["on_ladder"], "examples"] == 1_000).all()
@@ -189,8 +196,6 @@ def test_measures_and_costs(small):
 
 def every_cost(net, train, val, cost):
     """What the float network costs."""
-    from quantifind import plugins
-    from quantifind.multiply_adds import multiply_adds
     from quantifind.strategy import Quantized
 
     if cost == "mean_bits":

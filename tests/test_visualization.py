@@ -2,15 +2,20 @@
 
 from itertools import pairwise
 
+import hypothesis.strategies as st
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
 
+from quantifind import plugins
 from quantifind.sensitivity import cliffs
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.search_figures import (
     MEASURES,
+    frontier,
+    visualize_costs,
     visualize_frontier,
     visualize_prediction,
     visualize_sensitivity,
@@ -297,6 +302,36 @@ def test_prediction_of_one_of_none_predicted_and_of_none(rows):
     figure = visualize_prediction(candidates().iloc[rows])
     figure.canvas.draw()
     assert len(figure.axes[0].containers) == (rows == [0])
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(1, 9), st.sampled_from([0.9, 0.95, 1.0, 1.1, 2.0])),
+        min_size=1,
+        max_size=12,
+    ),
+)
+def test_no_candidate_is_cheaper_and_better_than_the_frontier(rows):
+    table = pd.DataFrame(rows, columns=["model_bytes", "criterion_ratio"])
+    found = frontier(table, "model_bytes")
+    ends = list(zip(found["model_bytes"], found["criterion_ratio"], strict=True))
+    assert set(ends) <= set(rows)
+    for cost, ratio in rows:
+        assert any(c <= cost and r <= ratio for c, r in ends)
+    for cost, ratio in ends:
+        assert not any(c <= cost and r <= ratio and (c, r) != (cost, ratio) for c, r in rows)
+
+
+def test_a_panel_for_each_cost():
+    costs = plugins.names("costs")
+    table = candidates().assign(**{cost: [5.0, 4.0, 3.0, 2.0, 1.0] for cost in costs})
+    figure = visualize_costs(table, costs, name="toy")
+    assert [axes.get_xlabel() for axes in figure.axes] == [c.replace("_", " ") for c in costs]
+    whole = table[table["examples"] == table["examples"].max()]
+    for axes in figure.axes:
+        assert drawn(axes, "chosen").get_xdata() == whole.loc[whole["chosen"], costs[0]].tolist()
+        assert set(drawn(axes, "frontier").get_xdata()) <= set(whole[costs[0]])
+    assert figure.get_suptitle() == "What the candidates cost: toy"
 
 
 def test_uniform_depths_have_one_colour_in_all_pictures():

@@ -16,7 +16,7 @@ from matplotlib.colors import BoundaryNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator
 
 from quantifind.certificate import certified_steps
 from quantifind.workflow.visualization_workflow import (
@@ -206,6 +206,52 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title("Predicted and measured criterion ratio", name))
     return figure
+
+
+def visualize_costs(
+    candidates: pd.DataFrame, costs: Sequence[str], *, name: str = "", reach: float = 0.1
+) -> Figure:
+    """What the candidates lose against each cost, a panel per cost, and the frontier: those that no
+    cheaper one, or equally cheap one, loses less than.
+
+    candidates: those of `quantifind.search.find_strategy`; shown are the ones that were measured on
+    all examples, at criterion ratios up to 1 + ``reach``. costs: the columns of their costs.
+    """
+    shown = candidates[candidates["examples"] == candidates["examples"].max()]
+    figure, panels = plt.subplots(
+        1, len(costs), figsize=(4 * len(costs), 4), layout="constrained", sharey=True, squeeze=False
+    )
+    chosen = shown[shown["chosen"].astype(bool)]
+    for axes, cost in zip(panels[0], costs, strict=True):
+        axes.axhline(1, color=FLOAT, ls="--", label="float")
+        axes.plot(shown[cost], shown["criterion_ratio"], "o", ms=4, color=FOUND, alpha=0.3, lw=0)
+        best = frontier(shown, cost)
+        axes.step(
+            best[cost], best["criterion_ratio"], where="post", color=FOUND, lw=1.2, label="frontier"
+        )
+        axes.plot(
+            chosen[cost], chosen["criterion_ratio"], "D", ms=10, mew=2, mfc="none", color="tab:red",
+            label="chosen",
+        )  # fmt: skip
+        axes.set(xlabel=cost.replace("_", " "), xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    lowest = min(shown["criterion_ratio"].min(), 1 - reach / 10)
+    panels[0][0].set(
+        ylim=(lowest - reach / 20, 1 + reach), ylabel="criterion ratio on validation data"
+    )
+    panels[0][-1].legend()
+    figure.suptitle(title("What the candidates cost", name))
+    return figure
+
+
+def frontier(candidates: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """The candidates, from the cheapest to the dearest, that lose less than all cheaper ones."""
+    ordered = candidates.sort_values([cost, "criterion_ratio"], kind="stable")
+    before = ordered["criterion_ratio"].cummin().shift(fill_value=np.inf)
+    return ordered[ordered["criterion_ratio"] < before]
 
 
 def _certified(table: pd.DataFrame, measure: str, limit: float) -> pd.Series | None:
