@@ -23,6 +23,14 @@ FUSED = {
     torch.ops.aten._transformer_encoder_layer_fwd.default,
     torch.ops.aten._native_multi_head_attention.default,
 }
+# products (input, weight, bias, …), whose bias shifts what they give
+BIASED = {
+    torch.ops.aten.linear.default,
+    torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv3d.default,
+}
+BIAS = 2
 
 
 class NotRepeatable(Exception):
@@ -121,6 +129,10 @@ class Plan:
         return _tensors([list(self.values.values()), [step.leaves for step in self.steps]])
 
 
+def _shifted(output: Tensor, was: Tensor, bias: Tensor, spatial: int) -> Tensor:
+    return output + (bias - was).reshape(-1, *(1,) * spatial)
+
+
 def _fused(steps: list[Step]) -> list[int]:
     return [i for i, step in enumerate(steps) if step.operation in FUSED]
 
@@ -178,15 +190,33 @@ class _Recording(TorchDispatchMode):
     def plan(self, name: str) -> Plan:
         """The steps that follow from the network's tensor ``name``."""
         place = self.own[name]
-        changed, steps, needed = {place}, [], set()
+        changed, steps = {place}, []
         for step in self.steps:
             if not changed.isdisjoint(step.takes.values()):
-                needed |= set(step.takes.values()) - changed
                 changed |= set(step.gives)
                 steps.append(step)
-        if self.output not in changed:
+        if self._only_shifts(place, steps):
+            steps[0] = self._shift(place, steps[0])
+        known, needed = {place}, set()
+        for step in steps:
+            needed |= set(step.takes.values()) - known
+            known |= set(step.gives)
+        if self.output not in known:
             needed.add(self.output)
         return Plan(place, steps, {place: self.values[place] for place in needed}, self.output)
+
+    def _only_shifts(self, place: int, steps: list[Step]) -> bool:
+        """Whether a tensor is nothing but a product's bias, of full precision."""
+        uses = [(s.operation, i) for s in steps for i, at in s.takes.items() if at == place]
+        exact = self.values[place].dtype in (torch.float32, torch.float64)
+        return exact and len(uses) == 1 and uses[0][0] in BIASED and uses[0][1] == BIAS
+
+    def _shift(self, place: int, step: Step) -> Step:
+        """Instead of a product with another bias: its output, shifted."""
+        (output,), bias = step.gives, self.values[place]
+        weight = self.values[step.takes[1]] if 1 in step.takes else step.leaves[1]
+        leaves, spec = tree_flatten(((None, bias, None, weight.dim() - 2), {}))
+        return Step(_shifted, tuple(leaves), spec, {0: output, 2: place}, (output,), False)
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
