@@ -61,7 +61,8 @@ def calibration_batches(batches: Iterable[Any] | None) -> Batches:
 def run(model: nn.Module, inputs: Tensor) -> None:
     """One pass; a shape that does not fit is a ValueError."""
     try:
-        model(inputs.to(device_of(model)))
+        # a copy, since a network may work on its inputs in place
+        model(inputs.to(device_of(model), copy=True))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError, AssertionError) as error:
@@ -247,7 +248,10 @@ def paired_uses(
     uses: int,
     rounded: Callable[[Product], Product],
 ) -> Iterator[tuple[Product, Tensor, Tensor]]:
-    """Each product with weight ``name`` in ``work``, its result, and the float network's."""
+    """Each product with weight ``name`` in ``work``, its result, and the float network's.
+
+    ``work`` may be ``model`` itself where ``rounded`` leaves products as they are.
+    """
     for inputs, *_ in batches:
         results = _uses(work, name, inputs, uses, rounded)
         targets = results

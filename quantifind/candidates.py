@@ -186,7 +186,8 @@ class Candidates:
         quantized = self.alone(strategy.tensors, strategy.activations)
         if not self.factors:
             return self.trial("allocated", strategy, quantized)
-        key = f"allocated {json.dumps(self.factors)} {choices_key(strategy)}"
+        # as `quantifind.search.adjust_scales` names them
+        key = f"allocated {choices_key(strategy)} {json.dumps(self.factors)}"
         return Trial(key, f"allocated{ADJUSTED}", strategy, scaled(quantized, self.factors))
 
     def measure(self, trials: Sequence[Trial]) -> list[Row]:
@@ -236,6 +237,15 @@ class Candidates:
             **drop,
         }
 
+    def completed(self, row: Row) -> Row:
+        """The row of one that was given up, of all examples, which is kept; any other as it is."""
+        if self.is_whole(row):
+            return row
+        columns = self._columns(row)
+        whole = {**row, "examples": len(columns["loss"])}
+        self.rows[row["key"]] = whole | drops(columns, confidence=self.confidence)
+        return self.rows[row["key"]]
+
     def drop(self, row: Row) -> None:
         """Let a candidate with adjusted scales go for one with better ones."""
         if row["origin"].endswith(ADJUSTED):
@@ -271,7 +281,8 @@ class Candidates:
             ours[f"criterion_ratio{end}"] - its[f"criterion_ratio{end}"] for end in ("", "_bound")
         )
         rise += (wider - rise) * math.sqrt(examples / whole)
-        return rise > (high - low) / 2 * math.sqrt(1 - examples / whole)
+        error = (high - low) / 2 * its["criterion_ratio"]
+        return rise > error * math.sqrt(1 - examples / whole)
 
     def whole(self) -> list[Row]:
         """The rows of candidates measured on all examples."""

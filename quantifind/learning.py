@@ -195,7 +195,7 @@ class _Student:
         inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
         inputs, (first, second, share) = _blend(inputs, targets)
         with torch.no_grad():
-            wanted = self.teacher(inputs).float()
+            wanted = self.teacher(inputs.clone()).float()
         weights = {self.prefix + name: self._weight(name) for name in self.latents}
         outputs = functional_call(self.net, weights, (inputs,)).float()
         if targets.is_floating_point():

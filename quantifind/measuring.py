@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 from quantifind.calibration import calibration_batches, run
 from quantifind.evaluator import Batches, Evaluator
 from quantifind.loaders import sample
-from quantifind.metrics import Criterion, evaluating, paired
+from quantifind.metrics import Criterion, evaluating, outcome, paired
 from quantifind.store import Store, fingerprint
-from quantifind.strategy import Quantized
+from quantifind.strategy import Quantized, plain_copy
 from quantifind.utils import device_of
 from quantifind.workers import Workers
 
-# examples of training data
-CALIBRATION = 4_096
+# examples of training data, and of validation data whose outputs name the folder
+CALIBRATION, KEYED = 4_096, 64
 Columns = dict[str, np.ndarray]
 
 
@@ -56,12 +56,14 @@ class Measurements:
         self.calibration = calibration_batches(sample(train_loader, CALIBRATION, seed=seed))
         with evaluating(model):
             run(model, inputs[:2])
-            _check_labels(model, inputs[:2], targets)
+            _check_labels(model, inputs[:2].clone(), targets)
         self.evaluator = Evaluator(model, [(inputs, targets)], criterion)
         self.original = self._original()
         # outputs and losses tell of a network's code and a criterion's options what their names
-        # don't: test_other_options_have_a_folder_of_their_own
-        made = [self.original["outputs"], self.original["loss"]]
+        # don't (test_other_options_have_a_folder_of_their_own); in the layout that is given, since
+        # the fastest may be another one tomorrow: test_a_folder_is_the_same_in_any_layout
+        some = inputs[:KEYED].clone(), targets[:KEYED]
+        made = outcome(plain_copy(model), [some], criterion).values()
         data = [tensor for batch in self.calibration for tensor in batch]
         key = fingerprint(model, str(model), seed, inputs, targets, *made, *data)
         self.store = Store(None if folder is None else Path(folder) / key[:16])
@@ -90,7 +92,7 @@ class Measurements:
 
     def batches(self) -> Batches:
         """All examples in batches (inputs, targets)."""
-        return self.evaluator.batches()
+        return list(self.evaluator.batches())
 
     def columns(self, key: str, quantized: Quantized, examples: int | None = None) -> Columns:
         """By example, what `quantifind.metrics.paired` has, of the first so many examples (default
@@ -151,8 +153,8 @@ def _measure(
     if name is None:
         measured = [measurements.evaluator.outcome(q, first, last) for q in candidates]
     else:
-        parts = [(name, quantized.tensors[name]) for quantized in candidates]
-        measured = measurements.evaluator.alone(parts, first, last)
+        parts = [quantized.tensors[name] for quantized in candidates]
+        measured = measurements.evaluator.alone(name, parts, first, last)
     original = {kind: part[first:last] for kind, part in measurements.original.items()}
     return [paired(one, original) for one in measured]
 

@@ -2,24 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 from torch import nn
 
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 def pool_first(model: nn.Module) -> list[tuple[nn.Sequential, int]]:
-    """Swap, in place, each ReLU with the max pooling that follows it in an `nn.Sequential`, but for
-    those with hooks. Returns where: the first of two swapped."""
-    swapped = []
-    for module in model.modules():
-        if type(module) is nn.Sequential:
-            for i in range(len(module) - 1):
-                relu, pool = module[i], module[i + 1]
-                plain = type(relu) is nn.ReLU and type(pool) in POOLS and not pool.return_indices
-                if plain and not any(map(_has_hooks, (relu, pool))):
-                    module[i], module[i + 1] = pool, relu
-                    swapped.append((module, i))
+    """Swap, in place, each ReLU with the max pooling that follows it, but for those with hooks.
+
+    Only in an `nn.Sequential` that is the model or, through others, a part of it: any other may be
+    gone through in part (test_what_may_be_gone_through_in_part_stays). Returns where: the first of
+    two swapped.
+    """
+    if type(model) is not nn.Sequential:
+        return []
+    swapped = [place for module in model for place in pool_first(module)]
+    for i in range(len(model) - 1):
+        relu, pool = model[i], model[i + 1]
+        plain = type(relu) is nn.ReLU and type(pool) in POOLS and not pool.return_indices
+        if plain and not _pads_whole_windows(pool) and not any(map(_has_hooks, (relu, pool))):
+            model[i], model[i + 1] = pool, relu
+            swapped.append((model, i))
     return swapped
 
 
@@ -32,6 +38,12 @@ def pooling_first(model: nn.Module) -> Iterator[None]:
     finally:
         for module, i in reversed(swapped):
             module[i], module[i + 1] = module[i + 1], module[i]
+
+
+def _pads_whole_windows(pool: Any) -> bool:
+    """Whether a dilated window may hold nothing but padding, which is −∞, and no ReLU's."""
+    padding, dilation = (np.ravel(given) for given in (pool.padding, pool.dilation))
+    return bool(padding.any() and (dilation > 1).any())
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -377,14 +377,14 @@ def adjust_scales(
         if candidates.values[name].dim() > 1 and tensor.scale is not None
     ]
     origin = row["origin"].removesuffix(ADJUSTED) + ADJUSTED
-    best, factors = row, dict[str, float]()
+    best, factors = candidates.completed(row), dict[str, float]()
 
     def improve(tried: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
         """The factors that are better than the best so far, if any of those tried are."""
         nonlocal best, factors
         trials = [
             Trial(
-                f"{row['origin']} {json.dumps(grown)} {choices_key(strategy)}",
+                f"{row['key']} {json.dumps(grown)}",
                 origin,
                 strategy,
                 scaled(strategy.fitted, grown),

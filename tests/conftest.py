@@ -25,7 +25,7 @@ def layouts_of_their_own(tmp_path_factory):
     """What the tests time is not remembered in the user's cache folder."""
     path = tmp_path_factory.mktemp("cache") / "layouts.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantifind.evaluator.REMEMBERED", path)
+        patch.setattr("quantifind.layouts.REMEMBERED", path)
         yield
 
 

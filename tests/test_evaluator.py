@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import evaluator
+from quantifind import evaluator, layouts
 from quantifind.evaluator import Evaluator
 from quantifind.metrics import outcome
 from quantifind.strategy import Quantized, named_tensors, quantize, uniform_strategy, with_quantized
@@ -68,11 +68,11 @@ def agree(found, wanted):
 
 
 @pytest.mark.parametrize("batch", [32, 512])
-@pytest.mark.parametrize("layout", evaluator.FORMATS)
+@pytest.mark.parametrize("layout", layouts.FORMATS)
 def test_outcomes_are_those_of_a_plain_loop(case, layout, batch, monkeypatch):
     net, batches = case
     before = copy.deepcopy(net.state_dict())
-    monkeypatch.setattr(evaluator, "_fastest", lambda *_: (layout, batch))
+    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layout, batch))
     measured = Evaluator(net, batches, CRITERION)
     for bits in (2, 8):
         quantized = quantize(net, uniform_strategy(net, bits))
@@ -89,8 +89,8 @@ def test_one_tensor_alone_is_as_in_a_whole_pass(case, memory, monkeypatch, capsy
     measured = Evaluator(net, batches, CRITERION)
     tensors = quantize(net, uniform_strategy(net, 3)).tensors
     for first, last in ((0, EXAMPLES), (70, 200)):
-        alone = measured.alone(list(tensors.items()), first, last)
-        for (name, part), found in zip(tensors.items(), alone, strict=True):
+        for name, part in tensors.items():
+            (found,) = measured.alone(name, [part], first, last)
             agree(found, measured.outcome(Quantized({name: part}), first, last))
     said = capsys.readouterr().err.count("Each pass is a whole one")
     assert said == (not measured.repeatable) == isinstance(net, Branching)
@@ -107,14 +107,11 @@ def test_what_lies_before_a_tensor_is_computed_once():
     net = nn.Sequential(Counted(6, 6), nn.ReLU(), nn.Linear(6, 4))
     data = [(torch.randn(64, 6), torch.randint(4, (64,)))]
     measured = Evaluator(net, data, CRITERION)
-    parts = [
-        ("2.weight", quantize(net, uniform_strategy(net, b)).tensors["2.weight"])
-        for b in range(2, 9)
-    ]
+    parts = [quantize(net, uniform_strategy(net, bits)).tensors["2.weight"] for bits in range(2, 9)]
     before = Counted.passes
-    measured.alone(parts)
-    # recorded twice, and once to compare
-    assert Counted.passes - before <= 3
+    measured.alone("2.weight", parts)
+    # recorded, and once to compare
+    assert Counted.passes - before == 2
 
 
 def test_a_pass_that_gives_other_outputs_is_not_gone_on_with(monkeypatch, capsys):
@@ -123,36 +120,36 @@ def test_a_pass_that_gives_other_outputs_is_not_gone_on_with(monkeypatch, capsys
     data = [(torch.randn(64, 6), torch.randint(4, (64,)))]
     measured = Evaluator(net, data, CRITERION)
     part = quantize(net, uniform_strategy(net, 3)).tensors["second.weight"]
-    (found,) = measured.alone([("second.weight", part)])
+    (found,) = measured.alone("second.weight", [part])
     agree(found, measured.outcome(Quantized({"second.weight": part})))
     assert "other outputs" in capsys.readouterr().err
 
 
 def test_layouts_are_timed_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluator, "REMEMBERED", tmp_path / "new" / "layouts.json")
-    timed, whole = [], evaluator._timed
-    monkeypatch.setattr(evaluator, "_timed", lambda *given: timed.append(1) or whole(*given))
+    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "new" / "layouts.json")
+    timed, whole = [], layouts._timed
+    monkeypatch.setattr(layouts, "_timed", lambda *given: timed.append(1) or whole(*given))
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
     for _ in range(2):
         Evaluator(Residual(), data, CRITERION)
     assert len(timed) == 1
     few = [(data[0][0][:100], data[0][1][:100])]
-    assert Evaluator(Residual(), few, CRITERION).batch == evaluator.BATCHES[0]
+    assert Evaluator(Residual(), few, CRITERION).batch == layouts.DEFAULT
     assert len(timed) == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": ["sideways", 64]}'])
 def test_a_damaged_memory_of_layouts_is_none(text, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluator, "REMEMBERED", tmp_path / "layouts.json")
-    evaluator.REMEMBERED.write_text(text)
-    assert evaluator._remembered() == {}
+    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "layouts.json")
+    layouts.REMEMBERED.write_text(text)
+    assert layouts._remembered() == {}
     Evaluator(Residual(), [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))], CRITERION)
-    assert len(json.loads(evaluator.REMEMBERED.read_text())) == 1
+    assert len(json.loads(layouts.REMEMBERED.read_text())) == 1
 
 
 def test_one_channel_is_laid_out_too():
     inputs = torch.randn(3, 1, 4, 5)
-    found = evaluator._in_layout(inputs, evaluator.CHANNELS_LAST)
+    found = layouts.in_layout(inputs, layouts.CHANNELS_LAST)
     assert torch.equal(found, inputs)
     assert found.stride() == torch.empty(3, 1, 4, 5, memory_format=torch.channels_last).stride()
     assert found.stride()[1:] == (1, 5, 1)
@@ -178,7 +175,7 @@ class Picky(nn.Linear):
     ],
 )
 def test_what_fails_is_done_otherwise(monkeypatch, capsys, most, error, message):
-    monkeypatch.setattr(evaluator, "_fastest", lambda *_: (evaluator.CONTIGUOUS, 512))
+    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layouts.CONTIGUOUS, 512))
     monkeypatch.setattr(Picky, "most", 10**6)
     net = Picky(6, 4)
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
@@ -194,7 +191,7 @@ def test_what_fails_is_done_otherwise(monkeypatch, capsys, most, error, message)
 
 
 def test_another_error_is_raised_as_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(evaluator, "_fastest", lambda *_: (evaluator.CONTIGUOUS, 512))
+    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layouts.CONTIGUOUS, 512))
     monkeypatch.setattr(Picky, "most", 0)
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
     measured = Evaluator(Picky(6, 4), data, CRITERION)
@@ -236,13 +233,106 @@ def test_what_fails_leaves_nothing_behind():
 
 def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(evaluator, "REMEMBERED", tmp_path / "file" / "layouts.json")
+    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "file" / "layouts.json")
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
-    assert Evaluator(Residual(), data, CRITERION).batch in evaluator.BATCHES
+    assert Evaluator(Residual(), data, CRITERION).batch in layouts.SIZES
 
 
 def test_what_fails_while_timed_is_not_taken(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluator, "REMEMBERED", tmp_path / "layouts.json")
+    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "layouts.json")
     monkeypatch.setattr(Picky, "most", 64)
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
     assert Evaluator(Picky(6, 4), data, CRITERION).batch <= 64
+
+
+def test_sizes_that_take_too_long_are_not_tried(monkeypatch):
+    class Slow(nn.Linear):
+        largest = 0
+
+        def forward(self, x):
+            Slow.largest = max(Slow.largest, len(x))
+            return super().forward(x)
+
+    monkeypatch.setattr(layouts, "LONGEST", 0.0)
+    assert layouts._timed(Slow(6, 4), torch.randn(3_000, 6)) == (layouts.CONTIGUOUS, 32)
+    assert Slow.largest == 32
+
+
+def test_no_timing_of_others_is_lost(monkeypatch, tmp_path):
+    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "layouts.json")
+
+    def timed(*_):
+        layouts.REMEMBERED.write_text('{"of another": ["contiguous", 64]}')
+        return layouts.CONTIGUOUS, 32
+
+    monkeypatch.setattr(layouts, "_timed", timed)
+    assert layouts.fastest(Residual(), torch.randn(EXAMPLES, 6)) == (layouts.CONTIGUOUS, 32)
+    assert len(json.loads(layouts.REMEMBERED.read_text())) == 2
+
+
+def test_networks_of_other_precision_are_timed_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "layouts.json")
+    tokens = torch.randint(9, (EXAMPLES, 3))
+    for dtype in (torch.float32, torch.bfloat16):
+        layouts.fastest(nn.Sequential(nn.Embedding(9, 4)).to(dtype), tokens)
+    assert len(json.loads(layouts.REMEMBERED.read_text())) == 2
+
+
+class Stateful(nn.Module):
+    """Works on its inputs in place, and keeps a running mean in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        x.sub_(0.5).div_(0.3)
+        self.mean.lerp_(x.mean(0), 0.1)
+        return self.head(x - self.mean)
+
+
+@pytest.mark.parametrize("examples", [60, EXAMPLES])
+def test_what_a_pass_changes_is_put_back(examples):
+    torch.manual_seed(0)
+    net = Stateful().eval()
+    data = [(torch.randn(examples, 6), torch.randint(4, (examples,)))]
+    before = data[0][0].clone()
+    measured = Evaluator(net, data, CRITERION)
+    quantized = quantize(net, uniform_strategy(net, 4))
+    plain = [
+        outcome(copied, [(x.clone(), t) for x, t in measured.batches()], CRITERION)
+        for copied in (copy.deepcopy(net), with_quantized(net, quantized))
+    ]
+    for _ in range(2):
+        agree(measured.outcome(), plain[0])
+        agree(measured.outcome(quantized), plain[1])
+    assert torch.equal(data[0][0], before)
+    assert torch.equal(net.mean, torch.zeros(6))
+
+
+def test_a_pass_that_cannot_go_on_leaves_the_layout(monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layouts.CONTIGUOUS, 512))
+
+    def fail(*_):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(evaluator.Tape, "outputs", fail)
+    net = Residual().eval()
+    measured = Evaluator(net, [(torch.randn(EXAMPLES, 6), torch.zeros(EXAMPLES).long())], CRITERION)
+    part = quantize(net, uniform_strategy(net, 3)).tensors["second.weight"]
+    (found,) = measured.alone("second.weight", [part])
+    agree(found, measured.outcome(Quantized({"second.weight": part})))
+    assert measured.batch == 512
+    assert "whole one: no such operation" in " ".join(capsys.readouterr().err.split())
+
+
+def test_out_of_memory_with_one_example_is_an_error(monkeypatch):
+    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layouts.CONTIGUOUS, 2))
+    monkeypatch.setattr(Picky, "most", 0)
+    monkeypatch.setattr(Picky, "error", torch.OutOfMemoryError("out"))
+    data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
+    measured = Evaluator(Picky(6, 4), data, CRITERION)
+    with pytest.raises(torch.OutOfMemoryError):
+        measured.outcome()
+    assert measured.batch == 1

@@ -8,7 +8,7 @@ import torch
 from test_evaluator import NETWORKS, Branching
 from torch import nn
 
-from quantifind import evaluator
+from quantifind import evaluator, layouts
 from quantifind.evaluator import Evaluator
 from quantifind.learning import learn
 from quantifind.loaders import Tensors, batch_loader, create_dataloaders
@@ -41,9 +41,9 @@ def agree(found, wanted):
     torch.testing.assert_close(mean, other, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("layout", evaluator.FORMATS)
+@pytest.mark.parametrize("layout", layouts.FORMATS)
 def test_outcomes_are_those_of_the_cpu(case, layout, monkeypatch):
-    monkeypatch.setattr(evaluator, "_fastest", lambda *_: (layout, 128))
+    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layout, 128))
     net, inputs, targets = case
     on_cpu, on_gpu = (Evaluator(n, [(inputs, targets)], CRITERION) for n in on_both(net))
     parts = []
@@ -51,7 +51,8 @@ def test_outcomes_are_those_of_the_cpu(case, layout, monkeypatch):
         quantized = quantize(net, uniform_strategy(net, bits))
         agree(on_gpu.outcome(quantized), on_cpu.outcome(quantized))
         parts += quantized.tensors.items()
-    for (name, part), found in zip(parts, on_gpu.alone(parts), strict=True):
+    for name, part in parts:
+        (found,) = on_gpu.alone(name, [part])
         agree(found, on_cpu.outcome(Quantized({name: part})))
 
 
@@ -78,7 +79,7 @@ def test_no_batch_waits_for_the_device(case, on_device, monkeypatch):
         monkeypatch.setattr(evaluator, "_on", lambda _, tensor: tensor)
     found = []
     for batch in (300, 10):
-        monkeypatch.setattr(evaluator, "_fastest", lambda *_, batch=batch: ("contiguous", batch))
+        monkeypatch.setattr(evaluator, "fastest", lambda *_, batch=batch: ("contiguous", batch))
         measured = Evaluator(on_both(net)[1], [(inputs, targets)], CRITERION)
         found.append(waits(lambda measured=measured: measured.outcome(quantized)))
     assert found[1] <= found[0]
@@ -152,7 +153,7 @@ def test_training_and_learning_on_the_gpu():
 
 
 def test_out_of_memory_halves_the_batch(capsys, monkeypatch):
-    monkeypatch.setattr(evaluator, "_fastest", lambda *_: ("contiguous", 2048))
+    monkeypatch.setattr(evaluator, "fastest", lambda *_: ("contiguous", 2048))
     net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.Flatten(), nn.LazyLinear(4)).eval()
     net(torch.randn(2, 1, 32, 32))
     inputs, targets = torch.randn(2048, 1, 32, 32), torch.randint(4, (2048,))

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from test_strategy import intact
 from torch import nn
 
-from quantifind import evaluator, measuring
+from quantifind import layouts, measuring
 from quantifind.loaders import Tensors, batch_loader, create_dataloaders
 from quantifind.measuring import Measurements
 from quantifind.metrics import outcome, paired
@@ -41,7 +42,7 @@ class Counted(nn.Module):
 
 @pytest.fixture(autouse=True)
 def several_batches(monkeypatch):
-    monkeypatch.setattr(evaluator, "BATCHES", (16,))
+    monkeypatch.setattr(layouts, "DEFAULT", 16)
 
 
 def network():
@@ -377,3 +378,16 @@ def test_a_loader_of_any_kind_of_batches():
         assert_columns(
             Measurements(net, train, batches, CRITERION).columns("a", at(net, 2)), wanted
         )
+
+
+def test_a_folder_is_the_same_in_any_layout(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 3)]
+    x = torch.randn(900, 2, 8, 8)
+    train, val, _ = create_dataloaders(Tensors(x, x[:, 0, 0, :3].argmax(1)), batch_size=32)
+    folders = set()
+    for found in itertools.product(layouts.FORMATS, (32, 512)):
+        monkeypatch.setattr("quantifind.evaluator.fastest", lambda *_, found=found: found)
+        net, criterion = nn.Sequential(*layers), nn.CrossEntropyLoss()
+        folders.add(Measurements(net, train, val, criterion, folder=tmp_path).store.folder)
+    assert len(folders) == 1

@@ -140,6 +140,18 @@ def test_rows_and_ladder(small):
     assert (given_up["criterion_ratio_low"] > 1.05).all()
 
 
+def test_rows_are_those_of_their_codes_whatever_was_searched_for_before(small, tmp_path):
+    net, train, val, _ = small
+    criterion = nn.CrossEntropyLoss()
+    original = outcome(net, val, criterion)
+    for limit in (1.2, 1.3, 1.5):
+        _, table = find_strategy(net, train, val, criterion, limit=limit, folder=tmp_path)
+        for row in table[table["examples"] == 1_000].to_dict("records"):
+            measured = outcome(quantize_model(net, row["strategy"]), val, criterion)
+            ratio = measured["loss"].mean() / original["loss"].mean()
+            assert row["criterion_ratio"] == pytest.approx(ratio.item(), rel=1e-5)
+
+
 def stepped(net, train, val):
     """Candidates, and those of all tensors at 2, 4 and 8 bits, to measure."""
     measurements = Measurements(net, train, val, nn.CrossEntropyLoss())
@@ -162,6 +174,17 @@ def test_steps_that_are_worse_are_given_up_early(small):
     assert given_up["criterion_ratio_bound"] > middle["criterion_ratio_bound"]
     assert itself["strategy"].choices == middle["strategy"].choices
     assert [row["examples"] for row in (itself, better)] == [1_000, 1_000]
+
+
+def test_the_scales_of_one_that_was_given_up_are_adjusted_on_all_examples(small):
+    candidates, trials = stepped(*small[:3])
+    (given_up,) = candidates.measured(trials[:1], candidates.measured(trials[1:2])[0])
+    candidates.keep(given_up)
+    assert given_up["examples"] < 1_000
+    row, _ = search.adjust_scales(candidates, given_up)
+    assert row["examples"] == 1_000
+    (whole,) = candidates.measured(trials[:1])
+    assert row["criterion_ratio_bound"] <= whole["criterion_ratio_bound"]
 
 
 @pytest.mark.parametrize("examples", [1, 2, 500])
@@ -249,15 +272,21 @@ def count_measured(monkeypatch, stop_after=math.inf):
 def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
-    seen = count_measured(monkeypatch)
+    seen, alone = count_measured(monkeypatch), []
+    known = measuring.Evaluator.alone
+    monkeypatch.setattr(
+        measuring.Evaluator, "alone", lambda *given: alone.append(given) or known(*given)
+    )
     first = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
-    count = len(seen)
+    count, tensors = len(seen), len(alone)
     again = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
     assert len(seen) == count  # nothing is measured again
     assert first[0] == again[0]
     assert first[1].drop(columns="strategy").equals(again[1].drop(columns="strategy"))
     find_strategy(net, train, val, criterion, limit=1.03, folder=tmp_path)
-    assert len(seen) - count < count / 2
+    # neither single tensors nor most of the candidates
+    assert len(alone) == tensors
+    assert len(seen) - count < 0.6 * count
     find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05)
     assert len(seen) > 2 * count - 2  # without a folder all is
 

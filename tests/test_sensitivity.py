@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,6 +22,8 @@ from quantifind.proxies import (
     output_sqnr_db,
 )
 from quantifind.sensitivity import (
+    UNCHANGED,
+    _precise,
     cliffs,
     default_menus,
     measure_sensitivity,
@@ -450,3 +453,12 @@ def test_parts_are_kept_as_artifacts(tmp_path):
     ((key, part),) = quantized_parts(measurements, menus).items()
     back = artifact.unpack(*measurements.store.get(f"part {key}")).tensors["head.weight"]
     assert torch.equal(back.dequantize(), part.dequantize())
+
+
+def test_no_rise_is_not_taken_for_granted():
+    """Before it has been seen on a good number of examples."""
+    few, many = np.zeros(UNCHANGED - 1), np.zeros(UNCHANGED)
+    assert not _precise({"divergence": few}, 0.25)
+    assert _precise({"divergence": many}, 0.25)
+    assert _precise({"divergence": few + 1}, 0.25)
+    assert not _precise({"divergence": np.append(few, 1)}, 0.25)
