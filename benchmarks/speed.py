@@ -1,12 +1,13 @@
 """How fast candidates are measured, beside a naive loop and beside what this machine can do.
 
-    python benchmarks/speed.py [--part NAME]
+    python benchmarks/speed.py [--parts NAME …]
 
 The naive loop: a deep copy of the network per candidate, batches of 32 put together from single
 items of a data set of tensors, the default layout, four threads over the candidates. Peak: float32
 matrix products of 2,048 × 2,048, timed in the same process; a share of it counts the network's own
 multiply-adds. Each part runs in a process of its own, whose peak memory stands beside it; ours is
-timed before and after the naive loop, and the mean is given. Writes benchmarks/results/speed.csv
+timed before and after the naive loop, and the mean is given; of the naive sensitivities a third of
+the candidates is timed, and taken three times. Writes benchmarks/results/speed.csv
 (seconds, but for rates, whose name says so), and benchmarks/results/speed_growth.csv with its
 picture docs/speed_growth.png: seconds against examples, parameters and tensors.
 """
@@ -408,7 +409,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--part", choices=PARTS, help="one of them, in this process")
+    # one of them in this process, whose rows are printed for the process that asked
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME")
     arguments = parser.parse_args()
     part = arguments.part
