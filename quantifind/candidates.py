@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from quantifind import plugins
-from quantifind.allocation import Assignment, Option, undominated
+from quantifind.allocation import Assignment, Option, allocate, undominated
 from quantifind.certificate import drops, ratio_interval
 from quantifind.costs import model_bytes
 from quantifind.goal import Goal
@@ -149,6 +149,14 @@ class Candidates:
             totals[name] = float(sum(measure(self.model, quantized, self.products).values()))
         return totals
 
+    def allocate(
+        self, budget: float, units: Sequence[Sequence[Option]] | None = None
+    ) -> Assignment | None:
+        """The options with the least predicted rise within a budget, in the goal's unit; None where
+        none are."""
+        # a budget that is met exactly is met: test_a_budget_is_spent_to_the_last_byte
+        return allocate(units or self.units, (budget - self.fixed) * (1 + 1e-9))
+
     def strategy(
         self, assignment: Assignment, units: Sequence[Sequence[Option]] | None = None
     ) -> Strategy:
@@ -186,7 +194,7 @@ class Candidates:
         quantized = self.alone(strategy.tensors, strategy.activations)
         if not self.factors:
             return self.trial("allocated", strategy, quantized)
-        # as `quantifind.search.adjust_scales` names them
+        # as `quantifind.refining.adjust_scales` names them
         key = f"allocated {choices_key(strategy)} {json.dumps(self.factors)}"
         return Trial(key, f"allocated{ADJUSTED}", strategy, scaled(quantized, self.factors))
 
@@ -308,3 +316,8 @@ class Candidates:
 def choices_key(strategy: Strategy) -> str:
     """A strategy's choices as a string."""
     return json.dumps(strategy.choices, sort_keys=True)
+
+
+def note(row: Row) -> str:
+    """A candidate beside a progress bar."""
+    return f"{row['mean_bits']:.3g} bits CR {row['criterion_ratio']:.4f}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import measuring, plugins, search
+from quantifind import measuring, plugins, refining
 from quantifind.candidates import Candidates
 from quantifind.certificate import drops
 from quantifind.goal import Goal
@@ -181,7 +181,7 @@ def test_the_scales_of_one_that_was_given_up_are_adjusted_on_all_examples(small)
     (given_up,) = candidates.measured(trials[:1], candidates.measured(trials[1:2])[0])
     candidates.keep(given_up)
     assert given_up["examples"] < 1_000
-    row, _ = search.adjust_scales(candidates, given_up)
+    row, _ = refining.adjust_scales(candidates, given_up)
     assert row["examples"] == 1_000
     (whole,) = candidates.measured(trials[:1])
     assert row["criterion_ratio_bound"] <= whole["criterion_ratio_bound"]
@@ -325,7 +325,7 @@ def test_a_killed_learning_search_goes_on(tmp_path, monkeypatch):
     before = train.generator.get_state()
     whole = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     assert train.generator.get_state().equal(before)
-    learn, calls = search.learn_codes, []
+    learn, calls = refining.learn_codes, []
 
     def killed(*arguments, **named):
         calls.append(1)
@@ -333,7 +333,7 @@ def test_a_killed_learning_search_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return learn(*arguments, **named)
 
-    monkeypatch.setattr(search, "learn_codes", killed)
+    monkeypatch.setattr(refining, "learn_codes", killed)
     with pytest.raises(KeyboardInterrupt):
         find_strategy(net, train, val, nn.CrossEntropyLoss(), folder=tmp_path, **options)
     resumed = find_strategy(net, train, val, nn.CrossEntropyLoss(), folder=tmp_path, **options)
@@ -375,7 +375,7 @@ def test_learning_is_kept(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     options = {"limit": 1.3, "learn": 1, "folder": tmp_path}
     first = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
-    monkeypatch.setattr(search, "learn_codes", None)
+    monkeypatch.setattr(refining, "learn_codes", None)
     again = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     assert first[1].drop(columns="strategy").equals(again[1].drop(columns="strategy"))
 
