@@ -105,7 +105,7 @@ def test_no_batch_of_training_waits_for_the_device():
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "compensated"])
-def test_codes_are_those_of_the_cpu(case, rounding):
+def test_codes_are_as_good_as_those_of_the_cpu(case, rounding):
     net, inputs, targets = case
     options = COMPENSATED if rounding == "compensated" else {"axis": 0}
     tensors = {
@@ -114,18 +114,16 @@ def test_codes_are_those_of_the_cpu(case, rounding):
     }
     strategy = uniform_strategy(net, 4)
     strategy.tensors.update(tensors)
-    batches = [(inputs[:256], targets[:256])]
-    found = [quantize(n, strategy, batches).tensors for n in on_both(net)]
-    for name, tensor in found[0].items():
-        other = found[1][name]
-        assert other.codes.device.type == "cuda"
-        own, values = named_tensors(net)[name], tensor.dequantize()
-        # a tie may fall to either side where sums are taken in another order, and what is
-        # compensated after it goes another way, to as good an end
-        same = (other.dequantize().cpu() - values).abs() < 1e-5
-        assert same.double().mean() > (0.97 if rounding == "nearest" else 0.5), name
-        errors = [(own - put.cpu()).norm() for put in (values, other.dequantize())]
-        torch.testing.assert_close(*errors, rtol=0.05, atol=1e-6)
+    errors = []
+    for one in on_both(net):
+        quantized = quantize(one, strategy, [(inputs[:256], targets[:256])])
+        measured = Evaluator(one, [(inputs, targets)], CRITERION)
+        assert all(t.codes.device == measured.device for t in quantized.tensors.values())
+        outputs = [measured.outcome(q)["outputs"] for q in (quantized, None)]
+        errors.append((outputs[0] - outputs[1]).norm())
+    # sums are taken in another order, ties fall to either side, and what is compensated after them
+    # goes another way, to as good an end
+    torch.testing.assert_close(*errors, rtol=0.02 if rounding == "nearest" else 0.3, atol=0)
 
 
 def test_a_search_on_the_gpu_finds_what_the_cpu_finds(classifier, tmp_path):
