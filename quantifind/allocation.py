@@ -92,10 +92,6 @@ def total_cost(units: Sequence[Sequence[Option]], assignment: Assignment) -> flo
     return sum(unit[i].cost for unit, i in zip(units, assignment, strict=True))
 
 
-def total_rise(units: Sequence[Sequence[Option]], assignment: Assignment) -> float:
-    return sum(unit[i].rise for unit, i in zip(units, assignment, strict=True))
-
-
 def moves(units: Sequence[Sequence[Option]], start: Assignment) -> list[Assignment]:
     """The assignments one unit one step down, or one a step down and another one up, away; those
     whose predicted rise per saved cost is least come first.

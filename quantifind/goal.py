@@ -8,7 +8,12 @@ from typing import Any
 from quantifind import plugins
 
 Limit = float | Mapping[str, float]
-LIMITS = ("criterion_ratio", "accuracy_drop", "relative_error")
+# what a limit may be of: its words, its unit, and what it is where nothing is lost
+MEASURES = {
+    "criterion_ratio": ("criterion ratio", "(1 is lossless)", 1.0),
+    "accuracy_drop": ("drop of accuracy", "(share of examples)", 0.0),
+    "relative_error": ("relative error of the outputs", "(share of their norm)", 0.0),
+}
 # rungs of a ladder are at least so far apart
 RUNG = 0.97
 
@@ -29,7 +34,7 @@ class Goal:
         if (limit is None) == (budget is None):
             raise ValueError(f"a search takes either a limit or a budget, not {limit=}, {budget=}")
         if limit is not None:
-            measure, value = _one("limit", limit, "criterion_ratio", LIMITS)
+            measure, value = _one("limit", limit, "criterion_ratio", list(MEASURES))
             lowest = 1 if measure == "criterion_ratio" else 0
             if not lowest <= value < math.inf:
                 raise ValueError(f"limit {measure} is {value:g}: {lowest} or more is needed")

@@ -7,13 +7,8 @@ import pandas as pd
 
 from quantifind import plugins
 from quantifind.certificate import certified_steps
+from quantifind.goal import MEASURES
 from quantifind.strategy import Strategy
-
-MEASURES = {
-    "criterion_ratio": "criterion ratio",
-    "accuracy_drop": "drop of accuracy",
-    "relative_error": "relative error of the outputs",
-}
 
 
 def recommend(
@@ -95,7 +90,7 @@ def words_of(choice: Mapping[str, Any] | None) -> str:
 def in_words(answer: Mapping[str, Any], name: str) -> str:
     """The recommendation as a page of Markdown."""
     ((measure, limit),) = answer["limit"].items()
-    what, best = MEASURES[measure], answer["certified"]
+    what, best = MEASURES[measure][0], answer["certified"]
     uniform = answer["certified_uniform_depth"]
     lines = [f"# {name}: {what} at most {limit:g}", ""]
     if answer["budget"] is not None:

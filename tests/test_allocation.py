@@ -6,9 +6,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, given, settings
 
-from quantifind.allocation import Option, allocate, moves, total_cost, total_rise, undominated
+from quantifind.allocation import Option, allocate, moves, total_cost, undominated
 
 NUMBERS = st.integers(0, 40).map(float) | st.floats(0, 40)
+
+
+def total_rise(units, assignment):
+    return sum(unit[i].rise for unit, i in zip(units, assignment, strict=True))
 
 
 def option(cost, rise):

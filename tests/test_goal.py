@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 
 from quantifind import plugins
-from quantifind.goal import LIMITS, RUNG, Goal, ladder
+from quantifind.goal import MEASURES, RUNG, Goal, ladder
 
 COSTS = ["mean_bits", *plugins.names("costs")]
 
@@ -37,7 +37,7 @@ NO_NUMBERS = [True, False, "1.01", "", [1.01], (1.01,), 1j, b"1"]
 
 
 @pytest.mark.parametrize("value", [0.999, 0, -1, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("measure", LIMITS)
+@pytest.mark.parametrize("measure", MEASURES)
 def test_limits_out_of_range(measure, value):
     if 0 <= value < 1 and measure != "criterion_ratio":
         assert Goal.of({measure: value}, None).limit == value
@@ -133,7 +133,7 @@ def check_ladder(rows, chosen, goal):
     assert all(above > below for above, below in pairwise(sureness))
 
 
-@pytest.mark.parametrize("measure", LIMITS)
+@pytest.mark.parametrize("measure", MEASURES)
 @given(data=st.data())
 def test_a_ladder_falls_in_bytes_and_sureness_to_the_chosen_and_on(measure, data):
     rows = data.draw(candidates(measure))

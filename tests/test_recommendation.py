@@ -5,7 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from quantifind.recommendation import MEASURES, in_words, recommend, words_of
+from quantifind.goal import MEASURES
+from quantifind.recommendation import in_words, recommend, words_of
 from quantifind.strategy import Strategy
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}
@@ -131,7 +132,7 @@ def test_plain_values_that_say_the_same_as_the_words(measure, bounds):
     assert answer["limit"] == {measure: limit}
     page = in_words(answer, "my_net")
     best = answer["certified"] or answer["chosen"]
-    assert page.startswith(f"# my_net: {MEASURES[measure]} at most {limit:g}\n")
+    assert page.startswith(f"# my_net: {MEASURES[measure][0]} at most {limit:g}\n")
     for figure in (
         f"{best['model_bytes']:,} bytes",
         "95% confidence",

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 
 from quantifind import plugins
+from quantifind.goal import MEASURES
 from quantifind.sensitivity import cliffs
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.search_figures import (
-    MEASURES,
     frontier,
     visualize_costs,
     visualize_frontier,

@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator
 
 from quantifind.certificate import certified_steps
+from quantifind.goal import MEASURES
 from quantifind.workflow.visualization_workflow import (
     CERTIFIED,
     DEPTH_TICKS,
@@ -30,12 +31,6 @@ from quantifind.workflow.visualization_workflow import (
 
 FOUND, NOT_TRIED = "black", "0.85"
 ORIGINS = {"allocated": "tab:cyan", "in order": "tab:pink", "learned": "tab:olive"}
-# of a measure, its words, its unit, and what it is where nothing is lost
-MEASURES = {
-    "criterion_ratio": ("criterion ratio", "(1 is lossless)", 1.0),
-    "accuracy_drop": ("drop of accuracy", "(share of examples)", 0.0),
-    "relative_error": ("relative error of the outputs", "(share of their norm)", 0.0),
-}
 # rises of the loss as shares of it: below the first a tensor costs nothing that can be seen
 SHARES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)
 # ratios nearer to 1 are told apart on a linear scale
