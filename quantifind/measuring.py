@@ -23,6 +23,8 @@ from quantifind.workers import Workers
 
 # examples of training data, and of validation data whose outputs name the folder
 CALIBRATION, KEYED = 4_096, 64
+# examples that one of several workers measures at a time, about
+SPAN = 500
 Columns = dict[str, np.ndarray]
 
 
@@ -117,17 +119,28 @@ class Measurements:
             if done < wanted:
                 together = len(groups) if _alone(quantized) is None else _alone(quantized)
                 groups[done, together].append(key)
-        tasks = [
-            ([candidates[key] for key in keys], done, wanted) for (done, _), keys in groups.items()
+        spans = [
+            (keys, first, last)
+            for (done, _), keys in groups.items()
+            for first, last in self._spans(done, wanted)
         ]
+        tasks = [([candidates[key] for key in keys], *span) for keys, *span in spans]
         measured = self.workers.map(_measure, self, tasks)
-        for keys, columns in zip(groups.values(), measured, strict=True):
+        for (keys, *_), columns in zip(spans, measured, strict=True):
             for key, fresh in zip(keys, columns, strict=True):
                 whole = kept[key]
                 whole = {n: np.concatenate([whole[n], c]) if whole else c for n, c in fresh.items()}
                 self.store.put(key, {name: torch.from_numpy(c) for name, c in whole.items()})
                 kept[key] = whole
         return {key: {n: c[:wanted] for n, c in kept[key].items()} for key in candidates}
+
+    def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
+        """What one worker measures at a time: a few whole batches, so that all have work and the
+        results are those of one span (test_spans_are_of_whole_batches); all of it where this
+        process measures."""
+        batch = self.evaluator.batch
+        step = last - first if self.workers.pool is None else batch * max(1, SPAN // batch)
+        return [(start, min(start + step, last)) for start in range(first, last, step)]
 
     def _kept(self, key: str) -> Columns:
         entry = self.store.get(key)

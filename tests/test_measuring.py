@@ -4,9 +4,11 @@ import copy
 import functools
 import itertools
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from test_strategy import intact
 from torch import nn
 
@@ -22,6 +24,7 @@ from quantifind.strategy import (
     uniform_strategy,
     with_quantized,
 )
+from quantifind.workers import Workers
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -391,3 +394,24 @@ def test_a_folder_is_the_same_in_any_layout(monkeypatch, tmp_path):
         net, criterion = nn.Sequential(*layers), nn.CrossEntropyLoss()
         folders.add(Measurements(net, train, val, criterion, folder=tmp_path).store.folder)
     assert len(folders) == 1
+
+
+@given(first=st.integers(0, 40), more=st.integers(1, 60), batch=st.integers(1, 9))
+def test_spans_are_of_whole_batches(measurements_of_two_workers, first, more, batch):
+    measured = measurements_of_two_workers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "SPAN", 10)
+        measured.evaluator.batch = batch
+        spans = measured._spans(first, first + more)
+        whole = measured.evaluator.batches(first, first + more)
+        split = [part for span in spans for part in measured.evaluator.batches(*span)]
+    assert [len(targets) for _, targets in whole] == [len(targets) for _, targets in split]
+    assert all(last - start <= max(10, batch) for start, last in spans)
+    assert spans[0][0] == first
+    assert spans[-1][1] == first + more
+
+
+@pytest.fixture(scope="module")
+def measurements_of_two_workers():
+    with Workers("loky", jobs=2) as workers:
+        yield Measurements(network(), *splits(), nn.CrossEntropyLoss(), workers=workers)
