@@ -7,9 +7,9 @@ items of a data set of tensors, the default layout, four threads over the candid
 matrix products of 2,048 × 2,048, timed in the same process; a share of it counts the network's own
 multiply-adds. Each part runs in a process of its own, whose peak memory stands beside it; ours is
 timed before and after the naive loop, and the mean is given; of the naive sensitivities a third of
-the candidates is timed, and taken three times. Writes benchmarks/results/speed.csv
-(seconds, but for rates, whose name says so), and benchmarks/results/speed_growth.csv with its
-picture docs/speed_growth.png: seconds against examples, parameters and tensors.
+the candidates is timed, and taken three times. Writes benchmarks/results/speed.csv (seconds, but
+for rates, whose name says so), and benchmarks/results/speed_growth.csv with its picture
+docs/speed_growth.png: seconds against examples, parameters and tensors.
 """
 
 import argparse
