@@ -1,7 +1,10 @@
 """Which choice each tensor gets, under a budget: an exact integer programme (the multiple-choice
 knapsack, solved by HiGHS), as if what tensors cost the loss added up."""
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,16 +63,17 @@ def allocate(units: Sequence[Sequence[Option]], budget: float) -> Assignment | N
     scale, most, slack = rises.max(), max(budget, costs.max()) or 1.0, 0.0
     while True:
         allowed = rises <= scale
-        solved = optimize.milp(
-            np.where(allowed, rises / (scale or 1.0), 0.0),
-            integrality=np.ones(len(costs)),
-            bounds=optimize.Bounds(0, allowed),
-            constraints=[
-                optimize.LinearConstraint(one_each, 1, 1),
-                optimize.LinearConstraint(costs[None] / most, -np.inf, budget / most - slack),
-            ],
-            options={"mip_rel_gap": 0},
-        )
+        with _quiet():
+            solved = optimize.milp(
+                np.where(allowed, rises / (scale or 1.0), 0.0),
+                integrality=np.ones(len(costs)),
+                bounds=optimize.Bounds(0, allowed),
+                constraints=[
+                    optimize.LinearConstraint(one_each, 1, 1),
+                    optimize.LinearConstraint(costs[None] / most, -np.inf, budget / most - slack),
+                ],
+                options={"mip_rel_gap": 0},
+            )
         if solved.x is None:
             return cheapest
         chosen = [
@@ -86,6 +90,21 @@ def allocate(units: Sequence[Sequence[Option]], budget: float) -> Assignment | N
         if total >= SHRINK * scale:
             return tuple(chosen)
         scale = total
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what HiGHS writes to standard output though it is told not to
+    (test_the_solver_says_nothing)."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def total_cost(units: Sequence[Sequence[Option]], assignment: Assignment) -> float:

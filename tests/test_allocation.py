@@ -3,6 +3,7 @@
 import itertools
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 
@@ -183,3 +184,20 @@ def test_no_way_down_from_the_cheapest():
     assert moves([unit, unit], (1, 1)) == []
     assert moves([unit, unit], (0, 0)) in ([(0, 1), (1, 0)], [(1, 0), (0, 1)])
     assert (1, 0) in moves([unit, unit], (0, 1))
+
+
+def test_the_solver_says_nothing(capfd):
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        units = []
+        for _ in range(29):
+            size = generator.choice([96, 2304, 27648])
+            options = [
+                Option({}, {}, size * bits / 8, size**0.5 * 4.0**-bits * generator.lognormal())
+                for bits in range(1, 17)
+            ]
+            units.append(undominated(options))
+        low, high = (sum(unit[end].cost for unit in units) for end in (-1, 0))
+        allocate(units, low * (high / low) ** generator.uniform(0.05, 0.9))
+    print("still heard")
+    assert capfd.readouterr() == ("still heard\n", "")
