@@ -8,7 +8,6 @@ replacement; the bound of 95% confidence should be below that ratio in 5% of the
 benchmarks/results/coverage.csv, and of all four networks what stands between README.md's markers.
 """
 
-import argparse
 from typing import Any
 
 import numpy as np
@@ -57,12 +56,8 @@ def markdown(results: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--network", choices=grids.NETWORKS, help="by default all of them")
-    chosen = parser.parse_args().network
-    measured = [r for name in grids.NETWORKS if chosen in (None, name) for r in measure(name)]
+    chosen = grids.chosen_networks(__doc__)
+    measured = [row for name in chosen for row in measure(name)]
     results = grids.write_rows(RESULTS, pd.DataFrame(measured))
     if set(results["network"]) == set(grids.NETWORKS):
         grids.write_readme(MARKERS, markdown(results))

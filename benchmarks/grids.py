@@ -181,14 +181,20 @@ def write_readme(place: re.Pattern[str], table: str) -> None:
     readme.write_text(place.sub(lambda _: table, text, count=1), encoding="utf-8")
 
 
-def main() -> None:
+def chosen_networks(description: str | None) -> list[str]:
+    """The one that --network names, or all of them."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--network", choices=NETWORKS, help="by default all of them")
     chosen = parser.parse_args().network
+    return [chosen] if chosen else list(NETWORKS)
+
+
+def main() -> None:
+    chosen = chosen_networks(__doc__)
     torch.manual_seed(0)
-    measured = [row for name in NETWORKS if chosen in (None, name) for row in measure(name)]
+    measured = [row for name in chosen for row in measure(name)]
     results = write_rows(RESULTS, pd.DataFrame(measured))
     results = results[results["row"].isin(ROWS)]
     if set(results["network"]) == set(NETWORKS):

@@ -11,7 +11,6 @@ ratio on validation data of what the search finds, of the best uniform strategy 
 the best of 100 random allocations, no fewer than the search measures.
 """
 
-import argparse
 import tempfile
 import time
 from typing import Any
@@ -144,21 +143,15 @@ def markdown(results: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--network", choices=grids.NETWORKS, help="by default all of them")
-    chosen = parser.parse_args().network
     found, quality = [], []
-    for network in grids.NETWORKS:
-        if chosen in (None, network):
-            with tempfile.TemporaryDirectory() as folder:
-                found += measure(network, folder)
-                results = grids.write_rows(RESULTS, pd.DataFrame(found))
-                quality += measure_quality(network, folder)
-                grids.write_rows(QUALITY, pd.DataFrame(quality))
-            grids.write_readme(MARKERS, markdown(results))
-            print(markdown(results))
+    for network in grids.chosen_networks(__doc__):
+        with tempfile.TemporaryDirectory() as folder:
+            found += measure(network, folder)
+            results = grids.write_rows(RESULTS, pd.DataFrame(found))
+            quality += measure_quality(network, folder)
+            grids.write_rows(QUALITY, pd.DataFrame(quality))
+        grids.write_readme(MARKERS, markdown(results))
+        print(markdown(results))
 
 
 if __name__ == "__main__":
