@@ -225,7 +225,7 @@ def visualize_costs(
             best[cost], best["criterion_ratio"], where="post", color=FOUND, lw=1.2, label="frontier"
         )
         axes.plot(
-            chosen[cost], chosen["criterion_ratio"], "D", ms=10, mew=2, mfc="none", color="tab:red",
+            chosen[cost], chosen["criterion_ratio"], "D", ms=10, mew=2, mfc="none", color=FOUND,
             label="chosen",
         )  # fmt: skip
         axes.set(xlabel=cost.replace("_", " "), xscale="log")
