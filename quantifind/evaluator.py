@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quantifind.activations import QuantizedActivations
 from quantifind.layouts import CONTIGUOUS, DEFAULT, fastest, in_layout, to_layout
 from quantifind.metrics import Criterion, evaluating, outcome, outcome_of
-from quantifind.pooling import pool_first
+from quantifind.pooling import pool_by_slices, pool_first
 from quantifind.products import own_tensors
 from quantifind.quantized import QuantizedTensor
 from quantifind.strategy import Quantized, plain_copy, put_values
@@ -51,6 +51,7 @@ class Evaluator:
         self.criterion = criterion
         self.work = plain_copy(model).eval()
         pool_first(self.work)
+        pool_by_slices(self.work)
         self.device = device_of(self.work)
         self.values = {name: tensor.clone() for name, tensor in _own(self.work).items()}
         # names of tensors that aren't as they were given: after a put, and whatever a pass changes
@@ -65,6 +66,10 @@ class Evaluator:
             self.inputs, self.targets = (torch.cat(part) for part in zip(*self.given, strict=True))
             self.given = []
             self._lay_out(*fastest(self.work, self.inputs))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _keep_freed_memory()  # of the worker too that it is sent to
+        self.__dict__ = state
 
     def _side_effects(self) -> tuple[set[str], bool]:
         """The tensors that a pass changes, such as running means, and whether it changes its inputs

@@ -2,6 +2,7 @@
 kept, so that nothing is measured twice."""
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +24,9 @@ from quantifind.workers import Workers
 
 # examples of training data, and of validation data whose outputs name the folder
 CALIBRATION, KEYED = 4_096, 64
-# examples that one of several workers measures at a time, about
-SPAN = 500
+# tasks for each of several workers, so that none waits long for the last; but none of fewer seconds
+# than this, since each has its candidates' codes sent along
+TASKS, BRIEF = 2, 0.05
 Columns = dict[str, np.ndarray]
 
 
@@ -60,7 +62,9 @@ class Measurements:
             run(model, inputs[:2])
             _check_labels(model, inputs[:2].clone(), targets)
         self.evaluator = Evaluator(model, [(inputs, targets)], criterion)
+        started = time.perf_counter()
         self.original = self._original()
+        self.pace = (time.perf_counter() - started) / self.examples  # seconds of an example
         # outputs and losses tell of a network's code and a criterion's options what their names
         # don't (test_other_options_have_a_folder_of_their_own); in the layout that is given, since
         # the fastest may be another one tomorrow: test_a_folder_is_the_same_in_any_layout
@@ -122,7 +126,7 @@ class Measurements:
         spans = [
             (keys, first, last)
             for (done, _), keys in groups.items()
-            for first, last in self._spans(done, wanted)
+            for first, last in self._spans(done, wanted, len(groups), len(keys))
         ]
         tasks = [([candidates[key] for key in keys], *span) for keys, *span in spans]
         measured = self.workers.map(_measure, self, tasks)
@@ -134,12 +138,15 @@ class Measurements:
                 kept[key] = whole
         return {key: {n: c[:wanted] for n, c in kept[key].items()} for key in candidates}
 
-    def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
-        """What one worker measures at a time: a few whole batches, so that all have work and the
-        results are those of one span (test_spans_are_of_whole_batches); all of it where this
-        process measures."""
-        batch = self.evaluator.batch
-        step = last - first if self.workers.pool is None else batch * max(1, SPAN // batch)
+    def _spans(self, first: int, last: int, groups: int, together: int) -> list[tuple[int, int]]:
+        """What of the examples is measured at a time, where so many groups of candidates are, each
+        of so many: whole batches, so that the results are those of one span, however many there
+        are (test_spans_are_of_whole_batches)."""
+        pool, batch = self.workers.pool, self.evaluator.batch
+        most = 0 if pool is None else math.ceil(TASKS * pool.places() / groups)
+        took = (last - first) * self.pace * together
+        parts = max(1, min(most, int(took / BRIEF)))
+        step = batch * math.ceil((last - first) / (batch * parts))
         return [(start, min(start + step, last)) for start in range(first, last, step)]
 
     def _kept(self, key: str) -> Columns:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from quantifind import packing
 
+# what codes are pickled as, the first that holds all of a grid's
+NARROW = (torch.int8, torch.uint8, torch.int16)
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -110,6 +113,18 @@ class QuantizedTensor:
         finite = torch.finfo(self.dtype)
         values = values.clamp(finite.min, finite.max).to(self.dtype)
         return from_rows(values, self.codes.shape, self.axis, self.group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, such as for a worker: the codes in as few bytes as their levels take."""
+        lowest = self.grid.lowest_code
+        highest = lowest + self.grid.levels - 1
+        fitting = (d for d in map(torch.iinfo, NARROW) if d.min <= lowest and highest <= d.max)
+        dtype = getattr(torch, next(fitting, torch.iinfo(self.codes.dtype)).dtype)
+        return self.__dict__ | {"codes": self.codes.to(dtype), "codes_dtype": self.codes.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtype = state.pop("codes_dtype")
+        self.__dict__.update(state, codes=state["codes"].to(dtype))
 
     @property
     def bits(self) -> int | float:

@@ -122,10 +122,14 @@ def quantized_parts(measurements: Measurements, menus: Menus) -> Parts:
                     parts[key] = getattr(artifact.unpack(*entry), kind)[name]
             if left:
                 missing.append((kind, name, left))
-    sites = list(menus["activations"])
-    with progress("rounding", total=len(missing)) as step:
-        fitted = measurements.workers.map(_fit, measurements, [(*m, sites) for m in missing])
-        for (kind, name, choices), made in zip(missing, fitted, strict=True):
+    sites, pool = list(menus["activations"]), measurements.workers.pool
+    # some choices of a tensor by each worker, since one tensor may take longer than all others
+    places = 1 if pool is None else pool.places()
+    tasks = [(kind, name, c[i::places]) for kind, name, c in missing for i in range(places)]
+    tasks = [task for task in tasks if task[-1]]
+    with progress("rounding", total=len(tasks)) as step:
+        fitted = measurements.workers.map(_fit, measurements, [(*task, sites) for task in tasks])
+        for (kind, name, choices), made in zip(tasks, fitted, strict=True):
             for choice, part in zip(choices, made, strict=True):
                 key = part_key(kind, name, choice)
                 parts[key] = part

@@ -154,10 +154,14 @@ class _Cluster:
             install = "pip install 'quantifind[cluster]'"
             raise ValueError(f"engine 'dask' needs Dask: {install}") from None
         self.scheduler, self.losses = scheduler, (CancelledError, KilledWorker)
-        with self._answering():
-            self.client = Client(scheduler, timeout=PATIENCE, set_as_default=False)
+        # made before it connects, so that one that fails is closed here: were it collected while
+        # another one starts, both would wait for ever (test_a_client_that_fails_leaves_no_thread)
+        self.client = Client.__new__(Client)
         try:
             with self._answering():
+                self.client.__init__(  # type: ignore[misc]
+                    scheduler, timeout=PATIENCE, set_as_default=False
+                )
                 self.client.wait_for_workers(1, timeout=PATIENCE)
         except BaseException:
             self.client.close()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import math
 
 import hypothesis.strategies as st
 import numpy as np
@@ -396,17 +397,22 @@ def test_a_folder_is_the_same_in_any_layout(monkeypatch, tmp_path):
     assert len(folders) == 1
 
 
-@given(first=st.integers(0, 40), more=st.integers(1, 60), batch=st.integers(1, 9))
-def test_spans_are_of_whole_batches(measurements_of_two_workers, first, more, batch):
+@given(
+    first=st.integers(0, 40),
+    more=st.integers(1, 60),
+    batch=st.integers(1, 9),
+    groups=st.integers(1, 6),
+    pace=st.sampled_from([0.001, 1.0]),
+)
+def test_spans_are_of_whole_batches(measurements_of_two_workers, first, more, batch, groups, pace):
     measured = measurements_of_two_workers
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "SPAN", 10)
-        measured.evaluator.batch = batch
-        spans = measured._spans(first, first + more)
-        whole = measured.evaluator.batches(first, first + more)
-        split = [part for span in spans for part in measured.evaluator.batches(*span)]
+    measured.evaluator.batch, measured.pace = batch, pace
+    spans = measured._spans(first, first + more, groups, 3)
+    whole = measured.evaluator.batches(first, first + more)
+    split = [part for span in spans for part in measured.evaluator.batches(*span)]
     assert [len(targets) for _, targets in whole] == [len(targets) for _, targets in split]
-    assert all(last - start <= max(10, batch) for start, last in spans)
+    assert len(spans) <= math.ceil(2 * measuring.TASKS / groups)
+    assert len(spans) <= max(1, 3 * pace * more / measuring.BRIEF)
     assert spans[0][0] == first
     assert spans[-1][1] == first + more
 

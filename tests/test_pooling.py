@@ -1,6 +1,7 @@
 """Pooling before ReLU changes no value, no gradient and no name, and is undone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from quantifind.pooling import POOLS, pool_first, pooling_first
+from quantifind.pooling import POOLS, pool_by_slices, pool_first, pooling_first
 
 
 @st.composite
@@ -51,6 +52,36 @@ def test_values_and_gradients_are_the_same_bit_for_bit(given, inplace):
     assert pool_first(net) == [(net, 0)] * swaps
     assert net[not swaps] is pool
     assert all(map(torch.equal, outputs_and_gradients(net, inputs), wanted))
+
+
+@given(pools(), st.booleans(), st.sampled_from([-1, 0.5, torch.nan, torch.inf, -torch.inf]))
+def test_slices_have_the_same_values(given, batched, special):
+    pool, inputs = given
+    inputs = inputs if batched else inputs[0]
+    inputs.view(-1)[:: max(1, inputs.numel() // 2)] = special
+    sliced = nn.Sequential(copy.deepcopy(pool))
+    pool_by_slices(sliced)
+    assert ("forward" in vars(sliced[0])) == (not pool.padding and not pool.ceil_mode)
+    try:
+        wanted = pool(inputs)
+    except RuntimeError:  # a window larger than the input
+        with pytest.raises(RuntimeError):
+            sliced(inputs)
+        return
+    found = sliced(inputs)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_slices_keep_the_layout(layout):
+    net = nn.Sequential(nn.MaxPool2d((2, 3), (2, 1)))
+    pool_by_slices(net)
+    inputs = torch.randn(2, 3, 8, 7).contiguous(memory_format=layout)
+    for copied in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        found = copied(inputs)
+        assert torch.equal(found, nn.functional.max_pool2d(inputs, (2, 3), (2, 1)))
+        assert found.is_contiguous(memory_format=layout)
 
 
 def network():

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -44,7 +45,9 @@ def how(request):
         if engine != "dask":
             return {"engine": engine}
         local = request.getfixturevalue("cluster")
-        local.wait_for_workers(2)
+        # a worker that was killed while it started is not started again by itself
+        local.scale(2)
+        local.wait_for_workers(2, timeout=60)
         return {"engine": engine, "scheduler": local.scheduler_address}
 
     return arguments
@@ -93,6 +96,14 @@ def test_a_scheduler_that_nobody_answers_for_is_named(monkeypatch, address):
     with pytest.raises(ValueError, match=f"scheduler {address}: no Dask workers there"):
         Workers("dask", scheduler=address)
     assert time.monotonic() - started < workers.PATIENCE + 2
+
+
+@pytest.mark.parametrize("address", ["nonsense", "tcp://127.0.0.1:port"])
+def test_a_client_that_fails_leaves_no_thread(address):
+    before = [thread for thread in threading.enumerate() if thread.name == "IO loop"]
+    with pytest.raises(ValueError, match="no Dask workers there"):
+        Workers("dask", scheduler=address)
+    assert [thread for thread in threading.enumerate() if thread.name == "IO loop"] == before
 
 
 def test_a_scheduler_without_workers_is_named(monkeypatch):
