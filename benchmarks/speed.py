@@ -287,8 +287,8 @@ def cluster() -> list[dict[str, Any]]:
     from distributed import LocalCluster
 
     torch.set_num_threads(1)
-    net, criterion = grids.trained("dense_mnist")
-    train, val, _ = grids.loaders("dense_mnist")
+    net, criterion = grids.trained("conv_mnist")
+    train, val, _ = grids.loaders("conv_mnist")
     took, found = {}, {}
     for workers in (1, 2):
         with LocalCluster(  # type: ignore[no-untyped-call]
@@ -306,7 +306,7 @@ def cluster() -> list[dict[str, Any]]:
             )
     same = "the same" if found[1].choices == found[2].choices else "another"
     print(f"two workers find {same} strategy", flush=True)
-    return [row("search of dense_mnist by two Dask workers, beside one", took[2], took[1])]
+    return [row("search of conv_mnist by two Dask workers, beside one", took[2], took[1])]
 
 
 def growth() -> list[dict[str, Any]]:

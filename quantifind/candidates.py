@@ -270,7 +270,13 @@ class Candidates:
 
     def _hopeless(self, drop: Mapping[str, float], losses: np.ndarray) -> bool:
         if self.goal.limit is not None:
-            return drop[f"{self.goal.measure}_low"] > self.goal.limit
+            # from so many examples, the lowest that the bound on all of them may come to
+            value, low, bound = (drop[self.goal.measure + end] for end in ("", "_low", "_bound"))
+            share = len(losses) / self.measurements.examples
+            if not math.isfinite(bound - low):  # too few examples to tell
+                return False
+            least = value + (bound - value) * math.sqrt(share)
+            return least - (value - low) * math.sqrt(1 - share) > self.goal.limit
         if self.best_losses is None:
             return False
         return ratio_interval(losses, self.best_losses[: len(losses)])[0] > 1

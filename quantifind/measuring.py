@@ -24,9 +24,9 @@ from quantifind.workers import Workers
 
 # examples of training data, and of validation data whose outputs name the folder
 CALIBRATION, KEYED = 4_096, 64
-# tasks for each of several workers, so that none waits long for the last; but none of fewer seconds
-# than this, since each has its candidates' codes sent along
-TASKS, BRIEF = 2, 0.05
+# seconds that a task of one of several workers takes at least, since it has its candidates' codes
+# sent along
+BRIEF = 0.05
 Columns = dict[str, np.ndarray]
 
 
@@ -123,10 +123,12 @@ class Measurements:
             if done < wanted:
                 together = len(groups) if _alone(quantized) is None else _alone(quantized)
                 groups[done, together].append(key)
+        pool = self.workers.pool
+        shares = 1 if pool is None or not groups else math.ceil(pool.places() / len(groups))
         spans = [
             (keys, first, last)
             for (done, _), keys in groups.items()
-            for first, last in self._spans(done, wanted, len(groups), len(keys))
+            for first, last in self._spans(done, wanted, shares, len(keys))
         ]
         tasks = [([candidates[key] for key in keys], *span) for keys, *span in spans]
         measured = self.workers.map(_measure, self, tasks)
@@ -138,15 +140,12 @@ class Measurements:
                 kept[key] = whole
         return {key: {n: c[:wanted] for n, c in kept[key].items()} for key in candidates}
 
-    def _spans(self, first: int, last: int, groups: int, together: int) -> list[tuple[int, int]]:
-        """What of the examples is measured at a time, where so many groups of candidates are, each
-        of so many: whole batches, so that the results are those of one span, however many there
-        are (test_spans_are_of_whole_batches)."""
-        pool, batch = self.workers.pool, self.evaluator.batch
-        most = 0 if pool is None else math.ceil(TASKS * pool.places() / groups)
+    def _spans(self, first: int, last: int, shares: int, together: int) -> list[tuple[int, int]]:
+        """What of the examples each of several workers measures, of so many candidates: whole
+        batches, so that the results are those of one span (test_spans_are_of_whole_batches)."""
         took = (last - first) * self.pace * together
-        parts = max(1, min(most, int(took / BRIEF)))
-        step = batch * math.ceil((last - first) / (batch * parts))
+        shares = max(1, min(shares, int(took / BRIEF)))
+        step = self.evaluator.batch * math.ceil((last - first) / (self.evaluator.batch * shares))
         return [(start, min(start + step, last)) for start in range(first, last, step)]
 
     def _kept(self, key: str) -> Columns:

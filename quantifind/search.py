@@ -218,7 +218,7 @@ def _nearest(candidates: Candidates) -> str:
     rows = candidates.whole() or [*candidates.rows.values()]
     if limit is None:
         return "no candidate within the budget can be measured: all losses are NaN or infinite"
-    row = min(rows, key=lambda row: row[f"{measure}_bound"])
+    row = candidates.completed(min(rows, key=lambda row: row[f"{measure}_bound"]))
     value, bound, examples = row[measure], row[f"{measure}_bound"], row["examples"]
     text = (
         f"no candidate keeps {measure} at most {limit:g} with {candidates.confidence:.0%} "

@@ -2,6 +2,7 @@
 of a Dask cluster; with the same results."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -24,6 +25,8 @@ PATIENCE = 8
 ATTEMPTS = 3
 # tasks that are under way for each process or thread that takes them
 AHEAD = 2
+# seconds after which a cluster is asked again who its workers are
+GLANCE = 0.5
 _one_at_a_time = threading.Lock()
 _received: dict[str, Any] = {}
 
@@ -154,6 +157,8 @@ class _Cluster:
             install = "pip install 'quantifind[cluster]'"
             raise ValueError(f"engine 'dask' needs Dask: {install}") from None
         self.scheduler, self.losses = scheduler, (CancelledError, KilledWorker)
+        self.given: dict[str, list[Any]] = {}
+        self.looked = 0.0
         # made before it connects, so that one that fails is closed here: were it collected while
         # another one starts, both would wait for ever (test_a_client_that_fails_leaves_no_thread)
         self.client = Client.__new__(Client)
@@ -180,7 +185,12 @@ class _Cluster:
 
     def places(self) -> int:
         with self._answering():
-            return max(1, sum(self.client.ncores().values()))
+            threads = self.client.nthreads()
+        known = self.given
+        # by address, tasks that were given to a worker and may not be done
+        self.given = {address: known.get(address, []) for address in threads}
+        self.looked = time.monotonic()
+        return max(1, sum(threads.values()))
 
     def send(self, packed: bytes) -> Any:
         with self._answering():
@@ -189,9 +199,23 @@ class _Cluster:
     def submit(self, sent: Any, task: bytes) -> Any:
         import dask
 
+        if time.monotonic() - self.looked > GLANCE:
+            self.places()  # for those that have joined
+        # the one with the fewest: Dask, which goes by guesses of how long tasks take, would leave
+        # one idle and give two to another
+        left = {a: [f for f in given if not f.done()] for a, given in self.given.items()}
+        address = min(left, key=lambda address: len(left[address]), default=None)
         # a task has the codes of a whole candidate: test_large_tasks_are_sent_without_a_warning
         with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
-            return self.client.submit(_work, sent.key, sent, task, pure=False)
+            future = self.client.submit(
+                *(_work, sent.key, sent, task),
+                pure=False,
+                workers=address,
+                allow_other_workers=address is not None,
+            )
+        if address is not None:
+            self.given[address] = [*left[address], future]
+        return future
 
     def renew(self) -> None:
         pass

@@ -3,7 +3,6 @@
 import copy
 import functools
 import itertools
-import math
 
 import hypothesis.strategies as st
 import numpy as np
@@ -25,7 +24,6 @@ from quantifind.strategy import (
     uniform_strategy,
     with_quantized,
 )
-from quantifind.workers import Workers
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -401,23 +399,22 @@ def test_a_folder_is_the_same_in_any_layout(monkeypatch, tmp_path):
     first=st.integers(0, 40),
     more=st.integers(1, 60),
     batch=st.integers(1, 9),
-    groups=st.integers(1, 6),
+    shares=st.integers(1, 6),
     pace=st.sampled_from([0.001, 1.0]),
 )
-def test_spans_are_of_whole_batches(measurements_of_two_workers, first, more, batch, groups, pace):
-    measured = measurements_of_two_workers
+def test_spans_are_of_whole_batches(measurements, first, more, batch, shares, pace):
+    measured = measurements
     measured.evaluator.batch, measured.pace = batch, pace
-    spans = measured._spans(first, first + more, groups, 3)
+    spans = measured._spans(first, first + more, shares, 3)
     whole = measured.evaluator.batches(first, first + more)
     split = [part for span in spans for part in measured.evaluator.batches(*span)]
     assert [len(targets) for _, targets in whole] == [len(targets) for _, targets in split]
-    assert len(spans) <= math.ceil(2 * measuring.TASKS / groups)
-    assert len(spans) <= max(1, 3 * pace * more / measuring.BRIEF)
+    assert len(spans) <= shares
+    assert len(spans) <= max(1, 3 * pace * more / measuring.BRIEF + 1e-9)
     assert spans[0][0] == first
     assert spans[-1][1] == first + more
 
 
 @pytest.fixture(scope="module")
-def measurements_of_two_workers():
-    with Workers("loky", jobs=2) as workers:
-        yield Measurements(network(), *splits(), nn.CrossEntropyLoss(), workers=workers)
+def measurements():
+    return Measurements(network(), *splits(), nn.CrossEntropyLoss())

@@ -3,7 +3,9 @@
 import itertools
 import math
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -137,7 +139,7 @@ def test_rows_and_ladder(small):
     assert (table.loc[table["on_ladder"], "examples"] == 1_000).all()
     assert table["examples"].between(1, 1_000).all()
     given_up = table[table["examples"] < 1_000]
-    assert (given_up["criterion_ratio_low"] > 1.05).all()
+    assert (given_up["criterion_ratio_bound"] > 1.05).all()
 
 
 def test_rows_are_those_of_their_codes_whatever_was_searched_for_before(small, tmp_path):
@@ -163,6 +165,31 @@ def stepped(net, train, val):
         for strategy in candidates.uniform()
     }
     return candidates, [uniform[bits] for bits in (2, 4, 8)]
+
+
+def test_few_that_would_keep_the_limit_are_given_up():
+    """Candidates near the limit, each seen on a growing part of its examples."""
+    goal, whole, rng = Goal.of(1.05, None), 2_000, np.random.default_rng(0)
+    search = SimpleNamespace(goal=goal, measurements=SimpleNamespace(examples=whole))
+    wrong = keeping = early = 0
+    for _ in range(300):
+        original = rng.gamma(0.5, size=whole)
+        losses = original * rng.uniform(1, 1.1) + rng.normal(0, 0.5, whole)
+        columns = {"loss": losses, "original_loss": original}
+        columns |= dict.fromkeys(("squared_error", "squared_norm", "divergence"), original)
+        given_up = {}
+        for examples in (250, 500, 1_000, whole):
+            some = {name: column[:examples] for name, column in columns.items()}
+            drop = drops(some)
+            given_up[examples] = Candidates._hopeless(search, drop, some["loss"])
+        kept = goal.keeps(drop)
+        assert given_up[whole] == (not kept)
+        keeping += kept
+        wrong += kept and any(given_up.values())
+        early += given_up[500]
+    assert wrong <= 0.1 * keeping
+    assert keeping > 50
+    assert early > 50
 
 
 def test_steps_that_are_worse_are_given_up_early(small):

@@ -284,6 +284,19 @@ def test_large_tasks_are_sent_without_a_warning(how):
         assert list(made.map(lambda _, item: len(item), None, large)) == [11 * 2**20] * 2
 
 
+def whose(_, seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_no_worker_waits_while_another_has_two_tasks(how):
+    with Workers(**how("dask")) as made:
+        for _ in range(12):
+            assert len(set(made.map(whose, None, [0.05, 0.05]))) == 2
+        # the second worker takes what the first has no time for
+        assert len(set(made.map(whose, None, [0.5, *[0.01] * 9]))) == 2
+
+
 def test_a_worker_with_several_threads_takes_one_task_at_a_time():
     def span(_, __):
         started = time.monotonic()
