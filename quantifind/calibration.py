@@ -3,7 +3,7 @@ and what the float network makes of it."""
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,6 @@ from quantifind.utils import device_of
 Batches = Sequence[Any]
 # elements of an unfolded input held at a time
 CHUNK = 2**24
-# positions for each input of a layer, and examples, from which its moments are taken: more of them
-# tell little more
-POSITIONS, EXAMPLES = 64, 1_024
 COMPENSABLE = ("linear", "convolution", "embedding")
 
 
@@ -155,30 +152,39 @@ def layer_moments(
 
     model: the float network; work: the same, in part quantized. uses: of the weight in a pass.
     rounded: a product of ``work`` → the same with its operands on their levels.
-    Of the batches as many are passed as it takes (test_many_positions_need_few_examples): all where
-    a layer has few positions for its many inputs, fewer of images, where an example has hundreds.
     Errors: ValueError for a use that is none of `COMPENSABLE`, and for inputs that are not finite.
     """
     weight = own_tensors(work)[name]
     moments: dict[tuple[int, int], Moments] = {}
-    look_ups, examples = None, 0
-    for batch in batches:
-        for product, _, target in paired_uses(model, work, name, [batch], uses, rounded):
-            if product.kind not in COMPENSABLE:
-                raise ValueError(
-                    f"{name}: rounding 'compensated': it is used in a "
-                    f"{product.kind.replace('_', ' ')}; {', '.join(COMPENSABLE)} are allowed"
-                )
-            first, last, _ = (product.rows or slice(None)).indices(len(weight))
-            if product.kind == "embedding":
-                counts = product.operands[0].flatten().bincount(minlength=last - first)
-                look_ups = weight.new_zeros(len(weight)).double() if look_ups is None else look_ups
-                look_ups[first:last] += counts
-            else:
-                _add(moments, product, weight, first, target)
-        examples += len(batch[0])
-        if look_ups is None and examples >= EXAMPLES and _suffice(moments):
-            break
+    look_ups = None
+    for product, _, target in paired_uses(model, work, name, batches, uses, rounded):
+        if product.kind not in COMPENSABLE:
+            raise ValueError(
+                f"{name}: rounding 'compensated': it is used in a "
+                f"{product.kind.replace('_', ' ')}; {', '.join(COMPENSABLE)} are allowed"
+            )
+        first, last, _ = (product.rows or slice(None)).indices(len(weight))
+        if product.kind == "embedding":
+            look_ups = weight.new_zeros(len(weight)).double() if look_ups is None else look_ups
+            counts = product.operands[0].flatten().bincount(minlength=last - first)
+            look_ups[first:last] += counts
+            continue
+        if product.bias is not None:
+            target = target - _along_outputs(product.bias, product)
+        target = _output_rows(target, product)  # (positions, rows)
+        # sums of half precision would lose what they add: test_half_precision_is_summed_in_full
+        precise = torch.promote_types(target.dtype, torch.float32)
+        for chunk, part in _chunks(product, weight, target):
+            groups, _, inputs = chunk.shape
+            rows = (last - first) // groups
+            for group in range(groups):
+                x = chunk[group].to(precise)
+                y = part[:, group * rows : (group + 1) * rows].to(precise)
+                start = first + group * rows
+                found = moments.setdefault((start, start + rows), _no_moments(weight, rows, inputs))
+                found.inputs += x.T @ x
+                found.outputs += y.T @ x
+                found.positions += len(x)
     if any(not found.inputs.isfinite().all() for found in moments.values()):
         raise ValueError(f"{name}: its inputs on calibration data are NaN or infinite")
     spans = sorted(moments)
@@ -193,36 +199,6 @@ def layer_moments(
         for (first, last), found in moments.items():
             found.look_ups = look_ups[first:last]
     return moments
-
-
-def _add(
-    moments: dict[tuple[int, int], Moments],
-    product: Product,
-    weight: Tensor,
-    first: int,
-    target: Tensor,
-) -> None:
-    """Those of one product with the rows of a weight from ``first`` on."""
-    if product.bias is not None:
-        target = target - _along_outputs(product.bias, product)
-    target = _output_rows(target, product)  # (positions, rows)
-    # sums of half precision would lose what they add: test_half_precision_is_summed_in_full
-    precise = torch.promote_types(target.dtype, torch.float32)
-    for chunk, part in _chunks(product, weight, target):
-        groups, _, inputs = chunk.shape
-        rows = target.shape[1] // groups
-        for group in range(groups):
-            x = chunk[group].to(precise)
-            y = part[:, group * rows : (group + 1) * rows].to(precise)
-            start = first + group * rows
-            found = moments.setdefault((start, start + rows), _no_moments(weight, rows, inputs))
-            found.inputs += x.T @ x
-            found.outputs += y.T @ x
-            found.positions += len(x)
-
-
-def _suffice(moments: Mapping[tuple[int, int], Moments]) -> bool:
-    return all(found.positions >= POSITIONS * len(found.inputs) for found in moments.values())
 
 
 def _no_moments(weight: Tensor, rows: int, inputs: int) -> Moments:

@@ -23,6 +23,8 @@ from quantifind.strategy import Choice, Quantized, Strategy, mean_bits, named_te
 RACE = (0.125, 0.25, 0.5, 1.0)
 # a step is given up where it is worse by more than this interval: a lost step costs little
 LIKELY = 0.68
+# a candidate is given up where its bound, on all examples, is this sure to be above the limit
+HOPELESS = 0.95
 # the widest of the uniform candidates
 UNIFORM_BITS = 8
 # ends the origin of a candidate whose scales were adjusted on validation data
@@ -221,7 +223,7 @@ class Candidates:
                 drop = drops(columns, confidence=self.confidence)
                 found[i] = len(columns["loss"]), drop
                 outdone = other is not None and self._outdone(drop, columns, other)
-                if outdone or self._hopeless(drop, columns["loss"]):
+                if outdone or self._hopeless(drop, columns):
                     del going_on[i]
         return [self._row(trial, *found[i]) for i, trial in enumerate(trials)]
 
@@ -268,15 +270,17 @@ class Candidates:
     def _columns(self, row: Row) -> Columns:
         return self.measurements.columns(row["key"], row["strategy"].fitted)
 
-    def _hopeless(self, drop: Mapping[str, float], losses: np.ndarray) -> bool:
+    def _hopeless(self, drop: Mapping[str, float], columns: Columns) -> bool:
         if self.goal.limit is not None:
-            # from so many examples, the lowest that the bound on all of them may come to
-            value, low, bound = (drop[self.goal.measure + end] for end in ("", "_low", "_bound"))
-            share = len(losses) / self.measurements.examples
+            # from so many examples, the lowest that the bound on all of them is likely to come to
+            value, bound = (drop[f"{self.goal.measure}{end}"] for end in ("", "_bound"))
+            low = drops(columns, confidence=HOPELESS)[f"{self.goal.measure}_low"]
+            share = len(columns["loss"]) / self.measurements.examples
             if not math.isfinite(bound - low):  # too few examples to tell
                 return False
             least = value + (bound - value) * math.sqrt(share)
             return least - (value - low) * math.sqrt(1 - share) > self.goal.limit
+        losses = columns["loss"]
         if self.best_losses is None:
             return False
         return ratio_interval(losses, self.best_losses[: len(losses)])[0] > 1

@@ -21,10 +21,10 @@ from quantifind.utils import device_of
 SIZES = (32, 64, 128, 512, 2048)
 LARGE = (8192, 32768)
 DEFAULT, FEW = 64, 512
-# a part of what is remembered: another one where passes themselves have changed
+# a part of the name of what is remembered, to be raised where passes themselves have changed
 PASSES = 2
-# how often a layout and size is timed; what takes longer than the fastest so far by this factor is
-# not timed again, nor are larger sizes
+# how often a layout and size is timed; what takes longer than the fastest by the second is not
+# timed again, nor are larger sizes; what takes longer by the third is not alike
 ROUNDS, SLOWER, ALIKE = 4, 1.3, 1.03
 # seconds: a timing may end after the first, and no batch that takes the second is tried, which
 # would gain nothing and might not fit in memory

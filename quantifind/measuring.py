@@ -24,8 +24,8 @@ from quantifind.workers import Workers
 
 # examples of training data, and of validation data whose outputs name the folder
 CALIBRATION, KEYED = 4_096, 64
-# seconds that a task of one of several workers takes at least, since it has its candidates' codes
-# sent along
+# seconds of work below which no task is split among workers, since each part has the candidates'
+# codes sent along
 BRIEF = 0.05
 Columns = dict[str, np.ndarray]
 

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,8 +19,7 @@ def names(package: str) -> list[str]:
 
 def check(package: str, name: str) -> None:
     """Raise ValueError unless ``name`` is in the folder or a dotted path; nothing is imported."""
-    imported = f"quantifind.{package}.{name}" in sys.modules
-    if "." not in name and not imported and name not in names(package):
+    if "." not in name and name not in names(package):
         found = ", ".join(names(package))
         raise ValueError(f"unknown {name!r}: quantifind/{package}/ has {found}")
 

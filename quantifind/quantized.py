@@ -118,13 +118,16 @@ class QuantizedTensor:
         """What is pickled, such as for a worker: the codes in as few bytes as their levels take."""
         lowest = self.grid.lowest_code
         highest = lowest + self.grid.levels - 1
-        fitting = (d for d in map(torch.iinfo, NARROW) if d.min <= lowest and highest <= d.max)
-        dtype = getattr(torch, next(fitting, torch.iinfo(self.codes.dtype)).dtype)
-        return self.__dict__ | {"codes": self.codes.to(dtype), "codes_dtype": self.codes.dtype}
+        fitting = (
+            d for d in NARROW if torch.iinfo(d).min <= lowest and highest <= torch.iinfo(d).max
+        )
+        codes = self.codes.to(next(fitting, self.codes.dtype))
+        return self.__dict__ | {"codes": codes, "codes_dtype": self.codes.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        dtype = state.pop("codes_dtype")
-        self.__dict__.update(state, codes=state["codes"].to(dtype))
+        dtype = state["codes_dtype"]
+        own = {name: value for name, value in state.items() if name != "codes_dtype"}
+        self.__dict__.update(own, codes=state["codes"].to(dtype))
 
     @property
     def bits(self) -> int | float:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from quantifind.allocation import Assignment, moves, total_cost
-from quantifind.candidates import Candidates, Trial, choices_key, note
+from quantifind.candidates import Candidates, Row, Trial, choices_key, note
 from quantifind.goal import Goal, Limit, ladder
 from quantifind.measuring import Measurements
 from quantifind.metrics import is_classification
@@ -109,7 +109,7 @@ def find_strategy(
         steady(candidates)
         if learn:
             learn_allocations(candidates, learn)
-    return answer(candidates)
+        return answer(candidates)
 
 
 def sweep(candidates: Candidates) -> None:
@@ -200,9 +200,7 @@ def _worthwhile(candidates: Candidates, current: Assignment) -> Iterator[Assignm
 
 def answer(candidates: Candidates) -> tuple[Strategy, pd.DataFrame]:
     """The best candidate, and all of them."""
-    best = candidates.best()
-    if best is None:
-        raise ValueError(_nearest(candidates))
+    best = candidates.best() or _nearest(candidates)
     rows = sorted(candidates.rows.values(), key=lambda row: -row["model_bytes"])
     on_ladder = {id(row) for row in ladder(candidates.whole(), best, candidates.goal)}
     table = pd.DataFrame(rows).drop(columns="key")
@@ -213,13 +211,20 @@ def answer(candidates: Candidates) -> tuple[Strategy, pd.DataFrame]:
     return best["strategy"], table
 
 
-def _nearest(candidates: Candidates) -> str:
+def _nearest(candidates: Candidates) -> Row:
+    """The nearest of candidates that seem not to keep the limit, should it keep it after all.
+
+    Errors: ValueError, naming it, where it doesn't."""
     measure, limit = candidates.goal.measure, candidates.goal.limit
     rows = candidates.whole() or [*candidates.rows.values()]
     if limit is None:
-        return "no candidate within the budget can be measured: all losses are NaN or infinite"
+        raise ValueError(
+            "no candidate within the budget can be measured: all losses are NaN or infinite"
+        )
     row = candidates.completed(min(rows, key=lambda row: row[f"{measure}_bound"]))
     value, bound, examples = row[measure], row[f"{measure}_bound"], row["examples"]
+    if candidates.goal.keeps(row):
+        return row
     text = (
         f"no candidate keeps {measure} at most {limit:g} with {candidates.confidence:.0%} "
         f"confidence on {examples} validation examples; the nearest has {value:.6g} (at most "
@@ -229,4 +234,4 @@ def _nearest(candidates: Candidates) -> str:
         # a standard error falls with the root of the number of examples
         needed = math.ceil(examples * ((bound - value) / (limit - value)) ** 2)
         text += f"; with about {needed:,} examples it would be certain enough"
-    return text
+    raise ValueError(text)

@@ -123,9 +123,9 @@ def quantized_parts(measurements: Measurements, menus: Menus) -> Parts:
             if left:
                 missing.append((kind, name, left))
     sites, pool = list(menus["activations"]), measurements.workers.pool
-    # some choices of a tensor by each worker, since one tensor may take longer than all others
-    places = 1 if pool is None else pool.places()
-    tasks = [(kind, name, c[i::places]) for kind, name, c in missing for i in range(places)]
+    # half of a tensor's choices by each of several workers: one may take longer than all others
+    shares = 1 if pool is None else min(2, pool.places())
+    tasks = [(kind, name, c[i::shares]) for kind, name, c in missing for i in range(shares)]
     tasks = [task for task in tasks if task[-1]]
     with progress("rounding", total=len(tasks)) as step:
         fitted = measurements.workers.map(_fit, measurements, [(*task, sites) for task in tasks])

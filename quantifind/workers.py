@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -157,6 +157,7 @@ class _Cluster:
             install = "pip install 'quantifind[cluster]'"
             raise ValueError(f"engine 'dask' needs Dask: {install}") from None
         self.scheduler, self.losses = scheduler, (CancelledError, KilledWorker)
+        # by the address of each worker, its tasks that may not be done
         self.given: dict[str, list[Any]] = {}
         self.looked = 0.0
         # made before it connects, so that one that fails is closed here: were it collected while
@@ -169,7 +170,8 @@ class _Cluster:
                 )
                 self.client.wait_for_workers(1, timeout=PATIENCE)
         except BaseException:
-            self.client.close()
+            with suppress(AttributeError):  # of one that has not come so far
+                self.client.close()
             raise
 
     @contextmanager
@@ -184,13 +186,17 @@ class _Cluster:
             ) from None
 
     def places(self) -> int:
-        with self._answering():
-            threads = self.client.nthreads()
-        known = self.given
-        # by address, tasks that were given to a worker and may not be done
-        self.given = {address: known.get(address, []) for address in threads}
-        self.looked = time.monotonic()
-        return max(1, sum(threads.values()))
+        self._look()
+        return max(1, len(self.given))
+
+    def _look(self) -> None:
+        """See which workers there are, and what each still has to do."""
+        if time.monotonic() - self.looked > GLANCE:
+            with self._answering():
+                self.given = {a: self.given.get(a, []) for a in self.client.nthreads()}
+            self.looked = time.monotonic()
+        for address, given in self.given.items():
+            self.given[address] = [future for future in given if not future.done()]
 
     def send(self, packed: bytes) -> Any:
         with self._answering():
@@ -199,12 +205,10 @@ class _Cluster:
     def submit(self, sent: Any, task: bytes) -> Any:
         import dask
 
-        if time.monotonic() - self.looked > GLANCE:
-            self.places()  # for those that have joined
+        self._look()
         # the one with the fewest: Dask, which goes by guesses of how long tasks take, would leave
         # one idle and give two to another
-        left = {a: [f for f in given if not f.done()] for a, given in self.given.items()}
-        address = min(left, key=lambda address: len(left[address]), default=None)
+        address = min(self.given, key=lambda address: len(self.given[address]), default=None)
         # a task has the codes of a whole candidate: test_large_tasks_are_sent_without_a_warning
         with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
             future = self.client.submit(
@@ -214,7 +218,7 @@ class _Cluster:
                 allow_other_workers=address is not None,
             )
         if address is not None:
-            self.given[address] = [*left[address], future]
+            self.given[address].append(future)
         return future
 
     def renew(self) -> None:

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantifind.calibration import (
-    EXAMPLES,
     calibration_batches,
     input_rows,
     layer_moments,
@@ -95,19 +94,6 @@ def test_chunks_add_up(monkeypatch):
     torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts.outputs, whole.outputs, rtol=1e-6, atol=1e-6)
     assert parts.positions == whole.positions
-
-
-def test_many_positions_need_few_examples():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 10 * 10, 3))
-    batches = [(torch.randn(256, 1, 12, 12),) for _ in range(6)]
-    (few,) = all_moments(net, "0.weight", batches).values()
-    (same,) = all_moments(net, "0.weight", batches[: EXAMPLES // 256]).values()
-    (all_of_them,) = all_moments(net, "2.weight", batches).values()
-    assert few.positions == EXAMPLES * 100
-    assert torch.equal(few.inputs, same.inputs)
-    assert torch.equal(few.outputs, same.outputs)
-    assert all_of_them.positions == 6 * 256
 
 
 def test_moments_of_a_linear_map_used_twice_are_of_both_uses():

@@ -136,10 +136,23 @@ def test_test_data_are_read_by_no_stage_that_chooses(project):
 def test_each_model_is_cached(project):
     assert project.dvc("repro") == []
     conv = project.metrics()
-    assert project.dvc("exp", "run", "-S", "model=dense_mnist") == STAGES
+    assert project.dvc("exp", "run", "-n", "dense", "-S", "model=dense_mnist") == STAGES
     assert project.metrics() != conv
-    assert project.dvc("exp", "run", "-S", "model=conv_mnist") == []
+    assert project.dvc("exp", "run", "-n", "conv", "-S", "model=conv_mnist") == []
     assert project.metrics() == conv
+
+
+def test_plots_of_two_models_share_each_chart(project):
+    page = project.folder / "dvc_plots/index.html"
+    project.dvc("plots", "diff", "dense", "conv", "-o", str(page.parent))
+    html = page.read_text(encoding="utf-8")
+    charts = html.split("vegaEmbed('#")
+    assert len(charts) == 1 + 8
+    specs = html.split("var spec = ")[1:]
+    for spec in specs:
+        assert '"rev": "dense"' in spec
+        assert '"rev": "conv"' in spec
+    assert "https://cdn" not in html
 
 
 def test_a_change_runs_what_depends_on_it_and_no_more(project):
@@ -189,21 +202,6 @@ def test_a_new_model_file_leaves_trained_models_standing(project):
     assert project.dvc("repro") == ["prepare"]
     model.unlink()
     assert project.dvc("repro") == []
-
-
-def test_plots_of_two_models_share_each_chart(project):
-    page = project.folder / "dvc_plots/index.html"
-    project.dvc("exp", "run", "-n", "dense", "-S", "model=dense_mnist")
-    project.dvc("exp", "run", "-n", "conv", "-S", "model=conv_mnist")
-    project.dvc("plots", "diff", "dense", "conv", "-o", str(page.parent))
-    html = page.read_text(encoding="utf-8")
-    charts = html.split("vegaEmbed('#")
-    assert len(charts) == 1 + 8
-    specs = html.split("var spec = ")[1:]
-    for spec in specs:
-        assert '"rev": "dense"' in spec
-        assert '"rev": "conv"' in spec
-    assert "https://cdn" not in html
 
 
 IMPORTS = """

@@ -181,7 +181,7 @@ def test_few_that_would_keep_the_limit_are_given_up():
         for examples in (250, 500, 1_000, whole):
             some = {name: column[:examples] for name, column in columns.items()}
             drop = drops(some)
-            given_up[examples] = Candidates._hopeless(search, drop, some["loss"])
+            given_up[examples] = Candidates._hopeless(search, drop, some)
         kept = goal.keeps(drop)
         assert given_up[whole] == (not kept)
         keeping += kept

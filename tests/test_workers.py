@@ -294,7 +294,8 @@ def test_no_worker_waits_while_another_has_two_tasks(how):
         for _ in range(12):
             assert len(set(made.map(whose, None, [0.05, 0.05]))) == 2
         # the second worker takes what the first has no time for
-        assert len(set(made.map(whose, None, [0.5, *[0.01] * 9]))) == 2
+        tasks = Counter(made.map(whose, None, [0.5, *[0.01] * 9]))
+        assert min(tasks.values()) <= 2
 
 
 def test_a_worker_with_several_threads_takes_one_task_at_a_time():
