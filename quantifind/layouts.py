@@ -18,14 +18,14 @@ from quantifind.store import fingerprint
 from quantifind.utils import device_of
 
 # sizes of batches that are tried, the large ones on a GPU; with few examples, the default is taken
-SIZES = (32, 64, 128, 512, 2048)
-LARGE = (8192, 32768)
+SIZES = (32, 64, 128, 512)
+LARGE = (2048, 8192, 32768)
 DEFAULT, FEW = 64, 512
 # a part of the name of what is remembered, to be raised where passes themselves have changed
 PASSES = 2
-# how often a layout and size is timed; what takes longer than the fastest by the second is not
-# timed again, nor are larger sizes; what takes longer by the third is not alike
-ROUNDS, SLOWER, ALIKE = 4, 1.3, 1.03
+# how often a layout and size is timed; what takes longer than the fastest so far by this factor is
+# not timed again, nor are larger sizes
+ROUNDS, SLOWER = 4, 1.3
 # seconds: a timing may end after the first, and no batch that takes the second is tried, which
 # would gain nothing and might not fit in memory
 BRIEF, LONGEST = 0.1, 0.25
@@ -127,11 +127,8 @@ def _timed(model: nn.Module, inputs: Tensor) -> tuple[str, int]:
         for _ in range(ROUNDS - 1):
             for tried in rounds:
                 rounds[tried].append(_seconds(model, inputs, *tried))
-    # not the least of each, which on a busy machine is luck; of those that are as good as alike the
-    # smallest, which needs the least memory (test_of_sizes_that_are_alike_the_smallest_is_taken)
-    means = {tried: sum(times) / ROUNDS for tried, times in rounds.items()}
-    alike = [tried for tried, mean in means.items() if mean <= ALIKE * min(means.values())]
-    return min(alike, key=lambda tried: tried[1])
+    # not the least of each, which on a busy machine is luck
+    return min(rounds, key=lambda tried: sum(rounds[tried]))
 
 
 def _seconds(model: nn.Module, inputs: Tensor, layout: str, size: int) -> float:

@@ -270,12 +270,6 @@ def test_no_timing_of_others_is_lost(monkeypatch, tmp_path):
     assert len(json.loads(layouts.REMEMBERED.read_text())) == 2
 
 
-def test_of_sizes_that_are_alike_the_smallest_is_taken(monkeypatch):
-    taken = {32: 1.2, 64: 1.02, 128: 1.0, 512: 1.01, 2048: 1.5}
-    monkeypatch.setattr(layouts, "_seconds", lambda _, __, ___, size: taken[size] / 10_000)
-    assert layouts._timed(Residual(), torch.randn(3_000, 6)) == (layouts.CONTIGUOUS, 64)
-
-
 def test_networks_of_other_precision_are_timed_anew(monkeypatch, tmp_path):
     monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "layouts.json")
     tokens = torch.randint(9, (EXAMPLES, 3))
