@@ -10,6 +10,7 @@ from quantifind import packing
 
 # what codes are pickled as, the first that holds all of a grid's
 NARROW = (torch.int8, torch.uint8, torch.int16)
+POWER_OF_TWO = torch.float8_e8m0fnu
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,17 @@ class QuantizedTensor:
         fitting = (
             d for d in NARROW if torch.iinfo(d).min <= lowest and highest <= torch.iinfo(d).max
         )
-        codes = self.codes.to(next(fitting, self.codes.dtype))
-        return self.__dict__ | {"codes": codes, "codes_dtype": self.codes.dtype}
+        codes, scale = self.codes.to(next(fitting, self.codes.dtype)), self.scale
+        if scale is not None and scale.dtype == POWER_OF_TWO:  # which torch can't pickle
+            scale = scale.view(torch.uint8)
+        return self.__dict__ | {"codes": codes, "codes_dtype": self.codes.dtype, "scale": scale}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        dtype = state["codes_dtype"]
-        own = {name: value for name, value in state.items() if name != "codes_dtype"}
-        self.__dict__.update(own, codes=state["codes"].to(dtype))
+        own, scale = dict(state), state["scale"]
+        own["codes"] = own["codes"].to(own.pop("codes_dtype"))
+        if scale is not None and scale.dtype == torch.uint8:
+            own["scale"] = scale.view(POWER_OF_TWO)
+        self.__dict__.update(own)
 
     @property
     def bits(self) -> int | float:

@@ -1,6 +1,8 @@
 """Packed and described, every kind of quantized tensor comes back the same."""
 
+import copy
 import math
+import pickle
 import tempfile
 
 import hypothesis.strategies as st
@@ -86,6 +88,8 @@ def test_every_scheme_comes_back(module, options, data):
     assert list(back.tensors) == ["layer.weight"]
     assert not back.activations
     assert_same(back.tensors["layer.weight"], tensor)
+    assert_same(pickle.loads(pickle.dumps(tensor)), tensor)
+    assert_same(copy.deepcopy(tensor), tensor)
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
