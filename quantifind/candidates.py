@@ -23,7 +23,8 @@ from quantifind.strategy import Choice, Quantized, Strategy, mean_bits, named_te
 RACE = (0.125, 0.25, 0.5, 1.0)
 # a step is given up where it is worse by more than this interval: a lost step costs little
 LIKELY = 0.68
-# a candidate is given up where its bound, on all examples, is this sure to be above the limit
+# a candidate is given up where the interval, at this level, of what its bound comes to on all
+# examples is above the limit
 HOPELESS = 0.95
 # the widest of the uniform candidates
 UNIFORM_BITS = 8

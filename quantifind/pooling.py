@@ -48,7 +48,7 @@ def pooling_first(model: nn.Module) -> Iterator[None]:
 def pool_by_slices(model: nn.Module) -> None:
     """Let max poolings with windows of 2 or 3 along each axis, in place, take the maxima of strided
     slices, axis by axis: the same values, but where several are the largest not the same gradients.
-    On a CPU it is faster, most of all in the default layout (`python benchmarks/speed.py`)."""
+    Only on a CPU, where torch's own also looks for their places."""
     for module in model.modules():
         pool: Any = module
         if type(module) in POOLS[1:] and "forward" not in vars(module):

@@ -23,7 +23,7 @@ ENGINES = ("sequential", "loky", "dask")
 PATIENCE = 8
 # times that work is begun without a result before it is given up
 ATTEMPTS = 3
-# tasks that are under way for each process or thread that takes them
+# tasks that are under way for each process or worker that takes them
 AHEAD = 2
 # seconds after which a cluster is asked again who its workers are
 GLANCE = 0.5

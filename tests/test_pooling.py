@@ -18,9 +18,10 @@ def pools(draw):
     """A max pooling, and inputs for it with many zeros and ties."""
     kind, kernel = draw(st.sampled_from(POOLS)), draw(st.integers(1, 4))
     axes = POOLS.index(kind) + 1
+    strides = st.integers(1, 4)
     pool = kind(
         kernel,
-        stride=draw(st.integers(1, 4)),
+        stride=draw(strides | st.tuples(*[strides] * axes)),
         padding=draw(st.integers(0, kernel // 2)),
         dilation=draw(st.integers(1, 2)),
         ceil_mode=draw(st.booleans()),
