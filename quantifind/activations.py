@@ -4,6 +4,7 @@ each linear map, convolution and matrix product."""
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,11 +106,7 @@ def check_options(what: str, choice: Mapping[str, Any]) -> tuple[Callable[..., A
         put = plugins.load("schemes", choice["scheme"], "quantize")
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-    _, *parameters = inspect.signature(put).parameters.values()
-    taken = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
-    if len(taken) < len(parameters):  # a scheme hands what it doesn't know to quantize_on
-        _, _, *others = inspect.signature(quantize_on).parameters
-        taken += [option for option in others if option not in taken]
+    taken = _options(put)
     if unknown := choice.keys() - {"scheme", *taken}:
         raise ValueError(
             f"{what}: unknown option {', '.join(sorted(unknown))}: {choice['scheme']} takes "
@@ -120,6 +117,16 @@ def check_options(what: str, choice: Mapping[str, Any]) -> tuple[Callable[..., A
         if isinstance(value, bool) or not isinstance(value, int | None):
             raise ValueError(f"{what}: {option} is {value!r}: whole numbers and None are allowed")
     return put, taken
+
+
+@cache
+def _options(put: Callable[..., Any]) -> list[str]:
+    _, *parameters = inspect.signature(put).parameters.values()
+    taken = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
+    if len(taken) < len(parameters):  # a scheme hands what it doesn't know to quantize_on
+        _, _, *others = inspect.signature(quantize_on).parameters
+        taken += [option for option in others if option not in taken]
+    return taken
 
 
 def check_names(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quantifind.activations import QuantizedActivations
 from quantifind.layouts import CONTIGUOUS, DEFAULT, fastest, in_layout, to_layout
 from quantifind.metrics import Criterion, evaluating, outcome, outcome_of
+from quantifind.onednn import laying_out_once
 from quantifind.pooling import pool_by_slices, pool_first
 from quantifind.products import own_tensors
 from quantifind.quantized import QuantizedTensor
@@ -21,8 +22,6 @@ from quantifind.strategy import Quantized, plain_copy, put_values
 from quantifind.tape import NotRepeatable, Tape
 from quantifind.utils import console, device_of
 
-# bytes of activations that are kept at a time while one tensor after another is changed
-MEMORY = 256 * 2**20
 # between a pass that goes on from where a tensor changed and a whole one, of the largest output
 TOLERANCE = 1e-5
 Batch = tuple[Tensor, Tensor]
@@ -121,15 +120,16 @@ class Evaluator:
         """
         quantized = quantized or Quantized({})
         self._put(quantized.tensors)
-        net: nn.Module = self.work
-        if quantized.activations:
-            net = QuantizedActivations(self.work, quantized.activations)
 
         def run() -> Outcome:
             batches: Iterable[Batch] = self.batches(first, last)
             if change_inputs is not None:
                 batches = ((change_inputs(inputs), targets) for inputs, targets in batches)
-            return outcome(net, batches, self.criterion)
+            if quantized.activations:  # which are seen where they meet torch's own products
+                net = QuantizedActivations(self.work, quantized.activations)
+                return outcome(net, batches, self.criterion)
+            with laying_out_once(self.work):
+                return outcome(self.work, batches, self.criterion)
 
         return self._guarded(run)
 
@@ -153,12 +153,18 @@ class Evaluator:
         values = [torch.empty_like(self.values[name]).copy_(p.dequantize()) for p in parts]
         outputs: list[list[Tensor]] = [[] for _ in parts]
         targets: list[Tensor] = []
+        layers = None
         with evaluating(self.work):
             try:
-                for tapes, some in self._tapes(name, parts[0], first, last):
-                    targets += some
+                for inputs, wanted in self.batches(first, last):
+                    inputs = inputs.to(self.device)
+                    tape = Tape(self.work, inputs, [name], layers)
+                    layers = tape.layers
+                    if name not in self.compared:
+                        self._compare(tape, inputs, name, parts[0])
+                    targets.append(wanted)
                     for value, collected in zip(values, outputs, strict=True):
-                        collected += [tape.outputs(name, value) for tape in tapes]
+                        collected.append(tape.outputs(name, value))
             except RuntimeError as error:
                 if _is_out_of_memory(error):
                     raise
@@ -166,23 +172,6 @@ class Evaluator:
                 raise NotRepeatable(_reason(error)) from error
             wanted = torch.cat(targets).to(self.device)
             return [outcome_of(torch.cat(one), wanted, self.criterion) for one in outputs]
-
-    def _tapes(
-        self, name: str, part: QuantizedTensor, first: int, last: int | None
-    ) -> Iterator[tuple[list[Tape], list[Tensor]]]:
-        """Passes recorded batch by batch, with their targets, as many at a time as fit `MEMORY`."""
-        tapes: list[Tape] = []
-        targets: list[Tensor] = []
-        for inputs, wanted in self.batches(first, last):
-            tapes.append(Tape(self.work, inputs.to(self.device), [name]))
-            targets.append(wanted)
-            if name not in self.compared:
-                self._compare(tapes[0], inputs.to(self.device), name, part)
-            if sum(tape.memory_bytes for tape in tapes) + tapes[-1].memory_bytes > MEMORY:
-                yield tapes, targets
-                tapes, targets = [], []
-        if tapes:
-            yield tapes, targets
 
     def _compare(self, tape: Tape, inputs: Tensor, name: str, part: QuantizedTensor) -> None:
         found = tape.outputs(name, torch.empty_like(self.values[name]).copy_(part.dequantize()))

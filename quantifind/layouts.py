@@ -13,6 +13,7 @@ from platformdirs import user_cache_dir
 from torch import Tensor, nn
 
 from quantifind.metrics import evaluating
+from quantifind.onednn import laying_out_once
 from quantifind.products import own_tensors
 from quantifind.store import fingerprint
 from quantifind.utils import device_of
@@ -22,7 +23,7 @@ SIZES = (32, 64, 128, 512)
 LARGE = (2048, 8192, 32768)
 DEFAULT, FEW = 64, 512
 # a part of the name of what is remembered, to be raised where passes themselves have changed
-PASSES = 2
+PASSES = 3
 # how often a layout and size is timed; what takes longer than the fastest so far by this factor is
 # not timed again, nor are larger sizes
 ROUNDS, SLOWER = 4, 1.3
@@ -104,7 +105,7 @@ def _timed(model: nn.Module, inputs: Tensor) -> tuple[str, int]:
     convolves = any(tensor.dim() == 4 for tensor in own_tensors(model).values())
     layouts = list(FORMATS) if convolves and inputs.dim() == 4 else [CONTIGUOUS]
     taken: dict[tuple[str, int], float] = {}
-    with evaluating(model):
+    with evaluating(model), laying_out_once(model):
         for layout in layouts:
             for size in _sizes(device_of(model)):
                 least = min(taken.values(), default=0.0)

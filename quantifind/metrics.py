@@ -38,25 +38,22 @@ def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[st
     Errors: ValueError for a loader without examples.
     """
     device = device_of(model)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     with evaluating(model):
         for inputs, targets in loader:
             # the copies don't wait for the device: test_no_batch_waits_for_the_device
             targets = targets.to(device, non_blocking=True)
-            outputs = model(inputs.to(device, non_blocking=True))
-            parts.append((outputs, losses(criterion, outputs, targets).double(), targets))
+            parts.append((model(inputs.to(device, non_blocking=True)), targets))
         if not parts:
             raise ValueError("the loader has no examples")
-        return _outcome(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        outputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        return outcome_of(outputs, targets, criterion)
 
 
 def outcome_of(outputs: Tensor, targets: Tensor, criterion: Criterion) -> dict[str, Tensor]:
     """The `outcome` that has these outputs."""
-    return _outcome(outputs, losses(criterion, outputs, targets).double(), targets)
-
-
-def _outcome(outputs: Tensor, loss: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    outputs, loss, targets = outputs.cpu(), loss.cpu(), targets.cpu()
+    loss = losses(criterion, outputs, targets).double().cpu()
+    outputs, targets = outputs.cpu(), targets.cpu()
     measured = {"outputs": outputs, "loss": loss}
     if targets.dim() == 1 and outputs.dim() == 2 and not targets.is_floating_point():
         measured["correct"] = outputs.argmax(1) == targets

@@ -1,6 +1,6 @@
 """A folder is its own table of plug-ins: a module put there is found by its name."""
 
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -19,7 +19,9 @@ def names(package: str) -> list[str]:
 
 def check(package: str, name: str) -> None:
     """Raise ValueError unless ``name`` is in the folder or a dotted path; nothing is imported."""
-    if "." not in name and name not in names(package):
+    # known to Python once it is imported, without a look at the folder for each tensor
+    known = name.isidentifier() and importlib.util.find_spec(f"quantifind.{package}.{name}")
+    if "." not in name and not known:
         found = ", ".join(names(package))
         raise ValueError(f"unknown {name!r}: quantifind/{package}/ has {found}")
 

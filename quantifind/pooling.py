@@ -54,32 +54,30 @@ def pool_by_slices(model: nn.Module) -> None:
         if type(module) in POOLS[1:] and "forward" not in vars(module):
             plain = not (pool.return_indices or pool.ceil_mode or np.ravel(pool.padding).any())
             if plain and np.isin(pool.kernel_size, WINDOWS).all():
-                module.forward = partial(_maxima, module)
+                axes = POOLS.index(type(pool)) + 1
+                options = (pool.kernel_size, pool.stride, pool.dilation)
+                each = (np.broadcast_to(given, axes).tolist() for given in options)
+                module.forward = partial(_maxima, module, list(zip(*each, strict=True)))
 
 
-def _maxima(pool: Any, values: Tensor) -> Tensor:
-    axes = 1 + POOLS.index(type(pool))
-    options = (pool.kernel_size, pool.stride, pool.dilation)
-    kernel, stride, dilation = (np.broadcast_to(given, axes).tolist() for given in options)
-    reach = [gap * (size - 1) + 1 for gap, size in zip(dilation, kernel, strict=True)]
-    fits = values.dim() in (axes + 1, axes + 2) and np.less_equal(reach, values.shape[-axes:]).all()
-    if values.device.type != "cpu" or not fits:
+def _maxima(pool: Any, windows: list[tuple[int, int, int]], values: Tensor) -> Tensor:
+    """windows: along each axis the size, stride and dilation."""
+    axes = len(windows)
+    # along each axis, at how many places a window fits
+    begins = [
+        length - dilation * (size - 1)
+        for length, (size, _, dilation) in zip(values.shape[-axes:], windows, strict=False)
+    ]
+    if values.device.type != "cpu" or values.dim() not in (axes + 1, axes + 2) or min(begins) < 1:
         return type(pool).forward(pool, values)
-    for axis in range(-axes, 0):
-        length = values.shape[axis] - reach[axis]
-        values = reduce(
-            torch.maximum,
-            [
-                _strided(values, axis, first, first + length + 1, stride[axis])
-                for first in range(0, reach[axis], dilation[axis])
-            ],
-        )
+    for axis, begin, (size, stride, dilation) in zip(range(axes), begins, windows, strict=True):
+        after: Any = [slice(None)] * (axes - 1 - axis)
+        slices = [
+            values[(..., slice(dilation * i, dilation * i + begin, stride), *after)]
+            for i in range(size)
+        ]
+        values = reduce(torch.maximum, slices)
     return values
-
-
-def _strided(values: Tensor, axis: int, first: int, last: int, step: int) -> Tensor:
-    part: tuple[Any, ...] = (..., slice(first, last, step), *[slice(None)] * (-1 - axis))
-    return values[part]
 
 
 def _pads_whole_windows(pool: Any) -> bool:

@@ -45,7 +45,9 @@ def check_values(values: Tensor) -> None:
     """Raise ValueError unless ``values`` are floating point and finite."""
     if not values.is_floating_point():
         raise ValueError(f"values are {values.dtype}: only floating point can be quantized")
-    if bad := int((~values.isfinite()).sum()):
+    finite = values.isfinite()
+    if not finite.all():
+        bad = int((~finite).sum())
         raise ValueError(f"{bad} of {values.numel()} values are NaN or infinite")
 
 

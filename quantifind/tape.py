@@ -2,9 +2,10 @@
 the network has changed; what lies before it is not computed twice."""
 
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from quantifind.onednn import INSTEAD
 from quantifind.products import own_tensors
 
 # what such an operation returns may be of another kind for other values
@@ -23,6 +25,7 @@ FUSED = {
     torch.ops.aten._transformer_encoder_layer_fwd.default,
     torch.ops.aten._native_multi_head_attention.default,
 }
+FUSING = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 # products (input, weight, bias, …), whose bias shifts what they give
 BIASED = {
     torch.ops.aten.linear.default,
@@ -62,7 +65,7 @@ class Step:
         args, kwargs = tree_unflatten(leaves, self.spec)
         if self.changes:
             args = (args[0].clone(), *args[1:])
-        return _tensors(self.operation(*args, **kwargs))
+        return _tensors(INSTEAD.get(self.operation, self.operation)(*args, **kwargs))
 
 
 class Tape:
@@ -71,33 +74,30 @@ class Tape:
     Of the values only those are kept that a change of the tensors named needs: where the steps that
     follow from it begin. What doesn't follow from any tensor, such as masks, is a constant.
 
-    names: of the network's tensors that may change.
+    names: of the network's tensors that may change. layers: by name, the fused layer of which a
+        part is gone through, or None; by default as is cheaper, which takes a second pass to tell.
     Errors: NotRepeatable for a pass whose course depends on values that a tensor has a part in,
     that draws at random, or that works in place on memory which other values share. Not seen is
     what leaves torch by ``tolist`` or ``numpy``.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor, names: Iterable[str]) -> None:
-        self.own, names = own_tensors(model), list(names)
-        recording = _record(model, self.own, inputs)
-        self.plans = {name: recording.plan(name) for name in names}
-        # of the last fused layer only a part need be gone through, which then is cheaper
-        split = [name for name in names if _fused(self.plans[name].steps) == [0]]
-        if split:
-            fused = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-            try:
-                with suppress(NotRepeatable):
-                    recording = _record(model, self.own, inputs)
-                    self.plans |= {name: recording.plan(name) for name in split}
-            finally:
-                torch.backends.mha.set_fastpath_enabled(fused)
-        given = {_memory(tensor) for tensor in (*self.own.values(), inputs)}
-        kept = {_memory(value): value for plan in self.plans.values() for value in plan.kept()}
-        # the network's own tensors and the inputs aside
-        self.memory_bytes = sum(
-            value.untyped_storage().nbytes() for at, value in kept.items() if at not in given
-        )
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        names: Iterable[str],
+        layers: Mapping[str, nn.Module | None] | None = None,
+    ) -> None:
+        self.own = own_tensors(model)
+
+        @cache
+        def recorded(layer: nn.Module | None) -> _Recording:
+            with nullcontext() if layer is None else _in_parts(layer):
+                return _record(model, self.own, inputs)
+
+        names = list(names)
+        self.layers = layers or {name: _split(model, name, recorded) for name in names}
+        self.plans = {name: recorded(self.layers[name]).plan(name) for name in names}
 
     def outputs(self, name: str, value: Tensor) -> Tensor:
         """The network's outputs with ``value`` for the tensor ``name``."""
@@ -124,17 +124,47 @@ class Plan:
             values.update(zip(step.gives, step.run(values), strict=True))
         return values[self.output]
 
-    def kept(self) -> list[Tensor]:
-        """The values they begin with, and the constants in them."""
-        return _tensors([list(self.values.values()), [step.leaves for step in self.steps]])
-
 
 def _shifted(output: Tensor, was: Tensor, bias: Tensor, spatial: int) -> Tensor:
     return output + (bias - was).reshape(-1, *(1,) * spatial)
 
 
-def _fused(steps: list[Step]) -> list[int]:
-    return [i for i, step in enumerate(steps) if step.operation in FUSED]
+def _split(
+    model: nn.Module, name: str, recorded: Callable[[nn.Module | None], "_Recording"]
+) -> nn.Module | None:
+    """The fused layer that a tensor is of, if what follows from it is only a part of the layer."""
+    path = name.split(".")
+    parents = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
+    layer = next((module for module in parents if isinstance(module, FUSING)), None)
+    whole = recorded(None)
+    following = whole.steps_from(name)
+    if layer is None or not following or following[0].operation not in FUSED:
+        return None
+    try:
+        parts = recorded(layer)
+    except NotRepeatable:
+        return None
+    left = _products(parts.steps_from(name)) - _products(following)
+    return layer if left < _products(parts.steps) - _products(whole.steps) else None
+
+
+@contextmanager
+def _in_parts(layer: nn.Module) -> Iterator[None]:
+    """Within it, a pass doesn't fuse the layer."""
+    fuse, fused = torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_: fuse(False)),
+        layer.register_forward_hook(lambda *_: fuse(fused), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _products(steps: list[Step]) -> int:
+    return sum(step.operation in BIASED for step in steps)
 
 
 def _record(model: nn.Module, own: Mapping[str, Tensor], inputs: Tensor) -> "_Recording":
@@ -187,14 +217,18 @@ class _Recording(TorchDispatchMode):
         self.fixed = set(self.following)
         self.output = -1
 
-    def plan(self, name: str) -> Plan:
+    def steps_from(self, name: str) -> list[Step]:
         """The steps that follow from the network's tensor ``name``."""
-        place = self.own[name]
-        changed, steps = {place}, []
+        changed, steps = {self.own[name]}, []
         for step in self.steps:
             if not changed.isdisjoint(step.takes.values()):
                 changed |= set(step.gives)
                 steps.append(step)
+        return steps
+
+    def plan(self, name: str) -> Plan:
+        """What to go through again from the network's tensor ``name``."""
+        place, steps = self.own[name], self.steps_from(name)
         if self._only_shifts(place, steps):
             steps[0] = self._shift(place, steps[0])
         known, needed = {place}, set()

@@ -1,0 +1,123 @@
+"""Linear maps and convolutions with weights in oneDNN's own layout, into which they are brought once
+for each value that they take, not in every batch: on a CPU, without gradients."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# multiply-adds of a batch below which torch's own start sooner
+WORTH = 2**22
+# by weight, which value of it was laid out, and so laid out; None where oneDNN can't
+_laid_out: Any = WeakTensorKeyDictionary()
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`: inputs (…, inputs), weight (outputs, inputs)."""
+    if inputs.dim() > 1 and weight.dim() == 2 and _worth(inputs, weight, weight.shape[1]):
+        laid_out = _once(weight, torch.ops.mkldnn._reorder_linear_weight)
+        if laid_out is not None:
+            return torch.ops.mkldnn._linear_pointwise(inputs, laid_out, bias, "none", [], "")
+    return F.linear(inputs, weight, bias)
+
+
+def conv2d(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv2d`: inputs (examples, channels, height, width)."""
+    images = inputs.dim() == 4 and not isinstance(padding, str)
+    if images and _worth(inputs, weight, weight.shape[1] * groups):
+        options = [_pair(given) for given in (padding, stride, dilation)]
+        lay_out = partial(
+            torch.ops.mkldnn._reorder_convolution_weight,
+            padding=options[0],
+            stride=options[1],
+            dilation=options[2],
+            groups=groups,
+            input_size=list(inputs.shape),
+        )
+        laid_out = _once(weight, lay_out)
+        if laid_out is not None:
+            return torch.ops.mkldnn._convolution_pointwise(
+                inputs, laid_out, bias, *options, groups, "none", [], ""
+            )
+    return F.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
+
+
+# by torch's operations, what stands for them where a pass is gone through again
+INSTEAD: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.linear.default: linear,
+    torch.ops.aten.conv2d.default: conv2d,
+}
+
+
+@contextmanager
+def laying_out_once(model: nn.Module) -> Iterator[None]:
+    """Within it, the `nn.Linear` and `nn.Conv2d` of a model, none of a kind derived from them,
+    compute by `linear` and `conv2d`."""
+    changed: list[Any] = []
+    for module in model.modules():
+        if "forward" in vars(module):
+            continue
+        if type(module) is nn.Linear:
+            module.forward = partial(_linear, module)
+        elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
+            module.forward = partial(_conv2d, module)
+        else:
+            continue
+        changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _linear(module: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, module.weight, module.bias)
+
+
+def _conv2d(module: nn.Conv2d, input: Tensor) -> Tensor:
+    options = module.stride, module.padding, module.dilation, module.groups
+    return conv2d(input, module.weight, module.bias, *options)
+
+
+def _worth(inputs: Tensor, weight: Tensor, channels: int) -> bool:
+    return (
+        inputs.device.type == weight.device.type == "cpu"
+        and inputs.dtype == weight.dtype == torch.float32
+        and inputs.numel() // max(channels, 1) * weight.numel() >= WORTH
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not torch.is_grad_enabled()
+        and not weight.is_inference()
+    )
+
+
+def _once(weight: Tensor, lay_out: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The weight laid out, as it is now."""
+    # a value written in place has another version, one given as `data` another memory
+    value = weight._version, weight.data_ptr(), weight.stride()
+    kept = _laid_out.get(weight)
+    if kept is None or kept[0] != value:
+        try:
+            kept = value, lay_out(weight.detach())
+        except RuntimeError:
+            kept = value, None
+        _laid_out[weight] = kept
+    return kept[1]
+
+
+def _pair(given: Any) -> list[int]:
+    return [given] * 2 if isinstance(given, int) else list(given) * (2 // len(given))
