@@ -157,7 +157,7 @@ def layer_moments(
     weight = own_tensors(work)[name]
     moments: dict[tuple[int, int], Moments] = {}
     look_ups = None
-    for product, _, target in paired_uses(model, work, name, batches, uses, rounded):
+    for product, target in paired_uses(model, work, name, batches, uses, rounded):
         if product.kind not in COMPENSABLE:
             raise ValueError(
                 f"{name}: rounding 'compensated': it is used in a "
@@ -224,10 +224,12 @@ def mean_shift(
     weight = own_tensors(work)[name]
     total = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     positions = torch.zeros_like(total)
-    for product, result, target in paired_uses(model, work, name, batches, uses, rounded):
+    for product, target in paired_uses(model, work, name, batches, uses, rounded):
         if product.bias_name is None or product.kind not in COMPENSABLE:
             continue
         bias = product.bias_name
+        with evaluating(work):
+            result = product.compute(*product.operands)
         shift = _output_rows(target - result, product).double()
         # queries and keys of a packed projection may be of different lengths
         rows = product.rows or slice(None)
@@ -247,40 +249,49 @@ def paired_uses(
     batches: Batches,
     uses: int,
     rounded: Callable[[Product], Product],
-) -> Iterator[tuple[Product, Tensor, Tensor]]:
-    """Each product with weight ``name`` in ``work``, its result, and the float network's.
+) -> Iterator[tuple[Product, Tensor]]:
+    """Each product with weight ``name`` in ``work``, and what the float network has in its place.
 
     ``work`` may be ``model`` itself where ``rounded`` leaves products as they are.
     """
     for inputs, *_ in batches:
-        results = _uses(work, name, inputs, uses, rounded)
-        targets = results
+        products, targets = _uses(model, name, inputs, uses, lambda product: product)
         if work is not model:
-            targets = _uses(model, name, inputs, uses, lambda product: product)
-        for (product, result), (_, target) in zip(results, targets, strict=True):
-            yield product, result, target
+            products, _ = _uses(work, name, inputs, uses, rounded, compute_last=False)
+        yield from zip(products, targets, strict=True)
 
 
 def _uses(
-    model: nn.Module, name: str, inputs: Tensor, uses: int, rounded: Callable[[Product], Product]
-) -> list[tuple[Product, Tensor]]:
-    seen: list[tuple[Product, Tensor]] = []
+    model: nn.Module,
+    name: str,
+    inputs: Tensor,
+    uses: int,
+    rounded: Callable[[Product], Product],
+    *,
+    compute_last: bool = True,
+) -> tuple[list[Product], list[Tensor]]:
+    """The products with a weight, and their results."""
+    products: list[Product] = []
+    results: list[Tensor] = []
 
     def visit(product: Product) -> Tensor:
         product = rounded(product)
-        result = product.compute(*product.operands)
-        if product.weight == name:
-            seen.append((product, result))
-            if len(seen) == uses:
-                raise _LastUse
-        return result
+        if product.weight != name:
+            return product.compute(*product.operands)
+        products.append(product)
+        last = len(products) == uses
+        if compute_last or not last:
+            results.append(product.compute(*product.operands))
+        if last:
+            raise _LastUse
+        return results[-1]
 
     try:
         with evaluating(model), visiting(model, visit):
             run(model, inputs)
     except _LastUse:
         pass
-    return seen
+    return products, results
 
 
 def _chunks(product: Product, weight: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

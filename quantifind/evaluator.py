@@ -1,11 +1,8 @@
 """Losses of a network's quantized versions on one split: one working copy whose tensors are swapped
 in place, in the layout and batch size that this machine runs fastest."""
 
-import ctypes
-import platform
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +17,7 @@ from quantifind.products import own_tensors
 from quantifind.quantized import QuantizedTensor
 from quantifind.strategy import Quantized, plain_copy, put_values
 from quantifind.tape import NotRepeatable, Tape
-from quantifind.utils import console, device_of
+from quantifind.utils import console, device_of, keep_freed_memory
 
 # between a pass that goes on from where a tensor changed and a whole one, of the largest output
 TOLERANCE = 1e-5
@@ -43,7 +40,7 @@ class Evaluator:
     """
 
     def __init__(self, model: nn.Module, loader: Iterable[Any], criterion: Criterion) -> None:
-        _keep_freed_memory()
+        keep_freed_memory()
         self.given: Batches = [(inputs, targets) for inputs, targets in loader]
         if not self.given:
             raise ValueError("the loader has no examples")
@@ -67,7 +64,7 @@ class Evaluator:
             self._lay_out(*fastest(self.work, self.inputs))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        _keep_freed_memory()  # of the worker too that it is sent to
+        keep_freed_memory()  # of the worker too that it is sent to
         self.__dict__ = state
 
     def _side_effects(self) -> tuple[set[str], bool]:
@@ -125,11 +122,14 @@ class Evaluator:
             batches: Iterable[Batch] = self.batches(first, last)
             if change_inputs is not None:
                 batches = ((change_inputs(inputs), targets) for inputs, targets in batches)
-            if quantized.activations:  # which are seen where they meet torch's own products
+            net: nn.Module = self.work
+            if quantized.activations:
                 net = QuantizedActivations(self.work, quantized.activations)
+            # activations are seen where they meet torch's own products, and a pass may change its
+            # weights unseen: test_what_a_pass_changes_is_put_back
+            plain = bool(quantized.activations or self.stateful)
+            with nullcontext() if plain else laying_out_once(self.work):
                 return outcome(net, batches, self.criterion)
-            with laying_out_once(self.work):
-                return outcome(self.work, batches, self.criterion)
 
         return self._guarded(run)
 
@@ -240,14 +240,3 @@ def _on(device: torch.device, tensor: Tensor) -> Tensor:
     if device.type != "cuda" or tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return tensor
     return tensor.to(device)
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next pass; it would give it back to the system, and take
-    it anew page by page, which takes longer than what is computed on it."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3
-        library.mallopt(trim_threshold, 2**30)
-        library.mallopt(mmap_threshold, 2**30)

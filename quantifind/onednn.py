@@ -1,4 +1,4 @@
-"""Linear maps and convolutions with weights in oneDNN's own layout, into which they are brought once
+"""Linear maps and convolutions with weights in oneDNN's own layout, in which they are laid out once
 for each value that they take, not in every batch: on a CPU, without gradients."""
 
 from collections.abc import Callable, Iterator
@@ -68,15 +68,13 @@ def laying_out_once(model: nn.Module) -> Iterator[None]:
     compute by `linear` and `conv2d`."""
     changed: list[Any] = []
     for module in model.modules():
-        if "forward" in vars(module):
-            continue
-        if type(module) is nn.Linear:
-            module.forward = partial(_linear, module)
-        elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
-            module.forward = partial(_conv2d, module)
-        else:
-            continue
-        changed.append(module)
+        kind: Any = type(module)
+        plain = (
+            "forward" not in vars(module) and getattr(module, "padding_mode", "zeros") == "zeros"
+        )
+        if kind in FORWARDS and plain:
+            module.forward = partial(FORWARDS[kind], module)
+            changed.append(module)
     try:
         yield
     finally:
@@ -93,14 +91,18 @@ def _conv2d(module: nn.Conv2d, input: Tensor) -> Tensor:
     return conv2d(input, module.weight, module.bias, *options)
 
 
+FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, nn.Conv2d: _conv2d}
+
+
 def _worth(inputs: Tensor, weight: Tensor, channels: int) -> bool:
     return (
         inputs.device.type == weight.device.type == "cpu"
         and inputs.dtype == weight.dtype == torch.float32
         and inputs.numel() // max(channels, 1) * weight.numel() >= WORTH
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_grad_enabled()
+        # such a weight has no version: test_weights_made_in_inference_mode_are_left_to_torch
         and not weight.is_inference()
     )
 

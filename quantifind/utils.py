@@ -1,7 +1,11 @@
-"""Console, device, and whether weights fit a network."""
+"""Console, device, memory, and whether weights fit a network."""
 
+import ctypes
+import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +55,17 @@ def device_of(model: "nn.Module") -> "torch.device":
 
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next pass; it would give it back to the system, and take
+    it anew page by page, which takes longer than what is computed on it."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3
+        library.mallopt(trim_threshold, 2**30)
+        library.mallopt(mmap_threshold, 2**30)
 
 
 def check_same_architecture(
