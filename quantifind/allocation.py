@@ -58,7 +58,7 @@ def allocate(units: Sequence[Sequence[Option]], budget: float) -> Assignment | N
     )
     if total_cost(units, cheapest) > budget:
         return None
-    one_each = sparse.block_diag([np.ones((1, size)) for size in sizes])
+    one_each = sparse.block_diag([sparse.coo_array(np.ones((1, size))) for size in sizes])
     starts = np.cumsum([0, *sizes])
     scale, most, slack = rises.max(), max(budget, costs.max()) or 1.0, 0.0
     while True:
