@@ -2,7 +2,7 @@
 each linear map, convolution and matrix product."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -93,7 +93,7 @@ def put_on_grid(
         raise ValueError(f"{what}: {options} has a value of another type: {error}") from None
 
 
-def check_options(what: str, choice: Mapping[str, Any]) -> tuple[Callable[..., Any], list[str]]:
+def check_options(what: str, choice: Mapping[str, Any]) -> tuple[Callable[..., Any], Sequence[str]]:
     """The function of a choice's scheme and the options it takes.
 
     Errors: ValueError that begins with ``what``, for a scheme that is not there or an option that
@@ -120,13 +120,13 @@ def check_options(what: str, choice: Mapping[str, Any]) -> tuple[Callable[..., A
 
 
 @cache
-def _options(put: Callable[..., Any]) -> list[str]:
+def _options(put: Callable[..., Any]) -> Sequence[str]:
     _, *parameters = inspect.signature(put).parameters.values()
     taken = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
     if len(taken) < len(parameters):  # a scheme hands what it doesn't know to quantize_on
         _, _, *others = inspect.signature(quantize_on).parameters
         taken += [option for option in others if option not in taken]
-    return taken
+    return tuple(taken)
 
 
 def check_names(
@@ -145,7 +145,7 @@ def check_names(
         )
 
 
-def _sites(product: Product) -> tuple[str, ...]:
+def _sites(product: Product) -> Sequence[str]:
     # what looks up an embedding is whole numbers
     return () if product.kind == "embedding" else product.sites
 

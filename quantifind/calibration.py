@@ -157,7 +157,7 @@ def layer_moments(
     weight = own_tensors(work)[name]
     moments: dict[tuple[int, int], Moments] = {}
     look_ups = None
-    for product, target in paired_uses(model, work, name, batches, uses, rounded):
+    for product, _, target in paired_uses(model, work, name, batches, uses, rounded):
         if product.kind not in COMPENSABLE:
             raise ValueError(
                 f"{name}: rounding 'compensated': it is used in a "
@@ -224,12 +224,12 @@ def mean_shift(
     weight = own_tensors(work)[name]
     total = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     positions = torch.zeros_like(total)
-    for product, target in paired_uses(model, work, name, batches, uses, rounded):
+    paired = paired_uses(model, work, name, batches, uses, rounded, results=True)
+    for product, result, target in paired:
         if product.bias_name is None or product.kind not in COMPENSABLE:
             continue
+        assert result is not None
         bias = product.bias_name
-        with evaluating(work):
-            result = product.compute(*product.operands)
         shift = _output_rows(target - result, product).double()
         # queries and keys of a packed projection may be of different lengths
         rows = product.rows or slice(None)
@@ -249,16 +249,20 @@ def paired_uses(
     batches: Batches,
     uses: int,
     rounded: Callable[[Product], Product],
-) -> Iterator[tuple[Product, Tensor]]:
-    """Each product with weight ``name`` in ``work``, and what the float network has in its place.
+    *,
+    results: bool = False,
+) -> Iterator[tuple[Product, Tensor | None, Tensor]]:
+    """Each product with weight ``name`` in ``work``, its result, and the float network's.
 
-    ``work`` may be ``model`` itself where ``rounded`` leaves products as they are.
+    ``work`` may be ``model`` itself where ``rounded`` leaves products as they are. results: whether
+    the last one's is needed too, which else is not computed.
     """
     for inputs, *_ in batches:
         products, targets = _uses(model, name, inputs, uses, lambda product: product)
+        found = targets
         if work is not model:
-            products, _ = _uses(work, name, inputs, uses, rounded, compute_last=False)
-        yield from zip(products, targets, strict=True)
+            products, found = _uses(work, name, inputs, uses, rounded, compute_last=results)
+        yield from itertools.zip_longest(products, found, targets)
 
 
 def _uses(

@@ -55,6 +55,8 @@ class Evaluator:
         self.stateful, self.edits_inputs = self._side_effects()
         # tensors of which a pass that goes on from them was compared with a whole one
         self.compared: set[str] = set()
+        # by tensor, the layers of its tapes
+        self.layers: dict[str, Mapping[str, nn.Module | None]] = {}
         self.repeatable = True
         self.layout, self.batch = CONTIGUOUS, 0
         self.inputs = self.targets = torch.empty(0)
@@ -127,7 +129,7 @@ class Evaluator:
                 net = QuantizedActivations(self.work, quantized.activations)
             # activations are seen where they meet torch's own products, and a pass may change its
             # weights unseen: test_what_a_pass_changes_is_put_back
-            plain = bool(quantized.activations or self.stateful)
+            plain = quantized.activations or self.stateful or self.device.type != "cpu"
             with nullcontext() if plain else laying_out_once(self.work):
                 return outcome(net, batches, self.criterion)
 
@@ -150,21 +152,22 @@ class Evaluator:
         self, name: str, parts: Sequence[QuantizedTensor], first: int, last: int | None
     ) -> list[Outcome]:
         self._put({})
-        values = [torch.empty_like(self.values[name]).copy_(p.dequantize()) for p in parts]
+        own = _own(self.work)[name]
+        values = [torch.empty_like(own).copy_(p.dequantize()) for p in parts]
         outputs: list[list[Tensor]] = [[] for _ in parts]
         targets: list[Tensor] = []
-        layers = None
         with evaluating(self.work):
             try:
                 for inputs, wanted in self.batches(first, last):
                     inputs = inputs.to(self.device)
-                    tape = Tape(self.work, inputs, [name], layers)
-                    layers = tape.layers
+                    tape = Tape(self.work, inputs, [name], self.layers.get(name))
+                    self.layers[name] = tape.layers
                     if name not in self.compared:
                         self._compare(tape, inputs, name, parts[0])
                     targets.append(wanted)
                     for value, collected in zip(values, outputs, strict=True):
                         collected.append(tape.outputs(name, value))
+                    del tape  # before the next is recorded
             except RuntimeError as error:
                 if _is_out_of_memory(error):
                     raise

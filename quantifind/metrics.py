@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from quantifind.certificate import drops
 from quantifind.utils import device_of
 
+# examples whose losses are computed at a time
+SPAN = 1024
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -47,12 +49,15 @@ def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[st
         if not parts:
             raise ValueError("the loader has no examples")
         outputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        parts.clear()
         return outcome_of(outputs, targets, criterion)
 
 
 def outcome_of(outputs: Tensor, targets: Tensor, criterion: Criterion) -> dict[str, Tensor]:
     """The `outcome` that has these outputs."""
-    loss = losses(criterion, outputs, targets).double().cpu()
+    # in spans, whose unreduced values take less memory than the outputs
+    spans = zip(outputs.split(SPAN), targets.split(SPAN), strict=True)
+    loss = torch.cat([losses(criterion, *span).double() for span in spans]).cpu()
     outputs, targets = outputs.cpu(), targets.cpu()
     measured = {"outputs": outputs, "loss": loss}
     if targets.dim() == 1 and outputs.dim() == 2 and not targets.is_floating_point():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # multiply-adds of a batch below which torch's own start sooner
@@ -19,8 +20,9 @@ _laid_out: Any = WeakTensorKeyDictionary()
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: inputs (…, inputs), weight (outputs, inputs)."""
-    if inputs.dim() > 1 and weight.dim() == 2 and _worth(inputs, weight, weight.shape[1]):
-        laid_out = _once(weight, torch.ops.mkldnn._reorder_linear_weight)
+    rows = inputs.dim() > 1 and not inputs.is_nested
+    if rows and weight.dim() == 2 and inputs.shape[-1] == weight.shape[1]:
+        laid_out = _once(inputs, weight, bias, torch.ops.mkldnn._reorder_linear_weight)
         if laid_out is not None:
             return torch.ops.mkldnn._linear_pointwise(inputs, laid_out, bias, "none", [], "")
     return F.linear(inputs, weight, bias)
@@ -36,8 +38,10 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv2d`: inputs (examples, channels, height, width)."""
-    images = inputs.dim() == 4 and not isinstance(padding, str)
-    if images and _worth(inputs, weight, weight.shape[1] * groups):
+    images = inputs.dim() == 4 and not inputs.is_nested and not isinstance(padding, str)
+    # oneDNN gives no contiguous outputs, which torch does where nothing is channels last, and which
+    # a view may need: test_convolutions_are_those_of_torch
+    if images and torch.channels_last in map(suggest_memory_format, (inputs, weight)):
         options = [_pair(given) for given in (padding, stride, dilation)]
         lay_out = partial(
             torch.ops.mkldnn._reorder_convolution_weight,
@@ -47,7 +51,7 @@ def conv2d(
             groups=groups,
             input_size=list(inputs.shape),
         )
-        laid_out = _once(weight, lay_out)
+        laid_out = _once(inputs, weight, bias, lay_out, groups)
         if laid_out is not None:
             return torch.ops.mkldnn._convolution_pointwise(
                 inputs, laid_out, bias, *options, groups, "none", [], ""
@@ -94,23 +98,19 @@ def _conv2d(module: nn.Conv2d, input: Tensor) -> Tensor:
 FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, nn.Conv2d: _conv2d}
 
 
-def _worth(inputs: Tensor, weight: Tensor, channels: int) -> bool:
-    return (
-        inputs.device.type == weight.device.type == "cpu"
-        and inputs.dtype == weight.dtype == torch.float32
-        and inputs.numel() // max(channels, 1) * weight.numel() >= WORTH
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-        and not torch.is_grad_enabled()
-        # such a weight has no version: test_weights_made_in_inference_mode_are_left_to_torch
-        and not weight.is_inference()
-    )
-
-
-def _once(weight: Tensor, lay_out: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """The weight laid out, as it is now."""
-    # a value written in place has another version, one given as `data` another memory
-    value = weight._version, weight.data_ptr(), weight.stride()
+def _once(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lay_out: Callable[[Tensor], Tensor],
+    groups: int = 1,
+) -> Tensor | None:
+    """The weight laid out, as it is now; None where torch's own operation is to be taken."""
+    if not _suits(inputs, weight, bias, groups):
+        return None
+    # a value written in place has another version, one given as `data` another memory; not seen is
+    # what is written in place to `data`
+    value = weight._version, weight.data_ptr(), weight.stride(), groups
     kept = _laid_out.get(weight)
     if kept is None or kept[0] != value:
         try:
@@ -121,5 +121,22 @@ def _once(weight: Tensor, lay_out: Callable[[Tensor], Tensor]) -> Tensor | None:
     return kept[1]
 
 
+def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> bool:
+    return (
+        inputs.device.type == weight.device.type == "cpu"
+        and inputs.dtype == weight.dtype == torch.float32
+        and inputs.layout == torch.strided
+        # oneDNN doesn't go by a bias's strides: test_a_bias_may_be_a_part_of_something
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and inputs.numel() // max(weight.shape[1] * groups, 1) * weight.numel() >= WORTH
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        # such a weight has no version: test_weights_made_in_inference_mode_are_left_to_torch
+        and not weight.is_inference()
+    )
+
+
 def _pair(given: Any) -> list[int]:
-    return [given] * 2 if isinstance(given, int) else list(given) * (2 // len(given))
+    return list(given) * (2 // len(given)) if isinstance(given, tuple | list) else [given] * 2

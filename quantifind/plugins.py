@@ -1,8 +1,9 @@
 """A folder is its own table of plug-ins: a module put there is found by its name."""
 
-import importlib.util
+import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +20,10 @@ def names(package: str) -> list[str]:
 
 def check(package: str, name: str) -> None:
     """Raise ValueError unless ``name`` is in the folder or a dotted path; nothing is imported."""
-    # known to Python once it is imported, without a look at the folder for each tensor
-    known = name.isidentifier() and importlib.util.find_spec(f"quantifind.{package}.{name}")
-    if "." not in name and not known:
+    if "." in name:
+        return
+    # a module that was imported is known without a look at the folder
+    if f"quantifind.{package}.{name}" not in sys.modules and name not in names(package):
         found = ", ".join(names(package))
         raise ValueError(f"unknown {name!r}: quantifind/{package}/ has {found}")
 

@@ -1,5 +1,7 @@
 """What calibration examples tell, with torch's own convolution and unfolding as oracles."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,3 +199,32 @@ def test_empty_batches_among_others_are_left_out():
 def test_inputs_that_do_not_fit_are_named(net):
     with pytest.raises(ValueError, match=r"calibration inputs of shape \[\d, 7\] do not fit"):
         weight_uses(net, [(torch.full((4, 7), 3),)])
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_results_are_taken_before_what_they_were_made_of_changes(rounded):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x + 0
+            for _ in range(2):
+                x += self.layer(x).tanh()
+            return x
+
+    torch.manual_seed(0)
+    net, inputs = Again().eval(), torch.randn(50, 4)
+    work = copy.deepcopy(net)
+    if rounded:
+        with torch.no_grad():
+            work.layer.weight.mul_(4).round_().div_(4)
+    name, found = mean_shift(net, work, "layer.weight", [(inputs,)], 2, lambda product: product)
+    assert name == "layer.bias"
+    with torch.no_grad():
+        shifts, x, y = [], inputs, inputs
+        for _ in range(2):
+            shifts.append(net.layer(x) - work.layer(y))
+            x, y = x + net.layer(x).tanh(), y + work.layer(y).tanh()
+    torch.testing.assert_close(found, torch.cat(shifts).double().mean(0), rtol=1e-5, atol=1e-7)

@@ -40,7 +40,19 @@ def conv(channels):
     )
 
 
+class Viewing(nn.Module):
+    """A view needs its convolution's output in torch's own layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(2, 3, 3, padding=1), nn.Linear(48, 4)
+
+    def forward(self, x):
+        return self.head(self.first(x).view(len(x), -1))
+
+
 NETWORKS = {
+    "viewing": (Viewing, (2, 4, 4)),
     "one channel": (lambda: conv(1), (1, 8, 8)),
     "three channels": (lambda: conv(3), (3, 8, 8)),
     "residual": (Residual, (6,)),

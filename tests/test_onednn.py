@@ -69,7 +69,13 @@ def convolutions(draw):
             (outputs, inputs // groups, *kernel),
         )
     )
-    return images, weight, numbers(outputs, seed=1) if draw(st.booleans()) else None, options
+    return images, weight, draw(biases(outputs)), options
+
+
+def biases(outputs):
+    """None, or one whose numbers may not lie side by side."""
+    packed = numbers(2 * outputs, seed=2)
+    return st.sampled_from([None, packed[:outputs], packed[::2], packed[:1].expand(outputs)])
 
 
 @given(convolutions(), st.booleans())
@@ -82,17 +88,16 @@ def test_convolutions_are_those_of_torch(given, batched):
         except RuntimeError:  # a kernel larger than the input
             assume(False)
         found = onednn.conv2d(images, weight, bias, *options)
-    if images.dim() == 4 and not images.is_contiguous():
-        assert found.is_contiguous(memory_format=torch.channels_last)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if wanted.dim() == 4 and wanted.is_contiguous(memory_format=layout):
+            assert found.is_contiguous(memory_format=layout)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@given(
-    st.lists(st.integers(0, 5), max_size=3), st.integers(1, 40), st.integers(1, 9), st.booleans()
-)
-def test_linear_maps_are_those_of_torch(shape, inputs, outputs, biased):
+@given(st.lists(st.integers(0, 5), max_size=3), st.integers(1, 40), st.integers(1, 9), st.data())
+def test_linear_maps_are_those_of_torch(shape, inputs, outputs, data):
     values, weight = numbers(*shape, inputs), numbers(outputs, inputs, seed=1)
-    bias = numbers(outputs, seed=2) if biased else None
+    bias = data.draw(biases(outputs))
     with torch.inference_mode():
         found, wanted = onednn.linear(values, weight, bias), F.linear(values, weight, bias)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -105,9 +110,8 @@ def network():
 
 
 def test_each_value_of_a_weight_is_laid_out_once():
-    net, images = network(), numbers(6, 2, 4, 4)
-    with torch.inference_mode():
-        wanted = net(images)
+    net = network()
+    images = numbers(6, 2, 4, 4).contiguous(memory_format=torch.channels_last)
 
     def several():
         with laying_out_once(net):
@@ -158,22 +162,64 @@ def test_a_kind_of_ones_own_stays():
         assert torch.equal(net(torch.ones(2, 3)), 2 * F.linear(torch.ones(2, 3), *net.parameters()))
 
 
+def test_a_bias_may_be_a_part_of_something():
+    net, x = nn.Linear(3, 4), numbers(5, 3)
+    del net.bias
+    net.register_buffer("bias", numbers(8)[::2])
+    with torch.inference_mode():
+        wanted = net(x)
+        with laying_out_once(net):
+            torch.testing.assert_close(net(x), wanted)
+
+
+def test_a_weight_may_be_of_several_convolutions():
+    weight, images = numbers(4, 2, 3, 3), numbers(2, 4, 5, 5).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        for groups in (1, 2, 1):
+            some = images[:, : 2 * groups].contiguous(memory_format=torch.channels_last)
+            found = onednn.conv2d(some, weight, padding=1, groups=groups)
+            torch.testing.assert_close(found, F.conv2d(some, weight, padding=1, groups=groups))
+
+
+def autocast(net, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = net(x)
+    assert outputs.dtype == torch.bfloat16
+
+
+def nested(net, x):
+    return net(torch.nested.as_nested_tensor(list(x.split(2))))
+
+
 PLAIN = {
-    "gradients": (lambda net, x: torch.enable_grad()(net)(x)),
-    "another dtype": (lambda net, x: copy.deepcopy(net).double()(x.double())),
-    "one example": (lambda net, x: net(x[0])),
+    "gradients": torch.enable_grad()(lambda net, x: net(x)),
+    "another dtype": lambda net, x: copy.deepcopy(net).double()(x.double()),
+    "one example": lambda net, x: net(x[0]),
+    "sparse": lambda net, x: net(x.to_sparse_csr()),
+    "nested": nested,
+    "autocast": autocast,
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*prototype:UserWarning", "ignore:Sparse:UserWarning")
 @pytest.mark.parametrize("case", PLAIN)
 def test_what_it_is_not_for_is_left_to_torch(case):
-    net, x = nn.Sequential(nn.Linear(6, 4)), numbers(5, 6)
+    net, x = nn.Sequential(nn.Linear(6, 4)), numbers(6, 6)
 
-    def run():
-        with torch.inference_mode(False), laying_out_once(net):
-            PLAIN[case](net, x)
+    def run(call):
+        with torch.inference_mode(False), torch.no_grad(), laying_out_once(net):
+            call(net, x)
 
-    assert not {"_linear_pointwise", "_reorder_linear_weight"} & calls(run).keys()
+    assert "_linear_pointwise" in calls(lambda: run(lambda net, x: net(x)))
+    assert (
+        not {"_linear_pointwise", "_reorder_linear_weight"} & calls(lambda: run(PLAIN[case])).keys()
+    )
+
+
+@pytest.mark.parametrize("operation", [F.linear, onednn.linear])
+def test_another_width_is_refused_in_the_words_of_torch(operation):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        operation(numbers(2, 7), numbers(4, 5))
 
 
 def test_weights_made_in_inference_mode_are_left_to_torch():
@@ -193,7 +239,10 @@ def test_small_products_are_left_to_torch(monkeypatch):
 
 
 def test_what_onednn_cannot_lay_out_is_left_to_torch(monkeypatch):
+    tried = []
+
     def fails(*_, **__):
+        tried.append(True)
         raise RuntimeError("could not create a primitive descriptor")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", fails)
@@ -201,6 +250,7 @@ def test_what_onednn_cannot_lay_out_is_left_to_torch(monkeypatch):
     with torch.inference_mode():
         for _ in range(2):
             assert torch.equal(onednn.linear(x, weight), F.linear(x, weight))
+    assert len(tried) == 1
 
 
 def test_it_can_be_switched_off(monkeypatch):
@@ -208,7 +258,6 @@ def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert "_linear_pointwise" not in calls(lambda: onednn.linear(x, weight))
     monkeypatch.undo()
-    monkeypatch.setattr(onednn, "WORTH", 0)
     assert "_linear_pointwise" in calls(lambda: onednn.linear(x, weight))
 
 

@@ -291,6 +291,27 @@ def test_of_a_fused_layer_only_the_part_that_follows_is_gone_through(case):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_inputs_go_through_whole_layers():
+    """A layer that is given nested tensors can't be taken apart, which torch says by asserting."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    padding = torch.arange(4) >= torch.tensor([4, 2, 3, 1, 4])[:, None]
+    net = Net(
+        lambda net, x: net.head(net.encoder(x, src_key_padding_mask=padding)[:, 0]),
+        encoder=nn.TransformerEncoder(layer, 2),
+        head=nn.Linear(8, 3),
+    ).eval()
+    inputs, name = numbers(4, 8), "encoder.layers.0.linear2.weight"
+    with torch.inference_mode():
+        tape = Tape(net, inputs, [name])
+        assert tape.layers == {name: None}
+        value = other(used(net)[name])
+        torch.testing.assert_close(tape.outputs(name, value), whole(net, inputs, name, value))
+        with pytest.raises(NotRepeatable, match="NestedTensor"):
+            Tape(net, inputs, [name], {name: net.encoder.layers[0]})
+
+
 def test_a_tensor_that_is_not_used_leaves_the_outputs_as_they_are():
     net, inputs = network("mlp")
     net.register_buffer("idle", torch.ones(3))
