@@ -13,7 +13,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # multiply-adds of a batch below which torch's own start sooner
-WORTH = 2**22
+WORTH = 2**21
 # by weight, which value of it was laid out, and so laid out; None where oneDNN can't
 _laid_out: Any = WeakTensorKeyDictionary()
 

@@ -160,9 +160,13 @@ def _memory(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def _is_parametrized(model: nn.Module) -> bool:
+    return any(map(parametrize.is_parametrized, model.modules()))
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, memory that is shared once, parametrized ones as they are used."""
-    if any(parametrize.is_parametrized(module) for module in model.modules()):
+    if _is_parametrized(model):
         model = plain_copy(model)
     tensors: dict[Any, tuple[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -225,15 +229,17 @@ def quantize(
     Errors: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
     be quantized so, with the option and what is allowed.
     """
-    work = plain_copy(model)
+    choices = {name: choice for name, choice in strategy.tensors.items() if choice is not None}
+    asks = [name for name, choice in choices.items() if _needs_calibration(choice)]
+    # what no pass goes through is not copied
+    copied = asks or strategy.activations or _is_parametrized(model)
+    work = plain_copy(model) if copied else model
     parameters, buffers = named_tensors(work), dict(work.named_buffers())
     check_names("tensors", strategy.tensors, list(parameters), set(buffers))
-    choices = {name: choice for name, choice in strategy.tensors.items() if choice is not None}
     targets = buffers | parameters
     if strategy.fitted is not None:
         _check_fitted(strategy, targets)
         return strategy.fitted
-    asks = [name for name, choice in choices.items() if _needs_calibration(choice)]
     for name, choice in choices.items():
         _check_choice(name, choice, targets[name])
     batches: Batches = []
