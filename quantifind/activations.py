@@ -145,7 +145,7 @@ def check_names(
         )
 
 
-def _sites(product: Product) -> Sequence[str]:
+def _sites(product: Product) -> tuple[str, ...]:
     # what looks up an embedding is whole numbers
     return () if product.kind == "embedding" else product.sites
 

@@ -55,7 +55,7 @@ class Evaluator:
         self.stateful, self.edits_inputs = self._side_effects()
         # tensors of which a pass that goes on from them was compared with a whole one
         self.compared: set[str] = set()
-        # by tensor, the layers of its tapes
+        # by tensor, as `Tape` has them: found once, from its first tape
         self.layers: dict[str, Mapping[str, nn.Module | None]] = {}
         self.repeatable = True
         self.layout, self.batch = CONTIGUOUS, 0
