@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from quantifind.calibration import calibration_batches, run
 from quantifind.evaluator import Batches, Evaluator
 from quantifind.loaders import sample
-from quantifind.metrics import Criterion, evaluating, outcome, paired
+from quantifind.metrics import Criterion, divergence, evaluating, outcome, paired
 from quantifind.store import Store, fingerprint
 from quantifind.strategy import Quantized, plain_copy
 from quantifind.utils import device_of
@@ -101,8 +101,8 @@ class Measurements:
         return list(self.evaluator.batches())
 
     def columns(self, key: str, quantized: Quantized, examples: int | None = None) -> Columns:
-        """By example, what `quantifind.metrics.paired` has, of the first so many examples (default
-        all).
+        """By example, of the first so many examples (default all), what `quantifind.metrics.paired`
+        has, and ``divergence``, its namesake there.
 
         key: names this candidate for ever. Those examples that were measured before are not again.
         """
@@ -175,7 +175,7 @@ def _measure(
         parts = [quantized.tensors[name] for quantized in candidates]
         measured = measurements.evaluator.alone(name, parts, first, last)
     original = {kind: part[first:last] for kind, part in measurements.original.items()}
-    return [paired(one, original) for one in measured]
+    return [paired(one, original) | {"divergence": divergence(one, original)} for one in measured]
 
 
 def _whole(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:

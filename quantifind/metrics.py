@@ -116,26 +116,33 @@ def paired(
     """Two outcomes on the same examples as columns, (examples,) each.
 
     Returns: ``loss`` and ``original_loss``; ``squared_error`` ‖f_b − f‖² and ``squared_norm`` ‖f‖²
-    of an example's outputs; ``divergence``, the Kullback-Leibler divergence of the classes'
-    probabilities from the original's (nats), or without classes the mean squared error of the
-    outputs: how much the loss would rise if the original's outputs were the truth; for a classifier
-    ``correct`` and ``original_correct``.
+    of an example's outputs; for a classifier ``correct`` and ``original_correct``.
     """
     outputs, wanted = (o["outputs"].flatten(1).double() for o in (quantized, original))
-    error = (outputs - wanted).square()
     columns = {
         "loss": quantized["loss"],
         "original_loss": original["loss"],
-        "squared_error": error.sum(1),
+        "squared_error": (outputs - wanted).square().sum(1),
         "squared_norm": wanted.square().sum(1),
-        "divergence": error.mean(1),
     }
     if is_classification(quantized) and is_classification(original):
-        log_p, log_q = wanted.log_softmax(1), outputs.log_softmax(1)
-        columns["divergence"] = (log_p.exp() * (log_p - log_q)).sum(1)
         columns["correct"] = quantized["correct"]
         columns["original_correct"] = original["correct"]
     return {name: column.numpy() for name, column in columns.items()}
+
+
+def divergence(quantized: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> np.ndarray:
+    """How much the loss of each example would rise if the original's outputs were the truth.
+
+    Of two outcomes, as `paired` takes them: the Kullback-Leibler divergence of the classes'
+    probabilities from the original's (nats), or without classes the mean squared error of the
+    outputs.
+    """
+    outputs, wanted = (o["outputs"].flatten(1).double() for o in (quantized, original))
+    if is_classification(quantized) and is_classification(original):
+        log_p, log_q = wanted.log_softmax(1), outputs.log_softmax(1)
+        return (log_p.exp() * (log_p - log_q)).sum(1).numpy()
+    return (outputs - wanted).square().mean(1).numpy()
 
 
 def calibrating_temperature(model: nn.Module, loader: Iterable) -> float:

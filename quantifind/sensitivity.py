@@ -163,7 +163,7 @@ def sensitivities(
         examples are measured; 0 for all of them.
     Columns: ``kind`` ("tensors" or "activations"), ``name``, ``scheme``, ``rounding``, ``bits`` of
     a code, ``stored_bits`` with scales, ``rise`` the mean divergence
-    (`quantifind.metrics.paired`), those of `quantifind.certificate.drops`, ``sqnr_db`` of the
+    (`quantifind.metrics.divergence`), those of `quantifind.certificate.drops`, ``sqnr_db`` of the
     network's outputs (arXiv:2302.05397), ``examples``, and ``choice``.
     """
     todo = {

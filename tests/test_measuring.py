@@ -15,7 +15,7 @@ from torch import nn
 from quantifind import layouts, measuring
 from quantifind.loaders import Tensors, batch_loader, create_dataloaders
 from quantifind.measuring import Measurements
-from quantifind.metrics import outcome, paired
+from quantifind.metrics import divergence, outcome, paired
 from quantifind.strategy import (
     Quantized,
     Strategy,
@@ -77,6 +77,10 @@ def examples_in_order(val, seed):
     return inputs[order], targets[order]
 
 
+def columns_of(quantized, original):
+    return paired(quantized, original) | {"divergence": divergence(quantized, original)}
+
+
 def assert_columns(found, wanted):
     assert found.keys() == wanted.keys()
     for name, column in wanted.items():
@@ -96,7 +100,7 @@ def test_columns_are_those_of_a_plain_evaluation_in_a_seeded_order(classes, seed
     assert measured.examples == len(val.dataset)
     for bits in (2, 4):
         quantized = at(net, bits, axis=0)
-        wanted = paired(outcome(with_quantized(net, quantized), whole, criterion), original)
+        wanted = columns_of(outcome(with_quantized(net, quantized), whole, criterion), original)
         assert_columns(measured.columns(f"{bits} bits", quantized), wanted)
         first = {name: column[:10] for name, column in wanted.items()}
         assert_columns(measured.columns(f"{bits} bits", quantized, 10), first)
@@ -258,7 +262,7 @@ def test_activations(bits):
         quantized = quantize(net, Strategy(tensors, levels), measured.calibration)
         whole = [examples_in_order(val, 0)]
         rounded = outcome(with_quantized(net, quantized), whole, CRITERION)
-        wanted = paired(rounded, outcome(net, whole, CRITERION))
+        wanted = columns_of(rounded, outcome(net, whole, CRITERION))
         assert_columns(measured.columns(str(len(quantized.tensors)), quantized), wanted)
         assert wanted["squared_error"].sum() > 0
 
