@@ -122,14 +122,14 @@ def quantized_parts(measurements: Measurements, menus: Menus) -> Parts:
                     parts[key] = getattr(artifact.unpack(*entry), kind)[name]
             if left:
                 missing.append((kind, name, left))
-    sites, pool = list(menus["activations"]), measurements.workers.pool
-    # half of a tensor's choices by each of several workers: one may take longer than all others
-    shares = 1 if pool is None else min(2, pool.places())
-    tasks = [(kind, name, c[i::shares]) for kind, name, c in missing for i in range(shares)]
-    tasks = [task for task in tasks if task[-1]]
+    # the largest first, so that no worker is left with it in the end
+    sizes = {name: tensor.numel() for name, tensor in named_tensors(measurements.model).items()}
+    missing.sort(key=lambda task: -sizes.get(task[1], 0))
+    sites = list(menus["activations"])
+    tasks = [(*task, sites) for task in missing]
     with progress("rounding", total=len(tasks)) as step:
-        fitted = measurements.workers.map(_fit, measurements, [(*task, sites) for task in tasks])
-        for (kind, name, choices), made in zip(tasks, fitted, strict=True):
+        fitted = measurements.workers.map(_fit, measurements, tasks)
+        for (kind, name, choices, _), made in zip(tasks, fitted, strict=True):
             for choice, part in zip(choices, made, strict=True):
                 key = part_key(kind, name, choice)
                 parts[key] = part
