@@ -101,8 +101,8 @@ class Measurements:
         return list(self.evaluator.batches())
 
     def columns(self, key: str, quantized: Quantized, examples: int | None = None) -> Columns:
-        """By example, of the first so many examples (default all), what `quantifind.metrics.paired`
-        has, and ``divergence``, its namesake there.
+        """By example, of the first so many examples (default all), the columns of
+        `quantifind.metrics.paired`, and ``divergence``, of the function of that name there.
 
         key: names this candidate for ever. Those examples that were measured before are not again.
         """

@@ -134,9 +134,9 @@ def paired(
 def divergence(quantized: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> np.ndarray:
     """How much the loss of each example would rise if the original's outputs were the truth.
 
-    Of two outcomes, as `paired` takes them: the Kullback-Leibler divergence of the classes'
-    probabilities from the original's (nats), or without classes the mean squared error of the
-    outputs.
+    Two outcomes, as `paired` takes them. Returns: (examples,) float64, the Kullback-Leibler
+    divergence of the classes' probabilities from the original's (nats), or without classes the mean
+    squared error of the outputs.
     """
     outputs, wanted = (o["outputs"].flatten(1).double() for o in (quantized, original))
     if is_classification(quantized) and is_classification(original):

@@ -120,11 +120,13 @@ def quantized_parts(measurements: Measurements, menus: Menus) -> Parts:
                     left.append(choice)
                 else:
                     parts[key] = getattr(artifact.unpack(*entry), kind)[name]
-            if left:
-                missing.append((kind, name, left))
-    # the largest first, so that no worker is left with it in the end
-    sizes = {name: tensor.numel() for name, tensor in named_tensors(measurements.model).items()}
-    missing.sort(key=lambda task: -sizes.get(task[1], 0))
+            # all choices of a tensor share its moments
+            together = [left] if kind == "tensors" and left else [[choice] for choice in left]
+            missing += [(kind, name, choices) for choices in together]
+    # so that no worker is left with a large tensor in the end: test_large_tensors_are_rounded_first
+    own = dict(measurements.model.named_buffers()) | named_tensors(measurements.model)
+    sizes = {name: tensor.numel() for name, tensor in own.items()}
+    missing.sort(key=lambda task: (task[0] != "tensors", -sizes.get(task[1], 0)))
     sites = list(menus["activations"])
     tasks = [(*task, sites) for task in missing]
     with progress("rounding", total=len(tasks)) as step:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from quantifind.scales import POWER_OF_TWO, stored_scale
+from quantifind.scales import POWER_OF_TWO, check_values, stored_scale
 from quantifind.schemes import minifloat, uniform
 
 DTYPES = [torch.float16, torch.float32, torch.float64, POWER_OF_TWO]
@@ -54,6 +54,18 @@ def test_a_scale_too_large_to_store_is_refused(scale):
         uniform.quantize(values, 2, scale=1e5, scale_dtype="float16")
     with pytest.raises(ValueError, match="too large for scale_dtype float32"):
         uniform.quantize(torch.tensor([3e38, 1.0]), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_value_without_a_range_is_found(dtype, bad):
+    """Wherever it is, in as many values as vectors and threads share."""
+    for place in (0, 40_001, 99_999):
+        values = torch.ones(100_000, dtype=dtype)
+        values[place] = bad
+        for laid_out in (values, values.reshape(250, 400).T, values.expand(2, -1)[:1]):
+            with pytest.raises(ValueError, match="1 of 100000 values are NaN or infinite"):
+                check_values(laid_out)
 
 
 @pytest.mark.parametrize("zero_point", [False, True])

@@ -102,6 +102,24 @@ def test_every_tensor_and_site_has_a_row_for_each_choice(measured):
     assert set(menus["tensors"]) == set(named_tensors(network())) - {"order", "empty"}
 
 
+def test_large_tensors_are_rounded_first(measured, monkeypatch):
+    """All missing choices of a tensor together, those of a site each by itself."""
+    _, menus, parts, _ = measured
+    fit, tasks = sensitivity._fit, []
+    monkeypatch.setattr(sensitivity, "_fit", lambda *given: tasks.append(given[1]) or fit(*given))
+    found = quantized_parts(measurements_of(network()), menus)
+    for key, part in parts.items():
+        assert torch.equal(found[key].dequantize(), part.dequantize())
+    kinds = [kind for kind, *_ in tasks]
+    count = len(menus["tensors"])
+    assert kinds == ["tensors"] * count + ["activations"] * (len(tasks) - count)
+    sizes = [named_tensors(network())[name].numel() for _, name, *_ in tasks[:count]]
+    assert sizes == sorted(sizes, reverse=True)
+    for _, name, choices, _ in tasks[:count]:
+        assert choices == menus["tensors"][name]
+    assert all(len(choices) == 1 for _, _, choices, _ in tasks[count:])
+
+
 def test_rows_are_those_of_a_plain_evaluation(measured):
     measurements, _, _, table = measured
     net, batches = network(), measurements.batches()
