@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import grids
-from quantifind.certificate import ratio_bound
-from quantifind.evaluator import Evaluator
-from quantifind.strategy import quantize, uniform_strategy
+from quantifind.certification.certificate import ratio_bound
+from quantifind.quantize import quantize
+from quantifind.runtime.evaluator import Evaluator
+from quantifind.strategy import uniform_strategy
 
 RESULTS = grids.ROOT / "benchmarks/results/coverage.csv"
 MARKERS = grids.markers("python benchmarks/coverage.py")

@@ -25,20 +25,15 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
-from quantifind import plugins
-from quantifind.learning import learn
-from quantifind.loaders import Loaders
-from quantifind.metrics import calibrating_temperature, compare, outcome
-from quantifind.params import read_params
-from quantifind.strategy import (
-    Quantized,
-    Strategy,
-    mean_bits,
-    quantize,
-    uniform_activations,
-    uniform_strategy,
-    with_quantized,
-)
+from quantifind.learning import calibrating_temperature, learn
+from quantifind.metrics import outcome
+from quantifind.quantize import mean_bits, quantize, with_quantized
+from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils import plugins
+from quantifind.utils.loaders import Loaders
+from quantifind.workflow.evaluation_workflow import compare
+from stages.params import read_params
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/grids.csv"

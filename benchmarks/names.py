@@ -15,8 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from quantifind.data import language_names
-from quantifind.loaders import whole_split
-from quantifind.name_archive import alphabet, read_names
+from quantifind.utils.loaders import whole_split
+from quantifind.utils.name_archive import alphabet, read_names
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/names.csv"

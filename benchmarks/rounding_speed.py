@@ -18,12 +18,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from quantifind import packing, plugins
 from quantifind.data import mnist_data
-from quantifind.quantized import QuantizedTensor
-from quantifind.rounding import SWEEPS, RowLevels, compensate
+from quantifind.quantize import quantize
 from quantifind.schemes import uniform
-from quantifind.strategy import quantize, uniform_strategy
+from quantifind.strategy import uniform_strategy
+from quantifind.tensor import packing
+from quantifind.tensor.gptq import SWEEPS, RowLevels, compensate
+from quantifind.tensor.quantized import QuantizedTensor
+from quantifind.utils import plugins
 
 RESULTS = Path(__file__).parent / "results/rounding_speed.csv"
 CODES = 2**24

@@ -19,12 +19,12 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import grids
-from quantifind.candidates import Candidates
-from quantifind.certificate import certified_depth, certified_steps
-from quantifind.goal import Goal
-from quantifind.measuring import Measurements
+from quantifind.certification.certificate import certified_depth, certified_steps
+from quantifind.certification.goal import Goal
+from quantifind.mixed_precision.candidates import Candidates
+from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.sensitivity import default_menus
 from quantifind.search import find_strategy
-from quantifind.sensitivity import default_menus
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths, evaluate_strategies
 
 RESULTS = grids.ROOT / "benchmarks/results/search.csv"

@@ -33,16 +33,23 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import grids
-from quantifind import plugins
 from quantifind.data import mnist_data
-from quantifind.loaders import Tensors, batch_loader, split_loaders
-from quantifind.measuring import Measurements
 from quantifind.metrics import losses, outcome
-from quantifind.multiply_adds import multiply_adds
+from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.sensitivity import (
+    NEAREST,
+    PER_TENSOR,
+    quantized_parts,
+    sensitivities,
+)
+from quantifind.network.macs import multiply_adds
+from quantifind.network.modules import named_tensors
+from quantifind.quantize import mean_bits, quantize, with_quantized
 from quantifind.search import find_strategy
-from quantifind.sensitivity import NEAREST, PER_TENSOR, quantized_parts, sensitivities
-from quantifind.strategy import Quantized, mean_bits, named_tensors, quantize, with_quantized
-from quantifind.utils import device
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils import plugins
+from quantifind.utils.devices import device
+from quantifind.utils.loaders import Tensors, batch_loader, split_loaders
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer
 from quantifind.workflow.train_workflow import train_network
@@ -265,7 +272,7 @@ def training() -> list[dict[str, Any]]:
 # with nothing imported but what a sweep needs; the values of images don't matter
 MEMORY = """
 import resource, sys, time, torch
-from quantifind.loaders import Tensors, batch_loader
+from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.models import conv_mnist_model
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 net, criterion, _ = conv_mnist_model.create_model_context()

@@ -12,24 +12,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy import optimize
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
-from quantifind import artifact
-from quantifind.activations import QuantizedActivations, in_float32, round_through
-from quantifind.checkpoints import (
+from quantifind.metrics import outcome
+from quantifind.network.activations import QuantizedActivations, in_float32, round_through
+from quantifind.network.modules import plain_copy, put_values
+from quantifind.quantize import quantize
+from quantifind.storage import artifact
+from quantifind.storage.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     random_state,
     replace_checkpoint,
     set_random_state,
 )
-from quantifind.quantized import Grid, QuantizedTensor, from_rows, to_rows
-from quantifind.scales import nearest_codes, stored_scale
-from quantifind.store import fingerprint
-from quantifind.strategy import Quantized, Strategy, plain_copy, put_values, quantize
-from quantifind.utils import device_of, progress
+from quantifind.storage.store import fingerprint
+from quantifind.strategy import Strategy
+from quantifind.tensor.quantized import Grid, Quantized, QuantizedTensor, from_rows, to_rows
+from quantifind.tensor.scales import nearest_codes, stored_scale
+from quantifind.utils.console import progress
+from quantifind.utils.devices import device_of
 
 RATE = 2e-4
 # scales and tables are trained by the logarithm of what they are multiplied with
@@ -67,7 +72,7 @@ def learn(
 
     loader: training data, batches [inputs, targets]. epochs or seconds: the budget, over which the
     learning rate falls to zero along a cosine; one that is resumed has only what is left of it.
-    calibration: as `quantifind.strategy.quantize` takes it; by default the loader's first batches.
+    calibration: as `quantifind.quantize.quantize` takes it; by default the loader's first batches.
     softening: a temperature by which a classifier's float logits are divided; above 1 it makes a
     network that is too sure of itself less so (Guo et al. 2017, arXiv:1706.04599).
     labels: the weight, beside the outputs' 1, of the loss to the targets themselves (cross entropy,
@@ -308,3 +313,20 @@ def _blend(inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, Tenso
     shares = share.to(inputs.dtype).reshape(-1, *(1,) * (inputs.dim() - 1))
     blended = shares * inputs + (1 - shares) * inputs[others]
     return blended, (targets, targets[others], share)
+
+
+def calibrating_temperature(model: nn.Module, loader: Iterable) -> float:
+    """The temperature, 0.1 to 10, that divides a classifier's logits so that their cross entropy on
+    a loader's examples is least (Guo et al. 2017, arXiv:1706.04599): above 1 where it is too sure
+    of itself. 1 where targets are not class labels."""
+    batches = list(loader)
+    labels = torch.cat([targets for _, targets in batches])
+    if labels.is_floating_point():
+        return 1.0
+    logits = outcome(model, batches, nn.CrossEntropyLoss())["outputs"].double()
+
+    def loss(logarithm: float) -> float:
+        return nn.functional.cross_entropy(logits / math.exp(logarithm), labels).item()
+
+    ends = (math.log(0.1), math.log(10))
+    return math.exp(optimize.minimize_scalar(loss, bounds=ends, method="bounded").x)

@@ -2,34 +2,17 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor, nn
 
-from quantifind.certificate import drops
-from quantifind.utils import device_of
+from quantifind.utils.devices import device_of, evaluating
 
 # examples whose losses are computed at a time
 SPAN = 1024
 Criterion = Callable[[Tensor, Tensor], Tensor]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, in full float32; each module gets back the mode it had."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        # on a GPU convolutions would round their inputs to TF32's 10 bits
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[str, Tensor]:
@@ -86,30 +69,6 @@ def losses(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
     return values.mean(1) if reduction == "mean" else values.sum(1)
 
 
-def compare(
-    quantized: dict[str, Tensor], original: dict[str, Tensor], *, confidence: float = 0.95
-) -> dict[str, float]:
-    """A quantized network's outcome beside the original's, on the same examples in the same order.
-
-    Returns: ``criterion``, ``original_criterion``, the drops and their intervals as
-    `quantifind.certificate.drops` has them; for a classifier also ``accuracy``,
-    ``original_accuracy`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).
-    """
-    columns = paired(quantized, original)
-    row = {
-        "criterion": columns["loss"].mean(),
-        "original_criterion": columns["original_loss"].mean(),
-        **drops(columns, confidence=confidence),
-    }
-    if is_classification(original):
-        right, was_right = columns["correct"], columns["original_correct"]
-        row["accuracy"] = right.mean()
-        row["original_accuracy"] = was_right.mean()
-        row["right_to_wrong"] = int((was_right & ~right).sum())
-        row["wrong_to_right"] = int((~was_right & right).sum())
-    return row
-
-
 def paired(
     quantized: Mapping[str, Tensor], original: Mapping[str, Tensor]
 ) -> dict[str, np.ndarray]:
@@ -143,23 +102,6 @@ def divergence(quantized: Mapping[str, Tensor], original: Mapping[str, Tensor]) 
         log_p, log_q = wanted.log_softmax(1), outputs.log_softmax(1)
         return (log_p.exp() * (log_p - log_q)).sum(1).numpy()
     return (outputs - wanted).square().mean(1).numpy()
-
-
-def calibrating_temperature(model: nn.Module, loader: Iterable) -> float:
-    """The temperature, 0.1 to 10, that divides a classifier's logits so that their cross entropy on
-    a loader's examples is least (Guo et al. 2017, arXiv:1706.04599): above 1 where it is too sure
-    of itself. 1 where targets are not class labels."""
-    batches = list(loader)
-    labels = torch.cat([targets for _, targets in batches])
-    if labels.is_floating_point():
-        return 1.0
-    logits = outcome(model, batches, nn.CrossEntropyLoss())["outputs"].double()
-
-    def loss(logarithm: float) -> float:
-        return nn.functional.cross_entropy(logits / math.exp(logarithm), labels).item()
-
-    ends = (math.log(0.1), math.log(10))
-    return math.exp(optimize.minimize_scalar(loss, bounds=ends, method="bounded").x)
 
 
 def weight_error(values: Tensor, quantized: Tensor) -> dict[str, float]:

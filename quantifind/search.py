@@ -11,16 +11,21 @@ import pandas as pd
 from torch import nn
 from torch.utils.data import DataLoader
 
-from quantifind.allocation import Assignment, moves, total_cost
-from quantifind.candidates import Candidates, Row, Trial, choices_key, note
-from quantifind.goal import Goal, Limit, ladder
-from quantifind.measuring import Measurements
+from quantifind.certification.goal import Goal, Limit, ladder
 from quantifind.metrics import is_classification
-from quantifind.refining import adjust_scales, compensate_in_order, learn_allocations, steady
-from quantifind.sensitivity import PRECISION, WIDER, WIDTHS, Menus, default_menus
+from quantifind.mixed_precision.allocation import Assignment, moves, total_cost
+from quantifind.mixed_precision.candidates import Candidates, Row, Trial, choices_key, note
+from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.refinement import (
+    adjust_scales,
+    compensate_in_order,
+    learn_allocations,
+    steady,
+)
+from quantifind.mixed_precision.sensitivity import PRECISION, WIDER, WIDTHS, Menus, default_menus
+from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy
-from quantifind.utils import progress
-from quantifind.workers import Workers
+from quantifind.utils.console import progress
 
 # candidates at most, of a sweep over budgets, and of local moves
 SWEEP, MOVES = 20, 24
@@ -77,7 +82,7 @@ def find_strategy(
     Returns: the strategy, with its codes in ``fitted``; and a row per candidate, but for scales
     that were adjusted further, from most bytes to fewest: ``strategy``, ``origin``, ``mean_bits``,
     each of `quantifind.costs`, ``predicted_ratio``, ``examples`` it was measured on, those of
-    `quantifind.certificate.drops`, ``on_ladder`` and ``chosen``.
+    `quantifind.certification.certificate.drops`, ``on_ladder`` and ``chosen``.
     Errors: ValueError for a limit or budget out of range, and, naming the nearest, for one that no
     candidate keeps; for data and criteria that `Measurements` can't take.
     """

@@ -4,13 +4,13 @@ from typing import Any
 
 import pandas as pd
 
-from quantifind.certificate import mark_certified
-from quantifind.goal import Goal
-from quantifind.params import Params
-from quantifind.recommendation import in_words, recommend
+from quantifind.certification.certificate import mark_certified
+from quantifind.certification.goal import Goal
+from quantifind.certification.recommendation import in_words, recommend
 from quantifind.strategy import Strategy
 from quantifind.workflow.evaluation_workflow import evaluate_strategies, summarize
 from stages import files
+from stages.params import Params
 
 
 def main(params: Params) -> None:

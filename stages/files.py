@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from quantifind import plugins
-from quantifind.params import Params, read_params
+from quantifind.utils import plugins
+from stages.params import Params, read_params
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,7 +106,7 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
 
 def read_loader(split: str, *, batch_size: int, seed: int = 0) -> "DataLoader":
     """A prepared split; train is shuffled, by ``seed``."""
-    from quantifind.loaders import Tensors, batch_loader
+    from quantifind.utils.loaders import Tensors, batch_loader
 
     tensors = read_tensors(DATA / f"{split}.safetensors")
     dataset = Tensors(tensors["inputs"], tensors["targets"])
@@ -149,7 +149,7 @@ def write_network(net: "nn.Module", network: str, options: Mapping[str, Any]) ->
 
 def read_network() -> tuple["nn.Module", "nn.Module"]:
     """The trained network and its criterion."""
-    from quantifind.utils import check_same_architecture
+    from quantifind.storage.checkpoints import check_same_architecture
 
     made_by = read_json(NETWORK)
     net, criterion, *_ = create_context(made_by["network"], made_by["options"], {})
@@ -198,7 +198,7 @@ def _digest(values: str, data: list[Path]) -> str:
 
 def write_ladder(rungs: list[tuple["Strategy", dict[str, Any]]]) -> None:
     """A search's ladder: each strategy's choices and facts, and the packed codes beside them."""
-    from quantifind import artifact
+    from quantifind.storage import artifact
 
     described = []
     for number, (strategy, facts) in enumerate(rungs):
@@ -211,7 +211,7 @@ def write_ladder(rungs: list[tuple["Strategy", dict[str, Any]]]) -> None:
 
 def read_ladder() -> list[tuple["Strategy", dict[str, Any]]]:
     """What `write_ladder` wrote."""
-    from quantifind import artifact
+    from quantifind.storage import artifact
     from quantifind.strategy import Strategy
 
     rungs = []

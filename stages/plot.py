@@ -1,8 +1,7 @@
 """Plot: pictures from the tables alone."""
 
-from quantifind import plugins
-from quantifind.goal import Goal
-from quantifind.params import Params
+from quantifind.certification.goal import Goal
+from quantifind.utils import plugins
 from quantifind.workflow.search_figures import (
     visualize_costs,
     visualize_frontier,
@@ -15,6 +14,7 @@ from quantifind.workflow.visualization_workflow import (
     visualize_weight_error,
 )
 from stages import files
+from stages.params import Params
 
 
 def main(params: Params) -> None:

@@ -3,10 +3,10 @@
 import inspect
 from pathlib import Path
 
-from quantifind import plugins
-from quantifind.loaders import describe, whole_split
-from quantifind.params import Params
+from quantifind.utils import plugins
+from quantifind.utils.loaders import describe, whole_split
 from stages import files
+from stages.params import Params
 
 
 def main(params: Params) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 import pandas as pd
 
 from quantifind.metrics import weight_error
-from quantifind.params import Params
+from quantifind.mixed_precision.sensitivity import cliffs, measure_sensitivity, rank_correlations
+from quantifind.quantize import quantize_tensors
 from quantifind.search import find_strategy
-from quantifind.sensitivity import cliffs, measure_sensitivity, rank_correlations
-from quantifind.strategy import quantize_tensors, uniform_strategy
-from quantifind.utils import progress
+from quantifind.strategy import uniform_strategy
+from quantifind.utils.console import progress
 from stages import files
+from stages.params import Params
 
 
 def main(params: Params) -> None:

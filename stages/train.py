@@ -2,9 +2,9 @@
 
 import torch
 
-from quantifind.params import Params
 from quantifind.workflow.train_workflow import train_network
 from stages import files
+from stages.params import Params
 
 
 def main(params: Params) -> None:

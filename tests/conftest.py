@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from quantifind.loaders import Tensors, create_dataloaders
+from quantifind.utils.loaders import Tensors, create_dataloaders
 
 matplotlib.use("Agg")
 # waking a second thread for a few hundred values takes longer than all else
@@ -25,7 +25,7 @@ def layouts_of_their_own(tmp_path_factory):
     """What the tests time is not remembered in the user's cache folder."""
     path = tmp_path_factory.mktemp("cache") / "layouts.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantifind.layouts.REMEMBERED", path)
+        patch.setattr("quantifind.runtime.layouts.REMEMBERED", path)
         yield
 
 

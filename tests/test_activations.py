@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import plugins
-from quantifind.activations import (
+from quantifind.network.activations import (
     QuantizedActivations,
     activation_sites,
     fit_activations,
     round_through,
 )
-from quantifind.products import visiting
-from quantifind.quantized import Grid
-from quantifind.strategy import Strategy, mean_bits, quantize, quantize_model, uniform_activations
+from quantifind.network.products import visiting
+from quantifind.quantize import mean_bits, quantize, quantize_model
+from quantifind.strategy import Strategy, uniform_activations
+from quantifind.tensor.quantized import Grid
+from quantifind.utils import plugins
 
 SCHEMES = plugins.names("schemes")
 
@@ -169,7 +170,7 @@ def test_ranges_by_largest_percentile_and_squared_error(sign):
 
 
 def test_a_sample_stands_for_many_values(monkeypatch):
-    monkeypatch.setattr("quantifind.activations.SAMPLE", 1000)
+    monkeypatch.setattr("quantifind.network.activations.SAMPLE", 1000)
     net, choice = nn.Linear(10, 1), {"scheme": "uniform", "bits": 4}
     batches = [(torch.rand(300, 10),) for _ in range(10)]
     batches[7][0][5] = 9.0

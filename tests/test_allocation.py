@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 
-from quantifind.allocation import Option, allocate, moves, total_cost, undominated
+from quantifind.mixed_precision.allocation import Option, allocate, moves, total_cost, undominated
 
 NUMBERS = st.integers(0, 40).map(float) | st.floats(0, 40)
 

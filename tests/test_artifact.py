@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from test_schemes import arguments, for_every_case, tensors, widths
 from torch import nn
 
-from quantifind import plugins
-from quantifind.activations import QuantizedActivations, fit_activations
-from quantifind.artifact import pack, unpack
 from quantifind.costs import model_bytes
 from quantifind.learning import learn
-from quantifind.loaders import Tensors, batch_loader
-from quantifind.store import Store
-from quantifind.strategy import Quantized, Strategy, mean_bits, quantize, uniform_strategy
+from quantifind.network.activations import QuantizedActivations, fit_activations
+from quantifind.quantize import mean_bits, quantize
+from quantifind.storage.artifact import pack, unpack
+from quantifind.storage.store import Store
+from quantifind.strategy import Strategy, uniform_strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils import plugins
+from quantifind.utils.loaders import Tensors, batch_loader
 
 SCHEMES = plugins.names("schemes")
 UNIFORM = {"scheme": "uniform", "bits": 3}

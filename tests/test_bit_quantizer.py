@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from quantifind.loaders import Tensors, batch_loader
+from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.workflow.quantize_workflow import BitQuantizer
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantifind.calibration import (
+from quantifind.network.calibration import (
     calibration_batches,
     input_rows,
     layer_moments,
@@ -15,7 +15,7 @@ from quantifind.calibration import (
     second_moments,
     weight_uses,
 )
-from quantifind.products import visiting
+from quantifind.network.products import visiting
 
 SETTINGS = [
     {},
@@ -91,7 +91,7 @@ def test_chunks_add_up(monkeypatch):
     torch.manual_seed(0)
     net, batches = nn.Conv1d(2, 3, 2), [(torch.randn(7, 2, 6),)]
     (whole,) = all_moments(net, "weight", batches).values()
-    monkeypatch.setattr("quantifind.calibration.CHUNK", 50)
+    monkeypatch.setattr("quantifind.network.calibration.CHUNK", 50)
     (parts,) = all_moments(net, "weight", batches).values()
     torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts.outputs, whole.outputs, rtol=1e-6, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from scipy import stats
 
-from quantifind.certificate import (
+from quantifind.certification.certificate import (
     certified_depth,
     certified_steps,
     drop_interval,

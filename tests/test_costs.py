@@ -14,20 +14,15 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from quantifind import multiply_adds as counting
-from quantifind import plugins
 from quantifind.costs import bit_operations, energy_picojoules, model_bytes
-from quantifind.multiply_adds import multiply_adds
+from quantifind.network.macs import multiply_adds
+from quantifind.network.modules import named_tensors
+from quantifind.quantize import mean_bits, quantize
 from quantifind.schemes import codebook, uniform
-from quantifind.strategy import (
-    Quantized,
-    Strategy,
-    mean_bits,
-    named_tensors,
-    quantize,
-    uniform_activations,
-    uniform_strategy,
-)
-from quantifind.utils import device_of
+from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils import plugins
+from quantifind.utils.devices import device_of
 
 for_every_cost = pytest.mark.parametrize(
     "measure",

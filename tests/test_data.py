@@ -20,9 +20,9 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from quantifind import plugins
 from quantifind.data import language_names, mnist_data
-from quantifind.loaders import (
+from quantifind.utils import plugins
+from quantifind.utils.loaders import (
     Tensors,
     batch_loader,
     create_dataloaders,
@@ -31,7 +31,7 @@ from quantifind.loaders import (
     sample,
     whole_split,
 )
-from quantifind.name_archive import alphabet, read_names
+from quantifind.utils.name_archive import alphabet, read_names
 
 DATA = plugins.names("data")
 SIZES = {"mnist_data": (54_000, 6_000, 10_000), "simple_dense_data": (38_400, 4_800, 4_800)}

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import evaluator, layouts, onednn
-from quantifind.evaluator import Evaluator
 from quantifind.metrics import outcome
-from quantifind.strategy import Quantized, named_tensors, quantize, uniform_strategy, with_quantized
+from quantifind.network.modules import named_tensors
+from quantifind.quantize import quantize, with_quantized
+from quantifind.runtime import evaluator, layouts, onednn
+from quantifind.runtime.evaluator import Evaluator
+from quantifind.strategy import uniform_strategy
+from quantifind.tensor.quantized import Quantized
 
 CRITERION = nn.CrossEntropyLoss()
 EXAMPLES = 600

@@ -7,8 +7,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, given
 
-from quantifind import plugins
-from quantifind.goal import MEASURES, RUNG, Goal, ladder
+from quantifind.certification.goal import MEASURES, RUNG, Goal, ladder
+from quantifind.utils import plugins
 
 COSTS = ["mean_bits", *plugins.names("costs")]
 

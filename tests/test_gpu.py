@@ -8,12 +8,15 @@ import torch
 from test_evaluator import NETWORKS, Branching
 from torch import nn
 
-from quantifind import evaluator, layouts
-from quantifind.evaluator import Evaluator
 from quantifind.learning import learn
-from quantifind.loaders import Tensors, batch_loader, create_dataloaders
+from quantifind.network.modules import named_tensors
+from quantifind.quantize import quantize
+from quantifind.runtime import evaluator, layouts
+from quantifind.runtime.evaluator import Evaluator
 from quantifind.search import find_strategy
-from quantifind.strategy import Quantized, named_tensors, quantize, uniform_strategy
+from quantifind.strategy import uniform_strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils.loaders import Tensors, batch_loader, create_dataloaders
 from quantifind.workflow.train_workflow import train_network
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

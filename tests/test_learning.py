@@ -10,18 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantifind import plugins
 from quantifind.learning import learn
-from quantifind.loaders import Tensors, batch_loader
-from quantifind.strategy import (
-    Strategy,
-    quantize,
-    quantize_model,
-    scaled,
-    uniform_activations,
-    uniform_strategy,
-    with_quantized,
-)
+from quantifind.quantize import quantize, quantize_model, with_quantized
+from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
+from quantifind.tensor.scales import scaled
+from quantifind.utils import plugins
+from quantifind.utils.loaders import Tensors, batch_loader
 
 SCHEMES = plugins.names("schemes")
 CHOICES = [

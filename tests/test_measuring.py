@@ -12,18 +12,14 @@ from hypothesis import given
 from test_strategy import intact
 from torch import nn
 
-from quantifind import layouts, measuring
-from quantifind.loaders import Tensors, batch_loader, create_dataloaders
-from quantifind.measuring import Measurements
 from quantifind.metrics import divergence, outcome, paired
-from quantifind.strategy import (
-    Quantized,
-    Strategy,
-    quantize,
-    uniform_activations,
-    uniform_strategy,
-    with_quantized,
-)
+from quantifind.mixed_precision import measurements as measuring
+from quantifind.mixed_precision.measurements import Measurements
+from quantifind.quantize import quantize, with_quantized
+from quantifind.runtime import layouts
+from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils.loaders import Tensors, batch_loader, create_dataloaders
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -393,7 +389,7 @@ def test_a_folder_is_the_same_in_any_layout(monkeypatch, tmp_path):
     train, val, _ = create_dataloaders(Tensors(x, x[:, 0, 0, :3].argmax(1)), batch_size=32)
     folders = set()
     for found in itertools.product(layouts.FORMATS, (32, 512)):
-        monkeypatch.setattr("quantifind.evaluator.fastest", lambda *_, found=found: found)
+        monkeypatch.setattr("quantifind.runtime.evaluator.fastest", lambda *_, found=found: found)
         net, criterion = nn.Sequential(*layers), nn.CrossEntropyLoss()
         folders.add(Measurements(net, train, val, criterion, folder=tmp_path).store.folder)
     assert len(folders) == 1

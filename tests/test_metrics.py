@@ -7,17 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind.loaders import Tensors, batch_loader
-from quantifind.metrics import (
-    compare,
-    divergence,
-    is_classification,
-    losses,
-    outcome,
-    paired,
-    weight_error,
-)
+from quantifind.metrics import divergence, is_classification, losses, outcome, paired, weight_error
+from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.workflow.evaluation_workflow import (
+    compare,
     compute_test_loss,
     evaluate_bit_depths,
     evaluate_quantized_model,

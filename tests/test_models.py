@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from quantifind import plugins
 from quantifind.data import language_names, mnist_data
-from quantifind.loaders import Tensors, batch_loader
 from quantifind.models import language_transformer_model
-from quantifind.params import read_params
-from quantifind.utils import device_of
+from quantifind.utils import plugins
+from quantifind.utils.devices import device_of
+from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.workflow.train_workflow import train_network
+from stages.params import read_params
 
 MODELS = plugins.names("models")
 PARAMETERS = {

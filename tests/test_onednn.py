@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantifind import onednn
-from quantifind.onednn import laying_out_once
+from quantifind.runtime import onednn
+from quantifind.runtime.onednn import laying_out_once
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch is without oneDNN"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from quantifind.packing import pack, packed_bytes, unpack, width
+from quantifind.tensor.packing import pack, packed_bytes, unpack, width
 
 
 @given(data=st.data(), levels=st.integers(2, 40) | st.integers(1, 32).map(lambda b: 2**b))

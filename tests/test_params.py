@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quantifind import plugins
-from quantifind.params import read_params
+from quantifind.utils import plugins
+from stages.params import read_params
 
 
 @pytest.fixture

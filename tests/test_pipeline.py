@@ -19,7 +19,7 @@ FEW_DATA = '''"""Noise and digits read off it, for tests."""
 
 import torch
 
-from quantifind.loaders import Tensors, split_loaders
+from quantifind.utils.loaders import Tensors, split_loaders
 
 
 def create_dataloaders(*, seed=0):

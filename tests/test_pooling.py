@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from quantifind.pooling import POOLS, WINDOWS, pool_by_slices, pool_first, pooling_first
+from quantifind.runtime.pooling import POOLS, WINDOWS, pool_by_slices, pool_first, pooling_first
 
 
 @st.composite

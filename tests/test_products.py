@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from quantifind.products import Product, visiting
+from quantifind.network.products import Product, visiting
 
 
 def look(model, *inputs, visit=lambda product: product.compute(*product.operands), **options):

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from quantifind import plugins
-from quantifind.proxies import (
+from quantifind.mixed_precision.proxies import (
     fisher,
     fisher_rise,
     hessian_rise,
@@ -18,7 +17,8 @@ from quantifind.proxies import (
     output_fisher_rises,
     output_sqnr_db,
 )
-from quantifind.strategy import named_tensors
+from quantifind.network.modules import named_tensors
+from quantifind.utils import plugins
 
 OPTIONS = {
     "conv_mnist_model": {"channels": (4, 4)},

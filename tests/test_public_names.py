@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from quantifind.loaders import Tensors, split_loaders, whole_split
+from quantifind.utils.loaders import Tensors, split_loaders, whole_split
 
 PAIRS = {
     "simple_dense": "simple_dense_data",

@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from quantifind.goal import MEASURES
-from quantifind.recommendation import in_words, recommend, words_of
+from quantifind.certification.goal import MEASURES
+from quantifind.certification.recommendation import in_words, recommend, words_of
 from quantifind.strategy import Strategy
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}

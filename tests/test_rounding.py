@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import plugins
-from quantifind.calibration import Moments
-from quantifind.rounding import RowLevels, best_weights, compensate, compensate_layer
-from quantifind.strategy import Strategy, quantize, quantize_model
+from quantifind.quantize import quantize, quantize_model
+from quantifind.strategy import Strategy
+from quantifind.tensor.gptq import Moments, RowLevels, best_weights, compensate, compensate_layer
+from quantifind.utils import plugins
 
 SCHEMES = plugins.names("schemes")
 GRIDS = [
@@ -139,7 +139,7 @@ def test_blocks_change_nothing(monkeypatch):
     x, weights = correlated(80, 30), torch.randn(5, 30).double()
     choice = {"scheme": "uniform", "bits": 3, "axis": 0, "group": 7}
     whole = compensated(x, weights, choice)[1].codes
-    monkeypatch.setattr("quantifind.rounding.BLOCK", 4)
+    monkeypatch.setattr("quantifind.tensor.gptq.BLOCK", 4)
     assert torch.equal(compensated(x, weights, choice)[1].codes, whole)
 
 

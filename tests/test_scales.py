@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from quantifind.scales import POWER_OF_TWO, check_values, stored_scale
 from quantifind.schemes import minifloat, uniform
+from quantifind.tensor.scales import POWER_OF_TWO, check_values, stored_scale
 
 DTYPES = [torch.float16, torch.float32, torch.float64, POWER_OF_TWO]
 SAMPLE = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))

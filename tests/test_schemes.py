@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from quantifind import plugins
-from quantifind.quantized import from_rows, to_rows
+from quantifind.tensor.quantized import from_rows, to_rows
+from quantifind.utils import plugins
 
 MODULES = [importlib.import_module(f"quantifind.schemes.{n}") for n in plugins.names("schemes")]
 SCHEMES = [module.quantize for module in MODULES]

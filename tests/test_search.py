@@ -10,16 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import measuring, plugins, refining
-from quantifind.candidates import Candidates
-from quantifind.certificate import drops
-from quantifind.goal import Goal
-from quantifind.loaders import Tensors, batch_loader, random_split
-from quantifind.measuring import Measurements
-from quantifind.metrics import compare, outcome
-from quantifind.multiply_adds import multiply_adds
+from quantifind.certification.certificate import drops
+from quantifind.certification.goal import Goal
+from quantifind.metrics import outcome
+from quantifind.mixed_precision import measurements as measuring
+from quantifind.mixed_precision import refinement as refining
+from quantifind.mixed_precision.candidates import Candidates
+from quantifind.mixed_precision.measurements import Measurements
+from quantifind.network.macs import multiply_adds
+from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.search import find_strategy
-from quantifind.strategy import mean_bits, quantize, quantize_model
+from quantifind.utils import plugins
+from quantifind.utils.loaders import Tensors, batch_loader, random_split
+from quantifind.workflow.evaluation_workflow import compare
 
 PLAIN = {"scheme": "uniform", "axis": 0, "scale_dtype": "float16"}
 SMALL_MENU = [PLAIN | {"bits": bits} for bits in (2, 3, 4, 6, 8)]
@@ -256,7 +259,7 @@ def test_measures_and_costs(small):
 
 def every_cost(net, train, val, cost):
     """What the float network costs."""
-    from quantifind.strategy import Quantized
+    from quantifind.tensor.quantized import Quantized
 
     if cost == "mean_bits":
         return 32.0

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import artifact, measuring, sensitivity
-from quantifind.loaders import Tensors, create_dataloaders
-from quantifind.measuring import Measurements
-from quantifind.metrics import compare, divergence, outcome
-from quantifind.proxies import (
+from quantifind.metrics import divergence, outcome
+from quantifind.mixed_precision import measurements as measuring
+from quantifind.mixed_precision import sensitivity
+from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.proxies import (
     fisher,
     fisher_rise,
     hessian_rise,
@@ -21,7 +21,7 @@ from quantifind.proxies import (
     output_fisher_rises,
     output_sqnr_db,
 )
-from quantifind.sensitivity import (
+from quantifind.mixed_precision.sensitivity import (
     UNCHANGED,
     _precise,
     cliffs,
@@ -32,7 +32,12 @@ from quantifind.sensitivity import (
     rank_correlations,
     sensitivities,
 )
-from quantifind.strategy import Strategy, named_tensors, quantize, quantize_tensors, with_quantized
+from quantifind.network.modules import named_tensors
+from quantifind.quantize import quantize, quantize_tensors, with_quantized
+from quantifind.storage import artifact
+from quantifind.strategy import Strategy
+from quantifind.utils.loaders import Tensors, create_dataloaders
+from quantifind.workflow.evaluation_workflow import compare
 
 CRITERION = nn.CrossEntropyLoss()
 

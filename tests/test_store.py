@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from quantifind.store import Store, fingerprint
+from quantifind.storage.store import Store, fingerprint
 
 DTYPES = [
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e8m0fnu),

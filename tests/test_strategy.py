@@ -8,19 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind import plugins
-from quantifind.strategy import (
-    Quantized,
-    Strategy,
+from quantifind.network.modules import named_tensors
+from quantifind.quantize import (
     mean_bits,
-    named_tensors,
     quantize,
     quantize_alone,
     quantize_model,
     quantize_tensors,
-    uniform_activations,
-    uniform_strategy,
 )
+from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils import plugins
 
 MODELS = plugins.names("models")
 SCHEMES = plugins.names("schemes")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantifind.products import own_tensors
-from quantifind.tape import NotRepeatable, Tape
+from quantifind.network.modules import own_tensors
+from quantifind.runtime.replay import NotRepeatable, Tape
 
 EXAMPLES = 5
 

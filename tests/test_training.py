@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind.loaders import Tensors, batch_loader
+from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.workflow.train_workflow import (
     load_train_context,
     save_train_context,

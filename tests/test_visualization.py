@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from hypothesis import given
 
-from quantifind import plugins
-from quantifind.goal import MEASURES
-from quantifind.sensitivity import cliffs
+from quantifind.certification.goal import MEASURES
+from quantifind.mixed_precision.sensitivity import cliffs
+from quantifind.utils import plugins
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.search_figures import (
     frontier,

@@ -18,9 +18,9 @@ import pandas as pd
 import pytest
 import torch
 
-from quantifind import workers
+from quantifind.runtime import workers
+from quantifind.runtime.workers import Workers
 from quantifind.search import find_strategy
-from quantifind.workers import Workers
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 
 ENGINES = ("sequential", "loky", "dask")

@@ -35,7 +35,7 @@ from benchmarks import grids
 from benchmarks.peers import exchange
 from benchmarks.peers.environments import REQUIREMENTS, python_of
 from quantifind.metrics import outcome
-from quantifind.params import read_params
+from stages.params import read_params
 
 ROOT = grids.ROOT
 FOLDER = ROOT / "out/peers"

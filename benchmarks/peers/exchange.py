@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from quantifind import plugins
+from quantifind.utils import plugins
 
 Batches = list[tuple[Tensor, Tensor]]
 BATCH = 128

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from quantifind.multiply_adds import ProductCount
-from quantifind.strategy import Quantized, named_tensors
+from quantifind.network.macs import ProductCount
+from quantifind.network.modules import named_tensors
+from quantifind.tensor.quantized import Quantized
 
 
 def measure(
@@ -18,12 +19,12 @@ def measure(
     A width is that of the codes, whatever their grid, in whole bits: three levels have 2; a float
     has its own.
 
-    products: as `quantifind.multiply_adds.multiply_adds` returns them.
+    products: as `quantifind.network.macs.multiply_adds` returns them.
     Returns: by name of a parameter or buffer that is a weight, or of the left site of a product of
     two activations; 0 for parameters in no product, such as biases.
 
     >>> import torch
-    >>> from quantifind.multiply_adds import multiply_adds
+    >>> from quantifind.network.macs import multiply_adds
     >>> net = nn.Linear(3, 2)
     >>> measure(net, Quantized({}), multiply_adds(net, torch.zeros(5, 3)))
     {'weight': 6144.0, 'bias': 0.0}

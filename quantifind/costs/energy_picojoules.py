@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from quantifind.multiply_adds import ProductCount
-from quantifind.strategy import Quantized, named_tensors
+from quantifind.network.macs import ProductCount
+from quantifind.network.modules import named_tensors
+from quantifind.tensor.quantized import Quantized
 
 # picojoules
 MULTIPLY_INT8, MULTIPLY_INT32, MULTIPLY_FLOAT32 = 0.2, 3.1, 3.7
@@ -25,7 +26,7 @@ def measure(
     codebook, which means nothing until it is looked up, it is a multiply-add of 32-bit floats,
     whatever the width. Reading activations, and caches, are left out.
 
-    products: as `quantifind.multiply_adds.multiply_adds` returns them.
+    products: as `quantifind.network.macs.multiply_adds` returns them.
     Returns: by name of a parameter, a quantized buffer, a buffer that is a weight, or the left site
     of a product of two activations.
     """

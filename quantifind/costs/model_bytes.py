@@ -1,13 +1,14 @@
 """Bytes of the stored network: packed codes, scales, zero points and codebooks, and what stays in
-float, as `quantifind.strategy.mean_bits` counts them."""
+float, as `quantifind.quantize.mean_bits` counts them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from quantifind.multiply_adds import ProductCount
-from quantifind.strategy import Quantized, named_tensors
+from quantifind.network.macs import ProductCount
+from quantifind.network.modules import named_tensors
+from quantifind.tensor.quantized import Quantized
 
 
 def measure(

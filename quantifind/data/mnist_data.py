@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchvision.datasets import MNIST
 
-from quantifind.loaders import Loaders, Tensors, random_split, split_loaders
+from quantifind.utils.loaders import Loaders, Tensors, random_split, split_loaders
 
 DATASETS = Path(__file__).parent.parent.parent / "datasets"
 VALIDATION_EXAMPLES = 6_000

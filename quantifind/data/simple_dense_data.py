@@ -2,8 +2,8 @@
 
 import torch
 
-from quantifind.loaders import Loaders, Tensors
-from quantifind.loaders import create_dataloaders as split_at_random
+from quantifind.utils.loaders import Loaders, Tensors
+from quantifind.utils.loaders import create_dataloaders as split_at_random
 
 SIZE = 256
 EXAMPLES = 48_000

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, Optimizer
 
-from quantifind.utils import device
+from quantifind.utils.devices import device
 
 
 def create_model_context(

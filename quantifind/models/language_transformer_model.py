@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from quantifind.utils import device
+from quantifind.utils.devices import device
 
 PADDING = 0
 
@@ -76,7 +76,7 @@ def create_model_context(
     """
     if classes is None or vocabulary is None:
         # the pipeline gives both, so its later stages don't depend on the archive
-        from quantifind.name_archive import alphabet, read_names
+        from quantifind.utils.name_archive import alphabet, read_names
 
         names = read_names()
         classes = classes or len(names)

@@ -3,7 +3,7 @@
 from torch import nn
 from torch.optim import Adam, Optimizer
 
-from quantifind.utils import device
+from quantifind.utils.devices import device
 
 
 def create_model_context(*, size: int = 256) -> tuple[nn.Module, nn.Module, Optimizer]:

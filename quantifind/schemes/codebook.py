@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantifind.quantized import Grid, QuantizedTensor, from_rows
-from quantifind.scales import (
+from quantifind.tensor.quantized import Grid, QuantizedTensor, from_rows
+from quantifind.tensor.scales import (
     check_values,
     filled_rows,
     importance_rows,
@@ -41,12 +41,12 @@ def quantize(
     centres: "k_means", the entries with the least squared error, stored with the tensor;
         "weighted_k_means", each error weighted with ``importance``; "normal", equally likely
         quantiles of the normal distribution, times a scale: NF4 is 4 bits in groups of 64.
-    axis, group: what shares a table, or a scale, as in `quantifind.quantized.to_rows`.
+    axis, group: what shares a table, or a scale, as in `quantifind.tensor.quantized.to_rows`.
     importance: not negative, broadcasts against ``values``: second moments of the inputs, or
         squared gradients.
     table_dtype: what k-means centres are stored in, "float32" (default; float64 for float64 values)
         or "float16".
-    options: for "normal", `scale` and `scale_dtype`, as `quantifind.scales.quantize_on` has them.
+    options: for "normal", `scale` and `scale_dtype`, as `quantifind.tensor.scales.quantize_on` has them.
     Errors: ValueError naming the option that is out of range, and as `quantize_on`.
 
     >>> quantize(torch.tensor([0.1, 0.2, 0.9, 5.0]), levels=3).dequantize().tolist()

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantifind.quantized import Grid, QuantizedTensor
-from quantifind.scales import quantize_on, whole_number
+from quantifind.tensor.quantized import Grid, QuantizedTensor
+from quantifind.tensor.scales import quantize_on, whole_number
 
 MIN_BITS, MAX_BITS = 3, 16
 SPECIALS = ("none", "nan", "infinity")
@@ -30,7 +30,7 @@ def quantize(
         of either sign; "infinity", the highest exponent, as IEEE 754 does. By default those of the
         OCP formats: "nan" for e4m3, "infinity" for e5m2, else "none".
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, as
-        `quantifind.scales.quantize_on` has them. MX is ``axis=0``, ``group=32`` and
+        `quantifind.tensor.scales.quantize_on` has them. MX is ``axis=0``, ``group=32`` and
         ``scale_dtype="power_of_two"``; the format itself, as a processor has it, ``scale=1.0``.
     Errors: ValueError for a format that can't be, and as `quantize_on`.
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantifind.quantized import Grid, QuantizedTensor
-from quantifind.scales import quantize_on, whole_number
+from quantifind.tensor.quantized import Grid, QuantizedTensor
+from quantifind.tensor.scales import quantize_on, whole_number
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -17,7 +17,7 @@ def quantize(values: Tensor, bits: int, *, terms: int = 1, **options: Any) -> Qu
     bits: 2 to 8, the sign included. terms: 1 to bits − 1, among which the other bits are divided,
         the first taking what is over.
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, as
-        `quantifind.scales.quantize_on` has them.
+        `quantifind.tensor.scales.quantize_on` has them.
     Returns: at most 2^bits − 1 distinct values for each scale, 0 among them.
     Errors: ValueError for a number of bits or terms that can't be, and as `quantize_on`.
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from quantifind.quantized import Grid, QuantizedTensor
-from quantifind.scales import level_count, quantize_on
+from quantifind.tensor.quantized import Grid, QuantizedTensor
+from quantifind.tensor.scales import level_count, quantize_on
 
 MIN_BITS, MAX_BITS = 1, 32
 
@@ -27,7 +27,7 @@ def quantize(
     half_integer: whether the levels are ±½, ±1½, …, for an even number of them; by default at 1 bit
         alone, where whole numbers would leave none above 0.
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, `zero_point`, as
-        `quantifind.scales.quantize_on` has them.
+        `quantifind.tensor.scales.quantize_on` has them.
     Returns: at most so many distinct values for each scale. With ``scale`` "largest" each value is
     at most half a step and one unit in the last place of its dtype from the original, and a
     constant tensor keeps its value.

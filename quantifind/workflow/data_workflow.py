@@ -1,5 +1,5 @@
 """From examples to the train, validation and test loaders."""
 
-from quantifind.loaders import create_dataloaders
+from quantifind.utils.loaders import create_dataloaders
 
 __all__ = ["create_dataloaders"]

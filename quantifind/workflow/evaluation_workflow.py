@@ -9,19 +9,15 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
-from quantifind.certificate import certified_depth
-from quantifind.evaluator import Evaluator
-from quantifind.metrics import compare
-from quantifind.strategy import (
-    Strategy,
-    mean_bits,
-    quantize,
-    uniform_strategy,
-)
-from quantifind.utils import progress
-from quantifind.workers import Workers
+from quantifind.certification.certificate import certified_depth, drops
+from quantifind.metrics import is_classification, paired
+from quantifind.quantize import mean_bits, quantize
+from quantifind.runtime.evaluator import Evaluator
+from quantifind.runtime.workers import Workers
+from quantifind.strategy import Strategy, uniform_strategy
+from quantifind.utils.console import progress
 from quantifind.workflow.quantize_workflow import (
     BIT_DEPTHS,
     BitQuantizer,
@@ -69,7 +65,7 @@ def evaluate_bit_depths(
     """A row per bit depth, from most bits to fewest, with the columns of `evaluate_strategies`.
 
     bit_depths: whole numbers, 2 to 32. quantize_inputs: put the inputs on as many levels too.
-    engine, scheduler: who measures, as `quantifind.workers.Workers` takes them.
+    engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     """
     depths = sorted(set(bit_depths), reverse=True)
     for depth in depths:
@@ -105,7 +101,7 @@ def evaluate_strategies(
     widths differ), and those of `quantifind.metrics.compare`.
     calibration: batches of training data, for strategies that need some (`strategy.quantize`).
     quantize_inputs: put each loader's inputs on the levels of the strategy's one bit depth.
-    engine, scheduler: who measures, as `quantifind.workers.Workers` takes them.
+    engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Errors: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
@@ -183,3 +179,27 @@ def _loader_and_criterion(first: Any, second: Any) -> tuple[Any, Any]:
     if callable(first) and not callable(second):
         return second, first
     return first, second
+
+
+def compare(
+    quantized: dict[str, Tensor], original: dict[str, Tensor], *, confidence: float = 0.95
+) -> dict[str, float]:
+    """A quantized network's outcome beside the original's, on the same examples in the same order.
+
+    Returns: ``criterion``, ``original_criterion``, the drops and their intervals as
+    `quantifind.certification.certificate.drops` has them; for a classifier also ``accuracy``,
+    ``original_accuracy`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).
+    """
+    columns = paired(quantized, original)
+    row = {
+        "criterion": columns["loss"].mean(),
+        "original_criterion": columns["original_loss"].mean(),
+        **drops(columns, confidence=confidence),
+    }
+    if is_classification(original):
+        right, was_right = columns["correct"], columns["original_correct"]
+        row["accuracy"] = right.mean()
+        row["original_accuracy"] = was_right.mean()
+        row["right_to_wrong"] = int((was_right & ~right).sum())
+        row["wrong_to_right"] = int((~was_right & right).sum())
+    return row

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from quantifind.scales import whole_number
+from quantifind.quantize import quantize_model
 from quantifind.schemes import uniform
-from quantifind.strategy import quantize_model, uniform_strategy
+from quantifind.strategy import uniform_strategy
+from quantifind.tensor.scales import whole_number
 
 BIT_DEPTHS = range(2, 33)
 

@@ -18,8 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator
 
-from quantifind.certificate import certified_steps
-from quantifind.goal import MEASURES
+from quantifind.certification.certificate import certified_steps
+from quantifind.certification.goal import MEASURES
 from quantifind.workflow.visualization_workflow import (
     CERTIFIED,
     DEPTH_TICKS,
@@ -105,9 +105,9 @@ def visualize_sensitivity(
 ) -> Figure:
     """What each tensor alone costs at each width: a row per tensor, a panel per kind of rounding.
 
-    sensitivity: a table of `quantifind.sensitivity.measure_sensitivity`; the least rise of a width
+    sensitivity: a table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`; the least rise of a width
     is shown. cliffs: by criterion ratio, the fewest bits of each tensor that
-    `quantifind.sensitivity.cliffs` predicts to keep it; marked where the rise is least.
+    `quantifind.mixed_precision.sensitivity.cliffs` predicts to keep it; marked where the rise is least.
     """
     labels = sensitivity["name"].where(
         sensitivity["kind"] == "tensors", "input of " + sensitivity["name"]

@@ -12,7 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from quantifind.checkpoints import (
+from quantifind.metrics import is_classification, outcome
+from quantifind.runtime.pooling import pooling_first
+from quantifind.storage.checkpoints import (
+    check_same_architecture,
     latest_checkpoint,
     load_checkpoint,
     random_state,
@@ -20,9 +23,8 @@ from quantifind.checkpoints import (
     save_checkpoint,
     set_random_state,
 )
-from quantifind.metrics import is_classification, outcome
-from quantifind.pooling import pooling_first
-from quantifind.utils import check_same_architecture, device_of, keep_freed_memory, progress
+from quantifind.utils.console import progress
+from quantifind.utils.devices import device_of, keep_freed_memory
 
 CHECK_EVERY = 50
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from quantifind.certificate import certified_depth
+from quantifind.certification.certificate import certified_depth
 
 QUANTIZED, FLOAT, TRAIN = "tab:blue", "tab:gray", "tab:orange"
 CERTIFIED = ("tab:green", "tab:red", "tab:purple", "tab:brown")

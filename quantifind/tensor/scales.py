@@ -1,13 +1,14 @@
 """Values on a grid: the scale of each row, and the codes (OMSE, arXiv:1902.06822)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from quantifind.quantized import Grid, QuantizedTensor, from_rows, to_rows
+from quantifind.tensor.quantized import Grid, Quantized, QuantizedTensor, from_rows, to_rows
 
 POWER_OF_TWO = torch.float8_e8m0fnu
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "power_of_two": POWER_OF_TWO}
@@ -101,7 +102,7 @@ def quantize_on(
     """Each value's nearest level of ``grid`` times the scale of its row.
 
     values: floating point, finite, any shape. axis, group: what shares a scale, as in
-    `quantifind.quantized.to_rows`: the tensor by default, a channel, or a group of its inputs.
+    `quantifind.tensor.quantized.to_rows`: the tensor by default, a channel, or a group of its inputs.
     scale: "largest", which reaches the row's largest magnitude; "squared_error", with the least sum
         of squared errors among those tried, never more than that of "largest";
         "weighted_squared_error", each error weighted with ``importance``; or the scale itself, a
@@ -328,3 +329,14 @@ def _where(condition: Tensor, one: Tensor | None, other: Tensor | None) -> Tenso
     if one.dtype == POWER_OF_TWO:
         return torch.where(condition, one.float(), other.float()).to(POWER_OF_TWO)
     return torch.where(condition, one, other)
+
+
+def scaled(quantized: Quantized, factors: Mapping[str, float]) -> Quantized:
+    """With the scales of the tensors named multiplied, and stored as wide as before."""
+    tensors = dict(quantized.tensors)
+    for name, factor in factors.items():
+        scale = tensors[name].scale
+        if scale is not None:
+            grown = stored_scale(scale.double() * factor, scale.dtype)
+            tensors[name] = replace(tensors[name], scale=grown)
+    return replace(quantized, tensors=tensors)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from quantifind.calibration import calibration_batches, run
-from quantifind.evaluator import Batches, Evaluator
-from quantifind.loaders import sample
-from quantifind.metrics import Criterion, divergence, evaluating, outcome, paired
-from quantifind.store import Store, fingerprint
-from quantifind.strategy import Quantized, plain_copy
-from quantifind.utils import device_of
-from quantifind.workers import Workers
+from quantifind.metrics import Criterion, divergence, outcome, paired
+from quantifind.network.calibration import calibration_batches
+from quantifind.network.modules import plain_copy, run
+from quantifind.runtime.evaluator import Batches, Evaluator
+from quantifind.runtime.workers import Workers
+from quantifind.storage.store import Store, fingerprint
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils.devices import device_of, evaluating
+from quantifind.utils.loaders import sample
 
 # examples of training data, and of validation data whose outputs name the folder
 CALIBRATION, KEYED = 4_096, 64

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantifind.calibration import Moments
-from quantifind.quantized import Grid, QuantizedTensor, from_rows
-from quantifind.scales import nearest_codes, stored_scale
+from quantifind.tensor.quantized import Grid, QuantizedTensor, from_rows
+from quantifind.tensor.scales import nearest_codes, stored_scale
 
 BLOCK = 128
 ROWS = 512
@@ -21,6 +20,21 @@ SWEEPS = 4
 SHARES = (1.0, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.35)
 
 
+@dataclass
+class Moments:
+    """Sums over the positions at which some rows of a weight, (rows, inputs), meet an input x.
+
+    inputs: Σ x xᵀ, (inputs, inputs). outputs: Σ y xᵀ, (rows, inputs), where y is what the float
+    network has there less the bias that is added here. positions: how many. look_ups: how often
+    each row is an embedding's output too, (rows,), None where the weight is no embedding.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    positions: int = 0
+    look_ups: Tensor | None = None
+
+
 def compensate_layer(
     values: Tensor,
     moments: Mapping[tuple[int, int], Moments],
@@ -30,8 +44,9 @@ def compensate_layer(
 ) -> QuantizedTensor:
     """A layer's weight rounded so that the error of its outputs on calibration inputs is small.
 
-    values: the weight, (outputs, …). moments: by rows, as `quantifind.calibration.layer_moments`
-    gives them. quantize: the values to aim at, and the importance of each → the values rounded to
+    values: the weight, (outputs, …). moments: by rows, as `quantifind.network.calibration.layer_moments`
+    gives them.
+    quantize: the values to aim at, and the importance of each → the values rounded to
     nearest, which fixes the grid.
     search: whether to choose the scale of each channel among `SHARES` of the one that ``quantize``
     gives, by the error of its outputs.

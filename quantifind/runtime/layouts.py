@@ -12,11 +12,10 @@ import torch
 from platformdirs import user_cache_dir
 from torch import Tensor, nn
 
-from quantifind.metrics import evaluating
-from quantifind.onednn import laying_out_once
-from quantifind.products import own_tensors
-from quantifind.store import fingerprint
-from quantifind.utils import device_of
+from quantifind.network.modules import own_tensors
+from quantifind.runtime.onednn import laying_out_once
+from quantifind.storage.store import fingerprint
+from quantifind.utils.devices import device_of, evaluating
 
 # sizes of batches that are tried, the large ones on a GPU; with few examples, the default is taken
 SIZES = (32, 64, 128, 512)

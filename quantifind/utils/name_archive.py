@@ -9,7 +9,7 @@ import unicodedata
 import zlib
 from pathlib import Path, PurePosixPath
 
-ARCHIVE = Path(__file__).parent.parent / "datasets" / "languagenames.tar"
+ARCHIVE = Path(__file__).parents[2] / "datasets" / "languagenames.tar"
 LONGEST_NAME = 256
 END_OF_TAR = bytes(1024)
 DECOMPRESS = {

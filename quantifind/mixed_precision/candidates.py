@@ -9,15 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from quantifind import plugins
-from quantifind.allocation import Assignment, Option, allocate, undominated
-from quantifind.certificate import drops, ratio_interval
+from quantifind.certification.certificate import drops, ratio_interval
+from quantifind.certification.goal import Goal
 from quantifind.costs import model_bytes
-from quantifind.goal import Goal
-from quantifind.measuring import Columns, Measurements
-from quantifind.multiply_adds import multiply_adds
-from quantifind.sensitivity import PRECISION, Menus, part_key, quantized_parts, sensitivities
-from quantifind.strategy import Choice, Quantized, Strategy, mean_bits, named_tensors, scaled
+from quantifind.mixed_precision.allocation import Assignment, Option, allocate, undominated
+from quantifind.mixed_precision.measurements import Columns, Measurements
+from quantifind.mixed_precision.sensitivity import (
+    PRECISION,
+    Menus,
+    part_key,
+    quantized_parts,
+    sensitivities,
+)
+from quantifind.network.macs import multiply_adds
+from quantifind.network.modules import named_tensors
+from quantifind.quantize import mean_bits
+from quantifind.strategy import Choice, Strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.tensor.scales import scaled
+from quantifind.utils import plugins
 
 # shares of the validation examples after each of which a candidate is given up or goes on
 RACE = (0.125, 0.25, 0.5, 1.0)
@@ -197,7 +207,7 @@ class Candidates:
         quantized = self.alone(strategy.tensors, strategy.activations)
         if not self.factors:
             return self.trial("allocated", strategy, quantized)
-        # as `quantifind.refining.adjust_scales` names them
+        # as `quantifind.mixed_precision.refinement.adjust_scales` names them
         key = f"allocated {choices_key(strategy)} {json.dumps(self.factors)}"
         return Trial(key, f"allocated{ADJUSTED}", strategy, scaled(quantized, self.factors))
 

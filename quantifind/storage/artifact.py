@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantifind.quantized import Grid, QuantizedTensor
-from quantifind.strategy import Quantized
+from quantifind.tensor.quantized import Grid, Quantized, QuantizedTensor
 
 PARTS = ("codes", "scale", "zero_point", "table")
 

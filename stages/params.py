@@ -63,7 +63,7 @@ class Params:
     quantize: Quantize
     search: Search
     evaluate: Evaluate
-    # who measures, as quantifind.workers.Workers takes them
+    # who measures, as quantifind.runtime.workers.Workers takes them
     engine: Literal["sequential", "loky", "dask"] = "sequential"
     scheduler: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantifind.calibration import calibration_batches
 from quantifind.metrics import Criterion, losses, weight_error
-from quantifind.products import Product, visiting
-from quantifind.strategy import plain_copy
-from quantifind.utils import device_of
+from quantifind.network.calibration import calibration_batches
+from quantifind.network.modules import plain_copy
+from quantifind.network.products import Product, visiting
+from quantifind.utils.devices import device_of
 
 
 def hessian_traces(

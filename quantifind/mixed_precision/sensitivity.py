@@ -13,21 +13,23 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from quantifind import artifact
-from quantifind.activations import activation_sites, fit_activations
-from quantifind.calibration import compensable_weights
-from quantifind.certificate import drops
-from quantifind.measuring import Columns, Measurements
-from quantifind.proxies import (
+from quantifind.certification.certificate import drops
+from quantifind.mixed_precision.measurements import Columns, Measurements
+from quantifind.mixed_precision.proxies import (
     fisher,
     fisher_rise,
     hessian_rise,
     hessian_traces,
     output_fisher_rises,
 )
-from quantifind.quantized import QuantizedTensor
-from quantifind.strategy import Choice, Quantized, named_tensors, plain_copy, quantize_alone
-from quantifind.utils import progress
+from quantifind.network.activations import activation_sites, fit_activations
+from quantifind.network.calibration import compensable_weights
+from quantifind.network.modules import named_tensors, plain_copy
+from quantifind.quantize import quantize_alone
+from quantifind.storage import artifact
+from quantifind.strategy import Choice
+from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.utils.console import progress
 
 # validation examples on which single tensors are measured first; then twice as many, until the
 # standard error of the rise is at most this share of it
@@ -165,7 +167,7 @@ def sensitivities(
         examples are measured; 0 for all of them.
     Columns: ``kind`` ("tensors" or "activations"), ``name``, ``scheme``, ``rounding``, ``bits`` of
     a code, ``stored_bits`` with scales, ``rise`` the mean divergence
-    (`quantifind.metrics.divergence`), those of `quantifind.certificate.drops`, ``sqnr_db`` of the
+    (`quantifind.metrics.divergence`), those of `quantifind.certification.certificate.drops`, ``sqnr_db`` of the
     network's outputs (arXiv:2302.05397), ``examples``, and ``choice``.
     """
     todo = {
@@ -232,7 +234,7 @@ def measure_sensitivity(
     seed: int = 0,
 ) -> pd.DataFrame:
     """The table of `sensitivities`, and for tensors what is predicted of them without measuring:
-    ``hessian_rise``, ``fisher_rise`` and ``output_fisher_rise`` (`quantifind.proxies`), from
+    ``hessian_rise``, ``fisher_rise`` and ``output_fisher_rise`` (`quantifind.mixed_precision.proxies`), from
     training data.
 
     Arguments as for `quantifind.search.find_strategy`, with which it shares what it measured.

@@ -5,10 +5,10 @@ from typing import Any
 
 import pandas as pd
 
-from quantifind import plugins
-from quantifind.certificate import certified_steps
-from quantifind.goal import MEASURES
+from quantifind.certification.certificate import certified_steps
+from quantifind.certification.goal import MEASURES
 from quantifind.strategy import Strategy
+from quantifind.utils import plugins
 
 
 def recommend(

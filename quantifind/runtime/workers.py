@@ -16,7 +16,7 @@ from uuid import uuid4
 import cloudpickle
 from joblib.externals import loky
 
-from quantifind.utils import console
+from quantifind.utils.console import console
 
 ENGINES = ("sequential", "loky", "dask")
 # seconds within which a scheduler must answer, and have a worker

@@ -22,6 +22,8 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
+from quantifind.network.modules import own_tensors
+
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 MATRIX_PRODUCTS = {
@@ -76,11 +78,6 @@ class Product:
 
 
 Visit = Callable[[Product], Tensor]
-
-
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those that are used in several places once."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 @contextmanager

@@ -9,16 +9,26 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from quantifind import artifact
-from quantifind.allocation import Assignment, Option, total_cost
-from quantifind.candidates import ADJUSTED, Candidates, Row, Trial, choices_key, note
-from quantifind.checkpoints import random_state, set_random_state
+from quantifind.learning import calibrating_temperature
 from quantifind.learning import learn as learn_codes
-from quantifind.measuring import Measurements
-from quantifind.metrics import calibrating_temperature
-from quantifind.store import Store, fingerprint
-from quantifind.strategy import Choice, Quantized, Strategy, quantize, scaled
-from quantifind.utils import progress
+from quantifind.mixed_precision.allocation import Assignment, Option, total_cost
+from quantifind.mixed_precision.candidates import (
+    ADJUSTED,
+    Candidates,
+    Row,
+    Trial,
+    choices_key,
+    note,
+)
+from quantifind.mixed_precision.measurements import Measurements
+from quantifind.quantize import quantize
+from quantifind.storage import artifact
+from quantifind.storage.checkpoints import random_state, set_random_state
+from quantifind.storage.store import Store, fingerprint
+from quantifind.strategy import Choice, Strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.tensor.scales import scaled
+from quantifind.utils.console import progress
 
 # candidates of learning at most
 LEARNED = 4

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantifind.calibration import run
-from quantifind.metrics import evaluating
-from quantifind.products import Product, own_tensors, visiting
-from quantifind.quantized import QuantizedTensor
-from quantifind.strategy import Quantized, plain_copy
+from quantifind.network.modules import own_tensors, plain_copy, run
+from quantifind.network.products import Product, visiting
+from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.utils.devices import evaluating
 
 Shape = Sequence[int]
 
@@ -22,7 +21,7 @@ Shape = Sequence[int]
 class ProductCount:
     """One product of a pass, or all that a weight has a part in at the same kind of product.
 
-    kind, weight, sites: as `quantifind.products.Product` has them.
+    kind, weight, sites: as `quantifind.network.products.Product` has them.
     float_bits: how wide its two operands are in the float network, the weight first.
     multiply_adds: of one example.
     """
@@ -59,7 +58,7 @@ def multiply_adds(model: nn.Module, batch_inputs: Tensor) -> list[ProductCount]:
 
     batch_inputs: (examples, …), as ``model`` takes them.
     Returns: one entry for all uses of a weight in the same kind of product. Products that
-    `quantifind.products` doesn't see are left out.
+    `quantifind.network.products` doesn't see are left out.
     Errors: ValueError for inputs that are no example or don't fit, and for a product of which torch
     doesn't say what it computes.
 

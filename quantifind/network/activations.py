@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantifind import plugins
-from quantifind.calibration import Batches, run
-from quantifind.metrics import evaluating
-from quantifind.products import Product, visiting
-from quantifind.quantized import Grid, QuantizedTensor
-from quantifind.scales import quantize_on
+from quantifind.network.calibration import Batches
+from quantifind.network.modules import run
+from quantifind.network.products import Product, visiting
+from quantifind.tensor.quantized import Grid, QuantizedTensor
+from quantifind.tensor.scales import quantize_on
+from quantifind.utils import plugins
+from quantifind.utils.devices import evaluating
 
 # values of a site that are kept of all batches together, beside the extremes of each
 SAMPLE = 2**20

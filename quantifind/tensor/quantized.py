@@ -1,12 +1,12 @@
 """A tensor on few levels: its codes, and what turns them back into values."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantifind import packing
+from quantifind.tensor import packing
 
 # what codes are pickled as, the first that holds all of a grid's
 NARROW = (torch.int8, torch.uint8, torch.int16)
@@ -155,6 +155,14 @@ class QuantizedTensor:
         codes = packing.unpack(packed, self.grid.levels, self.codes.numel())
         codes = codes.to(self.codes.dtype) + self.grid.lowest_code
         return replace(self, codes=codes.reshape(self.codes.shape))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` makes of a network: tensors and activations by name, on their levels."""
+
+    tensors: dict[str, QuantizedTensor]
+    activations: dict[str, QuantizedTensor] = field(default_factory=dict)
 
 
 def to_rows(values: Tensor, axis: int | None, group: int | None) -> Tensor:

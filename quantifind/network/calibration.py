@@ -4,36 +4,21 @@ and what the float network makes of it."""
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantifind.metrics import evaluating
-from quantifind.products import Product, own_tensors, visiting
-from quantifind.utils import device_of
+from quantifind.network.modules import own_tensors, run
+from quantifind.network.products import Product, visiting
+from quantifind.tensor.gptq import Moments
+from quantifind.utils.devices import evaluating
 
 Batches = Sequence[Any]
 # elements of an unfolded input held at a time
 CHUNK = 2**24
 COMPENSABLE = ("linear", "convolution", "embedding")
-
-
-@dataclass
-class Moments:
-    """Sums over the positions at which some rows of a weight, (rows, inputs), meet an input x.
-
-    inputs: Σ x xᵀ, (inputs, inputs). outputs: Σ y xᵀ, (rows, inputs), where y is what the float
-    network has there less the bias that is added here. positions: how many. look_ups: how often
-    each row is an embedding's output too, (rows,), None where the weight is no embedding.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-    positions: int = 0
-    look_ups: Tensor | None = None
 
 
 def calibration_batches(batches: Iterable[Any] | None) -> Batches:
@@ -56,20 +41,6 @@ def calibration_batches(batches: Iterable[Any] | None) -> Batches:
     if not kept:
         raise ValueError("calibration has no examples: give batches (inputs, …) of training data")
     return kept
-
-
-def run(model: nn.Module, inputs: Tensor) -> None:
-    """One pass; a shape that does not fit is a ValueError."""
-    try:
-        # a copy, since a network may work on its inputs in place
-        model(inputs.to(device_of(model), copy=True))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"calibration inputs of shape {list(inputs.shape)} do not fit the network: {reason}"
-        ) from None
 
 
 def compensable_weights(model: nn.Module, batches: Batches) -> set[str]:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantifind.activations import QuantizedActivations
-from quantifind.layouts import CONTIGUOUS, DEFAULT, fastest, in_layout, to_layout
-from quantifind.metrics import Criterion, evaluating, outcome, outcome_of
-from quantifind.onednn import laying_out_once
-from quantifind.pooling import pool_by_slices, pool_first
-from quantifind.products import own_tensors
-from quantifind.quantized import QuantizedTensor
-from quantifind.strategy import Quantized, plain_copy, put_values
-from quantifind.tape import NotRepeatable, Tape
-from quantifind.utils import console, device_of, keep_freed_memory
+from quantifind.metrics import Criterion, outcome, outcome_of
+from quantifind.network.activations import QuantizedActivations
+from quantifind.network.modules import own_tensors, plain_copy, put_values
+from quantifind.runtime.layouts import CONTIGUOUS, DEFAULT, fastest, in_layout, to_layout
+from quantifind.runtime.onednn import laying_out_once
+from quantifind.runtime.pooling import pool_by_slices, pool_first
+from quantifind.runtime.replay import NotRepeatable, Tape
+from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.utils.console import console
+from quantifind.utils.devices import device_of, evaluating, keep_freed_memory
 
 # between a pass that goes on from where a tensor changed and a whole one, of the largest output
 TOLERANCE = 1e-5

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantifind import plugins
+from quantifind.utils import plugins
 
 Limit = float | Mapping[str, float]
 # what a limit may be of: its words, its unit, and what it is where nothing is lost

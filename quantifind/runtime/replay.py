@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from quantifind.onednn import INSTEAD
-from quantifind.products import own_tensors
+from quantifind.network.modules import own_tensors
+from quantifind.runtime.onednn import INSTEAD
 
 # what such an operation returns may be of another kind for other values
 VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -1,0 +1,51 @@
+"""Where networks are, and how their passes are run: device, mode, memory."""
+
+import ctypes
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import chain
+
+import torch
+from torch import nn
+
+
+def device() -> torch.device:
+    """The CUDA device where there is one, else the CPU.
+
+    Apple's MPS is left out: it has no float64, in which codes are computed.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's tensors are; the CPU for a model without any."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next pass; it would give it back to the system, and take
+    it anew page by page, which takes longer than what is computed on it."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3
+        library.mallopt(trim_threshold, 2**30)
+        library.mallopt(mmap_threshold, 2**30)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, in full float32; each module gets back the mode it had."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        # on a GPU convolutions would round their inputs to TF32's 10 bits
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
