@@ -48,7 +48,7 @@ def markers(command: str) -> re.Pattern[str]:
 MARKERS = markers("python benchmarks/grids.py")
 CALIBRATION_BATCHES = 64
 NEAREST = {"axis": 0, "scale_dtype": "float16"}
-COMPENSATED = NEAREST | {"rounding": "compensated", "scale": "output_error"}
+COMPENSATED = NEAREST | {"rounding": "gptq", "scale": "output_mse"}
 # by row: a choice for all tensors, the bits of activations, epochs of learning
 ROWS: dict[str, tuple[dict[str, Any], int | None, int | None]] = {
     "per channel + compensated, 3 bits": (COMPENSATED | {"bits": 3}, None, None),
@@ -132,7 +132,7 @@ def put_on(
     calibration = list(islice(train, CALIBRATION_BATCHES))
     strategy = uniform_strategy(net, **choice)
     if activation_bits is not None:
-        options = {"bits": activation_bits, "scale": "squared_error"}
+        options = {"bits": activation_bits, "scale": "mse"}
         sites = uniform_activations(net, calibration, **options)
         strategy = Strategy(strategy.tensors, sites)
     if epochs is None:

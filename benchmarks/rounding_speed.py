@@ -23,14 +23,14 @@ from quantifind.quantize import quantize
 from quantifind.schemes import uniform
 from quantifind.strategy import uniform_strategy
 from quantifind.tensor import packing
-from quantifind.tensor.gptq import SWEEPS, RowLevels, compensate
+from quantifind.tensor.gptq import SWEEPS, RowParams, gptq
 from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.utils import plugins
 
 RESULTS = Path(__file__).parent / "results/rounding_speed.csv"
 CODES = 2**24
 SIZE = 4096
-COMPENSATED = {"axis": 0, "rounding": "compensated", "scale": "output_error"}
+COMPENSATED = {"axis": 0, "rounding": "gptq", "scale": "output_mse"}
 
 
 def best(call: Callable[[], Any], repeats: int) -> float:
@@ -90,11 +90,11 @@ def large_layer_row() -> list[dict[str, Any]]:
     inputs = torch.randn(SIZE, SIZE).cumsum(1)
     hessian = (inputs.T @ inputs).double()
     del inputs
-    nearest: QuantizedTensor = uniform.quantize(weight, 4, axis=0, scale="squared_error")
-    levels = RowLevels.of(nearest, slice(None))
+    nearest: QuantizedTensor = uniform.quantize(weight, 4, axis=0, scale="mse")
+    levels = RowParams.of(nearest, slice(None))
     target = weight.double()
     del weight
-    seconds = best(lambda: compensate(target, hessian, levels, nearest.codes), 1)
+    seconds = best(lambda: gptq(target, hessian, levels, nearest.codes), 1)
     # factor of the inverse; errors before and after; columns in turn; slopes and sweeps
     products = (1 / 3 + 2 / 3 + 1 / 3) + 2 * 2 + 1 + 2 + 2 * SWEEPS
     at_best = products * SIZE**3 / flops

@@ -1,10 +1,9 @@
-"""Learned rounding: codes and scales trained until the network's outputs follow those of the float
-network (straight-through estimation, arXiv:1308.3432; LSQ, arXiv:1902.08153; distillation,
-arXiv:1503.02531)."""
+"""Quantization-aware training by distillation: codes, scales and tables are trained until the
+network's outputs follow the float network's (straight-through estimation, arXiv:1308.3432; LSQ,
+arXiv:1902.08153; distillation, arXiv:1503.02531)."""
 
 import math
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,10 +14,11 @@ import torch.nn.functional as F
 from scipy import optimize
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from quantifind.metrics import outcome
-from quantifind.network.activations import QuantizedActivations, in_float32, round_through
+from quantifind.network.activations import QuantizedActivations
 from quantifind.network.modules import plain_copy, put_values
 from quantifind.quantize import quantize
 from quantifind.storage import artifact
@@ -31,17 +31,19 @@ from quantifind.storage.checkpoints import (
 )
 from quantifind.storage.store import fingerprint
 from quantifind.strategy import Strategy
-from quantifind.tensor.quantized import Grid, Quantized, QuantizedTensor, from_rows, to_rows
-from quantifind.tensor.scales import nearest_codes, stored_scale
+from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
+from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.tensor.ste import in_float32, round_through
+from quantifind.tensor.stored_scales import stored_scale
 from quantifind.utils.console import progress
 from quantifind.utils.devices import device_of
 
-RATE = 2e-4
-# scales and tables are trained by the logarithm of what they are multiplied with
-GROWTH_RATE = 2e-3
+LEARNING_RATE = 2e-4
+# scales and tables are trained by the logarithm of the factor that they are multiplied with
+SCALE_LEARNING_RATE = 2e-3
 # both networks' logits are divided by it, so that more than the likeliest class has a say
-TEMPERATURE = 2.0
-# how far towards the next level a value may begin that rounds to this one
+SOFTENING = 2.0
+# latent weights start at most this fraction of the way from their level to the rounding boundary
 INSIDE = 0.9
 CALIBRATION_BATCHES = 64
 CHECK_EVERY = 50
@@ -49,119 +51,149 @@ CHECK_EVERY = 50
 
 def learn(
     model: nn.Module,
-    strategy: Strategy,
+    strategy: Strategy | Quantized,
     loader: DataLoader,
     *,
-    epochs: float | None = None,
-    seconds: float | None = None,
+    epochs: float,
     calibration: Iterable[Any] | None = None,
-    softening: float = 1.0,
-    labels: float = 0.0,
-    rate: float | None = None,
+    temperature: float = 1.0,
+    label_weight: float = 0.0,
+    learning_rate: float | None = None,
     checkpoints: Path | str | None = None,
     seed: int = 0,
 ) -> Quantized:
-    """Train the codes, scales and codebooks that ``strategy`` begins with; ``model`` is intact.
+    """Train the codes, scales and codebooks that a strategy begins with; ``model`` is intact.
 
     The outputs of the quantized network are held to those of ``model``: where targets are class
-    labels, by the Kullback-Leibler divergence, else by the squared error.
-    Where inputs are floating point, half of each batch are blends of two examples (mixup,
-    arXiv:1710.09412), so that the two networks agree between the examples too. Dropout is off and
-    norms keep their statistics, activations the levels they are calibrated to, and what stays in
-    float its values.
+    labels, by the Kullback-Leibler divergence, else by the squared error. Where inputs are floating
+    point, half of each batch are blends of two examples (mixup, arXiv:1710.09412), so that the two
+    networks agree between the examples too. Dropout is off and norms keep their statistics,
+    activations their parameters, and what stays in float its values.
 
-    loader: training data, batches [inputs, targets]. epochs or seconds: the budget, over which the
-    learning rate falls to zero along a cosine; one that is resumed has only what is left of it.
+    strategy: to begin with; or what is already quantized.
+    loader: training data, batches [inputs, targets].
+    epochs: the budget, over which the learning rate falls to zero along a cosine.
     calibration: as `quantifind.quantize.quantize` takes it; by default the loader's first batches.
-    softening: a temperature by which a classifier's float logits are divided; above 1 it makes a
-    network that is too sure of itself less so (Guo et al. 2017, arXiv:1706.04599).
-    labels: the weight, beside the outputs' 1, of the loss to the targets themselves (cross entropy,
-    or squared error), blended as the inputs are. rate: of learning codes at the start, by default
-    `RATE`.
+    temperature: divides a classifier's float logits; above 1 it makes an overconfident network less
+        so (Guo et al. 2017, arXiv:1706.04599).
+    label_weight: the weight, beside the outputs' 1, of the loss to the targets themselves (cross
+        entropy, or squared error), blended as the inputs are.
+    learning_rate: of the codes at the start, by default `LEARNING_RATE`.
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that finds
-    one goes on from it, with a budget of epochs to the same result. Data are not compared.
+        one goes on from it, to the same result. Data are not compared.
     seed: of the blends, and of the order of the examples unless the loader has a generator.
-    Errors: ValueError for a budget or softening out of range, a loader without batches, checkpoints
-    of other work, outputs that are not finite, and as for `quantize`.
+    Raises: ValueError for an option out of range, a loader without batches, checkpoints of other
+        work, outputs that are not finite, and as `quantifind.quantize.quantize`.
     """
-    if (epochs is None) == (seconds is None):
-        raise ValueError(f"learning takes either epochs or seconds, not {epochs=}, {seconds=}")
-    budget = epochs if seconds is None else seconds
-    rate = RATE if rate is None else rate
-    if not isinstance(labels, int | float) or not 0 <= labels < math.inf:
-        raise ValueError(f"labels is {labels!r}: a number, 0 or above, is needed")
-    named = {"epochs" if seconds is None else "seconds": budget, "softening": softening}
-    for name, value in (named | {"rate": rate}).items():
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value!r}: a number above 0 is needed")
-    assert budget is not None
+    learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
+    _check_number("label_weight", label_weight, zero=True)
+    _check_number("epochs", epochs)
+    _check_number("temperature", temperature)
+    _check_number("learning_rate", learning_rate)
     if len(loader) == 0:
         raise ValueError("the loader has no batches")
-    options = [strategy.choices, budget, softening, labels, rate, seed]
-    given = [] if strategy.fitted is None else artifact.pack(strategy.fitted)
+    given = artifact.pack(strategy) if isinstance(strategy, Quantized) else [strategy.choices]
+    options = [epochs, temperature, label_weight, learning_rate, seed]
     work = fingerprint(model, options, *given)
-    path = None if checkpoints is None else latest_checkpoint(Path(checkpoints))
-    if path is not None:
-        keys = ("work", "student", "optimizer", "done", "spent", "began_with", "random_state")
-        other, tensors, state, done, spent, began_with, random = load_checkpoint(path, keys)
-        if other != work:
-            raise ValueError(f"{path}: of another network, strategy or budget")
+    kept = _kept(checkpoints, work)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
-        if path is None:
-            done, spent, began_with = 0, 0.0, random_state(loader)  # batches and seconds
+        began_with = random_state(loader) if kept is None else kept["began_with"]
         # the loader's first batches are drawn as they were: test_resuming_gives_the_same_codes
         set_random_state(began_with, loader)
         if calibration is None:
             calibration = list(islice(loader, CALIBRATION_BATCHES))
-        student = _Student(model, quantize(model, strategy, calibration))
-        if not student.latents:
-            raise ValueError("the strategy leaves every parameter in float: nothing can be learned")
-        optimizer = torch.optim.Adam(
-            [
-                {"params": list(student.latents.values()), "rate": rate},
-                {"params": list(student.growths.values()), "rate": GROWTH_RATE},
-            ]
-        )
-        if path is not None:
-            student.load(tensors)
-            optimizer.load_state_dict(state)
-            set_random_state(random, loader)
-        with progress("learning", total=100) as step:
-            shown = 0.0
-            while (share := (done / len(loader) if seconds is None else spent) / budget) < 1:
-                began = time.monotonic()
-                for inputs, targets in loader:
-                    share = (done / len(loader) if seconds is None else spent) / budget
-                    if share >= 1:
-                        break
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["rate"] * (1 + math.cos(math.pi * share)) / 2
-                    loss = student.loss(inputs, targets, softening, labels)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    done += 1
-                    if done % CHECK_EVERY == 0:  # reading a loss waits for the device
-                        _check_finite(loss, done)
-                        step(f"distance {loss.item():.4g}", steps=100 * share - shown)
-                        shown = 100 * share
-                    spent, began = spent + time.monotonic() - began, time.monotonic()
-                _check_finite(loss, done)
+        student = _Student(model, quantize(model, strategy, calibration), temperature, label_weight)
+        optimizer = student.optimizer(learning_rate)
+        done = 0  # batches
+        if kept is not None:
+            student.load(kept["student"])
+            optimizer.load_state_dict(kept["optimizer"])
+            done = kept["done"]
+            set_random_state(kept["random_state"], loader)
+        with progress("learning", total=math.ceil(epochs * len(loader))) as step:
+            step(steps=done)
+            while done / len(loader) / epochs < 1:
+                done = _epoch(student, optimizer, loader, epochs, done, step)
                 if checkpoints is not None:
-                    replace_checkpoint(
-                        checkpoints,
-                        {
-                            "work": work,
-                            "student": student.state(),
-                            "optimizer": optimizer.state_dict(),
-                            "done": done,
-                            "spent": spent,
-                            "began_with": began_with,
-                            "random_state": random_state(loader),
-                        },
-                    )
+                    state = {
+                        "work": work,
+                        "student": student.state(),
+                        "optimizer": optimizer.state_dict(),
+                        "done": done,
+                        "began_with": began_with,
+                        "random_state": random_state(loader),
+                    }
+                    replace_checkpoint(checkpoints, state)
         return student.quantized()
+
+
+def fit_temperature(model: nn.Module, loader: Iterable) -> float:
+    """The temperature of the logits with which their cross entropy on a loader's examples is least.
+
+    It is above 1 where a classifier is overconfident (Guo et al. 2017, arXiv:1706.04599).
+
+    Returns: 0.1 to 10; 1 where targets are not class labels.
+    """
+    batches = list(loader)
+    labels = torch.cat([targets for _, targets in batches])
+    if labels.is_floating_point():
+        return 1.0
+    logits = outcome(model, batches, nn.CrossEntropyLoss())["outputs"].double()
+
+    def loss(logarithm: float) -> float:
+        return F.cross_entropy(logits / math.exp(logarithm), labels).item()
+
+    ends = (math.log(0.1), math.log(10))
+    return math.exp(optimize.minimize_scalar(loss, bounds=ends, method="bounded").x)
+
+
+def _check_number(name: str, value: Any, *, zero: bool = False) -> None:
+    number = isinstance(value, int | float) and value < math.inf
+    if not number or not (value > 0 or (zero and value == 0)):
+        least = "of 0 or more" if zero else "above 0"
+        raise ValueError(f"{name} is {value!r}: a number {least} is needed")
+
+
+def _kept(checkpoints: Path | str | None, work: str) -> dict[str, Any] | None:
+    """The state of a learning that was killed, None where there is none."""
+    path = None if checkpoints is None else latest_checkpoint(Path(checkpoints))
+    if path is None:
+        return None
+    keys = ("work", "student", "optimizer", "done", "began_with", "random_state")
+    state = dict(zip(keys, load_checkpoint(path, keys), strict=True))
+    if state["work"] != work:
+        raise ValueError(f"{path}: of another network, strategy or budget")
+    return state
+
+
+def _epoch(
+    student: "_Student",
+    optimizer: Optimizer,
+    loader: DataLoader,
+    epochs: float,
+    done: int,
+    step: Callable[..., None],
+) -> int:
+    """Train through the loader once, or until the budget is spent: how many batches are done."""
+    loss, shown = torch.zeros(()), done
+    for inputs, targets in loader:
+        share = done / len(loader) / epochs
+        if share >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_rate"] * (1 + math.cos(math.pi * share)) / 2
+        loss = student.loss(inputs, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        done += 1
+        if done % CHECK_EVERY == 0:  # reading a loss waits for the device
+            _check_finite(loss, done)
+            step(f"distance {loss.item():.4g}", steps=done - shown)
+            shown = done
+    _check_finite(loss, done)
+    return done
 
 
 def _check_finite(loss: Tensor, batches: int) -> None:
@@ -172,11 +204,15 @@ def _check_finite(loss: Tensor, batches: int) -> None:
 class _Student:
     """A quantized network whose codes are those nearest to latent float values.
 
-    latents: by name, float32 values of each quantized parameter. growths: by name, the logarithm of
-        what its scales, or the entries of its table, are multiplied with.
+    latents: by name, float32 values of each quantized parameter.
+    log_factors: by name, the logarithm of what its scales, or the entries of its table, are
+        multiplied with.
     """
 
-    def __init__(self, model: nn.Module, start: Quantized) -> None:
+    def __init__(
+        self, model: nn.Module, start: Quantized, temperature: float, label_weight: float
+    ) -> None:
+        self.temperature, self.label_weight = temperature, label_weight
         self.teacher = plain_copy(model).eval().requires_grad_(False)
         self.net: nn.Module = plain_copy(model).eval().requires_grad_(False)
         self.start, self.prefix = start, ""
@@ -184,17 +220,28 @@ class _Student:
         if start.activations:
             self.net, self.prefix = QuantizedActivations(self.net, start.activations), "model."
         self.latents: dict[str, Tensor] = {}
-        self.growths: dict[str, Tensor] = {}
+        self.log_factors: dict[str, Tensor] = {}
         for name, parameter in self.teacher.named_parameters():
             if name in start.tensors:
                 tensor = start.tensors[name]
                 self.latents[name] = _latent(parameter, tensor).requires_grad_()
-                unit = tensor.grid.table if tensor.scale is None else tensor.scale
+                scale, table = tensor.qparams.scale, tensor.qparams.grid.table
+                unit = table if scale is None else scale
                 assert unit is not None
-                growth = torch.zeros(unit.shape, device=parameter.device)
-                self.growths[name] = growth.requires_grad_()
+                factor = torch.zeros(unit.shape, device=parameter.device)
+                self.log_factors[name] = factor.requires_grad_()
+        if not self.latents:
+            raise ValueError("the strategy leaves every parameter in float: nothing can be learned")
 
-    def loss(self, inputs: Tensor, targets: Tensor, softening: float, labels: float) -> Tensor:
+    def optimizer(self, learning_rate: float) -> Optimizer:
+        return torch.optim.Adam(
+            [
+                {"params": list(self.latents.values()), "full_rate": learning_rate},
+                {"params": list(self.log_factors.values()), "full_rate": SCALE_LEARNING_RATE},
+            ]
+        )
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """How far the outputs are from the float network's, and from the labels."""
         device = device_of(self.teacher)
         inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
@@ -205,77 +252,69 @@ class _Student:
         outputs = functional_call(self.net, weights, (inputs,)).float()
         if targets.is_floating_point():
             loss = F.mse_loss(outputs, wanted)
-            if labels:
+            if self.label_weight:
                 share = share.reshape(-1, *(1,) * (first.dim() - 1))
-                loss = loss + labels * F.mse_loss(outputs, share * first + (1 - share) * second)
+                blended = share * first + (1 - share) * second
+                loss = loss + self.label_weight * F.mse_loss(outputs, blended)
             return loss
         if outputs.dim() < 2 or outputs.shape[1] < 2:
             raise ValueError(
                 f"outputs of shape {list(outputs.shape)} beside class labels: (examples, classes) "
                 "with two classes or more are needed"
             )
-        loss = TEMPERATURE**2 * F.kl_div(
-            (outputs / TEMPERATURE).log_softmax(1),
-            (wanted / (TEMPERATURE * softening)).log_softmax(1),
+        loss = SOFTENING**2 * F.kl_div(
+            (outputs / SOFTENING).log_softmax(1),
+            (wanted / (SOFTENING * self.temperature)).log_softmax(1),
             reduction="batchmean",
             log_target=True,
         )
-        if labels:
+        if self.label_weight:
             likely = F.cross_entropy(outputs, first, reduction="none")
             other = F.cross_entropy(outputs, second, reduction="none")
             # a target may have several positions: test_labels_of_several_positions
             share = share.reshape(-1, *(1,) * (likely.dim() - 1))
-            loss = loss + labels * (share * likely + (1 - share) * other).mean()
+            loss = loss + self.label_weight * (share * likely + (1 - share) * other).mean()
         return loss
 
     def _weight(self, name: str) -> Tensor:
-        tensor, latent = self.start.tensors[name], self.latents[name]
-        grid, scale = self._levels(name)
-        grid = in_float32(grid, latent.device)
-        rows = to_rows(latent, tensor.axis, tensor.group)
-        scale = torch.ones((), device=rows.device) if scale is None else scale
-        zero = 0 if tensor.zero_point is None else tensor.zero_point
-        values = round_through(rows, grid, scale, zero)
-        return from_rows(values, latent.shape, tensor.axis, tensor.group).to(tensor.dtype)
+        latent, qparams = self.latents[name], self._qparams(name)
+        qparams = replace(qparams, grid=in_float32(qparams.grid, latent.device))
+        rows = to_rows(latent, qparams.axis, qparams.group)
+        values = from_rows(round_through(rows, qparams), latent.shape, qparams.axis, qparams.group)
+        return values.to(self.start.tensors[name].dtype)
 
-    def _levels(self, name: str) -> tuple[Grid, Tensor | None]:
-        """A tensor's grid and scale as grown: float32 values of what is stored, with the gradient
-        of what they are rounded from."""
-        tensor, factor = self.start.tensors[name], self.growths[name].exp()
-        if tensor.scale is not None:
-            grown = tensor.scale.float() * factor
-            stored = stored_scale(grown.detach().double(), tensor.scale.dtype).float()
-            return tensor.grid, stored + (grown - grown.detach())
-        assert tensor.grid.table is not None
-        grown, dtype = tensor.grid.table.float() * factor, tensor.grid.table.dtype
+    def _qparams(self, name: str) -> QParams:
+        """A tensor's parameters as trained: float32 values of what is stored, with the gradient of
+        what they are rounded from."""
+        qparams, factor = self.start.tensors[name].qparams, self.log_factors[name].exp()
+        if qparams.scale is not None:
+            trained = qparams.scale.float() * factor
+            stored = stored_scale(trained.detach().double(), qparams.scale.dtype).float()
+            return replace(qparams, scale=stored + (trained - trained.detach()))
+        assert qparams.grid.table is not None
+        trained, dtype = qparams.grid.table.float() * factor, qparams.grid.table.dtype
         largest = min(torch.finfo(kind).max for kind in (dtype, torch.float32))
-        stored = grown.detach().clamp(-largest, largest).to(dtype).float()
-        table = stored + (grown - grown.detach())
-        return replace(tensor.grid, table=table.sort(-1)[0]), None
+        stored = trained.detach().clamp(-largest, largest).to(dtype).float()
+        table = stored + (trained - trained.detach())
+        return with_table(qparams, table.sort(-1)[0])
 
     @torch.no_grad()
     def quantized(self) -> Quantized:
         """The tensors with the codes, scales and tables as learned."""
         tensors = dict(self.start.tensors)
         for name, latent in self.latents.items():
-            tensor = tensors[name]
-            grid, scale = self._levels(name)
-            rows = to_rows(latent.double(), tensor.axis, tensor.group)
-            codes = nearest_codes(rows, grid, scale, tensor.zero_point).to(torch.int32)
-            if grid.table is not None and tensor.grid.table is not None:
-                grid = replace(grid, table=grid.table.to(tensor.grid.table.dtype))
-            if scale is not None and tensor.scale is not None:
-                scale = scale.to(tensor.scale.dtype)
-            tensors[name] = replace(
-                tensor,
-                codes=from_rows(codes, latent.shape, tensor.axis, tensor.group),
-                grid=grid,
-                scale=scale,
-            )
+            start, qparams = tensors[name].qparams, self._qparams(name)
+            rows = to_rows(latent.double(), start.axis, start.group)
+            codes = from_rows(qparams.nearest(rows).int(), latent.shape, start.axis, start.group)
+            if start.scale is not None and qparams.scale is not None:
+                qparams = replace(qparams, scale=qparams.scale.to(start.scale.dtype))
+            elif start.grid.table is not None and qparams.grid.table is not None:
+                qparams = with_table(qparams, qparams.grid.table.to(start.grid.table.dtype))
+            tensors[name] = replace(tensors[name], codes=codes, qparams=qparams)
         return Quantized(tensors, self.start.activations)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {"latents": self.latents, "growths": self.growths}
+        return {"latents": self.latents, "log_factors": self.log_factors}
 
     @torch.no_grad()
     def load(self, state: dict[str, dict[str, Tensor]]) -> None:
@@ -287,11 +326,10 @@ class _Student:
 def _latent(values: Tensor, tensor: QuantizedTensor) -> Tensor:
     """The float values, moved where need be to round to the codes there are, and not beyond the
     outermost levels, where no gradient would bring them back."""
-    lowest = tensor.grid.lowest_code
-    highest = lowest + tensor.grid.levels - 1
+    grid = tensor.qparams.grid
     codes = tensor.codes.long()
     level, below, above = (
-        replace(tensor, codes=moved.clamp(lowest, highest)).dequantize().float()
+        replace(tensor, codes=moved.clamp(grid.lowest_code, grid.highest_code)).dequantize().float()
         for moved in (codes, codes - 1, codes + 1)
     )
     within = values.float().clamp((level + below) / 2, (level + above) / 2)
@@ -313,20 +351,3 @@ def _blend(inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, Tenso
     shares = share.to(inputs.dtype).reshape(-1, *(1,) * (inputs.dim() - 1))
     blended = shares * inputs + (1 - shares) * inputs[others]
     return blended, (targets, targets[others], share)
-
-
-def calibrating_temperature(model: nn.Module, loader: Iterable) -> float:
-    """The temperature, 0.1 to 10, that divides a classifier's logits so that their cross entropy on
-    a loader's examples is least (Guo et al. 2017, arXiv:1706.04599): above 1 where it is too sure
-    of itself. 1 where targets are not class labels."""
-    batches = list(loader)
-    labels = torch.cat([targets for _, targets in batches])
-    if labels.is_floating_point():
-        return 1.0
-    logits = outcome(model, batches, nn.CrossEntropyLoss())["outputs"].double()
-
-    def loss(logarithm: float) -> float:
-        return nn.functional.cross_entropy(logits / math.exp(logarithm), labels).item()
-
-    ends = (math.log(0.1), math.log(10))
-    return math.exp(optimize.minimize_scalar(loss, bounds=ends, method="bounded").x)

@@ -1,44 +1,141 @@
-"""Quantize a network by a strategy."""
+"""A network quantized by a strategy: grids fitted, codes rounded."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantifind.network.activations import (
-    QuantizedActivations,
-    check_names,
-    check_options,
-    fit_activations,
-    put_on_grid,
-)
+from quantifind.network.activations import QuantizedActivations, fit_activations
 from quantifind.network.calibration import (
-    COMPENSABLE,
     Batches,
     calibration_batches,
     layer_moments,
-    mean_shift,
     second_moments,
+)
+from quantifind.network.modules import is_parametrized, named_tensors, plain_copy, put_values
+from quantifind.network.trace import (
+    GPTQ_KINDS,
+    ProductFacts,
+    activation_names,
+    trace,
     weight_uses,
 )
-from quantifind.network.modules import _is_parametrized, named_tensors, plain_copy, put_values
-from quantifind.network.products import Product
 from quantifind.strategy import Strategy
-from quantifind.tensor.gptq import Moments, compensate_layer
+from quantifind.tensor.choice import Choice
+from quantifind.tensor.gptq import Moments, gptq_layer
+from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.scales import check_values
+from quantifind.utils.naming import naming
 
-Choice = Mapping[str, Any]
-ROUNDINGS = ("nearest", "compensated", "corrected", "learned")
-_OR = " or ".join(COMPENSABLE)
-# what a tensor of one axis, a bias or a norm, takes instead of a choice about channels or inputs
-INSTEAD = {
-    "scale": {"output_error": "squared_error", "weighted_squared_error": "squared_error"},
-    "rounding": {"compensated": "nearest"},
-    "centres": {"weighted_k_means": "k_means"},
-}
+
+class Calibration:
+    """A network and batches of its inputs; what is asked of them is computed once."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
+        self._given, self._batches = model, batches
+        self._moments: dict[str, dict[tuple[int, int], Moments]] = {}
+        plain = plain_copy(model) if is_parametrized(model) else model
+        self.parameters, self.buffers = named_tensors(plain), dict(plain.named_buffers())
+        self.tensors = self.buffers | self.parameters
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """A plain copy, since what no pass goes through need not be copied."""
+        return plain_copy(self._given)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Raises: ValueError where there are none."""
+        return calibration_batches(self._batches)
+
+    @cached_property
+    def facts(self) -> list[ProductFacts]:
+        """Of a pass of the first batch."""
+        return trace(self.model, self.batches[0][0])
+
+    @cached_property
+    def uses(self) -> Mapping[str, int]:
+        """The weights in the order of a pass, and how often it uses them."""
+        return weight_uses(self.facts)
+
+    @cached_property
+    def _importance(self) -> dict[str, Tensor]:
+        return second_moments(self.model, self.batches)
+
+    def importance(self, name: str) -> Tensor:
+        """The second moments of the inputs that each element of a weight meets."""
+        if name not in self._importance:
+            raise ValueError(_unused())
+        return self._importance[name]
+
+    def moments(self, name: str) -> dict[tuple[int, int], Moments]:
+        """Those of a weight in the float network."""
+        if name not in self._moments:
+            if name not in self.uses:
+                raise ValueError(_unused())
+            self._moments[name] = layer_moments(self.model, name, self.batches, self.uses[name])
+        return self._moments[name]
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    strategy: Strategy | Quantized,
+    calibration: Iterable[Any] | None = None,
+) -> Quantized:
+    """The tensors, and the parameters of activations, that a strategy names.
+
+    strategy: what is already quantized is checked, and returned as it is.
+    calibration: batches (inputs, …) of training data, where a choice asks for them: GPTQ, weighted
+        scales or centres, and activations.
+    Raises: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
+        be quantized so, with the option and what is allowed.
+    """
+    network = Calibration(model, calibration)
+    if isinstance(strategy, Quantized):
+        _check_fits(strategy, network.tensors)
+        return strategy
+    choices = _checked(strategy, network)
+    activations: dict[str, QParams] = {}
+    if strategy.activations:
+        rounded = {n: choice for n, choice in strategy.activations.items() if choice is not None}
+        activations = fit_activations(network.model, rounded, network.batches)
+    tensors = {
+        name: quantize_tensor(name, choice, network)
+        for name, choice in choices.items()
+        if choice.rounding == "nearest"
+    }
+    if len(tensors) < len(choices):
+        tensors |= _gptq_sequentially(network, choices, tensors, activations)
+    return Quantized({name: tensors[name] for name in choices}, activations)
+
+
+def _gptq_sequentially(
+    network: Calibration,
+    choices: Mapping[str, Choice],
+    done: Mapping[str, QuantizedTensor],
+    activations: Mapping[str, QParams],
+) -> dict[str, QuantizedTensor]:
+    """Weights layer by layer, each compensated for what those before it have lost."""
+    work = plain_copy(network.model)
+    put_values(work, done)
+    rounded = QuantizedActivations(work, activations).rounded
+    left, tensors = [name for name in choices if name not in done], {}
+    for name in left:
+        if name not in network.uses:
+            raise ValueError(f"{name}: rounding 'gptq': {_unused()}; round it to 'nearest'")
+    for name, count in network.uses.items():
+        if name in left:
+            with naming(name):
+                moments = layer_moments(
+                    network.model, name, network.batches, count, work=work, rounded=rounded
+                )
+                tensors[name] = gptq_layer(network.tensors[name], moments, choices[name])
+            put_values(work, {name: tensors[name]})
+    return tensors
 
 
 @torch.no_grad()
@@ -47,264 +144,126 @@ def quantize_alone(
 ) -> list[QuantizedTensor]:
     """One tensor by each of several choices, the rest of the network in float.
 
-    Calibration data are looked at once for all of them. Errors: as for `quantize`.
+    name: of a parameter or a buffer.
+    calibration: as for `quantize`; looked at once for all choices.
+    Raises: ValueError as `quantize`.
     """
-    model = plain_copy(model)
-    tensors = dict(model.named_buffers()) | named_tensors(model)
-    if name not in tensors:
-        raise ValueError(f"unknown tensor {name}: the network has {', '.join(tensors)}")
-    values = tensors[name]
-    batches: Batches = []
-    if asks := [choice for choice in choices if _needs_calibration(choice)]:
-        try:
-            batches = calibration_batches(calibration)
-        except ValueError as error:
-            raise ValueError(f"{name}: {_needs_calibration(asks[0])}: {error}") from None
-    uses = weight_uses(model, batches)[name] if batches else 0
-    moments: Mapping[tuple[int, int], Moments] | None = None
-    importance: Tensor | None = None
-    results = []
+    network = Calibration(model, calibration)
+    if name not in network.tensors:
+        raise ValueError(f"unknown tensor {name}: the network has {', '.join(network.tensors)}")
     for choice in choices:
-        _check_choice(name, choice, values)
-        if _rounding(choice) == "corrected":
-            raise ValueError(f"{name}: rounding 'corrected' is for a bias beside rounded weights")
-        if _rounding(choice) == "compensated":
-            if not uses:
-                raise ValueError(f"{name}: rounding 'compensated': no {_OR} of a pass uses it")
-            if moments is None:
-                moments = layer_moments(model, model, name, batches, uses, lambda product: product)
-            results.append(_compensated(name, choice, values, moments))
-            continue
-        if _needs_calibration(choice) and importance is None:
-            importance = second_moments(model, batches).get(name)
-            if importance is None:
-                raise ValueError(
-                    f"{name}: {_needs_calibration(choice)}: no {_OR} of a pass uses it"
-                )
-        results.append(_on_grid(name, choice, values, importance))
-    return results
+        _check_choice(name, choice, network)
+    return [quantize_tensor(name, choice, network) for choice in choices]
 
 
-@torch.no_grad()
-def quantize(
-    model: nn.Module, strategy: Strategy, calibration: Iterable[Any] | None = None
-) -> Quantized:
-    """The tensors, and the levels of activations, that ``strategy`` names.
-
-    calibration: batches (inputs, …) of training data, where a choice asks for them: compensated
-        rounding, corrected biases, weighted scales or centres, and activations.
-    Errors: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
-    be quantized so, with the option and what is allowed.
-    """
-    choices = {name: choice for name, choice in strategy.tensors.items() if choice is not None}
-    asks = [name for name, choice in choices.items() if _needs_calibration(choice)]
-    # what no pass goes through is not copied
-    copied = asks or strategy.activations or _is_parametrized(model)
-    work = plain_copy(model) if copied else model
-    parameters, buffers = named_tensors(work), dict(work.named_buffers())
-    check_names("tensors", strategy.tensors, list(parameters), set(buffers))
-    targets = buffers | parameters
-    if strategy.fitted is not None:
-        _check_fitted(strategy, targets)
-        return strategy.fitted
-    for name, choice in choices.items():
-        _check_choice(name, choice, targets[name])
-    batches: Batches = []
-    if asks or strategy.activations:
-        try:
-            batches = calibration_batches(calibration)
-        except ValueError as error:
-            what = f"{asks[0]}: {_needs_calibration(choices[asks[0]])}" if asks else "activations"
-            raise ValueError(f"{what}: {error}") from None
-    activations = {}
-    if strategy.activations:
-        activations = fit_activations(work, strategy.activations, batches)
-    weighted = [name for name in asks if _rounding(choices[name]) == "nearest"]
-    moments = second_moments(work, batches) if weighted else {}
-    for name in weighted:
-        if name not in moments:
-            raise ValueError(
-                f"{name}: {_needs_calibration(choices[name])}: no {_OR} of a pass uses it"
-            )
-    uses = weight_uses(work, batches) if batches else {}
-    tensors = {
-        name: _on_grid(name, choice, targets[name], moments.get(name))
-        for name, choice in choices.items()
-        if _rounding(choice) == "nearest"
-    }
-    if len(tensors) < len(choices):
-        original = plain_copy(model)
-        put_values(work, tensors)
-        rounded = QuantizedActivations(work, activations).rounded
-        tensors |= _in_order(original, work, choices, tensors, batches, uses, rounded)
-    return Quantized({name: tensors[name] for name in choices}, activations)
-
-
-def _in_order(
-    model: nn.Module,
-    work: nn.Module,
-    choices: Mapping[str, Choice],
-    done: Mapping[str, QuantizedTensor],
-    batches: Batches,
-    uses: Mapping[str, int],
-    rounded: Callable[[Product], Product],
-) -> dict[str, QuantizedTensor]:
-    """Compensated weights and corrected biases, layer by layer; ``work`` takes their values."""
-    values, left = named_tensors(model), {n for n in choices if n not in done}
-    tensors: dict[str, QuantizedTensor] = {}
-    for name, count in uses.items():
-        arguments = model, work, name, batches, count, rounded
-        if name in left and _rounding(choices[name]) == "compensated":
-            moments = layer_moments(*arguments)
-            tensors[name] = _compensated(name, choices[name], values[name], moments)
-            put_values(work, {name: tensors[name]})
-        bias, shift = None, torch.zeros(())
-        if any(_rounding(choices[other]) == "corrected" for other in left - tensors.keys()):
-            bias, shift = mean_shift(*arguments)
-        if bias in left and bias not in tensors and _rounding(choices[bias]) == "corrected":
-            corrected = (values[bias].double() + shift).to(values[bias].dtype)
-            tensors[bias] = _on_grid(bias, choices[bias], corrected, None)
-            put_values(work, {bias: tensors[bias]})
-    if missing := left - tensors.keys():
-        name = min(missing)
-        raise ValueError(
-            f"{name}: rounding {_rounding(choices[name])!r}: no {_OR} of a pass uses it; "
-            "round it to 'nearest'"
-        )
-    return tensors
-
-
-def _compensated(
-    name: str, choice: Choice, values: Tensor, moments: Mapping[tuple[int, int], Moments]
-) -> QuantizedTensor:
-    search = choice.get("scale") == "output_error"
-    if search:
-        choice = {**choice, "scale": "weighted_squared_error"}
-    return compensate_layer(
-        values,
-        moments,
-        lambda target, importance: _on_grid(name, choice, target, importance),
-        search=search,
-    )
-
-
-def _rounding(choice: Choice) -> str:
-    return choice.get("rounding", "nearest")
-
-
-def _needs_calibration(choice: Choice) -> str | None:
-    """The option of a choice that asks for calibration data."""
-    for option, asking in (
-        ("rounding", ("compensated", "corrected")),
-        ("scale", ("weighted_squared_error", "output_error")),
-        ("centres", ("weighted_k_means",)),
-    ):
-        value = choice.get(option)
-        given = "importance" in choice and option != "rounding"
-        if isinstance(value, str) and value in asking and not given:
-            return f"{option} {value!r}"
-    return None
-
-
-def _check_fitted(strategy: Strategy, targets: Mapping[str, Tensor]) -> None:
-    fitted = strategy.fitted
-    assert fitted is not None
-    for kind, named, given in (
-        ("tensors", strategy.tensors, fitted.tensors),
-        ("activations", strategy.activations, fitted.activations),
-    ):
-        if given.keys() != {name for name, choice in named.items() if choice is not None}:
-            raise ValueError(f"the strategy's fitted {kind} are not those that it puts on a grid")
-    for name, tensor in fitted.tensors.items():
-        if tensor.codes.shape != targets[name].shape:
-            raise ValueError(
-                f"{name}: fitted codes of shape {list(tensor.codes.shape)}, "
-                f"the network's are {list(targets[name].shape)}"
-            )
-
-
-def _check_choice(name: str, choice: Choice, values: Tensor) -> None:
-    check_options(name, _scheme_options(choice))
-    try:
-        check_values(values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    rounding = _rounding(choice)
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"{name}: rounding is {rounding!r}: {', '.join(ROUNDINGS)} are allowed")
-    if rounding == "learned":
-        raise ValueError(
-            f"{name}: rounding 'learned' without the codes: quantifind.learning.learn gives them"
-        )
-    if (rounding == "compensated") > (values.dim() > 1) or (rounding == "corrected") > (
-        values.dim() == 1
-    ):
-        raise ValueError(
-            f"{name}: rounding {rounding!r} is for {'biases' if values.dim() > 1 else 'weights'}, "
-            f"its shape is {list(values.shape)}"
-        )
-    if choice.get("scale") == "output_error":
-        axis = choice.get("axis")
-        if rounding != "compensated" or axis is None or axis % values.dim():
-            raise ValueError(
-                f"{name}: scale 'output_error' needs rounding 'compensated' and axis 0, "
-                f"not {rounding!r} and axis {axis}"
-            )
-
-
-def _on_grid(
-    name: str, choice: Choice, values: Tensor, importance: Tensor | None
-) -> QuantizedTensor:
-    return put_on_grid(name, _scheme_options(choice), values.detach(), importance)
-
-
-def _scheme_options(choice: Choice) -> Choice:
-    return {key: value for key, value in choice.items() if key != "rounding"}
-
-
-def quantize_tensors(
-    model: nn.Module, strategy: Strategy, calibration: Iterable[Any] | None = None
-) -> dict[str, QuantizedTensor]:
-    """The tensors that ``strategy`` names, quantized, as `quantize` has them."""
-    return quantize(model, strategy, calibration).tensors
+def quantize_tensor(name: str, choice: Choice, network: Calibration) -> QuantizedTensor:
+    """A tensor by a choice, the rest of the network in float."""
+    values = network.tensors[name]
+    with naming(name):
+        if choice.rounding == "gptq":
+            with naming("rounding 'gptq'"):
+                moments = network.moments(name)
+            return gptq_layer(values, moments, choice)
+        if not choice.weighted:
+            return choice.quantize(values)
+        with naming(str(choice.needs)):
+            importance = network.importance(name)
+        return choice.quantize(values, importance)
 
 
 def quantize_model(
-    model: nn.Module, strategy: Strategy, calibration: Iterable[Any] | None = None
+    model: nn.Module,
+    strategy: Strategy | Quantized,
+    calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """A copy of ``model`` whose tensors have the strategy's values; the original is intact.
+    """A copy of ``model`` with the values of a strategy, which rounds its activations, if any.
 
-    calibration and errors: as for `quantize`.
+    The original is intact. Arguments and errors are those of `quantize`.
     """
-    return with_quantized(model, quantize(model, strategy, calibration))
-
-
-def with_quantized(model: nn.Module, quantized: Quantized) -> nn.Module:
-    """A copy of ``model`` with the values of quantized tensors, which rounds its activations."""
-    replica = with_tensors(model, quantized.tensors)
+    quantized = quantize(model, strategy, calibration)
+    replica = plain_copy(model)
+    put_values(replica, quantized.tensors)
     if not quantized.activations:
         return replica
     return QuantizedActivations(replica, quantized.activations)
 
 
-def with_tensors(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> nn.Module:
-    """A copy of ``model`` with the values of quantized ``tensors``, by name."""
-    replica = plain_copy(model)
-    put_values(replica, tensors)
-    return replica
+def mean_bits(model: nn.Module, quantized: Quantized) -> float:
+    """Bits per parameter, everything counted.
 
-
-def mean_bits(model: nn.Module, quantized: Quantized | Mapping[str, QuantizedTensor]) -> float:
-    """Bits per parameter, everything counted: packed codes, scales, zero points, codebooks,
-    parameters left in float, and the scales and zero points of activations."""
-    if not isinstance(quantized, Quantized):
-        quantized = Quantized(dict(quantized))
-    tensors = quantized.tensors
-    parameters = named_tensors(model)
+    That is packed codes, scales, zero points, codebooks, parameters left in float, and the scales
+    and zero points of activations.
+    """
+    tensors, parameters = quantized.tensors, named_tensors(model)
     counted = parameters | {n: t.codes for n, t in tensors.items() if n not in parameters}
     stored = [
         tensors[name].stored_bits if name in tensors else 8 * value.numel() * value.element_size()
         for name, value in counted.items()
     ]
-    ranges = [replace(q, codes=q.codes[:0]).stored_bits for q in quantized.activations.values()]
+    ranges = [qparams.stored_bits for qparams in quantized.activations.values()]
     return (sum(stored) + sum(ranges)) / sum(value.numel() for value in counted.values())
+
+
+def _checked(strategy: Strategy, network: Calibration) -> dict[str, Choice]:
+    """The choices of the tensors put on a grid; every error of a strategy is raised here."""
+    _check_names("tensors", strategy.tensors, list(network.parameters), set(network.buffers))
+    choices = {name: choice for name, choice in strategy.tensors.items() if choice is not None}
+    for name, choice in choices.items():
+        _check_choice(name, choice, network)
+    if strategy.activations:
+        with naming("activations"):
+            _ = network.batches
+        _check_names("activations", strategy.activations, activation_names(network.facts))
+    return choices
+
+
+def _check_names(
+    kind: str, choices: Mapping[str, Any], names: list[str], optional: set[str] | None = None
+) -> None:
+    if unknown := choices.keys() - set(names) - (optional or set()):
+        raise ValueError(
+            f"the strategy names {kind} {', '.join(sorted(unknown))}: "
+            f"the network has {', '.join(names)}"
+        )
+    if missing := [name for name in names if name not in choices]:
+        raise ValueError(
+            f"the strategy leaves {kind} {', '.join(missing)} unnamed: "
+            "None says that one stays in float"
+        )
+
+
+def _check_choice(name: str, choice: Choice, network: Calibration) -> None:
+    values, rounding = network.tensors[name], choice.rounding
+    with naming(name):
+        check_values(values)
+        if rounding == "learned":
+            raise ValueError("rounding 'learned' without codes: quantifind.learning.learn has them")
+        if rounding == "gptq" and values.dim() < 2:
+            raise ValueError(f"rounding 'gptq' is for weights, its shape is {list(values.shape)}")
+        if choice.options.get("scale") == "output_mse" and (
+            rounding != "gptq" or choice.axis is None or choice.axis % values.dim()
+        ):
+            raise ValueError(
+                "scale 'output_mse' needs rounding 'gptq' and axis 0, "
+                f"not {rounding!r} and axis {choice.axis}"
+            )
+        if choice.needs is not None:
+            with naming(choice.needs):
+                _ = network.batches
+
+
+def _check_fits(quantized: Quantized, tensors: Mapping[str, Tensor]) -> None:
+    if unknown := quantized.tensors.keys() - tensors.keys():
+        raise ValueError(
+            f"quantized tensors {', '.join(sorted(unknown))}: the network has {', '.join(tensors)}"
+        )
+    for name, tensor in quantized.tensors.items():
+        if tensor.codes.shape != tensors[name].shape:
+            raise ValueError(
+                f"{name}: codes of shape {list(tensor.codes.shape)}, "
+                f"the network's are {list(tensors[name].shape)}"
+            )
+
+
+def _unused() -> str:
+    return f"no {' or '.join(GPTQ_KINDS)} of a pass uses it"

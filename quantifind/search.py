@@ -17,10 +17,10 @@ from quantifind.mixed_precision.allocation import Assignment, moves, total_cost
 from quantifind.mixed_precision.candidates import Candidates, Row, Trial, choices_key, note
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.refinement import (
+    add_safer_allocations,
     adjust_scales,
-    compensate_in_order,
+    gptq_sequentially,
     learn_allocations,
-    steady,
 )
 from quantifind.mixed_precision.sensitivity import PRECISION, WIDER, WIDTHS, Menus, default_menus
 from quantifind.runtime.workers import Workers
@@ -110,8 +110,8 @@ def find_strategy(
             if candidates.best() is not None:
                 break
         move(candidates)
-        compensate_in_order(candidates)
-        steady(candidates)
+        gptq_sequentially(candidates)
+        add_safer_allocations(candidates)
         if learn:
             learn_allocations(candidates, learn)
         return answer(candidates)

@@ -100,7 +100,7 @@ def test_the_language_network_has_sites_inside_its_attention():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("scale", ["largest", "squared_error"])
+@pytest.mark.parametrize("scale", ["max_abs", "mse"])
 def test_every_operand_has_few_values(net, batches, scheme, scale):
     widths = {site: 3 + index % 4 for index, site in enumerate(SITES)}
     options = {} if scheme == "codebook" else {"scale": scale}
@@ -157,14 +157,14 @@ def test_ranges_by_largest_percentile_and_squared_error(sign):
         choice = {"scheme": "uniform", "bits": 4, "zero_point": True} | options
         return fit_activations(net, {"weight": choice}, [(values,)])["weight"]
 
-    largest, cut, least = fit(), fit(percentile=99.9), fit(scale="squared_error")
+    largest, cut, least = fit(), fit(percentile=99.9), fit(scale="mse")
     assert largest.scale == pytest.approx(50 / 15)
     assert cut.scale == pytest.approx(0.999 / 15, rel=1e-2)
     assert least.scale == largest.scale  # so far out, the one value counts most
     values[-1] = 2 * sign
     error = [
         (q.dequantize() - values.flatten()).square().sum()
-        for q in (fit(), fit(scale="squared_error"))
+        for q in (fit(), fit(scale="mse"))
     ]
     assert error[1] < 0.9 * error[0]
 

@@ -13,11 +13,11 @@ NUMBERS = st.integers(0, 40).map(float) | st.floats(0, 40)
 
 
 def total_rise(units, assignment):
-    return sum(unit[i].rise for unit, i in zip(units, assignment, strict=True))
+    return sum(unit[i].loss_increase for unit, i in zip(units, assignment, strict=True))
 
 
-def option(cost, rise):
-    return Option({"weight": {"scheme": "uniform", "cost": cost}}, {}, float(cost), float(rise))
+def option(cost, loss_increase):
+    return Option({"weight": {"scheme": "uniform", "cost": cost}}, {}, float(cost), float(loss_increase))
 
 
 OPTIONS = st.builds(option, NUMBERS, NUMBERS)
@@ -95,7 +95,7 @@ def test_rises_over_many_orders_of_magnitude(data, units):
     powers = [[data.draw(st.integers(-9, 0)) for _ in unit] for unit in units]
     units = [
         [
-            option(round(o.cost) + 1, (0.1 + o.rise) * 10.0**p)
+            option(round(o.cost) + 1, (0.1 + o.loss_increase) * 10.0**p)
             for o, p in zip(unit, own, strict=True)
         ]
         for unit, own in zip(units, powers, strict=True)
@@ -125,14 +125,14 @@ def test_what_no_other_beats_is_kept(unit):
     kept = undominated(unit)
     assert kept == sorted(kept, key=lambda o: -o.cost)
     front = {
-        (o.cost, o.rise)
+        (o.cost, o.loss_increase)
         for o in unit
         if not any(
-            p.cost <= o.cost and p.rise <= o.rise and (p.cost, p.rise) != (o.cost, o.rise)
+            p.cost <= o.cost and p.loss_increase <= o.loss_increase and (p.cost, p.loss_increase) != (o.cost, o.loss_increase)
             for p in unit
         )
     }  # fmt: skip
-    assert [(o.cost, o.rise) for o in kept] == sorted(front, reverse=True)
+    assert [(o.cost, o.loss_increase) for o in kept] == sorted(front, reverse=True)
     assert all(any(o is given for given in unit) for o in kept)
     assert undominated(kept) == kept
 

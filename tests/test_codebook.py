@@ -126,7 +126,7 @@ def test_tables_are_stored_and_counted_at_their_width(dtype, width):
         ({"centres": "weighted_k_means"}, "importance"),
         ({"table_dtype": "float8"}, "table_dtype is 'float8': float32, float16 are allowed"),
         ({"table_dtype": "power_of_two"}, "table_dtype is 'power_of_two'"),
-        ({"scale": "largest"}, "scale"),
+        ({"scale": "max_abs"}, "scale"),
         ({"zero_point": True}, "zero_point"),
         ({"centres": "normal", "zero_point": True}, "zero_point"),
     ],

@@ -302,7 +302,7 @@ def drawn(batches):
 
 LOADERS = {
     "shuffled": lambda data: batch_loader(data, batch_size=8, shuffle=True, seed=5),
-    "in order": lambda data: batch_loader(data, batch_size=8, shuffle=False, seed=5),
+    "sequential": lambda data: batch_loader(data, batch_size=8, shuffle=False, seed=5),
     "plain": lambda data: DataLoader(data, batch_size=8, shuffle=True),
     "dropping": lambda data: DataLoader(data, batch_size=8, drop_last=True),
     "pairs": lambda data: DataLoader(list(zip(*data.tensors, strict=True)), batch_size=8),
@@ -322,7 +322,7 @@ def test_a_sample_is_of_the_seed_alone(kind, examples):
     list(loader)  # its own generator moves on
     torch.rand(3)
     assert drawn(sample(loader, examples, seed=3)) == found
-    assert drawn(sample(LOADERS["in order"](numbered(50)), examples, seed=3)) == found
+    assert drawn(sample(LOADERS["sequential"](numbered(50)), examples, seed=3)) == found
     if examples > 8:
         assert drawn(sample(loader, examples, seed=4)) != found
 

@@ -21,7 +21,7 @@ SCHEMES = plugins.names("schemes")
 CHOICES = [
     *({"scheme": scheme, "bits": 3} for scheme in SCHEMES),
     *({"scheme": scheme, "bits": 3, "axis": 0} for scheme in SCHEMES),
-    {"scheme": "uniform", "levels": 3, "scale": "squared_error"},
+    {"scheme": "uniform", "levels": 3, "scale": "mse"},
     {"scheme": "uniform", "bits": 2, "half_integer": True},
     {"scheme": "uniform", "bits": 1},
     {"scheme": "uniform", "bits": 2, "axis": 0, "group": 5, "zero_point": True},
@@ -29,7 +29,7 @@ CHOICES = [
     {"scheme": "uniform", "bits": 3, "axis": 0, "scale_dtype": "power_of_two"},
     {"scheme": "codebook", "bits": 3, "centres": "normal", "axis": 0},
     {"scheme": "codebook", "bits": 2, "axis": 0, "table_dtype": "float16"},
-    {"scheme": "uniform", "bits": 2, "rounding": "compensated", "axis": 0},
+    {"scheme": "uniform", "bits": 2, "rounding": "gptq", "axis": 0},
 ]
 
 
@@ -147,7 +147,7 @@ def test_whole_numbers_go_into_an_embedding_tied_to_the_head():
     torch.manual_seed(0)
     net, codes = Tied(), torch.randint(0, 12, (256, 4))
     loader = batch_loader(Tensors(codes, codes[:, 0]), batch_size=32, shuffle=True, seed=0)
-    strategy = uniform_strategy(net, 3, rounding="compensated")
+    strategy = uniform_strategy(net, 3, rounding="gptq")
     start = quantize_model(net, strategy, list(loader))
     learned = with_quantized(net, learn(net, strategy, loader, epochs=8))
     assert learned.head.weight is learned.embedding.weight
@@ -217,7 +217,7 @@ class Killing:
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
-@pytest.mark.parametrize("choice", [{"zero_point": True}, {"rounding": "compensated"}], ids=str)
+@pytest.mark.parametrize("choice", [{"zero_point": True}, {"rounding": "gptq"}], ids=str)
 def test_resuming_gives_the_same_codes(tmp_path, choice, calibrated):
     net = network()
     strategy = uniform_strategy(net, 3, axis=0, **choice)

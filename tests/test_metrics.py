@@ -191,8 +191,8 @@ def test_divergence_is_the_rise_of_the_loss_if_the_originals_outputs_were_the_tr
         nn.functional.cross_entropy(measured["outputs"].double(), truth, reduction="none")
         for measured in (quantized, original)
     )
-    rise = torch.from_numpy(divergence(quantized, original))
-    torch.testing.assert_close(rise, loss - least)
+    loss_increase = torch.from_numpy(divergence(quantized, original))
+    torch.testing.assert_close(loss_increase, loss - least)
     shifted = dict(quantized, outputs=original["outputs"] + 3.0)  # softmax knows no shift
     assert abs(divergence(shifted, original)).max() < 1e-6
 

@@ -11,10 +11,10 @@ from torch.func import functional_call
 
 from quantifind.mixed_precision.proxies import (
     fisher,
-    fisher_rise,
-    hessian_rise,
+    fisher_increase,
+    hessian_increase,
     hessian_traces,
-    output_fisher_rises,
+    output_fisher_increases,
     output_sqnr_db,
 )
 from quantifind.network.modules import named_tensors
@@ -112,13 +112,13 @@ def test_the_prediction_is_the_mean_rise_of_a_quadratic_loss():
     inputs, targets = torch.randn(9, 3).double(), torch.randn(9, 2).double()
     weight = net.weight.detach()
     mean_trace = hessian_traces(net, criterion, [(inputs, targets)], draws=2000)["weight"]
-    rises, predictions = [], []
+    loss_increases, predictions = [], []
     for signs in itertools.product((-0.1, 0.1), repeat=6):
         changed = weight + torch.tensor(signs, dtype=torch.float64).reshape(2, 3)
         outputs = functional_call(net, {"weight": changed}, (inputs,))
-        rises.append((criterion(outputs, targets) - criterion(net(inputs), targets)).item())
-        predictions.append(hessian_rise(mean_trace, weight, changed))
-    assert predictions[0] == pytest.approx(sum(rises) / len(rises), rel=0.03)
+        loss_increases.append((criterion(outputs, targets) - criterion(net(inputs), targets)).item())
+        predictions.append(hessian_increase(mean_trace, weight, changed))
+    assert predictions[0] == pytest.approx(sum(loss_increases) / len(loss_increases), rel=0.03)
     assert predictions == pytest.approx(predictions[:1] * len(predictions))
 
 
@@ -193,7 +193,7 @@ def test_output_fisher_is_its_definition(name):
     net, criterion, batches = network(name)
     net.eval()
     candidates = moved(net)
-    rises = output_fisher_rises(net, criterion, batches, candidates)
+    loss_increases = output_fisher_increases(net, criterion, batches, candidates)
     for path, module in net.named_modules():
         # attention's own projections are functions without a module
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and "attn" not in path:
@@ -201,7 +201,7 @@ def test_output_fisher_is_its_definition(name):
                 full = f"{path}.{own}" if path else own
                 arguments = net, criterion, batches, module, own
                 by_hand = [output_fisher_by_hand(*arguments, c) for c in candidates[full]]
-                assert rises[full] == pytest.approx(by_hand, rel=1e-3, abs=1e-12)
+                assert loss_increases[full] == pytest.approx(by_hand, rel=1e-3, abs=1e-12)
 
 
 def test_output_fisher_of_a_tied_weight_is_the_sum_of_its_uses():
@@ -211,16 +211,16 @@ def test_output_fisher_of_a_tied_weight_is_the_sum_of_its_uses():
         output_fisher_by_hand(net, CROSS_ENTROPY, batches, net[i], "weight", candidate)
         for i in (0, 2)
     )
-    rises = output_fisher_rises(net, CROSS_ENTROPY, batches, {"0.weight": [candidate]})
-    assert rises == {"0.weight": [pytest.approx(by_hand)]}
+    loss_increases = output_fisher_increases(net, CROSS_ENTROPY, batches, {"0.weight": [candidate]})
+    assert loss_increases == {"0.weight": [pytest.approx(by_hand)]}
 
 
 def test_output_fisher_of_an_output_bias_is_its_fisher():
     net, batches = mlp(), labelled(5, 2)
     bias = net[4].bias.detach()
     information = fisher(net, CROSS_ENTROPY, batches)["4.bias"]
-    rises = output_fisher_rises(net, CROSS_ENTROPY, batches, {"4.bias": [bias + 0.1, bias]})
-    assert rises["4.bias"] == pytest.approx([fisher_rise(information, bias, bias + 0.1), 0])
+    loss_increases = output_fisher_increases(net, CROSS_ENTROPY, batches, {"4.bias": [bias + 0.1, bias]})
+    assert loss_increases["4.bias"] == pytest.approx([fisher_increase(information, bias, bias + 0.1), 0])
 
 
 class Attention(nn.Module):
@@ -259,12 +259,12 @@ def test_output_fisher_of_a_packed_projection_is_that_of_its_parts(parameter):
     batches = [(torch.randn(5, 12).double(), torch.arange(5) % 4)]
     name = f"attention.in_proj_{parameter}"
     candidate = getattr(packed, f"in_proj_{parameter}").detach() * 0.9 + 0.01
-    rises = output_fisher_rises(Reader(packed), CROSS_ENTROPY, batches, {name: [candidate]})
+    loss_increases = output_fisher_increases(Reader(packed), CROSS_ENTROPY, batches, {name: [candidate]})
     parts = {
         f"attention.parts.{i}.{parameter}": [part] for i, part in enumerate(candidate.chunk(3))
     }
-    of_parts = output_fisher_rises(Reader(apart), CROSS_ENTROPY, batches, parts)
-    assert rises[name] == pytest.approx([sum(rise for (rise,) in of_parts.values())])
+    of_parts = output_fisher_increases(Reader(apart), CROSS_ENTROPY, batches, parts)
+    assert loss_increases[name] == pytest.approx([sum(loss_increase for (loss_increase,) in of_parts.values())])
 
 
 def test_an_activation_in_place():
@@ -273,7 +273,7 @@ def test_an_activation_in_place():
     in_place = copy.deepcopy(net)
     in_place[1].inplace = True
     arguments = CROSS_ENTROPY, labelled(4), moved(net)
-    assert output_fisher_rises(in_place, *arguments) == output_fisher_rises(net, *arguments)
+    assert output_fisher_increases(in_place, *arguments) == output_fisher_increases(net, *arguments)
 
 
 def test_an_embedding_of_padding_counts():
@@ -301,7 +301,7 @@ def test_every_network(name):
     with torch.no_grad():
         traces = hessian_traces(net, criterion, batches, draws=2)
         information = fisher(net, criterion, batches)
-        rises = output_fisher_rises(net, criterion, batches, candidates)
+        loss_increases = output_fisher_increases(net, criterion, batches, candidates)
 
     assert torch.equal(torch.get_rng_state(), random)
     assert modes == [module.training for module in net.modules()]
@@ -313,7 +313,7 @@ def test_every_network(name):
 
     values = named_tensors(net)
     assert traces.keys() == information.keys() == values.keys()
-    assert rises.keys() == {name for name in values if ".norm" not in name}
+    assert loss_increases.keys() == {name for name in values if ".norm" not in name}
     assert all(math.isfinite(trace) for trace in traces.values())
     for name, value in values.items():
         assert information[name].shape == value.shape
@@ -321,9 +321,9 @@ def test_every_network(name):
         assert information[name].isfinite().all()
         assert (information[name] >= 0).all()
         assert information[name].sum() > 0
-    for unchanged, *changed in rises.values():
+    for unchanged, *changed in loss_increases.values():
         assert unchanged == pytest.approx(0, abs=1e-12)
-        assert all(math.isfinite(rise) and rise > 0 for rise in changed)
+        assert all(math.isfinite(loss_increase) and loss_increase > 0 for loss_increase in changed)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_every_network(name):
     [
         hessian_traces,
         fisher,
-        lambda *arguments: output_fisher_rises(*arguments, {}),
+        lambda *arguments: output_fisher_increases(*arguments, {}),
     ],
 )
 def test_what_can_not_be_predicted_from_is_an_error(predict):
@@ -358,9 +358,9 @@ def test_numbers_and_candidates_are_checked():
     with pytest.raises(ValueError, match="examples is 0"):
         fisher(net, CROSS_ENTROPY, batches, examples=0)
     with pytest.raises(ValueError, match=r"unknown tensor '9\.bias': there are 0\.weight"):
-        output_fisher_rises(net, CROSS_ENTROPY, batches, {"9.bias": []})
+        output_fisher_increases(net, CROSS_ENTROPY, batches, {"9.bias": []})
     with pytest.raises(ValueError, match=r"4\.bias: a candidate is \[1\], the tensor \[3\]"):
-        output_fisher_rises(net, CROSS_ENTROPY, batches, {"4.bias": [torch.zeros(1)]})
+        output_fisher_increases(net, CROSS_ENTROPY, batches, {"4.bias": [torch.zeros(1)]})
 
 
 def test_sqnr_of_outputs_is_in_decibels():

@@ -170,7 +170,7 @@ def test_activations_stand_on_the_page():
         ({"scheme": "uniform", "bits": 4, "axis": None}, "4 bits, one scale, nearest"),
         ({"scheme": "uniform", "bits": 4, "axis": 0}, "4 bits, a scale per channel, nearest"),
         (
-            {"scheme": "uniform", "bits": 2, "axis": 0, "rounding": "compensated"},
+            {"scheme": "uniform", "bits": 2, "axis": 0, "rounding": "gptq"},
             "2 bits, a scale per channel, compensated",
         ),
         ({"scheme": "uniform", "bits": 1, "axis": 1}, "binary, a scale per channel, nearest"),

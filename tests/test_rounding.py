@@ -8,7 +8,7 @@ from torch import nn
 
 from quantifind.quantize import quantize, quantize_model
 from quantifind.strategy import Strategy
-from quantifind.tensor.gptq import Moments, RowLevels, best_weights, compensate, compensate_layer
+from quantifind.tensor.gptq import Moments, RowParams, best_weights, gptq, gptq_layer
 from quantifind.utils import plugins
 
 SCHEMES = plugins.names("schemes")
@@ -22,7 +22,7 @@ GRIDS = [
         for shared in ({"axis": 0, "group": 9}, {"group": 10})
     ),
     {"scheme": "uniform", "bits": 1, "axis": 0},
-    {"scheme": "uniform", "levels": 3, "scale": "squared_error"},
+    {"scheme": "uniform", "levels": 3, "scale": "mse"},
     {"scheme": "uniform", "bits": 2, "half_integer": True, "axis": 0},
     {"scheme": "uniform", "bits": 3, "axis": 0, "zero_point": True},
     {"scheme": "uniform", "bits": 3, "axis": 0, "scale_dtype": "power_of_two"},
@@ -51,8 +51,8 @@ def output_error(x, weights, rounded):
 def compensated(x, weights, choice):
     """Values rounded so that outputs for ``x`` stay near those of ``weights`` themselves."""
     start = on_grid(weights, choice)
-    levels = RowLevels.of(start, slice(None))
-    codes, _ = compensate(weights, x.T @ x, levels, start.codes)
+    levels = RowParams.of(start, slice(None))
+    codes, _ = gptq(weights, x.T @ x, levels, start.codes)
     return start, type(start)(**{**vars(start), "codes": codes})
 
 
@@ -109,7 +109,7 @@ def test_dead_inputs_get_zero(choice):
     x, weights = correlated(50, 12), torch.randn(10, 12).double()
     x[:, 3] = x[:, 8] = 0
     start, found = compensated(x, weights, choice)
-    levels = RowLevels.of(start, slice(None))
+    levels = RowParams.of(start, slice(None))
     for index in (3, 8):
         zero = levels.column(index)
         wanted = zero.values(zero.nearest(torch.zeros(10, 1, dtype=torch.double)))
@@ -162,13 +162,13 @@ def test_scales_chosen_by_output_error_are_no_worse(scale_dtype):
     torch.manual_seed(0)
     x, weights = correlated(60, 16), torch.randn(8, 16)
     moments = {(0, 8): Moments(x.T @ x, weights.double() @ x.T @ x, len(x))}
-    choice = {"scheme": "uniform", "bits": 2, "axis": 0, "scale": "weighted_squared_error"}
+    choice = {"scheme": "uniform", "bits": 2, "axis": 0, "scale": "weighted_mse"}
     choice["scale_dtype"] = scale_dtype
 
     def put(values, importance):
         return on_grid(values, choice | {"importance": importance})
 
-    fixed, chosen = (compensate_layer(weights, moments, put, search=s) for s in (False, True))
+    fixed, chosen = (gptq_layer(weights, moments, put, search=s) for s in (False, True))
     errors = [output_error(x, weights.double(), t.dequantize().double()) for t in (fixed, chosen)]
     assert (errors[1].sum() < errors[0].sum()) or scale_dtype == "power_of_two"
     assert errors[1].sum() <= errors[0].sum() * (1 + 1e-9)
@@ -214,7 +214,7 @@ def test_every_layer_kind_loses_less(name, scheme):
     choice = {"scheme": scheme, "bits": 3} | ({} if scheme == "codebook" else {"axis": 0})
     nearest, better = (
         quantize_model(layer, Strategy(choices), [(x,)])
-        for rounding in ("nearest", "compensated")
+        for rounding in ("nearest", "gptq")
         for choices in [
             {
                 n: choice | {"rounding": rounding} if p.dim() > 1 else None
@@ -256,7 +256,7 @@ def test_an_embedding_is_rounded_to_nearest(scheme, options):
     choice = {"scheme": scheme, "bits": 3} | options
     nearest = quantize(net, Strategy({"weight": choice})).tensors["weight"]
     found = quantize(
-        net, Strategy({"weight": choice | {"rounding": "compensated"}}), [(some_codes(),)]
+        net, Strategy({"weight": choice | {"rounding": "gptq"}}), [(some_codes(),)]
     ).tensors["weight"]
     assert torch.equal(found.dequantize(), nearest.dequantize())
 
@@ -270,11 +270,11 @@ def test_the_scale_of_an_embedding_is_weighted_by_its_use(scheme):
     kept = (
         {"centres": "weighted_k_means"}
         if scheme == "codebook"
-        else {"scale": "weighted_squared_error"}
+        else {"scale": "weighted_mse"}
     )
     nearest, found = (
         quantize_model(net, Strategy({"weight": choice}), [(codes,)])
-        for choice in (plain, plain | kept | {"rounding": "compensated"})
+        for choice in (plain, plain | kept | {"rounding": "gptq"})
     )
     errors = [(q(codes) - net(codes)).square().mean() for q in (nearest, found)]
     assert errors[1] < 0.5 * errors[0]
@@ -293,7 +293,7 @@ def test_a_tied_table_loses_less_in_both_its_uses_together(scheme, axis):
     choice = {"scheme": scheme, "bits": 2 if scheme == "codebook" else 3, "axis": axis}
     nearest, found = (
         quantize_model(net, Strategy({"embedding.weight": c, "head.bias": None}), [(codes,)])
-        for c in (choice, choice | {"rounding": "compensated"})
+        for c in (choice, choice | {"rounding": "gptq"})
     )
     assert found.head.weight is found.embedding.weight
     error = [
@@ -311,8 +311,8 @@ def test_rows_of_their_own_power_are_never_worse():
     x, weights = correlated(50, 8), torch.randn(6, 8).double()
     own = torch.tensor([0.0, 10, 100, 1000, 1e4, 1e9]).double()
     start = on_grid(weights, {"scheme": "uniform", "bits": 3, "axis": 0})
-    hessian, levels = x.T @ x, RowLevels.of(start, slice(None))
-    codes, _ = compensate(weights, hessian, levels, start.codes, own=own)
+    hessian, levels = x.T @ x, RowParams.of(start, slice(None))
+    codes, _ = gptq(weights, hessian, levels, start.codes, own=own)
 
     def error(codes):
         lost = weights - levels.values(codes.double())
@@ -388,6 +388,6 @@ def test_layers_that_cannot_be_compensated_say_so(net, message):
 
     model = Wrapped()
     choices = {name: None for name, _ in model.named_parameters()}
-    choices["weight"] = {"scheme": "uniform", "bits": 4, "rounding": "compensated"}
+    choices["weight"] = {"scheme": "uniform", "bits": 4, "rounding": "gptq"}
     with pytest.raises(ValueError, match=message):
         quantize(model, Strategy(choices), [(torch.randn(2, 3, 7),)])

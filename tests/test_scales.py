@@ -45,7 +45,7 @@ def test_between_powers_of_two():
     assert stored(1.01, POWER_OF_TWO, up=True) == 2
 
 
-@pytest.mark.parametrize("scale", ["largest", "squared_error"])
+@pytest.mark.parametrize("scale", ["max_abs", "mse"])
 def test_a_scale_too_large_to_store_is_refused(scale):
     values = torch.tensor([1e6, -2e6])
     with pytest.raises(ValueError, match=r"scale of 1.33e\+06 is too large for .*float16: at most"):
@@ -74,7 +74,7 @@ def test_scales_near_the_largest_that_can_be_stored_are_found(zero_point):
     values = torch.tensor([6.5e4 * 3 / 2, -9e4]) if not zero_point else torch.tensor([1.9e5, 1e3])
     options = {"scale_dtype": "float16", "zero_point": zero_point}
     assert uniform.quantize(values, 2, **options).scale > 6e4
-    assert uniform.quantize(values, 2, scale="squared_error", **options).scale.isfinite().all()
+    assert uniform.quantize(values, 2, scale="mse", **options).scale.isfinite().all()
 
 
 @pytest.mark.parametrize("exponent", range(1, 9))
@@ -83,7 +83,7 @@ def test_squared_error_is_less_for_every_exponent(exponent):
     shared = {"exponent": exponent, "axis": 0}
     errors = [
         (minifloat.quantize(SAMPLE, 10, scale=fit, **shared).dequantize() - SAMPLE).square().sum()
-        for fit in ("largest", "squared_error")
+        for fit in ("max_abs", "mse")
     ]
     assert errors[1] < errors[0]
 
@@ -98,14 +98,14 @@ def test_squared_error_is_near_the_least_of_all_scales(bits):
 
         largest = uniform.quantize(row, bits).scale.item()
         best = min(error(largest * share / 300) for share in range(10, 400, 1))
-        assert error("squared_error") <= 1.05 * best
+        assert error("mse") <= 1.05 * best
 
 
 def test_weighted_error_is_less_where_importance_is():
     importance = torch.logspace(-3, 3, 40)
     results = [
         uniform.quantize(SAMPLE, 3, axis=0, scale=scale, importance=importance).dequantize()
-        for scale in ("squared_error", "weighted_squared_error")
+        for scale in ("mse", "weighted_mse")
     ]
     plain, weighted = ((r - SAMPLE).square() * importance for r in results)
     assert weighted.sum() < plain.sum()
@@ -115,13 +115,13 @@ def test_weighted_error_is_less_where_importance_is():
 def test_weights_matter_by_their_ratios(factor):
     importance = torch.logspace(-3, 3, 40, dtype=torch.float64)
     one, other = (
-        uniform.quantize(SAMPLE, 3, scale="weighted_squared_error", importance=importance * f)
+        uniform.quantize(SAMPLE, 3, scale="weighted_mse", importance=importance * f)
         for f in (1.0, factor)
     )
     assert torch.equal(one.codes, other.codes)
 
 
-@pytest.mark.parametrize("fit", ["squared_error", "weighted_squared_error"])
+@pytest.mark.parametrize("fit", ["mse", "weighted_mse"])
 @pytest.mark.parametrize("magnitude", [1e-300, 1e-30, 1e30, 1e300])
 def test_extreme_scales_are_found_as_others_are(fit, magnitude):
     importance = torch.logspace(-3, 3, 40)
@@ -142,7 +142,7 @@ def test_extreme_scales_are_found_as_others_are(fit, magnitude):
         ({"scale": None}, "scale is None"),
         ({"scale": True}, "scale is True"),
         ({"scale_dtype": "float8"}, "scale_dtype is 'float8': float32, float16, power_of_two"),
-        ({"scale": "weighted_squared_error"}, "importance"),
+        ({"scale": "weighted_mse"}, "importance"),
     ],
 )
 def test_an_option_out_of_range_is_refused(wrong, message):
@@ -160,4 +160,4 @@ def test_an_option_out_of_range_is_refused(wrong, message):
 )
 def test_importance_that_cannot_weigh_is_refused(importance, message):
     with pytest.raises(ValueError, match=message):
-        uniform.quantize(SAMPLE, 4, scale="weighted_squared_error", importance=importance)
+        uniform.quantize(SAMPLE, 4, scale="weighted_mse", importance=importance)

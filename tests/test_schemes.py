@@ -64,7 +64,7 @@ def has_scale(module, options):
 
 
 @st.composite
-def arguments(draw, module, values, options, fits=("largest", "squared_error")):
+def arguments(draw, module, values, options, fits=("max_abs", "mse")):
     """Any that the scheme has, but for the width."""
     chosen = {
         **options,
@@ -224,7 +224,7 @@ def test_squared_error_is_never_more_than_that_of_the_largest(module, options, d
     shared = data.draw(arguments(module, values, options)) | {"importance": weights}
     largest, squared, weighted = (
         module.quantize(values, bits, **shared | {"scale": scale})
-        for scale in ("largest", "squared_error", "weighted_squared_error")
+        for scale in ("max_abs", "mse", "weighted_mse")
     )
     unit = 1 if not values.numel() or not values.any() else values.abs().max()
     values = values / unit
@@ -247,7 +247,7 @@ def test_extreme_values_stay_finite(module, options, dtype):
     extremes = [limits.min / 2, -limits.tiny, 0, limits.tiny, limits.max / 2]
     values = torch.tensor(extremes, dtype=dtype)
     for bits in range(module.MIN_BITS, module.MAX_BITS + 1):
-        for fit in ("largest", "squared_error") if has_scale(module, options) else (None,):
+        for fit in ("max_abs", "mse") if has_scale(module, options) else (None,):
             scale = {} if fit is None else {"scale": fit}
             quantized = module.quantize(values, bits, importance=torch.ones(5), **options, **scale)
             assert quantized.dequantize().isfinite().all()
@@ -260,7 +260,7 @@ def test_extreme_values_stay_finite(module, options, dtype):
 def test_an_empty_tensor_stays_as_it_is(module, options, shape, axis, group):
     empty = torch.zeros(shape)
     shared = {"axis": axis, "group": group, "importance": empty, **options}
-    for scale in ({}, {"scale": 0.5}, {"scale": "squared_error"}):
+    for scale in ({}, {"scale": 0.5}, {"scale": "mse"}):
         if has_scale(module, options) or not scale:
             quantized = module.quantize(empty, 4, **shared, **scale)
             assert torch.equal(quantized.dequantize(), empty)
@@ -268,7 +268,7 @@ def test_an_empty_tensor_stays_as_it_is(module, options, shape, axis, group):
 
 
 @for_every_case
-@pytest.mark.parametrize("fit", ["largest", "squared_error", "weighted_squared_error"])
+@pytest.mark.parametrize("fit", ["max_abs", "mse", "weighted_mse"])
 def test_a_last_group_may_be_smaller(module, options, fit):
     """It is quantized as a tensor of its own would be."""
     values = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)) + 2

@@ -15,10 +15,10 @@ from quantifind.mixed_precision import sensitivity
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.proxies import (
     fisher,
-    fisher_rise,
-    hessian_rise,
+    fisher_increase,
+    hessian_increase,
     hessian_traces,
-    output_fisher_rises,
+    output_fisher_increases,
     output_sqnr_db,
 )
 from quantifind.mixed_precision.sensitivity import (
@@ -136,8 +136,8 @@ def test_rows_are_those_of_a_plain_evaluation(measured):
         for name in wanted.keys() & row.keys():
             assert row[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
         assert {"criterion_ratio", "relative_error_low", "accuracy_drop_bound"} <= row.keys()
-        rise = divergence(rounded, original).mean()
-        assert row["rise"] == pytest.approx(max(rise, 0), rel=1e-3, abs=1e-9)
+        loss_increase = divergence(rounded, original).mean()
+        assert row["loss_increase"] == pytest.approx(max(loss_increase, 0), rel=1e-3, abs=1e-9)
         sqnr = output_sqnr_db(rounded["outputs"], original["outputs"])
         assert row["sqnr_db"] == pytest.approx(sqnr, rel=1e-3)
         (part,) = (quantized.tensors or quantized.activations).values()
@@ -151,7 +151,7 @@ def test_rows_are_those_of_a_plain_evaluation(measured):
 def test_fewer_bits_are_worse(measured):
     table = measured[3]
     nearest = table[(table["kind"] == "tensors") & (table["rounding"] == "nearest")]
-    by_width = nearest.pivot(index="name", columns="bits", values="rise")
+    by_width = nearest.pivot(index="name", columns="bits", values="loss_increase")
     assert (by_width[2] > by_width[4]).all()
 
 
@@ -203,14 +203,14 @@ def test_examples_are_measured_until_the_rise_is_precise(monkeypatch, precision)
     assert sum(measured) == len(table) * measurements.examples
     for row in table.to_dict("records"):
         key = f"alone {part_key(row['kind'], row['name'], row['choice'])}"
-        rises = measurements.store.get(key)[0]["divergence"]
+        loss_increases = measurements.store.get(key)[0]["divergence"]
         counts = [8, 16, 32] if precision else []
-        for count in (*counts, len(rises)):
-            rise = rises[:count].mean().item()
-            if rises[:count].std() / count**0.5 <= precision * rise:
+        for count in (*counts, len(loss_increases)):
+            loss_increase = loss_increases[:count].mean().item()
+            if loss_increases[:count].std() / count**0.5 <= precision * loss_increase:
                 break
         assert row["examples"] == count
-        assert row["rise"] == pytest.approx(max(rise, 0))
+        assert row["loss_increase"] == pytest.approx(max(loss_increase, 0))
 
 
 def test_parts_of_a_menu_are_those_of_a_strategy(measured):
@@ -246,25 +246,25 @@ def test_proxies_are_those_of_the_training_data(table):
     for row in table[table["kind"] == "tensors"].iloc[::3].to_dict("records"):
         name, alone = row["name"], strategy_of(net, measurements, row)
         put = quantize(net, alone, measurements.calibration).tensors[name].dequantize()
-        assert row["hessian_rise"] == pytest.approx(
-            hessian_rise(traces[name], values[name], put), rel=1e-3, abs=1e-12
+        assert row["hessian_increase"] == pytest.approx(
+            hessian_increase(traces[name], values[name], put), rel=1e-3, abs=1e-12
         )
-        assert row["fisher_rise"] == pytest.approx(
-            fisher_rise(information[name], values[name], put), rel=1e-3, abs=1e-12
+        assert row["fisher_increase"] == pytest.approx(
+            fisher_increase(information[name], values[name], put), rel=1e-3, abs=1e-12
         )
-        by_output = output_fisher_rises(net, CRITERION, batches, {name: [put]})
+        by_output = output_fisher_increases(net, CRITERION, batches, {name: [put]})
         wanted = by_output[name][0] if name in by_output else math.nan
-        assert row["output_fisher_rise"] == pytest.approx(wanted, rel=1e-3, abs=1e-12, nan_ok=True)
+        assert row["output_fisher_increase"] == pytest.approx(wanted, rel=1e-3, abs=1e-12, nan_ok=True)
 
 
 def test_proxies_of_what_has_none_are_missing(table):
     activations = table[table["kind"] == "activations"]
-    proxies = ["hessian_rise", "fisher_rise", "output_fisher_rise"]
+    proxies = ["hessian_increase", "fisher_increase", "output_fisher_increase"]
     assert len(activations) > 0
     assert activations[proxies].isna().all(axis=None)
     assert not table[table["kind"] == "tensors"][proxies[:2]].isna().any(axis=None)
     in_products = {"enter.weight", "enter.bias", "head.weight", "head.bias"}
-    missing = table[table["output_fisher_rise"].isna() & (table["kind"] == "tensors")]
+    missing = table[table["output_fisher_increase"].isna() & (table["kind"] == "tensors")]
     assert set(missing["name"]).isdisjoint(in_products)
     assert set(missing["name"]) == {"positions", "norm.weight", "norm.bias"}
 
@@ -272,49 +272,49 @@ def test_proxies_of_what_has_none_are_missing(table):
 def test_proxies_foretell_the_order_of_the_rises(table):
     correlations = rank_correlations(table)
     assert list(correlations) == list(sensitivity.PROXIES)
-    assert correlations["fisher_rise"] > 0.7
-    assert correlations["output_fisher_rise"] > 0.8
+    assert correlations["fisher_increase"] > 0.7
+    assert correlations["output_fisher_increase"] > 0.8
     assert correlations["sqnr_db"] > 0.8
 
 
-def hand_made(rises, **columns):
-    return pd.DataFrame({"rise": rises} | columns)
+def hand_made(loss_increases, **columns):
+    return pd.DataFrame({"loss_increase": loss_increases} | columns)
 
 
 def test_rank_correlations_are_of_ranks():
-    rises = [0.1, 0.4, 0.2, 3.0]
+    loss_increases = [0.1, 0.4, 0.2, 3.0]
     table = hand_made(
-        rises,
-        hessian_rise=rises,
-        fisher_rise=[rise**3 for rise in rises],
-        output_fisher_rise=[-rise for rise in rises],
-        sqnr_db=[-10 * math.log10(rise) for rise in rises],
+        loss_increases,
+        hessian_increase=loss_increases,
+        fisher_increase=[loss_increase**3 for loss_increase in loss_increases],
+        output_fisher_increase=[-loss_increase for loss_increase in loss_increases],
+        sqnr_db=[-10 * math.log10(loss_increase) for loss_increase in loss_increases],
     )
     assert rank_correlations(table) == pytest.approx(
-        {"sqnr_db": 1, "hessian_rise": 1, "fisher_rise": 1, "output_fisher_rise": -1}
+        {"sqnr_db": 1, "hessian_increase": 1, "fisher_increase": 1, "output_fisher_increase": -1}
     )
-    half = hand_made([1.0, 2.0, 3.0, 4.0], hessian_rise=[1.0, 2.0, 4.0, 3.0])
-    assert rank_correlations(half) == pytest.approx({"hessian_rise": 0.8})
+    half = hand_made([1.0, 2.0, 3.0, 4.0], hessian_increase=[1.0, 2.0, 4.0, 3.0])
+    assert rank_correlations(half) == pytest.approx({"hessian_increase": 0.8})
 
 
 def test_missing_and_infinite_proxies_are_left_out():
     table = hand_made(
         [0.1, 0.2, 0.3, 0.4, 0.0],
-        fisher_rise=[1.0, 2.0, 3.0, math.nan, math.nan],
+        fisher_increase=[1.0, 2.0, 3.0, math.nan, math.nan],
         sqnr_db=[3.0, 2.0, 1.0, 0.0, math.inf],
-        hessian_rise=[1.0, 2.0, math.nan, math.nan, math.nan],
+        hessian_increase=[1.0, 2.0, math.nan, math.nan, math.nan],
     )
     found = rank_correlations(table)
-    assert found["fisher_rise"] == pytest.approx(1)
+    assert found["fisher_increase"] == pytest.approx(1)
     assert found["sqnr_db"] == pytest.approx(1)
-    assert math.isnan(found["hessian_rise"])  # two are too few
+    assert math.isnan(found["hessian_increase"])  # two are too few
 
 
-def curve(name, rises, kind="tensors", original=0.5):
+def curve(name, loss_increases, kind="tensors", original=0.5):
     return pd.DataFrame(
         [
-            {"kind": kind, "name": name, "bits": bits, "rise": rise, "original_criterion": original}
-            for bits, rise in rises
+            {"kind": kind, "name": name, "bits": bits, "loss_increase": loss_increase, "original_criterion": original}
+            for bits, loss_increase in loss_increases
         ]
     )
 
@@ -334,8 +334,8 @@ def curve(name, rises, kind="tensors", original=0.5):
         ([(4, 0.0)], 4.0),
     ],
 )
-def test_cliffs(rises, cliff):
-    assert cliffs(curve("a", rises), 1.01) == {"a": cliff}
+def test_cliffs(loss_increases, cliff):
+    assert cliffs(curve("a", loss_increases), 1.01) == {"a": cliff}
 
 
 def test_cliffs_of_several_tensors_and_sites():
@@ -352,9 +352,9 @@ def test_cliffs_of_several_tensors_and_sites():
 
 
 def test_cliffs_are_relative_to_the_float_loss():
-    rises = [(4, 0.003), (2, 0.03)]
-    assert cliffs(curve("a", rises, original=1.0), 1.01) == {"a": 4.0}
-    assert cliffs(curve("a", rises, original=10.0), 1.01) == {"a": 2.0}
+    loss_increases = [(4, 0.003), (2, 0.03)]
+    assert cliffs(curve("a", loss_increases, original=1.0), 1.01) == {"a": 4.0}
+    assert cliffs(curve("a", loss_increases, original=10.0), 1.01) == {"a": 2.0}
 
 
 def options_of(choices, key):
@@ -373,7 +373,7 @@ def test_default_menus_have_the_widths():
     for name, choices in tensors.items():
         nearest = [c for c in choices if "rounding" not in c]
         assert options_of(nearest, "bits") == [2, 3, 8]
-        compensated = [c for c in choices if c.get("rounding") == "compensated"]
+        compensated = [c for c in choices if c.get("rounding") == "gptq"]
         assert options_of(compensated, "bits") == (
             [2, 3, None] if name in ("enter.weight", "head.weight") else []
         )
@@ -438,11 +438,11 @@ def test_menus_of_every_module_can_be_fitted():
     menus = default_menus(measurements, [2], [8])
     parts = quantized_parts(measurements, menus)
     assert len(parts) == sum(len(c) for menu in menus.values() for c in menu.values())
-    compensated = {key.split()[0] for key in parts if "compensated" in key}
+    compensated = {key.split()[0] for key in parts if "gptq" in key}
     assert {f"tensors/{n}" for n in ("table.weight", "mix.weight", "head.weight")} <= compensated
     assert "tensors/layer.self_attn.in_proj_weight" in compensated
     table = sensitivities(measurements, menus, parts)
-    assert table["rise"].notna().all()
+    assert table["loss_increase"].notna().all()
 
 
 def test_menus_of_a_transposed_convolution_can_be_fitted():

@@ -118,7 +118,7 @@ def zoo():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 @pytest.mark.parametrize("train", [True, False])
 def test_any_module_is_quantized(zoo, scheme, rounding, train):
     if not train:
@@ -160,7 +160,7 @@ def test_buffers_are_quantized_where_they_are_named(zoo):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_dtypes_stay(dtype, rounding):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)).to(dtype)
@@ -172,7 +172,7 @@ def test_dtypes_stay(dtype, rounding):
     assert (quantized(x) - net(x)).norm() < 0.3 * net(x).norm()
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_parameters_over_the_same_memory_are_one(rounding):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
@@ -218,35 +218,35 @@ GOOD = [(torch.ones(2, 2),)]
         (WEIGHT | {"axis": 0, "group": "2"}, None, "weight: group is '2': whole numbers"),
         (WEIGHT | {"scale": "large"}, None, "weight: scale is 'large'"),
         (
-            WEIGHT | {"scale": "output_error"},
+            WEIGHT | {"scale": "output_mse"},
             GOOD,
             "weight: scale 'output_error' needs rounding 'com",
         ),
         (WEIGHT | {"rounding": "up"}, None, "weight: rounding is 'up': nearest, compensated, corr"),
         (WEIGHT | {"rounding": "corrected"}, GOOD, "weight: rounding 'corrected' is for biases"),
         (
-            WEIGHT | {"rounding": "compensated"},
+            WEIGHT | {"rounding": "gptq"},
             None,
             "weight: rounding 'compensated': calibration h",
         ),
         (
-            WEIGHT | {"rounding": "compensated"},
+            WEIGHT | {"rounding": "gptq"},
             [],
             "weight: rounding 'compensated': calibration has",
         ),
         (
-            WEIGHT | {"rounding": "compensated"},
+            WEIGHT | {"rounding": "gptq"},
             [(torch.ones(2, 5),)],
             r"calibration inputs of shape \[\d, 5\] do not fit the network",
         ),
         (
-            WEIGHT | {"scale": "weighted_squared_error"},
+            WEIGHT | {"scale": "weighted_mse"},
             None,
             "weight: scale 'weighted_squared_error'",
         ),
         ({"scheme": "minifloat", "bits": 4, "exponent": 9}, None, "weight: exponent is 9"),
         ({"scheme": "power_of_two", "bits": 4, "terms": 9}, None, "weight: terms is 9"),
-        ({"scheme": "codebook", "bits": 4, "scale": "largest"}, None, "weight: .*scale.*k-means"),
+        ({"scheme": "codebook", "bits": 4, "scale": "max_abs"}, None, "weight: .*scale.*k-means"),
     ],
 )
 def test_errors_name_the_tensor_and_the_option(choice, calibration, message):
@@ -265,7 +265,7 @@ def test_unknown_and_unnamed_tensors_are_named():
         quantize_model(net, Strategy({"weight": choice}))
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_values_that_cannot_be_quantized_are_named(rounding):
     net = nn.Linear(2, 2)
     net.weight.data[0] = torch.tensor([torch.nan, torch.inf])
@@ -287,7 +287,7 @@ def test_importance_is_for_what_a_pass_multiplies():
             return self.head(x + self.positions)
 
     net, batches = Positions(), [(torch.randn(4, 3, 2),)]
-    for options in ({"scale": "weighted_squared_error"}, {"rounding": "compensated"}):
+    for options in ({"scale": "weighted_mse"}, {"rounding": "gptq"}):
         strategy = uniform_strategy(net, 4, **options)
         with pytest.raises(
             ValueError, match=r"positions: .*: no linear or convolution or embedding"
@@ -304,7 +304,7 @@ def small():
 
 def test_fitted_codes_are_taken_as_they_are():
     net, x = small(), torch.randn(40, 5)
-    strategy = uniform_strategy(net, 3, axis=0, rounding="compensated")
+    strategy = uniform_strategy(net, 3, axis=0, rounding="gptq")
     fitted = quantize(net, strategy, [(x,)])
     known = replace(strategy, fitted=fitted)
     assert quantize(net, known) is fitted  # without calibration
@@ -361,14 +361,14 @@ def test_learned_codes_have_to_be_there():
 
 ALONE = [
     *({"scheme": scheme, "bits": 3, "axis": 0} for scheme in SCHEMES),
-    {"scheme": "uniform", "levels": 3, "scale": "squared_error"},
-    {"scheme": "uniform", "bits": 3, "axis": 0, "rounding": "compensated"},
-    {"scheme": "codebook", "bits": 3, "axis": 0, "rounding": "compensated"},
-    {"scheme": "uniform", "bits": 2, "axis": 0, "rounding": "compensated", "scale": "output_error"},
-    {"scheme": "uniform", "levels": 3, "axis": 0, "rounding": "compensated",
-     "scale": "output_error", "scale_dtype": "float16"},
-    {"scheme": "uniform", "bits": 3, "axis": 0, "scale": "weighted_squared_error"},
-    {"scheme": "uniform", "bits": 3, "axis": 0, "group": 2, "scale": "weighted_squared_error"},
+    {"scheme": "uniform", "levels": 3, "scale": "mse"},
+    {"scheme": "uniform", "bits": 3, "axis": 0, "rounding": "gptq"},
+    {"scheme": "codebook", "bits": 3, "axis": 0, "rounding": "gptq"},
+    {"scheme": "uniform", "bits": 2, "axis": 0, "rounding": "gptq", "scale": "output_mse"},
+    {"scheme": "uniform", "levels": 3, "axis": 0, "rounding": "gptq",
+     "scale": "output_mse", "scale_dtype": "float16"},
+    {"scheme": "uniform", "bits": 3, "axis": 0, "scale": "weighted_mse"},
+    {"scheme": "uniform", "bits": 3, "axis": 0, "group": 2, "scale": "weighted_mse"},
     {"scheme": "codebook", "bits": 2, "centres": "weighted_k_means"},
 ]  # fmt: skip
 
@@ -425,12 +425,12 @@ def test_errors_of_one_tensor_alone(choice, message):
     with pytest.raises(ValueError, match=message):
         quantize_alone(Varied(), "head.weight", [choice], [(torch.randint(9, (3, 4)),)])
     with pytest.raises(ValueError, match="calibration has no examples"):
-        quantize_alone(Varied(), "head.weight", [WEIGHT | {"rounding": "compensated"}])
+        quantize_alone(Varied(), "head.weight", [WEIGHT | {"rounding": "gptq"}])
     with pytest.raises(ValueError, match=r"head.bias: rounding 'corrected' is for a bias"):
         quantize_alone(Varied(), "head.bias", [WEIGHT | {"rounding": "corrected"}],
                        [(torch.randint(9, (3, 4)),)])  # fmt: skip
     with pytest.raises(ValueError, match="gain: rounding 'compensated' is for weights"):
-        quantize_alone(Varied(), "gain", [WEIGHT | {"rounding": "compensated"}],
+        quantize_alone(Varied(), "gain", [WEIGHT | {"rounding": "gptq"}],
                        [(torch.randint(9, (3, 4)),)])  # fmt: skip
 
 
@@ -448,13 +448,13 @@ def test_a_tensor_alone_that_no_product_uses_is_named():
         def forward(self, x):
             return self.head(x + self.positions)
 
-    choice = WEIGHT | {"scale": "weighted_squared_error"}
+    choice = WEIGHT | {"scale": "weighted_mse"}
     with pytest.raises(ValueError, match=r"positions: .*: no linear or convolution or embedding"):
         quantize_alone(Positions(), "positions", [choice], [(torch.randn(4, 3, 2),)])
 
 
 @pytest.mark.parametrize(
-    "options", [{"rounding": "compensated"}, {"scale": "weighted_squared_error"}], ids=str
+    "options", [{"rounding": "gptq"}, {"scale": "weighted_mse"}], ids=str
 )
 def test_a_parametrized_weight_alone(options):
     torch.manual_seed(0)

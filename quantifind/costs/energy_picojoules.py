@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from quantifind.network.macs import ProductCount
 from quantifind.network.modules import named_tensors
+from quantifind.network.trace import ProductFacts
 from quantifind.tensor.quantized import Quantized
 
 # picojoules
@@ -16,7 +16,7 @@ READ_DRAM_BIT = 640 / 32
 
 
 def measure(
-    model: nn.Module, quantized: Quantized, products: Sequence[ProductCount]
+    model: nn.Module, quantized: Quantized, products: Sequence[ProductFacts]
 ) -> dict[str, float]:
     """Picojoules of each parameter: its multiply-adds, and reading its stored bits once from DRAM.
 
@@ -26,9 +26,9 @@ def measure(
     codebook, which means nothing until it is looked up, it is a multiply-add of 32-bit floats,
     whatever the width. Reading activations, and caches, are left out.
 
-    products: as `quantifind.network.macs.multiply_adds` returns them.
-    Returns: by name of a parameter, a quantized buffer, a buffer that is a weight, or the left site
-    of a product of two activations.
+    products: as `quantifind.network.trace.macs` returns them.
+    Returns: by name of a parameter, a quantized buffer, a buffer that is a weight, or the left
+    operand of a product of two activations.
     """
     stored = {
         name: 8 * value.numel() * value.element_size()
@@ -42,7 +42,7 @@ def measure(
         else:
             left, right = product.bits(quantized)
             each = multiply_integers(left, right) + ADD_INT32
-        cost[product.name] = cost.get(product.name, 0.0) + product.multiply_adds * each
+        cost[product.name] = cost.get(product.name, 0.0) + product.macs * each
     return cost
 
 

@@ -30,14 +30,14 @@ class Option:
     tensors: dict[str, Choice | None]
     activations: dict[str, Choice | None]
     cost: float
-    rise: float
+    loss_increase: float
 
 
 def undominated(options: Sequence[Option]) -> list[Option]:
     """Those than which no other is both as cheap and as good, from the dearest to the cheapest."""
     kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.cost, o.rise)):
-        if not kept or option.rise < kept[-1].rise:
+    for option in sorted(options, key=lambda o: (o.cost, o.loss_increase)):
+        if not kept or option.loss_increase < kept[-1].loss_increase:
             kept.append(option)
     return kept[::-1]
 
@@ -51,21 +51,21 @@ def allocate(units: Sequence[Sequence[Option]], budget: float) -> Assignment | N
     (0, 0)
     """
     costs = np.array([option.cost for unit in units for option in unit])
-    rises = np.array([option.rise for unit in units for option in unit])
+    loss_increases = np.array([option.loss_increase for unit in units for option in unit])
     sizes = [len(unit) for unit in units]
     cheapest = tuple(
-        min(range(len(unit)), key=lambda i: (unit[i].cost, unit[i].rise)) for unit in units
+        min(range(len(unit)), key=lambda i: (unit[i].cost, unit[i].loss_increase)) for unit in units
     )
     if total_cost(units, cheapest) > budget:
         return None
     one_each = sparse.block_diag([sparse.coo_array(np.ones((1, size))) for size in sizes])
     starts = np.cumsum([0, *sizes])
-    scale, most, slack = rises.max(), max(budget, costs.max()) or 1.0, 0.0
+    scale, most, slack = loss_increases.max(), max(budget, costs.max()) or 1.0, 0.0
     while True:
-        allowed = rises <= scale
+        allowed = loss_increases <= scale
         with _quiet():
             solved = optimize.milp(
-                np.where(allowed, rises / (scale or 1.0), 0.0),
+                np.where(allowed, loss_increases / (scale or 1.0), 0.0),
                 integrality=np.ones(len(costs)),
                 bounds=optimize.Bounds(0, allowed),
                 constraints=[
@@ -84,7 +84,9 @@ def allocate(units: Sequence[Sequence[Option]], budget: float) -> Assignment | N
             # the solver takes a millionth too much for nothing: test_the_budget_is_kept_…
             slack += TOLERANCE
             continue
-        total = sum(rises[start + index] for start, index in zip(starts, chosen, strict=False))
+        total = sum(
+            loss_increases[start + index] for start, index in zip(starts, chosen, strict=False)
+        )
         # the best has no option that is worse than this whole; without those the rest fill the
         # range in which the solver is exact: test_rises_of_any_size_are_told_apart
         if total >= SHRINK * scale:
@@ -130,5 +132,8 @@ def moves(units: Sequence[Sequence[Option]], start: Assignment) -> list[Assignme
                 (units[i][start[i]], units[i][moved[i]]) for i in (down, up) if i is not None
             ]
             saved = sum(old.cost - new.cost for old, new in changed)
-            found[tuple(moved)] = (saved, sum(new.rise - old.rise for old, new in changed))
+            found[tuple(moved)] = (
+                saved,
+                sum(new.loss_increase - old.loss_increase for old, new in changed),
+            )
     return sorted(found, key=lambda a: (found[a][0] <= 0, found[a][1] / (abs(found[a][0]) or 1e-9)))

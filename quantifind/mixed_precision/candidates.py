@@ -81,7 +81,7 @@ class Candidates:
         self.parts = quantized_parts(measurements, menus)
         table = sensitivities(measurements, menus, self.parts, precision=precision)
         keys = map(part_key, table["kind"], table["name"], table["choice"])
-        self.rises = dict(zip(keys, table["rise"], strict=True))
+        self.loss_increases = dict(zip(keys, table["loss_increase"], strict=True))
         self.units = [undominated(self._options(*unit)) for unit in self._units()]
         self.fixed = self.cost(Quantized({})) - self.cost(
             Quantized({}), {*menus["tensors"], *menus["activations"]}
@@ -121,13 +121,13 @@ class Candidates:
         for chosen in combinations(*menus):
             own, met = dict(chosen[: len(tensors)]), dict(chosen[len(tensors) :])
             cost = self.cost(self.alone(own, met), {*tensors, *sites})
-            options.append(Option(own, met, cost, self.rise(own, met)))
+            options.append(Option(own, met, cost, self.loss_increase(own, met)))
         return options
 
-    def rise(self, tensors: Chosen, activations: Chosen) -> float:
+    def loss_increase(self, tensors: Chosen, activations: Chosen) -> float:
         """Predicted, of the loss: the sum of what each measured alone."""
         return sum(
-            self.rises[part_key(kind, name, choice)]
+            self.loss_increases[part_key(kind, name, choice)]
             for kind, named in (("tensors", tensors), ("activations", activations))
             for name, choice in named.items()
             if choice is not None
@@ -242,10 +242,12 @@ class Candidates:
         strategy, quantized = trial.strategy, trial.quantized
         original = self.measurements.original["loss"].mean().item()
         known = all(
-            c is None or part_key("tensors", n, c) in self.rises
+            c is None or part_key("tensors", n, c) in self.loss_increases
             for n, c in strategy.tensors.items()
         )
-        rise = self.rise(strategy.tensors, strategy.activations) if known else math.nan
+        loss_increase = (
+            self.loss_increase(strategy.tensors, strategy.activations) if known else math.nan
+        )
         return {
             "key": trial.key,
             "strategy": replace(strategy, fitted=quantized),
@@ -253,7 +255,7 @@ class Candidates:
             "mean_bits": mean_bits(self.model, quantized),
             "model_bytes": sum(model_bytes.measure(self.model, quantized, []).values()),
             self.goal.cost: self.cost(quantized),
-            "predicted_ratio": 1 + rise / original,
+            "predicted_ratio": 1 + loss_increase / original,
             "examples": examples,
             **drop,
         }
@@ -306,12 +308,12 @@ class Candidates:
         low, high = ratio_interval(columns["loss"], same["loss"], confidence=LIKELY)
         if not math.isfinite(ours["criterion_ratio_bound"] + its["criterion_ratio_bound"] + high):
             return False  # too few examples to tell: test_steps_on_few_examples_are_not_given_up
-        rise, wider = (
+        loss_increase, wider = (
             ours[f"criterion_ratio{end}"] - its[f"criterion_ratio{end}"] for end in ("", "_bound")
         )
-        rise += (wider - rise) * math.sqrt(examples / whole)
+        loss_increase += (wider - loss_increase) * math.sqrt(examples / whole)
         error = (high - low) / 2 * its["criterion_ratio"]
-        return rise > error * math.sqrt(1 - examples / whole)
+        return loss_increase > error * math.sqrt(1 - examples / whole)
 
     def whole(self) -> list[Row]:
         """The rows of candidates measured on all examples."""

@@ -64,12 +64,12 @@ def hessian_traces(
         return {name: trace / max(parameters[name].numel(), 1) for name, trace in traces.items()}
 
 
-def hessian_rise(mean_trace: float, values: Tensor, quantized: Tensor) -> float:
+def hessian_increase(mean_trace: float, values: Tensor, quantized: Tensor) -> float:
     """½ · trace(H)/elements · ‖quantized − values‖²: the rise, were the change's direction random.
 
     mean_trace: of `hessian_traces`.
 
-    >>> hessian_rise(3.0, torch.zeros(2), torch.tensor([1.0, -1.0]))
+    >>> hessian_increase(3.0, torch.zeros(2), torch.tensor([1.0, -1.0]))
     3.0
     """
     return 0.5 * mean_trace * (quantized.double() - values.double()).square().sum().item()
@@ -115,20 +115,20 @@ def fisher(
     return {name: mean.detach() for name, mean in means.items()}
 
 
-def fisher_rise(information: Tensor, values: Tensor, quantized: Tensor) -> float:
+def fisher_increase(information: Tensor, values: Tensor, quantized: Tensor) -> float:
     """½ · Σ F (quantized − values)²: for a log-likelihood and a network that fits its data, the
     Fisher information is the Hessian's expectation, and here its diagonal stands for it.
 
     information: F, of `fisher`, of the shape of ``values``.
 
-    >>> fisher_rise(torch.tensor([2.0, 0.0]), torch.zeros(2), torch.tensor([3.0, 3.0]))
+    >>> fisher_increase(torch.tensor([2.0, 0.0]), torch.zeros(2), torch.tensor([3.0, 3.0]))
     9.0
     """
     change = quantized.double() - values.double()
     return 0.5 * (information.double() * change.square()).sum().item()
 
 
-def output_fisher_rises(
+def output_fisher_increases(
     model: nn.Module,
     criterion: Criterion,
     batches: Iterable[Any],
@@ -148,20 +148,20 @@ def output_fisher_rises(
     """
     kept = _labelled(batches)
     count = sum(len(inputs) for inputs, _ in kept)
-    rises: dict[str, list[float]] = {}
+    loss_increases: dict[str, list[float]] = {}
     with _differentiable(model) as (work, parameters):
         _check_candidates(parameters, candidates)
         for inputs, targets in kept:
             uses = _product_uses(work, criterion, inputs, targets)
             for name in candidates.keys() & uses.keys():
-                found = rises.setdefault(name, [0.0] * len(candidates[name]))
+                found = loss_increases.setdefault(name, [0.0] * len(candidates[name]))
                 for i, candidate in enumerate(candidates[name]):
                     with _replaced(parameters[name], candidate):
                         for product, output, gradient in uses[name]:
                             change = product.compute(*product.operands) - output
                             power = (gradient * change).square().sum(dtype=torch.float64)
                             found[i] += 0.5 * power.item() / count
-    return {name: rises[name] for name in candidates if name in rises}
+    return {name: loss_increases[name] for name in candidates if name in loss_increases}
 
 
 def output_sqnr_db(outputs: Tensor, original_outputs: Tensor) -> float:

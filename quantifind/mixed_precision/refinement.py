@@ -46,7 +46,7 @@ LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
 LEARNABLE, BESIDE = 4, 8
 
 
-def compensate_in_order(candidates: Candidates) -> None:
+def gptq_sequentially(candidates: Candidates) -> None:
     """The best allocations again, each layer compensated for what those before it lost, then their
     scales adjusted."""
     best, goal = candidates.best_assignment(), candidates.goal
@@ -62,7 +62,7 @@ def compensate_in_order(candidates: Candidates) -> None:
             strategies = [candidates.strategy(a) for a in assignments[first : first + FITTED]]
             fitted = _compensated(candidates, strategies)
             for strategy, quantized in zip(strategies, fitted, strict=True):
-                (row,) = candidates.measure([candidates.trial("in order", strategy, quantized)])
+                (row,) = candidates.measure([candidates.trial("sequential", strategy, quantized)])
                 row, _ = adjust_scales(candidates, row, candidates.factors)
                 step(note(row))
                 failed = 0 if goal.keeps(row) else failed + 1
@@ -91,7 +91,7 @@ def _stored(store: Store, key: str) -> Quantized:
     return artifact.unpack(*entry)
 
 
-def steady(candidates: Candidates) -> None:
+def add_safer_allocations(candidates: Candidates) -> None:
     """Allocations somewhat dearer than the best, each with scales adjusted for itself: rungs of the
     ladder that are surer, should the best not hold on test data."""
     best, goal = candidates.best(), candidates.goal
@@ -138,7 +138,7 @@ def _learnable(option: Option) -> bool:
         weight = choice is not None and "axis" in choice
         if choice is None or choice.get("bits", 2) > (LEARNABLE if weight else BESIDE):
             return False
-        if weight and choice.get("rounding") != "compensated":
+        if weight and choice.get("rounding") != "gptq":
             return False
     return True
 

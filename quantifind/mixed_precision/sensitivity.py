@@ -17,13 +17,13 @@ from quantifind.certification.certificate import drops
 from quantifind.mixed_precision.measurements import Columns, Measurements
 from quantifind.mixed_precision.proxies import (
     fisher,
-    fisher_rise,
-    hessian_rise,
+    fisher_increase,
+    hessian_increase,
     hessian_traces,
-    output_fisher_rises,
+    output_fisher_increases,
 )
 from quantifind.network.activations import activation_sites, fit_activations
-from quantifind.network.calibration import compensable_weights
+from quantifind.network.calibration import gptq_weights
 from quantifind.network.modules import named_tensors, plain_copy
 from quantifind.quantize import quantize_alone
 from quantifind.storage import artifact
@@ -38,7 +38,7 @@ EXAMPLES, PRECISION = 250, 0.25
 UNCHANGED = 2_000
 # training examples and random vectors from which derivatives are estimated
 PROXY_EXAMPLES, DRAWS = 256, 8
-PROXIES = ("sqnr_db", "hessian_rise", "fisher_rise", "output_fisher_rise")
+PROXIES = ("sqnr_db", "hessian_increase", "fisher_increase", "output_fisher_increase")
 Parts = dict[str, QuantizedTensor]
 # "tensors" and "activations", by name of the tensor or site the choices it has
 Menus = Mapping[str, Mapping[str, Sequence[Choice]]]
@@ -47,14 +47,14 @@ Menus = Mapping[str, Mapping[str, Sequence[Choice]]]
 WIDTHS = range(1, 17)
 WIDER = range(1, 33)
 PER_CHANNEL: dict[str, Any] = {"scheme": "uniform", "axis": 0, "scale_dtype": "float16"}
-NEAREST = PER_CHANNEL | {"scale": "squared_error"}
-COMPENSATED = PER_CHANNEL | {"scale": "output_error", "rounding": "compensated"}
+NEAREST = PER_CHANNEL | {"scale": "mse"}
+COMPENSATED = PER_CHANNEL | {"scale": "output_mse", "rounding": "gptq"}
 PER_TENSOR: dict[str, Any] = {
     "scheme": "uniform",
     "scale_dtype": "float16",
-    "scale": "squared_error",
+    "scale": "mse",
 }
-ACTIVATION: dict[str, Any] = {"scheme": "uniform", "zero_point": True, "scale": "squared_error"}
+ACTIVATION: dict[str, Any] = {"scheme": "uniform", "zero_point": True, "scale": "mse"}
 # the most bits with float16 scales
 FLOAT16_BITS = 8
 # widths at which compensated rounding is tried; above, rounding to nearest is as good
@@ -77,7 +77,7 @@ def default_menus(
     if 2 in widths:
         weight.append(COMPENSATED | {"levels": 3})
     single = [PER_TENSOR | _width(bits) for bits in widths]
-    able = compensable_weights(plain_copy(model), measurements.calibration)
+    able = gptq_weights(plain_copy(model), measurements.calibration)
     tensors = {
         name: [
             dict(choice)
@@ -195,10 +195,10 @@ def sensitivities(
 
 
 def _precise(columns: Columns, precision: float) -> bool:
-    rise = columns["divergence"]
+    loss_increase = columns["divergence"]
     # few examples may all be of those that don't change: test_no_rise_is_not_taken_for_granted
-    seen = rise.any() or len(rise) >= UNCHANGED
-    return bool(seen and stats.sem(rise) <= precision * rise.mean())
+    seen = loss_increase.any() or len(loss_increase) >= UNCHANGED
+    return bool(seen and stats.sem(loss_increase) <= precision * loss_increase.mean())
 
 
 def _row(
@@ -213,7 +213,7 @@ def _row(
         "bits": part.bits,
         "stored_bits": part.stored_bits if kind == "tensors" else 0,
         "original_criterion": columns["original_loss"].mean(),
-        "rise": max(columns["divergence"].mean(), 0.0),
+        "loss_increase": max(columns["divergence"].mean(), 0.0),
         **drops(columns),
         "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,
         "examples": len(columns["loss"]),
@@ -234,7 +234,7 @@ def measure_sensitivity(
     seed: int = 0,
 ) -> pd.DataFrame:
     """The table of `sensitivities`, and for tensors what is predicted of them without measuring:
-    ``hessian_rise``, ``fisher_rise`` and ``output_fisher_rise`` (`quantifind.mixed_precision.proxies`), from
+    ``hessian_increase``, ``fisher_increase`` and ``output_fisher_increase`` (`quantifind.mixed_precision.proxies`), from
     training data.
 
     Arguments as for `quantifind.search.find_strategy`, with which it shares what it measured.
@@ -262,16 +262,16 @@ def _proxies(table: pd.DataFrame, measurements: Measurements, parts: Parts) -> p
     for row in rows.to_dict("records"):
         part = parts[part_key("tensors", row["name"], row["choice"])]
         candidates[row["name"]].append(part.dequantize().to(values[row["name"]].device))
-    by_output = output_fisher_rises(model, criterion, batches, candidates)
+    by_output = output_fisher_increases(model, criterion, batches, candidates)
     predicted = []
     for name, quantized in candidates.items():
         of_outputs = by_output.get(name, [math.nan] * len(quantized))
         for put, of_output in zip(quantized, of_outputs, strict=True):
             predicted.append(
                 {
-                    "hessian_rise": hessian_rise(traces[name], values[name], put),
-                    "fisher_rise": fisher_rise(information[name], values[name], put),
-                    "output_fisher_rise": of_output,
+                    "hessian_increase": hessian_increase(traces[name], values[name], put),
+                    "fisher_increase": fisher_increase(information[name], values[name], put),
+                    "output_fisher_increase": of_output,
                 }
             )
     return pd.DataFrame(predicted, index=rows.index)
@@ -284,10 +284,14 @@ def rank_correlations(table: pd.DataFrame) -> dict[str, float]:
     correlations = {}
     for proxy in PROXIES:
         if proxy in table:
-            both = table[["rise", proxy]].replace([np.inf, -np.inf], np.nan).dropna()
+            both = table[["loss_increase", proxy]].replace([np.inf, -np.inf], np.nan).dropna()
             sign = -1 if proxy == "sqnr_db" else 1
             enough = len(both) > 2
-            found = sign * both["rise"].corr(both[proxy], method="spearman") if enough else math.nan
+            found = (
+                sign * both["loss_increase"].corr(both[proxy], method="spearman")
+                if enough
+                else math.nan
+            )
             correlations[proxy] = float(found)
     return correlations
 
@@ -301,7 +305,7 @@ def cliffs(table: pd.DataFrame, limit: float) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for kind, name in dict.fromkeys(zip(table["kind"], table["name"], strict=True)):
         rows = table[(table["kind"] == kind) & (table["name"] == name)]
-        least = rows.groupby("bits")["rise"].min().sort_index(ascending=False)
+        least = rows.groupby("bits")["loss_increase"].min().sort_index(ascending=False)
         within = least <= (limit - 1) * rows["original_criterion"].iloc[0]
         passed = within.cummin()
         key = name if kind == "tensors" else f"input of {name}"

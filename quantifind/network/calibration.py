@@ -2,7 +2,6 @@
 and what the float network makes of it."""
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,19 +11,24 @@ from torch import Tensor, nn
 
 from quantifind.network.modules import own_tensors, run
 from quantifind.network.products import Product, visiting
+from quantifind.network.trace import GPTQ_KINDS
 from quantifind.tensor.gptq import Moments
 from quantifind.utils.devices import evaluating
 
 Batches = Sequence[Any]
 # elements of an unfolded input held at a time
 CHUNK = 2**24
-COMPENSABLE = ("linear", "convolution", "embedding")
+Round = Callable[[Product], Product]
+
+
+def _as_it_is(product: Product) -> Product:
+    return product
 
 
 def calibration_batches(batches: Iterable[Any] | None) -> Batches:
     """Batches (inputs, …) kept, so that every pass sees the same.
 
-    Errors: ValueError where there is none, none with an example, for a batch that is not (inputs,
+    Raises: ValueError where there is none, none with an example, for a batch that is not (inputs,
     …), and for inputs that are not finite.
     """
     kept = list(batches) if batches is not None else []
@@ -41,34 +45,6 @@ def calibration_batches(batches: Iterable[Any] | None) -> Batches:
     if not kept:
         raise ValueError("calibration has no examples: give batches (inputs, …) of training data")
     return kept
-
-
-def compensable_weights(model: nn.Module, batches: Batches) -> set[str]:
-    """The weights that all uses of in a pass of the first batch are of `COMPENSABLE` kinds."""
-    kinds: dict[str, set[str]] = {}
-
-    def visit(product: Product) -> Tensor:
-        if product.weight is not None:
-            kinds.setdefault(product.weight, set()).add(product.kind)
-        return product.compute(*product.operands)
-
-    with evaluating(model), visiting(model, visit):
-        run(model, batches[0][0])
-    return {name for name, seen in kinds.items() if seen <= set(COMPENSABLE)}
-
-
-def weight_uses(model: nn.Module, batches: Batches) -> Counter[str]:
-    """The weights in the order in which a pass of the first batch uses them, and how often."""
-    uses: Counter[str] = Counter()
-
-    def visit(product: Product) -> Tensor:
-        if product.weight is not None:
-            uses[product.weight] += 1
-        return product.compute(*product.operands)
-
-    with evaluating(model), visiting(model, visit):
-        run(model, batches[0][0])
-    return uses
 
 
 def second_moments(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
@@ -113,32 +89,38 @@ def second_moments(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
 @torch.no_grad()
 def layer_moments(
     model: nn.Module,
-    work: nn.Module,
     name: str,
     batches: Batches,
     uses: int,
-    rounded: Callable[[Product], Product],
+    *,
+    work: nn.Module | None = None,
+    rounded: Round = _as_it_is,
 ) -> dict[tuple[int, int], Moments]:
-    """Moments of the inputs that a weight meets in ``work``, by its rows (first, last + 1).
+    """Moments of the inputs that a weight meets, by its rows (first, last + 1).
 
-    model: the float network; work: the same, in part quantized. uses: of the weight in a pass.
+    model: the float network, whose outputs are wanted.
+    name: of the weight.
+    batches: as `calibration_batches` gives them.
+    uses: how often a pass uses the weight.
+    work: the same network, in part quantized, whose inputs the weight meets; the float network by
+        default.
     rounded: a product of ``work`` → the same with its operands on their levels.
-    Errors: ValueError for a use that is none of `COMPENSABLE`, and for inputs that are not finite.
+    Raises: ValueError for a use that is none of `GPTQ_KINDS`, and for inputs that are not finite.
     """
-    weight = own_tensors(work)[name]
+    weight = own_tensors(model)[name]
     moments: dict[tuple[int, int], Moments] = {}
-    look_ups = None
-    for product, _, target in paired_uses(model, work, name, batches, uses, rounded):
-        if product.kind not in COMPENSABLE:
+    looked_up = None
+    for product, target in _paired_uses(model, work, name, batches, uses, rounded):
+        if product.kind not in GPTQ_KINDS:
             raise ValueError(
-                f"{name}: rounding 'compensated': it is used in a "
-                f"{product.kind.replace('_', ' ')}; {', '.join(COMPENSABLE)} are allowed"
+                f"rounding 'gptq': it is used in a {product.kind.replace('_', ' ')}; "
+                f"{', '.join(GPTQ_KINDS)} are allowed"
             )
         first, last, _ = (product.rows or slice(None)).indices(len(weight))
         if product.kind == "embedding":
-            look_ups = weight.new_zeros(len(weight)).double() if look_ups is None else look_ups
+            looked_up = weight.new_zeros(len(weight)).double() if looked_up is None else looked_up
             counts = product.operands[0].flatten().bincount(minlength=last - first)
-            look_ups[first:last] += counts
+            looked_up[first:last] += counts
             continue
         if product.bias is not None:
             target = target - _along_outputs(product.bias, product)
@@ -149,26 +131,22 @@ def layer_moments(
             groups, _, inputs = chunk.shape
             rows = (last - first) // groups
             for group in range(groups):
-                x = chunk[group].to(precise)
-                y = part[:, group * rows : (group + 1) * rows].to(precise)
                 start = first + group * rows
                 found = moments.setdefault((start, start + rows), _no_moments(weight, rows, inputs))
-                found.inputs += x.T @ x
-                found.outputs += y.T @ x
-                found.positions += len(x)
+                outputs = part[:, group * rows : (group + 1) * rows]
+                found.add(chunk[group].to(precise), outputs.to(precise))
     if any(not found.inputs.isfinite().all() for found in moments.values()):
-        raise ValueError(f"{name}: its inputs on calibration data are NaN or infinite")
+        raise ValueError("its inputs on calibration data are NaN or infinite")
     spans = sorted(moments)
     if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
         raise ValueError(
-            f"{name}: rounding 'compensated': a pass uses it whole and in parts; "
-            "round it to 'nearest'"
+            "rounding 'gptq': a pass uses it whole and in parts; round it to 'nearest'"
         )
-    if look_ups is not None:
+    if looked_up is not None:
         if not moments:
             moments[0, len(weight)] = _no_moments(weight, len(weight), weight[0].numel())
         for (first, last), found in moments.items():
-            found.look_ups = look_ups[first:last]
+            found.counts = looked_up[first:last]
     return moments
 
 
@@ -180,60 +158,24 @@ def _no_moments(weight: Tensor, rows: int, inputs: int) -> Moments:
     )
 
 
-@torch.no_grad()
-def mean_shift(
-    model: nn.Module,
-    work: nn.Module,
-    name: str,
-    batches: Batches,
-    uses: int,
-    rounded: Callable[[Product], Product],
-) -> tuple[str | None, Tensor]:
-    """The bias beside a weight, and how much it must rise for the mean output of each channel to be
-    the float network's (Nagel et al. 2019, arXiv:1906.04721); None where no bias is."""
-    bias: str | None = None
-    weight = own_tensors(work)[name]
-    total = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    positions = torch.zeros_like(total)
-    paired = paired_uses(model, work, name, batches, uses, rounded, results=True)
-    for product, result, target in paired:
-        if product.bias_name is None or product.kind not in COMPENSABLE:
-            continue
-        assert result is not None
-        bias = product.bias_name
-        shift = _output_rows(target - result, product).double()
-        # queries and keys of a packed projection may be of different lengths
-        rows = product.rows or slice(None)
-        total[rows] += shift.sum(0)
-        positions[rows] += len(shift)
-    return bias, total / positions.clamp(min=1)
-
-
 class _LastUse(Exception):
     """Ends a pass: what follows is not needed."""
 
 
-def paired_uses(
+def _paired_uses(
     model: nn.Module,
-    work: nn.Module,
+    work: nn.Module | None,
     name: str,
     batches: Batches,
     uses: int,
-    rounded: Callable[[Product], Product],
-    *,
-    results: bool = False,
-) -> Iterator[tuple[Product, Tensor | None, Tensor]]:
-    """Each product with weight ``name`` in ``work``, its result, and the float network's.
-
-    ``work`` may be ``model`` itself where ``rounded`` leaves products as they are. results: whether
-    the last one's is needed too, which else is not computed.
-    """
+    rounded: Round,
+) -> Iterator[tuple[Product, Tensor]]:
+    """Each product with the weight in ``work``, and the float network's result."""
     for inputs, *_ in batches:
-        products, targets = _uses(model, name, inputs, uses, lambda product: product)
-        found = targets
-        if work is not model:
-            products, found = _uses(work, name, inputs, uses, rounded, compute_last=results)
-        yield from itertools.zip_longest(products, found, targets)
+        products, targets = _uses(model, name, inputs, uses, _as_it_is)
+        if work is not None:
+            products, _ = _uses(work, name, inputs, uses, rounded, compute_last=False)
+        yield from zip(products, targets, strict=True)
 
 
 def _uses(
@@ -241,11 +183,11 @@ def _uses(
     name: str,
     inputs: Tensor,
     uses: int,
-    rounded: Callable[[Product], Product],
+    rounded: Round,
     *,
     compute_last: bool = True,
 ) -> tuple[list[Product], list[Tensor]]:
-    """The products with a weight, and their results."""
+    """The products with a weight, and their results; the last one's only where it is asked for."""
     products: list[Product] = []
     results: list[Tensor] = []
 

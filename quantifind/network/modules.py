@@ -18,8 +18,10 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in which parametrized tensors have become the parameters they stand for, as they
-    are in eval mode, and parameters that share their memory one."""
+    """A deep copy without parametrizations, in which parameters that share memory are one.
+
+    Parametrized tensors become the parameters that they stand for in eval mode.
+    """
     replica = copy.deepcopy(model)
     first: dict[Any, nn.Parameter] = {}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -55,13 +57,14 @@ def _memory(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _is_parametrized(model: nn.Module) -> bool:
+def is_parametrized(model: nn.Module) -> bool:
+    """Whether any of its modules is."""
     return any(map(parametrize.is_parametrized, model.modules()))
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, memory that is shared once, parametrized ones as they are used."""
-    if _is_parametrized(model):
+    if is_parametrized(model):
         model = plain_copy(model)
     tensors: dict[Any, tuple[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -88,4 +91,4 @@ def run(model: nn.Module, inputs: Tensor) -> None:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"calibration inputs of shape {list(inputs.shape)} do not fit the network: {reason}"
-        ) from None
+        ) from error

@@ -55,7 +55,7 @@ class Product:
     kind: linear, convolution, transposed_convolution, embedding or matrix_product, which any other
         is: one of what was computed, or with a weight turned or reshaped.
     operands: what meets in it, less a weight that is one of the network's tensors.
-    sites: a name for each operand: that of the weight, or of the module that computes the product,
+    activations: a name for each operand: that of the weight, or of the module that computes the product,
         the number of the product in it, and left or right.
     weight: the name of the weight, None for a product of what was computed.
     rows: which of the weight's rows, where it is a part of a packed weight; None for all.
@@ -67,7 +67,7 @@ class Product:
 
     kind: str
     operands: tuple[Tensor, ...]
-    sites: tuple[str, ...]
+    activations: tuple[str, ...]
     compute: Callable[..., Tensor]
     weight: str | None = None
     rows: slice | None = None
@@ -210,8 +210,8 @@ class _Visiting(TorchFunctionMode):
         owners = self._owner(left), self._owner(right)
         if owners == (None, None):
             self.counts[where] += 1
-            sites = f"{prefix}.left", f"{prefix}.right"
-            return self.visit(Product("matrix_product", (left, right), sites, compute))
+            activations = f"{prefix}.left", f"{prefix}.right"
+            return self.visit(Product("matrix_product", (left, right), activations, compute))
         if None not in owners:
             return compute(left, right)
         if owners[0] is None:

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantifind.tensor.quantized import Grid, QuantizedTensor, from_rows
+from quantifind.tensor.qparams import Grid, QParams, from_rows
+from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.tensor.scales import (
     check_values,
     filled_rows,
     importance_rows,
     level_count,
-    nearest_codes,
-    quantize_on,
-    storage_dtype,
+    quantize_to_grid,
 )
+from quantifind.tensor.stored_scales import storage_dtype
 
 MIN_BITS, MAX_BITS = 1, 8
 CENTRES = ("k_means", "weighted_k_means", "normal")
@@ -41,13 +41,13 @@ def quantize(
     centres: "k_means", the entries with the least squared error, stored with the tensor;
         "weighted_k_means", each error weighted with ``importance``; "normal", equally likely
         quantiles of the normal distribution, times a scale: NF4 is 4 bits in groups of 64.
-    axis, group: what shares a table, or a scale, as in `quantifind.tensor.quantized.to_rows`.
+    axis, group: what shares a table, or a scale, as in `quantifind.tensor.qparams.to_rows`.
     importance: not negative, broadcasts against ``values``: second moments of the inputs, or
         squared gradients.
     table_dtype: what k-means centres are stored in, "float32" (default; float64 for float64 values)
         or "float16".
-    options: for "normal", `scale` and `scale_dtype`, as `quantifind.tensor.scales.quantize_on` has them.
-    Errors: ValueError naming the option that is out of range, and as `quantize_on`.
+    options: for "normal", `scale` and `scale_dtype`, as `quantifind.tensor.scales.quantize_to_grid` has them.
+    Errors: ValueError naming the option that is out of range, and as `quantize_to_grid`.
 
     >>> quantize(torch.tensor([0.1, 0.2, 0.9, 5.0]), levels=3).dequantize().tolist()
     [0.15000000596046448, 0.15000000596046448, 0.8999999761581421, 5.0]
@@ -58,7 +58,7 @@ def quantize(
     if centres == "normal":
         grid = Grid(count, table=normal_levels(count).to(values.device))
         options |= {"axis": axis, "group": group, "importance": importance}
-        return quantize_on(values, grid, **options)
+        return quantize_to_grid(values, grid, **options)
     if options:
         raise ValueError(f"{', '.join(options)}: k-means centres have no scale and no zero point")
     check_values(values)
@@ -75,9 +75,8 @@ def quantize(
             f"at most {torch.finfo(dtype).max:.3g} is allowed"
         )
     grid = Grid(count, table=kept[0] if len(kept) == 1 else kept, stored=True)
-    codes = nearest_codes(rows, grid, None, None).to(torch.int32)
-    codes = from_rows(codes, values.shape, axis, group)
-    return QuantizedTensor(codes, grid, None, values.dtype, axis, group)
+    codes = from_rows(grid.codes(rows).to(torch.int32), values.shape, axis, group)
+    return QuantizedTensor(codes, QParams(grid, axis=axis, group=group), values.dtype)
 
 
 def normal_levels(count: int) -> Tensor:

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantifind.tensor.quantized import Grid, QuantizedTensor
-from quantifind.tensor.scales import quantize_on, whole_number
+from quantifind.tensor.qparams import Grid
+from quantifind.tensor.quantized import QuantizedTensor
+from quantifind.tensor.scales import quantize_to_grid, whole_number
 
 MIN_BITS, MAX_BITS = 3, 16
 SPECIALS = ("none", "nan", "infinity")
@@ -30,9 +31,9 @@ def quantize(
         of either sign; "infinity", the highest exponent, as IEEE 754 does. By default those of the
         OCP formats: "nan" for e4m3, "infinity" for e5m2, else "none".
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, as
-        `quantifind.tensor.scales.quantize_on` has them. MX is ``axis=0``, ``group=32`` and
+        `quantifind.tensor.scales.quantize_to_grid` has them. MX is ``axis=0``, ``group=32`` and
         ``scale_dtype="power_of_two"``; the format itself, as a processor has it, ``scale=1.0``.
-    Errors: ValueError for a format that can't be, and as `quantize_on`.
+    Errors: ValueError for a format that can't be, and as `quantize_to_grid`.
 
     >>> quantize(torch.tensor([0.2, -1.6, 2.4, 7.0]), 4, scale=1.0).dequantize().tolist()
     [0.0, -1.5, 2.0, 6.0]
@@ -43,7 +44,7 @@ def quantize(
     exponent = whole_number("exponent", exponent, f"{bits} bits take", 1, min(bits - 1, 8))
     table = levels(exponent, bits - 1 - exponent, specials)
     grid = Grid(len(table), table=table.to(values.device))
-    return quantize_on(values, grid, **options)
+    return quantize_to_grid(values, grid, **options)
 
 
 def levels(exponent: int, mantissa: int, specials: str | None = None) -> Tensor:

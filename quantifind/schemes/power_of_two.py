@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantifind.tensor.quantized import Grid, QuantizedTensor
-from quantifind.tensor.scales import quantize_on, whole_number
+from quantifind.tensor.qparams import Grid
+from quantifind.tensor.quantized import QuantizedTensor
+from quantifind.tensor.scales import quantize_to_grid, whole_number
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -17,9 +18,9 @@ def quantize(values: Tensor, bits: int, *, terms: int = 1, **options: Any) -> Qu
     bits: 2 to 8, the sign included. terms: 1 to bits − 1, among which the other bits are divided,
         the first taking what is over.
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, as
-        `quantifind.tensor.scales.quantize_on` has them.
+        `quantifind.tensor.scales.quantize_to_grid` has them.
     Returns: at most 2^bits − 1 distinct values for each scale, 0 among them.
-    Errors: ValueError for a number of bits or terms that can't be, and as `quantize_on`.
+    Errors: ValueError for a number of bits or terms that can't be, and as `quantize_to_grid`.
 
     >>> quantize(torch.tensor([1.0, 0.4, -0.2, 0.1]), 3).dequantize().tolist()
     [1.0, 0.5, -0.25, 0.0]
@@ -27,7 +28,7 @@ def quantize(values: Tensor, bits: int, *, terms: int = 1, **options: Any) -> Qu
     bits = whole_number("bits", bits, "power_of_two takes", MIN_BITS, MAX_BITS)
     terms = whole_number("terms", terms, f"{bits} bits take", 1, bits - 1)
     table = levels(bits, terms).to(values.device)
-    return quantize_on(values, Grid(len(table), table=table), **options)
+    return quantize_to_grid(values, Grid(len(table), table=table), **options)
 
 
 def levels(bits: int, terms: int = 1) -> Tensor:

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from quantifind.tensor.quantized import Grid, QuantizedTensor
-from quantifind.tensor.scales import level_count, quantize_on
+from quantifind.tensor.qparams import Grid
+from quantifind.tensor.quantized import QuantizedTensor
+from quantifind.tensor.scales import level_count, quantize_to_grid
 
 MIN_BITS, MAX_BITS = 1, 32
 
@@ -27,11 +28,11 @@ def quantize(
     half_integer: whether the levels are ±½, ±1½, …, for an even number of them; by default at 1 bit
         alone, where whole numbers would leave none above 0.
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, `zero_point`, as
-        `quantifind.tensor.scales.quantize_on` has them.
+        `quantifind.tensor.scales.quantize_to_grid` has them.
     Returns: at most so many distinct values for each scale. With ``scale`` "largest" each value is
     at most half a step and one unit in the last place of its dtype from the original, and a
     constant tensor keeps its value.
-    Errors: ValueError for a number of levels that can't be, and as `quantize_on`.
+    Errors: ValueError for a number of levels that can't be, and as `quantize_to_grid`.
 
     >>> import torch
     >>> quantize(torch.tensor([0.0, 0.3, -0.3, 0.75]), bits=3).codes.tolist()
@@ -46,4 +47,4 @@ def quantize(
             f"half_integer needs an even number of levels and no zero point, not {count} levels"
             + ", zero_point=True" * zero_point
         )
-    return quantize_on(values, Grid(count, offset=0.5 if half_integer else 0.0), **options)
+    return quantize_to_grid(values, Grid(count, offset=0.5 if half_integer else 0.0), **options)

@@ -1,14 +1,16 @@
 """Error-compensated rounding: what one weight loses, the next ones make up for, so that a layer's
 outputs stay near the float network's (GPTQ, arXiv:2210.17323)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quantifind.tensor.quantized import Grid, QuantizedTensor, from_rows
-from quantifind.tensor.scales import nearest_codes, stored_scale
+from quantifind.tensor.choice import Choice
+from quantifind.tensor.qparams import QParams, from_rows
+from quantifind.tensor.quantized import QuantizedTensor
+from quantifind.tensor.stored_scales import stored_scale
 
 BLOCK = 128
 ROWS = 512
@@ -25,31 +27,31 @@ class Moments:
     """Sums over the positions at which some rows of a weight, (rows, inputs), meet an input x.
 
     inputs: Σ x xᵀ, (inputs, inputs). outputs: Σ y xᵀ, (rows, inputs), where y is what the float
-    network has there less the bias that is added here. positions: how many. look_ups: how often
+    network has there less the bias that is added here. positions: how many. counts: how often
     each row is an embedding's output too, (rows,), None where the weight is no embedding.
     """
 
     inputs: Tensor
     outputs: Tensor
     positions: int = 0
-    look_ups: Tensor | None = None
+    counts: Tensor | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Inputs (positions, inputs) and wanted outputs (positions, rows)."""
+        self.inputs += x.T @ x
+        self.outputs += y.T @ x
+        self.positions += len(x)
 
 
-def compensate_layer(
-    values: Tensor,
-    moments: Mapping[tuple[int, int], Moments],
-    quantize: Callable[[Tensor, Tensor], QuantizedTensor],
-    *,
-    search: bool = False,
+def gptq_layer(
+    values: Tensor, moments: Mapping[tuple[int, int], Moments], choice: Choice
 ) -> QuantizedTensor:
     """A layer's weight rounded so that the error of its outputs on calibration inputs is small.
 
-    values: the weight, (outputs, …). moments: by rows, as `quantifind.network.calibration.layer_moments`
-    gives them.
-    quantize: the values to aim at, and the importance of each → the values rounded to
-    nearest, which fixes the grid.
-    search: whether to choose the scale of each channel among `SHARES` of the one that ``quantize``
-    gives, by the error of its outputs.
+    values: the weight, (outputs, …).
+    moments: by rows, as `quantifind.network.calibration.layer_moments` gives them.
+    choice: its grid, fitted by rounding to nearest; with the scale "output_mse" that of each
+        channel is chosen among `SHARES` of it, by the error of the channel's outputs.
     """
     flat = values.detach().reshape(len(values), -1).double()
     target, importance = flat.clone(), torch.zeros_like(flat)
@@ -58,121 +60,113 @@ def compensate_layer(
         target[rows] = best_weights(flat[rows], part)
         importance[rows] = (part.inputs.diagonal() + _own(part)) / max(part.positions, 1)
     aim = target.reshape(values.shape).to(values.dtype)
-    start = quantize(aim, importance.reshape(values.shape))
+    start = choice.quantize(aim, importance.reshape(values.shape))
     codes = start.codes.reshape(flat.shape).clone()
     share = torch.ones(len(flat), 1, dtype=torch.float64, device=flat.device)
     # a channel's scales can be chosen by its own outputs only where they are its own
-    own_scales = start.axis is not None and start.axis % values.dim() == 0
-    search = search and own_scales and start.scale is not None
+    axis, scale = start.qparams.axis, start.qparams.scale
+    own_scales = axis is not None and axis % values.dim() == 0 and scale is not None
+    search = own_scales and choice.options.get("scale") == "output_mse"
     for (first, last), part in moments.items():
         rows = slice(first, last)
-        levels = RowLevels.of(start, rows)
-        codes[rows], share[rows] = compensate(
+        codes[rows], share[rows] = gptq(
             target[rows],
             part.inputs,
-            levels,
+            RowParams.of(start, rows),
             codes[rows],
             SHARES if search else SHARES[:1],
-            own=part.look_ups,
+            own=part.counts,
         )
-    scale = start.scale
+    qparams = start.qparams
     if search and scale is not None:
         shared = scale.double().reshape(len(flat), -1) * share
-        scale = stored_scale(shared.reshape(scale.shape), scale.dtype)
-    return replace(start, codes=codes.reshape(values.shape), scale=scale)
+        qparams = replace(qparams, scale=stored_scale(shared.reshape(scale.shape), scale.dtype))
+    return replace(start, codes=codes.reshape(values.shape), qparams=qparams)
 
 
 def best_weights(weights: Tensor, moments: Moments) -> Tensor:
     """The weights, (rows, inputs), whose outputs are nearest to the float network's: those given,
     corrected by least squares for what the layer's inputs and its bias have lost so far."""
     # one matrix for all rows: what is looked up has no error to make up for
-    more = 0.0 if moments.look_ups is None else moments.look_ups.mean().item()
+    more = 0.0 if moments.counts is None else moments.counts.mean().item()
     hessian = _damped(moments.inputs, more)
     missing = moments.outputs - weights @ moments.inputs  # Σ (y − W x) xᵀ
     return weights + torch.linalg.solve(hessian, missing.T).T
 
 
 def _own(moments: Moments) -> Tensor | float:
-    return 0.0 if moments.look_ups is None else moments.look_ups.unsqueeze(1)
+    return 0.0 if moments.counts is None else moments.counts.unsqueeze(1)
 
 
 @dataclass(frozen=True)
-class RowLevels:
-    """The levels that each element of some rows of a tensor can have.
+class RowParams(QParams):
+    """Quantization parameters of each element of some rows of a weight.
 
-    scale, zero: (rows, 1) or (rows, inputs) float64; None where there is none.
+    scale, zero_point: (rows, 1) or (rows, inputs) float64; None where there is none.
+    scale_dtype: what the scale is stored in.
     table_of: where rows have tables of their own, which one, (rows, 1) or (rows, inputs).
     """
 
-    grid: Grid
-    scale: Tensor | None
-    scale_dtype: torch.dtype | None
-    zero: Tensor | None
-    table_of: Tensor | None
+    scale_dtype: torch.dtype | None = None
+    table_of: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: QuantizedTensor, rows: slice) -> "RowLevels":
+    def of(cls, tensor: QuantizedTensor, rows: slice) -> "RowParams":
         """Those of some outputs of a quantized weight (outputs, …)."""
-        outputs = len(tensor.codes)
+        outputs, given = len(tensor.codes), tensor.qparams
 
         def spread(each: Tensor | None) -> Tensor | None:
             if each is None:
                 return None
             if each.numel() == 1:
                 return each.double().reshape(1, 1).expand(outputs, 1)[rows]
-            if len(each) == outputs and tensor.axis == 0:
+            if len(each) == outputs and given.axis == 0:
                 return each.double()[rows]
-            shape, axis, group = tensor.codes.shape, tensor.axis, tensor.group
-            return from_rows(each.double(), shape, axis, group).reshape(outputs, -1)[rows]
+            shape = tensor.codes.shape
+            whole = from_rows(each.double(), shape, given.axis, given.group)
+            return whole.reshape(outputs, -1)[rows]
 
-        table, table_of = tensor.grid.table, None
+        table, table_of = given.grid.table, None
         if table is not None and table.dim() == 2:
             table_of = spread(torch.arange(len(table), device=table.device).unsqueeze(1))
-        dtype = None if tensor.scale is None else tensor.scale.dtype
-        return cls(tensor.grid, spread(tensor.scale), dtype, spread(tensor.zero_point), table_of)
-
-    def repeated(self, count: int) -> "RowLevels":
-        """Those of so many copies of the rows, one copy after another."""
-
-        def again(each: Tensor | None) -> Tensor | None:
-            return each if each is None or count == 1 else each.repeat(count, 1)
-
-        return replace(
-            self,
-            scale=again(self.scale),
-            zero=again(self.zero),
-            table_of=again(self.table_of),
+        return cls(
+            given.grid,
+            spread(given.scale),
+            spread(given.zero_point),
+            scale_dtype=None if given.scale is None else given.scale.dtype,
+            table_of=table_of,
         )
 
-    def scaled(self, share: float | Tensor) -> "RowLevels":
+    def repeated(self, count: int) -> "RowParams":
+        """Those of so many copies of the rows, one copy after another."""
+        if count == 1:
+            return self
+        named = {"scale": self.scale, "zero_point": self.zero_point, "table_of": self.table_of}
+        copies = {name: each.repeat(count, 1) for name, each in named.items() if each is not None}
+        return replace(self, **copies)  # type: ignore[arg-type]
+
+    def rescaled(self, share: float | Tensor) -> "RowParams":
         """With the scales that are stored for so many times these."""
         if self.scale is None or self.scale_dtype is None:
             return self
         return replace(self, scale=stored_scale(self.scale * share, self.scale_dtype).double())
 
-    def column(self, index: int) -> "RowLevels":
+    def column(self, index: int) -> QParams:
+        """Those of one input, (rows, 1)."""
+
         def at(each: Tensor | None) -> Tensor | None:
             return each if each is None or each.shape[1] == 1 else each[:, index : index + 1]
 
         grid, table_of = self.grid, at(self.table_of)
         if table_of is not None and grid.table is not None:
             grid = replace(grid, table=grid.table[table_of[:, 0].long()])
-        return replace(self, grid=grid, scale=at(self.scale), zero=at(self.zero), table_of=None)
-
-    def nearest(self, values: Tensor) -> Tensor:
-        return nearest_codes(values, self.grid, self.scale, self.zero)
-
-    def values(self, codes: Tensor) -> Tensor:
-        values = self.grid.values(codes).double()
-        if self.zero is not None:
-            values = values - self.zero
-        return values if self.scale is None else values * self.scale
+        return QParams(grid, at(self.scale), at(self.zero_point))
 
 
-def compensate(
+def gptq(
     target: Tensor,
     hessian: Tensor,
-    levels: RowLevels,
+    levels: RowParams,
     nearest: Tensor,
     shares: Sequence[float] = (1.0,),
     *,
@@ -203,7 +197,9 @@ def compensate(
     together = max(1, TOGETHER // max(target.numel(), 1))
     for first in range(0, len(shares), together):
         some = target.new_tensor(shares[first : first + together])
-        copies = levels.repeated(len(some)).scaled(some.repeat_interleave(len(target)).unsqueeze(1))
+        copies = levels.repeated(len(some)).rescaled(
+            some.repeat_interleave(len(target)).unsqueeze(1)
+        )
         again = wanted if len(some) == 1 else wanted.repeat(len(some), 1)
         tried, tried_values = _in_turn(again, factor, order, copies)
         for i, tried_share in enumerate(some):
@@ -217,18 +213,18 @@ def compensate(
         del again, tried, tried_values  # a layer of 4,096 × 4,096 takes 134 MB each
     del factor, wanted
     codes, values = codes.T.contiguous(), values.T.contiguous()
-    _descend(target, hessian, each, levels.scaled(share), codes, values)
+    _descend(target, hessian, each, levels.rescaled(share), codes, values)
     return codes.T.contiguous(), share
 
 
-def _nearest_columns(levels: RowLevels, values: Tensor) -> Tensor:
+def _nearest_columns(levels: RowParams, values: Tensor) -> Tensor:
     if levels.table_of is None:
         return levels.nearest(values).int()
     columns = [levels.column(i).nearest(values[:, i : i + 1]) for i in range(values.shape[1])]
     return torch.cat(columns, 1).int()
 
 
-def _all_columns(levels: RowLevels, codes: Tensor) -> Tensor:
+def _all_columns(levels: RowParams, codes: Tensor) -> Tensor:
     if levels.table_of is None:
         return levels.values(codes)
     columns = [levels.column(i).values(codes[:, i : i + 1]) for i in range(codes.shape[1])]
@@ -273,7 +269,7 @@ def _factor(hessian: Tensor, more: float) -> tuple[Tensor, Tensor]:
 
 
 def _in_turn(
-    target: Tensor, factor: Tensor, order: Tensor, levels: RowLevels
+    target: Tensor, factor: Tensor, order: Tensor, levels: RowParams
 ) -> tuple[Tensor, Tensor]:
     """GPTQ: columns rounded one by one, what each loses taken over by those to come."""
     # columns are rows here, whose elements lie side by side in memory
@@ -299,7 +295,7 @@ def _in_turn(
 
 
 def _descend(
-    target: Tensor, hessian: Tensor, own: Tensor, levels: RowLevels, codes: Tensor, values: Tensor
+    target: Tensor, hessian: Tensor, own: Tensor, levels: RowParams, codes: Tensor, values: Tensor
 ) -> None:
     """Coordinate descent: one column after another to the level with the least error, the others
     fixed; ``codes`` and ``values``, (inputs, rows), are improved in place, no row becomes worse."""

@@ -1,19 +1,18 @@
 """Values on a grid: the scale of each row, and the codes (OMSE, arXiv:1902.06822)."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from quantifind.tensor.quantized import Grid, Quantized, QuantizedTensor, from_rows, to_rows
+from quantifind.tensor.qparams import POWER_OF_TWO, Grid, QParams, from_rows, to_rows
+from quantifind.tensor.quantized import QuantizedTensor
+from quantifind.tensor.stored_scales import check_storable, storage_dtype, stored_scale
 
-POWER_OF_TWO = torch.float8_e8m0fnu
-SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "power_of_two": POWER_OF_TWO}
 INTEGERS = (torch.int8, torch.int16, torch.int32)
-FITS = ("largest", "squared_error", "weighted_squared_error")
+FITS = ("max_abs", "mse", "weighted_mse")
 # tried besides the scale that reaches the largest value, as shares of it; 1/64 of it is the
 # standard deviation of some millions of weights with few outliers
 SHARES = torch.logspace(-5, 0.25, 43, base=2, dtype=torch.float64).tolist()
@@ -88,13 +87,13 @@ def importance_rows(
     return to_rows(each, axis, group)
 
 
-def quantize_on(
+def quantize_to_grid(
     values: Tensor,
     grid: Grid,
     *,
     axis: int | None = None,
     group: int | None = None,
-    scale: str | float = "largest",
+    scale: str | float = "max_abs",
     importance: Tensor | None = None,
     scale_dtype: str | None = None,
     zero_point: bool = False,
@@ -102,9 +101,9 @@ def quantize_on(
     """Each value's nearest level of ``grid`` times the scale of its row.
 
     values: floating point, finite, any shape. axis, group: what shares a scale, as in
-    `quantifind.tensor.quantized.to_rows`: the tensor by default, a channel, or a group of its inputs.
-    scale: "largest", which reaches the row's largest magnitude; "squared_error", with the least sum
-        of squared errors among those tried, never more than that of "largest";
+    `quantifind.tensor.qparams.to_rows`: the tensor by default, a channel, or a group of its inputs.
+    scale: "max_abs", which reaches the row's largest magnitude; "mse", with the least sum
+        of squared errors among those tried, never more than that of "max_abs";
         "weighted_squared_error", each error weighted with ``importance``; or the scale itself, a
         number.
     importance: not negative, broadcasts against ``values``: the inputs' second moments.
@@ -126,44 +125,25 @@ def quantize_on(
     zero = None
     if isinstance(scale, str) and scale in FITS:
         weights = None if real is None else real.double()
-        if scale == "weighted_squared_error":
+        if scale == "weighted_mse":
             weights = importance_rows(importance, values, axis, group)
         step, zero = _largest(rows, grid, dtype, zero_point)
-        if scale != "largest" and rows.numel():
+        if scale != "max_abs" and rows.numel():
             step, zero = _least_error(rows, grid, dtype, step, zero, weights)
     elif isinstance(scale, Real) and not isinstance(scale, bool) and 0 <= scale < torch.inf:
         step = rows.new_full((len(rows), 1), float(scale))
-        _check_storable(step, dtype)
+        check_storable(step, dtype)
         step = stored_scale(step, dtype)
         if zero_point and rows.numel():
             zero = _zero_point(rows.amin(1, keepdim=True).clamp(max=0), step, grid)
     else:
         fits = ", ".join(FITS)
         raise ValueError(f"scale is {scale!r}: a finite number from 0 up, {fits} are allowed")
-    codes = nearest_codes(rows, grid, step, zero)
+    codes = QParams(grid, step, zero).nearest(rows)
     codes = from_rows(codes.to(torch.int32), values.shape, axis, group)
     if axis is None and group is None:
         step = step.reshape(())
-    return QuantizedTensor(codes, grid, step, values.dtype, axis, group, zero)
-
-
-def nearest_codes(rows: Tensor, grid: Grid, scale: Tensor | None, zero: Tensor | None) -> Tensor:
-    """The codes of the levels nearest to ``rows`` (rows, length) float64."""
-    if scale is not None:
-        scale = scale.double()
-        # a row of zeros has no scale: test_zeros_stay_zero
-        rows = rows / torch.where(scale > 0, scale, 1.0)
-    return grid.codes(rows if zero is None else rows + zero)
-
-
-def storage_dtype(option: str, name: str | None, values: torch.dtype) -> torch.dtype:
-    """What scales or tables are stored in: by default float32, of float64 ``values`` float64."""
-    allowed = [n for n in SCALE_DTYPES if option == "scale_dtype" or n != "power_of_two"]
-    if name is None:
-        return torch.promote_types(values, torch.float32)
-    if name not in allowed:
-        raise ValueError(f"{option} is {name!r}: {', '.join(allowed)} are allowed")
-    return SCALE_DTYPES[name]
+    return QuantizedTensor(codes, QParams(grid, step, zero, axis, group), values.dtype)
 
 
 def _largest(
@@ -208,40 +188,6 @@ def _zero_point(low: Tensor, step: Tensor, grid: Grid) -> Tensor:
     width = next(t for t in INTEGERS if grid.levels <= 2 ** torch.iinfo(t).bits)
     highest = grid.lowest_code + grid.levels - 1
     return zero.round().clamp(grid.lowest_code, highest).to(width)
-
-
-def stored_scale(scale: Tensor, dtype: torch.dtype, *, up: bool = False) -> Tensor:
-    """Positive scales in the dtype they are stored in, to nearest or ``up``, never to 0.
-
-    The nearest to one above the largest that can be stored is that.
-    Errors: ValueError for such a one when it is to go ``up``.
-    """
-    if up:
-        _check_storable(scale, dtype)
-    scale = scale.clamp(max=torch.finfo(dtype).max)
-    if dtype == POWER_OF_TWO:
-        mantissa, exponent = torch.frexp(scale)  # scale = mantissa · 2^exponent, ½ ≤ mantissa < 1
-        middle = 0.5 if up else 0.75
-        power = torch.where(mantissa > middle, exponent, exponent - 1)
-        power = torch.where(scale > 0, power, -127).clamp(min=-127)
-        return torch.exp2(power.double()).to(dtype)
-    stored = scale.to(dtype)
-    if up:
-        above = torch.nextafter(stored, torch.full_like(stored, torch.inf))
-        # rounded up, the levels still reach the largest value: test_error_is_at_most_half_a_step
-        stored = torch.where(stored.double() < scale, above, stored)
-    smallest = torch.nextafter(torch.zeros_like(stored), torch.ones_like(stored))
-    return torch.where((stored == 0) & (scale > 0), smallest, stored)
-
-
-def _check_storable(scale: Tensor, dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
-    if (scale > largest).any():
-        name = next((n for n, kept in SCALE_DTYPES.items() if kept == dtype), "float64")
-        raise ValueError(
-            f"a scale of {scale.max().item():.3g} is too large for scale_dtype {name}: "
-            f"at most {largest:.3g} is allowed"
-        )
 
 
 def _least_error(
@@ -329,14 +275,3 @@ def _where(condition: Tensor, one: Tensor | None, other: Tensor | None) -> Tenso
     if one.dtype == POWER_OF_TWO:
         return torch.where(condition, one.float(), other.float()).to(POWER_OF_TWO)
     return torch.where(condition, one, other)
-
-
-def scaled(quantized: Quantized, factors: Mapping[str, float]) -> Quantized:
-    """With the scales of the tensors named multiplied, and stored as wide as before."""
-    tensors = dict(quantized.tensors)
-    for name, factor in factors.items():
-        scale = tensors[name].scale
-        if scale is not None:
-            grown = stored_scale(scale.double() * factor, scale.dtype)
-            tensors[name] = replace(tensors[name], scale=grown)
-    return replace(quantized, tensors=tensors)
