@@ -1,8 +1,10 @@
-"""The fewest bits of a network, and where: what keeps a limit, or spends a budget best."""
+"""Mixed-precision search: the cheapest strategy within a loss limit, or the smallest loss within a
+budget."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from quantifind.certification.goal import Goal, Limit, ladder
 from quantifind.metrics import is_classification
-from quantifind.mixed_precision.allocation import Assignment, moves, total_cost
+from quantifind.mixed_precision.allocation import Allocation, Assignment, neighbours, total_cost
 from quantifind.mixed_precision.candidates import Candidates, Row, Trial, choices_key, note
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.refinement import (
@@ -22,9 +24,20 @@ from quantifind.mixed_precision.refinement import (
     gptq_sequentially,
     learn_allocations,
 )
-from quantifind.mixed_precision.sensitivity import PRECISION, WIDER, WIDTHS, Menus, default_menus
+from quantifind.mixed_precision.search_space import (
+    WIDER,
+    WIDTHS,
+    SearchSpace,
+    default_search_space,
+)
+from quantifind.mixed_precision.sensitivity import (
+    PRECISION,
+    measure_sensitivity,
+    predict_sensitivity,
+)
 from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy
+from quantifind.tensor.quantized import Quantized
 from quantifind.utils.console import progress
 
 # candidates at most, of a sweep over budgets, and of local moves
@@ -41,6 +54,30 @@ TRIES = 3
 SAVING = 0.003
 
 
+@dataclass(frozen=True)
+class Found:
+    """The answer of a search.
+
+    strategy: the chosen one.
+    quantized: what it has come to for the network.
+    candidates: a row per candidate, largest first; intermediate scale-tuning steps are left out.
+        Columns: ``strategy``, ``quantized``, ``origin``, ``scales_adjusted``, ``mean_bits``, each
+        of `quantifind.costs`, ``predicted_ratio``, the ``examples`` it was measured on, those of
+        `quantifind.certification.certificate.degradation`, ``on_ladder`` and ``chosen``.
+    sensitivity: the table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
+    """
+
+    strategy: Strategy
+    quantized: Quantized
+    candidates: pd.DataFrame
+    sensitivity: pd.DataFrame
+
+    @property
+    def ladder(self) -> pd.DataFrame:
+        """The candidates to judge on test data, largest first."""
+        return self.candidates[self.candidates["on_ladder"]]
+
+
 def find_strategy(
     model: nn.Module,
     train_loader: DataLoader,
@@ -52,84 +89,114 @@ def find_strategy(
     learn: float = 0,
     widths: Iterable[int] | None = None,
     activation_bits: Iterable[int] = (),
-    menus: Menus | None = None,
+    search_space: SearchSpace | Mapping[str, Any] | None = None,
     confidence: float = 0.95,
     precision: float = PRECISION,
+    proxies: bool = False,
     folder: Path | str | None = None,
     seed: int = 0,
     engine: str = "sequential",
     scheduler: str | None = None,
-) -> tuple[Strategy, pd.DataFrame]:
-    """The strategy with the fewest bytes that keeps a limit, or the smallest drop within a budget.
+) -> Found:
+    """The strategy with the fewest bytes that keeps a limit, or the smallest loss within a budget.
 
-    Train data calibrate and teach, validation data choose. Single tensors are measured at every
-    choice of the menus; an integer programme allocates as if their rises added up; whole networks
-    are then measured, improved by local moves, compensated in order, their scales adjusted and, if
-    asked for, their codes learned.
+    Training data calibrate and train; validation data select. Each tensor is quantized alone with
+    every option and its loss increase measured; an integer program picks a combination as if
+    increases added up; whole candidates are then measured and refined.
 
+    model: a trained network, whose outputs are logits; it stays as it is.
+    train_loader: batches (inputs, targets) of training data.
+    val_loader: batches (inputs, targets) of validation data, all inputs of one shape.
+    criterion: the loss, (outputs, targets) → a number, such as `torch.nn.CrossEntropyLoss()`.
     limit: the criterion ratio, 1 or more, or ``{"criterion_ratio": 1.01}``,
-    ``{"accuracy_drop": 0.005}`` or ``{"relative_error": 0.05}``: the candidate's one-sided bound on
-    validation data is at most that. budget: instead, mean bits per parameter, or one of
-    ``mean_bits`` and the modules of `quantifind.costs`, such as ``{"model_bytes": 100_000}``.
-    learn: epochs of learned rounding of each of the few best allocations; 0 for none.
-    widths: bits of the default menus, 1 to 32; by default 1 to 16, and up to 32 where none of those
-    keeps the limit. activation_bits: bits that activations may have besides float, for a budget of
-    what they save. menus: instead of both, ``{"tensors": {name: choices}, "activations": …}``.
-    precision: of the rise of the loss by a single tensor, its standard error over itself, at which
-    no more examples are measured; 0 for all of them.
-    folder: keeps all that is measured: a call that was killed goes on, and another limit for the
-    same network and data does not measure again what is there.
-    Returns: the strategy, with its codes in ``fitted``; and a row per candidate, but for scales
-    that were adjusted further, from most bytes to fewest: ``strategy``, ``origin``, ``mean_bits``,
-    each of `quantifind.costs`, ``predicted_ratio``, ``examples`` it was measured on, those of
-    `quantifind.certification.certificate.drops`, ``on_ladder`` and ``chosen``.
-    Errors: ValueError for a limit or budget out of range, and, naming the nearest, for one that no
-    candidate keeps; for data and criteria that `Measurements` can't take.
+        ``{"accuracy_drop": 0.005}`` or ``{"relative_error": 0.05}``. The candidate's one-sided
+        bound on validation data is at most that.
+    budget: instead, mean bits per parameter, or one of ``mean_bits`` and the modules of
+        `quantifind.costs`, such as ``{"model_bytes": 100_000}``.
+    learn: epochs of training of each of the few best allocations; 0 for none.
+    widths: bits of the default search space, 1 to 32; by default 1 to 16, and up to 32 where none
+        of those keeps the limit.
+    activation_bits: bits that activations may have besides float, for a budget of what they save.
+    search_space: instead of both, the choices of each tensor and activation, a `SearchSpace` or
+        its fields.
+    confidence: of the bounds, above 0.5 and below 1.
+    precision: stop measuring a tensor once the standard error of its loss increase is this fraction
+        of the increase; 0: use every example.
+    proxies: whether the sensitivity table also has what is predicted without measuring.
+    folder: keeps all that is measured. A call that was killed goes on, and another limit for the
+        same network and data does not measure again what is there.
+    seed: of the order of the examples, of which training data calibrate, and of learning.
+    engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
+    Returns: the chosen strategy, its codes, and the tables.
+    Raises: ValueError for an argument out of range; for data and criteria that
+        `quantifind.mixed_precision.measurements.Measurements` can't take; and, naming the nearest,
+        for a limit or budget that no candidate keeps.
     """
     goal = Goal.of(limit, budget)
+    activation_bits = list(activation_bits)
+    _check(goal, learn, confidence, activation_bits)
+    with Workers(engine, scheduler=scheduler) as workers:
+        measurements = Measurements.start(
+            model, train_loader, val_loader, criterion, folder=folder, seed=seed, workers=workers
+        )
+        if goal.measure == "accuracy_drop" and not is_classification(measurements.original):
+            raise ValueError("limit accuracy_drop needs targets that are class labels")
+        for space in _spaces(measurements, widths, activation_bits, search_space):
+            sensitivity = measure_sensitivity(measurements, space, precision=precision)
+            allocation = Allocation.of(measurements, space, sensitivity, goal)
+            candidates = Candidates(measurements, allocation, confidence)
+            sweep_budgets(candidates)
+            if candidates.best() is not None:
+                break
+        try_neighbours(candidates)
+        gptq_sequentially(candidates)
+        add_safer_allocations(candidates)
+        if learn:
+            learn_allocations(candidates, learn)
+        best, table = _chosen(candidates)
+        alone = predict_sensitivity(measurements, sensitivity) if proxies else sensitivity.table
+        return Found(best["strategy"], best["quantized"], table, alone)
+
+
+def _check(goal: Goal, learn: float, confidence: float, activation_bits: Sequence[int]) -> None:
     if not 0 <= learn < math.inf:
         raise ValueError(f"learn is {learn!r}: epochs, 0 or more, are needed")
     if not 0.5 < confidence < 1:
         raise ValueError(f"confidence is {confidence!r}: above 0.5 and below 1 is needed")
-    activation_bits = list(activation_bits)
     if activation_bits and goal.cost in ("model_bytes", "mean_bits"):
         raise ValueError(
             f"activation_bits is {activation_bits}: activations on levels save no {goal.cost}; "
             "give a budget of bit_operations or energy_picojoules"
         )
-    with Workers(engine, scheduler=scheduler) as workers:
-        measurements = Measurements(
-            model, train_loader, val_loader, criterion, folder=folder, seed=seed, workers=workers
-        )
-        if goal.measure == "accuracy_drop" and not is_classification(measurements.original):
-            raise ValueError("limit accuracy_drop needs targets that are class labels")
-        for tried in (WIDTHS, WIDER) if widths is None and menus is None else (widths or WIDTHS,):
-            given = menus or default_menus(measurements, tried, activation_bits)
-            candidates = Candidates(measurements, given, goal, confidence, precision)
-            sweep(candidates)
-            if candidates.best() is not None:
-                break
-        move(candidates)
-        gptq_sequentially(candidates)
-        add_safer_allocations(candidates)
-        if learn:
-            learn_allocations(candidates, learn)
-        return answer(candidates)
 
 
-def sweep(candidates: Candidates) -> None:
+def _spaces(
+    measurements: Measurements,
+    widths: Iterable[int] | None,
+    activation_bits: Sequence[int],
+    given: SearchSpace | Mapping[str, Any] | None,
+) -> Iterator[SearchSpace]:
+    """The search space that is given; or the default one, and a wider one where it is too small."""
+    if given is not None:
+        yield given if isinstance(given, SearchSpace) else SearchSpace(**given)
+        return
+    for tried in (WIDTHS, WIDER) if widths is None else (list(widths) or WIDTHS,):
+        yield default_search_space(measurements.model, measurements.facts, tried, activation_bits)
+
+
+def sweep_budgets(candidates: Candidates) -> None:
     """Uniform strategies, and allocations under falling budgets; once more with the scales of the
     best adjusted."""
-    goal = candidates.goal
+    goal, allocation = candidates.goal, candidates.allocation
     uniform = [
-        candidates.trial("uniform", strategy, candidates.alone(strategy.tensors, {}))
-        for strategy in candidates.uniform()
+        candidates.trial("uniform", strategy, allocation.alone(strategy.tensors, {}))
+        for strategy in allocation.uniform_strategies()
     ]
     candidates.measure(
-        [t for t in uniform if goal.budget is None or candidates.cost(t.quantized) <= goal.budget]
+        [t for t in uniform if goal.budget is None or allocation.cost(t.quantized) <= goal.budget]
     )
     highest, lowest = (
-        candidates.fixed + sum(unit[end].cost for unit in candidates.units) for end in (0, -1)
+        allocation.fixed + sum(group[end].cost for group in allocation.groups) for end in (0, -1)
     )
     if goal.budget is not None:
         highest = min(goal.budget, highest)
@@ -139,17 +206,16 @@ def sweep(candidates: Candidates) -> None:
     )
     best = candidates.best_assignment()
     if best is not None:
-        cost = candidates.fixed + total_cost(candidates.units, best)
         row = candidates.best("allocated")
         assert row is not None
         _, candidates.factors = adjust_scales(candidates, row)
-        _walk_down(candidates, [cost * share for share in FINER])
+        _walk_down(candidates, [allocation.total(best) * share for share in FINER])
 
 
 def _walk_down(candidates: Candidates, budgets: Sequence[float]) -> None:
-    allocated = (candidates.allocate(budget) for budget in budgets)
+    solved = (candidates.allocation.solve(budget) for budget in budgets)
     with progress("allocating", total=len(budgets)) as step:
-        trials = (candidates.allocated(a) for a in dict.fromkeys(allocated) if a is not None)
+        trials = (candidates.allocated(a) for a in dict.fromkeys(solved) if a is not None)
         _measure_until(candidates, trials, FAILURES, step)
 
 
@@ -166,7 +232,7 @@ def _measure_until(
                 break
 
 
-def move(candidates: Candidates) -> None:
+def try_neighbours(candidates: Candidates) -> None:
     """From the best allocation, local moves for as long as one is better when it is measured."""
     left, current = MOVES, candidates.best_assignment()
     with progress("moving", total=MOVES) as step:
@@ -181,45 +247,47 @@ def move(candidates: Candidates) -> None:
                 rows = candidates.measure([candidates.allocated(a) for a in wave])
                 for assignment, row in zip(wave, rows, strict=True):
                     step(note(row))
-                    if candidates.best() is row:
+                    if candidates.is_best(row):
                         improved = assignment
             current = improved
 
 
 def _worthwhile(candidates: Candidates, current: Assignment) -> Iterator[Assignment]:
-    """The moves that save enough, or stay within the budget, the likeliest first."""
-    goal, tries = candidates.goal, Counter[int]()
-    cost = total_cost(candidates.units, current)
-    for assignment in moves(candidates.units, current):
-        moved = total_cost(candidates.units, assignment)
+    """The neighbours that save enough, or stay within the budget, the likeliest first."""
+    goal, allocation, tries = candidates.goal, candidates.allocation, Counter[int]()
+    cost = total_cost(allocation.groups, current)
+    for assignment in neighbours(allocation.groups, current):
+        moved = total_cost(allocation.groups, assignment)
         if goal.budget is not None:
-            worth = moved + candidates.fixed <= goal.budget
+            worth = moved + allocation.fixed <= goal.budget
         else:
             worth = moved < cost * (1 - SAVING)
         down = next(i for i, was in enumerate(current) if assignment[i] > was)
-        known = choices_key(candidates.strategy(assignment)) in candidates.assignments
+        known = choices_key(allocation.strategy(assignment)) in candidates.assignments
         if worth and not known and tries[down] < TRIES:
             tries[down] += 1
             yield assignment
 
 
-def answer(candidates: Candidates) -> tuple[Strategy, pd.DataFrame]:
-    """The best candidate, and all of them."""
+def _chosen(candidates: Candidates) -> tuple[Row, pd.DataFrame]:
+    """The best candidate, and a table of all of them."""
     best = candidates.best() or _nearest(candidates)
     rows = sorted(candidates.rows.values(), key=lambda row: -row["model_bytes"])
-    on_ladder = {id(row) for row in ladder(candidates.whole(), best, candidates.goal)}
-    table = pd.DataFrame(rows).drop(columns="key")
-    costs = pd.DataFrame([candidates.costs(row["strategy"].fitted) for row in rows])
+    steps = ladder(candidates.whole(), best, candidates.goal)
+    on_ladder = {row["key"] for row in steps}
+    table = pd.DataFrame(rows)
+    costs = pd.DataFrame([candidates.allocation.costs(row["quantized"]) for row in rows])
     table = table.join(costs[costs.columns.difference(table.columns)])
-    table["on_ladder"] = [id(row) in on_ladder for row in rows]
-    table["chosen"] = [row is best for row in rows]
-    return best["strategy"], table
+    table["on_ladder"] = table["key"].isin(on_ladder)
+    table["chosen"] = table["key"] == best["key"]
+    return best, table.drop(columns="key")
 
 
 def _nearest(candidates: Candidates) -> Row:
     """The nearest of candidates that seem not to keep the limit, should it keep it after all.
 
-    Errors: ValueError, naming it, where it doesn't."""
+    Raises: ValueError, naming it, where it doesn't.
+    """
     measure, limit = candidates.goal.measure, candidates.goal.limit
     rows = candidates.whole() or [*candidates.rows.values()]
     if limit is None:

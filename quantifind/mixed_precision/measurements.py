@@ -1,10 +1,12 @@
-"""What candidates lose on the examples of a split, each beside the float network on the same ones;
-kept, so that nothing is measured twice."""
+"""Paired per-example losses of quantized candidates and the float network, cached so that nothing
+is measured twice."""
 
 import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from quantifind.metrics import Criterion, divergence, outcome, paired
+from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.modules import plain_copy, run
+from quantifind.network.trace import ProductFacts, trace
 from quantifind.runtime.evaluator import Batches, Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.storage.store import Store, fingerprint
@@ -31,19 +35,33 @@ BRIEF = 0.05
 Columns = dict[str, np.ndarray]
 
 
+@dataclass(eq=False)
 class Measurements:
     """The losses of a network's quantized versions on validation data, in a seeded order of the
     examples; and the training data that calibrate them.
 
-    folder: keeps what is measured of this network on these data, in a folder of its own there; data
-    that are drawn or augmented at random are other data each time. workers: who measures, by
-    default this process.
-    Errors: ValueError for a split without examples, labels that the network has no outputs for, a
-    criterion that gives no loss per example, and a float loss that is 0 or not finite.
+    model, train_loader, criterion, seed, workers: as `start` was given them.
+    calibration: batches (inputs, …) of training data.
+    evaluator: of the validation examples.
+    original: the float network's outcome on them.
+    pace: seconds that an example takes.
+    store: of what has been measured.
     """
 
-    def __init__(
-        self,
+    model: nn.Module
+    train_loader: DataLoader
+    criterion: Criterion
+    calibration: CalibrationBatches
+    evaluator: Evaluator
+    original: dict[str, Tensor]
+    pace: float
+    store: Store
+    seed: int
+    workers: Workers
+
+    @classmethod
+    def start(
+        cls,
         model: nn.Module,
         train_loader: DataLoader,
         val_loader: Iterable[Any],
@@ -52,60 +70,65 @@ class Measurements:
         folder: Path | str | None = None,
         seed: int = 0,
         workers: Workers | None = None,
-    ) -> None:
+    ) -> "Measurements":
+        """Measure the float network.
+
+        folder: keeps what is measured of this network on these data, in a folder of its own there;
+            data that are drawn or augmented at random are other data each time.
+        seed: of the order of the examples, and of which training data calibrate.
+        workers: who measures, by default this process.
+        Raises: ValueError for a split without examples, labels that the network has no outputs for,
+            a criterion that gives no loss per example, and a float loss that is 0 or not finite.
+        """
         inputs, targets = _whole(val_loader)
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
         inputs, targets = inputs[order], targets[order]
-        self.model, self.train_loader, self.criterion = model, train_loader, criterion
-        self.seed, self.workers = seed, workers or Workers()
-        self.calibration = calibration_batches(sample(train_loader, CALIBRATION, seed=seed))
+        calibration = calibration_batches(sample(train_loader, CALIBRATION, seed=seed))
         with evaluating(model):
             run(model, inputs[:2])
             _check_labels(model, inputs[:2].clone(), targets)
-        self.evaluator = Evaluator(model, [(inputs, targets)], criterion)
+        evaluator = Evaluator(model, [(inputs, targets)], criterion)
         started = time.perf_counter()
-        self.original = self._original()
-        self.pace = (time.perf_counter() - started) / self.examples  # seconds of an example
+        original = _float_outcome(evaluator)
+        pace = (time.perf_counter() - started) / evaluator.examples
         # outputs and losses tell of a network's code and a criterion's options what their names
-        # don't (test_other_options_have_a_folder_of_their_own); in the layout that is given, since
-        # the fastest may be another one tomorrow: test_a_folder_is_the_same_in_any_layout
+        # don't: test_other_options_have_a_folder_of_their_own
         some = inputs[:KEYED].clone(), targets[:KEYED]
         made = outcome(plain_copy(model), [some], criterion).values()
-        data = [tensor for batch in self.calibration for tensor in batch]
+        data = [tensor for batch in calibration for tensor in batch]
         key = fingerprint(model, str(model), seed, inputs, targets, *made, *data)
-        self.store = Store(None if folder is None else Path(folder) / key[:16])
+        store = Store(None if folder is None else Path(folder) / key[:16])
+        return cls(
+            model=model,
+            train_loader=train_loader,
+            criterion=criterion,
+            calibration=calibration,
+            evaluator=evaluator,
+            original=original,
+            pace=pace,
+            store=store,
+            seed=seed,
+            workers=workers or Workers(),
+        )
+
+    @cached_property
+    def facts(self) -> list[ProductFacts]:
+        """The products of a pass of the first calibration batch."""
+        return trace(plain_copy(self.model), self.calibration[0][0])
 
     @property
     def examples(self) -> int:
         return self.evaluator.examples
-
-    def _original(self) -> dict[str, Tensor]:
-        try:
-            original = self.evaluator.outcome()
-        except (RuntimeError, TypeError, AttributeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"the criterion {self.criterion} gives no loss per example ({reason}): pass one "
-                "that takes (outputs, targets) of one example and returns a number, or that has "
-                "reduction='mean' or 'sum' as torch's own have"
-            ) from None
-        loss = original["loss"].mean().item()
-        if not math.isfinite(loss) or loss <= 0:
-            raise ValueError(
-                f"the float network's loss on validation data is {loss}: "
-                "a ratio to it needs one that is finite and above 0"
-            )
-        return original
 
     def batches(self) -> Batches:
         """All examples in batches (inputs, targets)."""
         return list(self.evaluator.batches())
 
     def columns(self, key: str, quantized: Quantized, examples: int | None = None) -> Columns:
-        """By example, of the first so many examples (default all), the columns of
-        `quantifind.metrics.paired`, and ``divergence``, of the function of that name there.
+        """A row per example: the columns of `quantifind.metrics.paired`, and ``divergence``.
 
-        key: names this candidate for ever. Those examples that were measured before are not again.
+        key: a stable key of this candidate; examples that were measured before are not again.
+        examples: the first so many, by default all.
         """
         return self.all_columns({key: quantized}, examples)[key]
 
@@ -155,7 +178,27 @@ class Measurements:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs: neither what was measured nor the training data."""
-        return self.__dict__ | {"train_loader": None, "store": Store(), "workers": Workers()}
+        left = {"train_loader": None, "store": Store(), "workers": Workers()}
+        return {name: v for name, v in self.__dict__.items() if name != "facts"} | left
+
+
+def _float_outcome(evaluator: Evaluator) -> dict[str, Tensor]:
+    try:
+        original = evaluator.outcome()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the criterion {evaluator.criterion} gives no loss per example ({reason}): pass one "
+            "that takes (outputs, targets) of one example and returns a number, or that has "
+            "reduction='mean' or 'sum' as torch's own have"
+        ) from error
+    loss = original["loss"].mean().item()
+    if not math.isfinite(loss) or loss <= 0:
+        raise ValueError(
+            f"the float network's loss on validation data is {loss}: "
+            "a ratio to it needs one that is finite and above 0"
+        )
+    return original
 
 
 def _alone(quantized: Quantized) -> str | None:

@@ -1,11 +1,10 @@
-"""Predictions of how much the loss rises when one tensor of a network is quantized: by the Hessian
-(HAWQ-V2, arXiv:1911.03852), by the Fisher information (FIT, arXiv:2210.08502), by the gradients at
-a layer's output (as NVIDIA's ModelOpt scores layers), and by the noise at the network's outputs
-(arXiv:2302.05397).
+"""Predicted loss increases when one tensor of a network is quantized: by the Hessian (HAWQ-V2,
+arXiv:1911.03852), by the Fisher information (FIT, arXiv:2210.08502), and by the gradients at a
+layer's output (as NVIDIA's ModelOpt scores layers).
 
-All but the last are in the unit of the loss: the second-order term ½·dᵀHd of its rise with a
-tensor's change d, in which H is approximated. The papers leave the ½ out, since they only rank;
-here a prediction is to be compared with the rise that is measured.
+All are in the unit of the loss: the second-order term ½·dᵀHd of its increase with a tensor's change
+d, in which H is approximated. The papers leave the ½ out, since they only rank; here a prediction
+is to be compared with the increase that is measured.
 """
 
 from collections import defaultdict
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantifind.metrics import Criterion, losses, weight_error
+from quantifind.metrics import Criterion, losses
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.modules import plain_copy
 from quantifind.network.products import Product, visiting
@@ -37,7 +36,7 @@ def hessian_traces(
 
     batches: (inputs, targets). draws: signs per tensor and batch; the time grows with draws ×
     tensors, the standard error falls with the root of draws. A trace may be negative.
-    Errors: ValueError for batches without examples or targets, and a loss that is not finite.
+    Raises: ValueError for batches without examples or targets, and a loss that is not finite.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: 1 or more is needed")
@@ -65,7 +64,7 @@ def hessian_traces(
 
 
 def hessian_increase(mean_trace: float, values: Tensor, quantized: Tensor) -> float:
-    """½ · trace(H)/elements · ‖quantized − values‖²: the rise, were the change's direction random.
+    """½ · trace(H)/elements · ‖quantized − values‖²: the increase, were the change's direction random.
 
     mean_trace: of `hessian_traces`.
 
@@ -90,7 +89,7 @@ def fisher(
     batches: (inputs, targets). examples: how many at most, drawn from all of them without
     replacement.
     Returns: the parameter's shape, float32 or, of a float64 parameter, float64.
-    Errors: as for `hessian_traces`.
+    Raises: as for `hessian_traces`.
     """
     if examples < 1:
         raise ValueError(f"examples is {examples}: 1 or more is needed")
@@ -144,7 +143,7 @@ def output_fisher_increases(
     batches: (inputs, targets). candidates: by name of a parameter, tensors of its shape.
     Returns: as many figures as candidates; tensors that are in no product, those of a norm, are
     left out.
-    Errors: as for `hessian_traces`, and for a tensor that is not there or of another shape.
+    Raises: as for `hessian_traces`, and for a tensor that is not there or of another shape.
     """
     kept = _labelled(batches)
     count = sum(len(inputs) for inputs, _ in kept)
@@ -162,18 +161,6 @@ def output_fisher_increases(
                             power = (gradient * change).square().sum(dtype=torch.float64)
                             found[i] += 0.5 * power.item() / count
     return {name: loss_increases[name] for name in candidates if name in loss_increases}
-
-
-def output_sqnr_db(outputs: Tensor, original_outputs: Tensor) -> float:
-    """10·log10(E[y²] / E[(y − y_q)²]) of a network's outputs, in decibels; without noise infinite.
-
-    It says how far the outputs move, not whether that hurts: compare its order, not its size, with
-    that of measured rises. Low is bad.
-
-    >>> output_sqnr_db(torch.tensor([9.0, 10.0]), torch.tensor([10.0, 10.0])).__round__()
-    23
-    """
-    return weight_error(original_outputs, outputs)["sqnr_db"]
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""What is done to a search's few best allocations: layers compensated in order, scales adjusted,
-codes learned."""
+"""What is done to a search's few best allocations: GPTQ layer by layer, scales tuned, codes
+learned."""
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,58 +8,51 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from quantifind.learning import calibrating_temperature
+from quantifind.learning import fit_temperature
 from quantifind.learning import learn as learn_codes
-from quantifind.mixed_precision.allocation import Assignment, Option, total_cost
-from quantifind.mixed_precision.candidates import (
-    ADJUSTED,
-    Candidates,
-    Row,
-    Trial,
-    choices_key,
-    note,
-)
+from quantifind.mixed_precision.allocation import Assignment, Option
+from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.quantize import quantize
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import random_state, set_random_state
 from quantifind.storage.store import Store, fingerprint
-from quantifind.strategy import Choice, Strategy
+from quantifind.strategy import Strategy
+from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized
-from quantifind.tensor.scales import scaled
 from quantifind.utils.console import progress
 
 # candidates of learning at most
 LEARNED = 4
-# compensated in order at a time, which takes longer than to measure them
+# quantized sequentially at a time, which takes longer than to measure them
 FITTED = 2
-# shares of the best cost so far: of allocations compensated in order, and of surer, dearer ones
-IN_ORDER = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
-DEARER = (1.05, 1.1, 1.15, 1.2, 1.3)
+# shares of the best cost so far: of allocations quantized sequentially, and of costlier ones
+SEQUENTIAL = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
+COSTLIER = (1.05, 1.1, 1.15, 1.2, 1.3)
 # what the scales of a tensor are multiplied with, step by step
-FACTORS = (0.94, 1.06)
-# learned rounding here follows the labels too, and may take large steps
-LEARNING_RATE, LABELS = 1e-3, 1.0
+SHRINK, GROW = 0.94, 1.06
+# learning here follows the labels too, and may take large steps
+LEARNING_RATE, LABEL_WEIGHT = 1e-3, 1.0
 LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
 # bits that a weight, and another tensor, has at most where codes are learned
 LEARNABLE, BESIDE = 4, 8
 
 
 def gptq_sequentially(candidates: Candidates) -> None:
-    """The best allocations again, each layer compensated for what those before it lost, then their
-    scales adjusted."""
-    best, goal = candidates.best_assignment(), candidates.goal
+    """The best allocations again: each layer makes up for what those before it lost, then scales
+    are adjusted."""
+    best, goal, allocation = candidates.best_assignment(), candidates.goal, candidates.allocation
     if best is None:
         return
-    cost = total_cost(candidates.units, best) + candidates.fixed
-    shares = IN_ORDER if goal.budget is None else (1.0, 0.97)
-    budgets = (candidates.allocate(cost * share) for share in shares)
-    assignments = [a for a in dict.fromkeys([best, *budgets]) if a is not None]
+    cost = allocation.total(best)
+    shares = SEQUENTIAL if goal.budget is None else (1.0, 0.97)
+    solved = (allocation.solve(cost * share) for share in shares)
+    assignments = [a for a in dict.fromkeys([best, *solved]) if a is not None]
     failed = 0
-    with progress("compensating in order", total=len(assignments)) as step:
+    with progress("quantizing sequentially", total=len(assignments)) as step:
         for first in range(0, len(assignments), FITTED):
-            strategies = [candidates.strategy(a) for a in assignments[first : first + FITTED]]
-            fitted = _compensated(candidates, strategies)
+            strategies = [allocation.strategy(a) for a in assignments[first : first + FITTED]]
+            fitted = _sequential(candidates.measurements, strategies)
             for strategy, quantized in zip(strategies, fitted, strict=True):
                 (row,) = candidates.measure([candidates.trial("sequential", strategy, quantized)])
                 row, _ = adjust_scales(candidates, row, candidates.factors)
@@ -70,18 +62,17 @@ def gptq_sequentially(candidates: Candidates) -> None:
                     return
 
 
-def _compensated(candidates: Candidates, strategies: Sequence[Strategy]) -> list[Quantized]:
-    """Strategies fitted in order, by the workers, or as they are kept."""
-    measurements = candidates.measurements
-    keys = [f"codes in order {choices_key(strategy)}" for strategy in strategies]
+def _sequential(measurements: Measurements, strategies: Sequence[Strategy]) -> list[Quantized]:
+    """Strategies quantized by the workers, or as they are kept."""
+    keys = [f"sequential codes {choices_key(strategy)}" for strategy in strategies]
     missing = [i for i, key in enumerate(keys) if measurements.store.get(key) is None]
-    made = measurements.workers.map(_fit_in_order, measurements, [strategies[i] for i in missing])
+    made = measurements.workers.map(_quantize, measurements, [strategies[i] for i in missing])
     for i, quantized in zip(missing, made, strict=True):
         measurements.store.put(keys[i], *artifact.pack(quantized))
     return [_stored(measurements.store, key) for key in keys]
 
 
-def _fit_in_order(measurements: Measurements, strategy: Strategy) -> Quantized:
+def _quantize(measurements: Measurements, strategy: Strategy) -> Quantized:
     return quantize(measurements.model, strategy, measurements.calibration)
 
 
@@ -92,14 +83,13 @@ def _stored(store: Store, key: str) -> Quantized:
 
 
 def add_safer_allocations(candidates: Candidates) -> None:
-    """Allocations somewhat dearer than the best, each with scales adjusted for itself: rungs of the
-    ladder that are surer, should the best not hold on test data."""
+    """Slightly larger allocations as fallbacks, in case the best one fails on test data."""
     best, goal = candidates.best(), candidates.goal
     if best is None or goal.budget is not None:
         return
-    with progress("steadying", total=len(DEARER)) as step:
-        for share in DEARER:
-            assignment = candidates.allocate(share * best[goal.cost])
+    with progress("adding safer ones", total=len(COSTLIER)) as step:
+        for share in COSTLIER:
+            assignment = candidates.allocation.solve(share * best[goal.cost])
             if assignment is not None:
                 (row,) = candidates.measure([candidates.allocated(assignment)])
                 if candidates.is_whole(row):
@@ -108,11 +98,13 @@ def add_safer_allocations(candidates: Candidates) -> None:
 
 
 def learn_allocations(candidates: Candidates, epochs: float) -> None:
-    """Learned rounding of few-bit allocations: at the budget and below it; or, for a limit, where
+    """Learn the codes of few-bit allocations: at the budget and below it; or, for a limit, where
     halving the ratio of the best cost to the cheapest leads."""
-    units = [[o for o in unit if _learnable(o)] or unit[-1:] for unit in candidates.units]
-    goal, best = candidates.goal, candidates.best()
-    low, high = (candidates.fixed + sum(unit[end].cost for unit in units) for end in (-1, 0))
+    allocation, goal, best = candidates.allocation, candidates.goal, candidates.best()
+    groups = [
+        [o for o in group if _learnable(candidates, o)] or group[-1:] for group in allocation.groups
+    ]
+    low, high = (allocation.fixed + sum(group[end].cost for group in groups) for end in (-1, 0))
     high = min(high, math.inf if best is None else best[goal.cost], goal.budget or math.inf)
     learned: dict[Assignment, bool] = {}
     with progress("learning candidates", total=LEARNED) as step:
@@ -121,124 +113,125 @@ def learn_allocations(candidates: Candidates, epochs: float) -> None:
                 target = math.sqrt(low * high)
             else:
                 target = high * (low / high) ** (number / (2 * LEARNED))
-            assignment = candidates.allocate(target, units)
+            assignment = allocation.solve(target, groups)
             if assignment is None:
                 break
             if assignment not in learned:
-                row = _learn(candidates, candidates.strategy(assignment, units), epochs)
+                row = _learn(candidates, allocation.strategy(assignment, groups), epochs)
                 learned[assignment] = goal.keeps(row)
                 step(note(row))
             if goal.budget is None:
                 low, high = (low, target) if learned[assignment] else (target, high)
 
 
-def _learnable(option: Option) -> bool:
-    """Whether all its tensors are of few bits, weights compensated to begin with."""
-    for choice in option.tensors.values():
-        weight = choice is not None and "axis" in choice
-        if choice is None or choice.get("bits", 2) > (LEARNABLE if weight else BESIDE):
+def _learnable(candidates: Candidates, option: Option) -> bool:
+    """Whether all its tensors are of few bits, weights rounded by GPTQ to begin with."""
+    for name, choice in option.tensors.items():
+        is_weight = candidates.allocation.values[name].dim() > 1
+        most = LEARNABLE if is_weight else BESIDE
+        if choice is None or (2 if choice.bits is None else choice.bits) > most:
             return False
-        if weight and choice.get("rounding") != "gptq":
+        if is_weight and choice.rounding != "gptq":
             return False
     return True
 
 
-def _learn(candidates: Candidates, start: Strategy, epochs: float) -> Row:
+def _learn(candidates: Candidates, strategy: Strategy, epochs: float) -> Row:
     measurements = candidates.measurements
-    tensors: dict[str, Choice | None] = dict(start.tensors)
-    for name, choice in tensors.items():
-        two_bits = choice is not None and "rounding" in choice and choice.get("bits") == 2
-        if choice is not None and two_bits and choice["scheme"] == "uniform":
-            # ±½ and ±1½ waste no level, which learned codes make use of
-            tensors[name] = {**choice, "half_integer": not choice.get("zero_point")}
-    start = Strategy(tensors, start.activations)
-    # a network trained to the end is too sure of itself, and so would its followers be
-    softening = calibrating_temperature(measurements.model, measurements.batches())
-    labels = LABELS if isinstance(measurements.criterion, LABELLED) else 0.0
+    start = Strategy(
+        {name: None if c is None else _to_begin_with(c) for name, c in strategy.tensors.items()},
+        strategy.activations,
+    )
+    quantized = _learned(measurements, start, epochs)
+    learned = Strategy(
+        {
+            name: None if c is None else Choice.of({**c.plain(), "rounding": "learned"})
+            for name, c in start.tensors.items()
+        },
+        start.activations,
+    )
+    trial = candidates.trial(f"learned {epochs:g} epochs", learned, quantized)
+    (row,) = candidates.measure([trial])
+    return adjust_scales(candidates, row)[0]
+
+
+def _to_begin_with(choice: Choice) -> Choice:
+    """±½ and ±1½ waste no level, which learned codes make use of."""
+    if choice.rounding == "nearest" or choice.bits != 2 or choice.scheme != "uniform":
+        return choice
+    half_integer = not choice.options.get("zero_point")
+    return Choice.of({**choice.plain(), "half_integer": half_integer})
+
+
+def _learned(measurements: Measurements, start: Strategy, epochs: float) -> Quantized:
+    """The codes that a strategy learns, or as they are kept."""
+    # a network trained to the end is overconfident, and so would its followers be
+    temperature = fit_temperature(measurements.model, measurements.batches())
+    label_weight = LABEL_WEIGHT if isinstance(measurements.criterion, LABELLED) else 0.0
     loader, store = measurements.train_loader, measurements.store
     whole = loader.dataset.tensors if isinstance(loader.dataset, TensorDataset) else ()
-    options = [epochs, softening, labels, LEARNING_RATE]
-    key = f"learned {fingerprint(*options, *whole)} {choices_key(start)}"
+    options = [epochs, temperature, label_weight, LEARNING_RATE]
+    key = f"learned codes {fingerprint(*options, *whole)} {choices_key(start)}"
     resume = None if store.folder is None else store.folder / f"learning-{fingerprint(key)[:16]}"
-
-    def make() -> Quantized:
+    if store.get(key) is None:
         # each candidate sees the same order: test_a_killed_learning_search_goes_on
         before = random_state(loader)
         try:
-            return learn_codes(
+            quantized = learn_codes(
                 measurements.model,
                 start,
                 loader,
                 epochs=epochs,
                 calibration=measurements.calibration,
-                softening=softening,
-                labels=labels,
-                rate=LEARNING_RATE,
+                temperature=temperature,
+                label_weight=label_weight,
+                learning_rate=LEARNING_RATE,
                 checkpoints=resume,
                 seed=measurements.seed,
             )
         finally:
             set_random_state(before, loader)
-
-    if store.get(f"codes {key}") is None:
-        store.put(f"codes {key}", *artifact.pack(make()))
-    quantized = _stored(store, f"codes {key}")
+        store.put(key, *artifact.pack(quantized))
     if resume is not None:
         shutil.rmtree(resume, ignore_errors=True)
-    learned = {n: None if c is None else {**c, "rounding": "learned"} for n, c in tensors.items()}
-    strategy = Strategy(learned, start.activations)
-    (row,) = candidates.measure(
-        [candidates.trial(f"learned {epochs:g} epochs", strategy, quantized)]
-    )
-    return adjust_scales(candidates, row)[0]
+    return _stored(store, key)
 
 
 def adjust_scales(
     candidates: Candidates, row: Row, start: Mapping[str, float] | None = None
 ) -> tuple[Row, dict[str, float]]:
-    """The row of a candidate whose scales of weights are multiplied, tensor after tensor from the
-    last, for as long as the measured drop falls; and the factors. The row itself where it doesn't.
+    """Coordinate descent on a factor per weight's scale, the last weight first.
 
     start: factors to begin with, of the tensors that are adjusted at all; by default all weights.
+    Returns: the best row measured, and its factors.
     """
-    strategy, drop = row["strategy"], f"{candidates.goal.measure}_bound"
+    bound = f"{candidates.goal.measure}_bound"
     weights = [
         name
-        for name, tensor in strategy.fitted.tensors.items()
-        if candidates.values[name].dim() > 1 and tensor.scale is not None
+        for name, tensor in row["quantized"].tensors.items()
+        if candidates.allocation.values[name].dim() > 1 and tensor.qparams.scale is not None
     ]
-    origin = row["origin"].removesuffix(ADJUSTED) + ADJUSTED
     best, factors = candidates.completed(row), dict[str, float]()
 
-    def improve(tried: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
-        """The factors that are better than the best so far, if any of those tried are."""
+    def improve(proposals: Sequence[Mapping[str, float]]) -> bool:
+        """Measure the proposals together; keep the best if it beats the best so far."""
         nonlocal best, factors
-        trials = [
-            Trial(
-                f"{row['key']} {json.dumps(grown)}",
-                origin,
-                strategy,
-                scaled(strategy.fitted, grown),
-            )
-            for grown in tried
-        ]
-        found = None
-        for grown, measured in zip(tried, candidates.measured(trials, best), strict=True):
-            if candidates.is_whole(measured) and measured[drop] < best[drop]:
-                candidates.drop(best)
-                candidates.keep(measured)
-                best, factors, found = measured, dict(grown), grown
-        return found
+        improved = False
+        trials = [candidates.rescaled(row, proposed) for proposed in proposals]
+        for proposed, measured in zip(proposals, candidates.measured(trials, best), strict=True):
+            if candidates.is_whole(measured) and measured[bound] < best[bound]:
+                candidates.replace(best, measured)
+                best, factors, improved = measured, dict(proposed), True
+        return improved
 
     if start:
         improve([start])
         weights = [name for name in weights if name in start]
-    for name in weights[::-1]:
-        steps: Sequence[float] = FACTORS
-        while steps:
-            before = factors.get(name, 1.0)
-            found = improve([factors | {name: before * factor} for factor in steps])
-            # on in the direction that was better, two steps at a time
-            factor = 1.0 if found is None else FACTORS[found[name] > before]
-            steps = () if found is None else (factor, factor**2)
+    for name in reversed(weights):
+        before = factors.get(name, 1.0)
+        better = improve([factors | {name: before * step} for step in (SHRINK, GROW)])
+        step = GROW if factors.get(name, 1.0) > before else SHRINK
+        while better:  # on in the direction that helped, two steps at a time
+            before = factors[name]
+            better = improve([factors | {name: before * step**n} for n in (1, 2)])
     return best, factors

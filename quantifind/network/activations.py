@@ -37,8 +37,10 @@ def fit_activations(
     Raises: ValueError naming the activation that takes values that are not finite, or can't be
         quantized so.
     """
-    fitted = {}
-    for name, sample in _sample(model, batches, set(choices), seed).items():
+    samples, fitted = _sample(model, batches, set(choices), seed), {}
+    if unseen := choices.keys() - samples.keys():
+        raise ValueError(f"activations {', '.join(sorted(unseen))}: a pass has no values there")
+    for name, sample in samples.items():
         percentile = choices[name].percentile
         ends = torch.tensor([1 - percentile / 100, percentile / 100], dtype=torch.float64)
         low, high = sample.double().quantile(ends).to(sample.dtype)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantifind.tensor import packing
+
 POWER_OF_TWO = torch.float8_e8m0fnu
 
 
@@ -108,6 +110,11 @@ class QParams:
         if self.zero_point is not None:
             values = values - self.zero_point
         return values if self.scale is None else values * self.scale.double()
+
+    @property
+    def bits(self) -> int | float:
+        """Width of one packed code: whole, or 1.6 where there are three levels."""
+        return packing.width(self.grid.levels)
 
     @property
     def stored_bits(self) -> int:

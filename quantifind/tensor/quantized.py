@@ -60,7 +60,7 @@ class QuantizedTensor:
     @property
     def bits(self) -> int | float:
         """Width of one packed code: whole, or 1.6 where there are three levels."""
-        return packing.width(self.qparams.grid.levels)
+        return self.qparams.bits
 
     @property
     def stored_bits(self) -> int:

@@ -1,0 +1,106 @@
+"""What each tensor and activation may become."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantifind.network.modules import named_tensors
+from quantifind.network.trace import ProductFacts, activation_names, gptq_weights
+from quantifind.tensor.choice import ActivationChoice, Choice
+from quantifind.utils.naming import naming
+
+# bits tried, and those of a search to which the first are too few
+WIDTHS, WIDER = range(1, 17), range(1, 33)
+PER_TENSOR = Choice("uniform", options={"scale_dtype": "float16", "scale": "mse"})
+NEAREST = Choice("uniform", axis=0, options={"scale_dtype": "float16", "scale": "mse"})
+GPTQ = Choice(
+    "uniform", axis=0, rounding="gptq", options={"scale_dtype": "float16", "scale": "output_mse"}
+)
+ACTIVATION = ActivationChoice("uniform", options={"zero_point": True, "scale": "mse"})
+# the most bits with float16 scales
+FLOAT16_BITS = 8
+# widths at which GPTQ is tried; above, rounding to nearest is as good
+GPTQ_WIDTHS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The choices of each tensor and activation.
+
+    tensors, activations: by name, each a `Choice` or `ActivationChoice`, or plain values for one.
+        What is not named stays in float; an activation may do so besides.
+    Raises: ValueError naming the tensor whose choice can't be, or that has none.
+    """
+
+    tensors: Mapping[str, Sequence[Choice]]
+    activations: Mapping[str, Sequence[ActivationChoice]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tensors:
+            raise ValueError("no tensor of the network has a choice: the search space needs some")
+        for kind, make in (("tensors", Choice), ("activations", ActivationChoice)):
+            typed = {}
+            for name, choices in getattr(self, kind).items():
+                if not choices:
+                    raise ValueError(f"{name}: the search space has no choice for it")
+                with naming(name):
+                    typed[name] = [c if isinstance(c, make) else make.of(c) for c in choices]
+            object.__setattr__(self, kind, typed)
+
+    def items(self) -> Iterator[tuple[str, str, Sequence[Choice]]]:
+        """("tensors" or "activations", name, choices) of each."""
+        for kind in ("tensors", "activations"):
+            for name, choices in getattr(self, kind).items():
+                yield kind, name, choices
+
+
+def choice_key(kind: str, name: str, choice: Choice) -> str:
+    """A stable key of a choice for a tensor or an activation."""
+    return f"{kind}/{name} {json.dumps(choice.plain(), sort_keys=True)}"
+
+
+def default_search_space(
+    model: nn.Module,
+    facts: Sequence[ProductFacts],
+    widths: Iterable[int] = WIDTHS,
+    activation_bits: Iterable[int] = (),
+) -> SearchSpace:
+    """Uniform grids: weights with a scale per channel, other tensors with one scale.
+
+    Weights are rounded to nearest at each width, and by GPTQ at the low ones, ternary among them.
+
+    facts: of a pass (`quantifind.network.trace.trace`).
+    widths: bits, 1 to 32.
+    activation_bits: widths that every activation may have besides float; none by default.
+    """
+    widths, able = list(widths), gptq_weights(facts)
+    nearest = [_at(NEAREST, bits) for bits in widths]
+    gptq = [_at(GPTQ, bits) for bits in widths if bits in GPTQ_WIDTHS]
+    if 2 in widths:
+        gptq.append(Choice.of({**GPTQ.plain(), "levels": 3}))
+    single = [_at(PER_TENSOR, bits) for bits in widths]
+
+    def choices(name: str, tensor: Tensor) -> list[Choice]:
+        if tensor.dim() < 2:
+            return single
+        return nearest + gptq if name in able else nearest
+
+    tensors = {
+        name: choices(name, tensor)
+        for name, tensor in named_tensors(model).items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    bits = list(activation_bits)
+    names = activation_names(facts) if bits else []
+    levels = [ActivationChoice.of({**ACTIVATION.plain(), "bits": b}) for b in bits]
+    return SearchSpace(tensors, {name: levels for name in names})
+
+
+def _at(choice: Choice, bits: int) -> Choice:
+    values: dict[str, Any] = choice.plain() | {"bits": bits}
+    if bits > FLOAT16_BITS:  # whose step is too small: test_wide_choices_have_wide_scales
+        values["scale_dtype"] = "float32"
+    return Choice.of(values)
