@@ -211,7 +211,7 @@ def _bits(choice: Choice) -> int:
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:
-    """Those than which no other is both as cheap and as good, from the costliest to the cheapest."""
+    """Those that no other beats in both cost and loss increase, from the costliest down."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.cost, o.loss_increase)):
         if not kept or option.loss_increase < kept[-1].loss_increase:
@@ -232,10 +232,8 @@ def allocate(groups: Sequence[Sequence[Option]], budget: float) -> Assignment | 
     costs = np.array([option.cost for group in groups for option in group])
     increases = np.array([option.loss_increase for group in groups for option in group])
     starts = np.cumsum([0, *map(len, groups)])
-    cheapest = tuple(
-        min(range(len(group)), key=lambda i, g=group: (g[i].cost, g[i].loss_increase))
-        for group in groups
-    )
+    least = [min((o.cost, o.loss_increase, i) for i, o in enumerate(group)) for group in groups]
+    cheapest = tuple(index for *_, index in least)
     if total_cost(groups, cheapest) > budget:
         return None
     scale, slack = increases.max(), 0.0

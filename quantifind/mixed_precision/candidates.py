@@ -110,9 +110,12 @@ class Candidates:
 
     def _is_given_up(self, columns: Columns, rival: Columns | None) -> bool:
         goal, confidence = self.goal, self.confidence
-        if rival is not None and goal.measure == "criterion_ratio":
-            if outdone(columns, rival, confidence=confidence, level=ABANDON):
-                return True
+        if (
+            rival is not None
+            and goal.measure == "criterion_ratio"
+            and outdone(columns, rival, confidence=confidence, level=ABANDON)
+        ):
+            return True
         if goal.limit is not None:
             everything = self.measurements.examples
             return hopeless(

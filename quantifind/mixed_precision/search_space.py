@@ -96,7 +96,7 @@ def default_search_space(
     bits = list(activation_bits)
     names = activation_names(facts) if bits else []
     levels = [ActivationChoice.of({**ACTIVATION.plain(), "bits": b}) for b in bits]
-    return SearchSpace(tensors, {name: levels for name in names})
+    return SearchSpace(tensors, dict.fromkeys(names, levels))
 
 
 def _at(choice: Choice, bits: int) -> Choice:

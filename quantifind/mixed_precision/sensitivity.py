@@ -115,7 +115,7 @@ def quantize_choices(
                 missing.append(choice)
             else:
                 kept = artifact.unpack(*entry)
-                found[key] = (kept.tensors | kept.activations)[name]  # type: ignore[operator]
+                found[key] = (kept.tensors | kept.activations)[name]
         # all choices of a tensor share its moments
         together = [missing] if kind == "tensors" and missing else [[c] for c in missing]
         tasks += [(kind, name, some) for some in together]

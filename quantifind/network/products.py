@@ -55,8 +55,8 @@ class Product:
     kind: linear, convolution, transposed_convolution, embedding or matrix_product, which any other
         is: one of what was computed, or with a weight turned or reshaped.
     operands: what meets in it, less a weight that is one of the network's tensors.
-    activations: a name for each operand: that of the weight, or of the module that computes the product,
-        the number of the product in it, and left or right.
+    activations: a name for each operand: that of the weight, or of the module that computes the
+        product, the number of the product in it, and left or right.
     weight: the name of the weight, None for a product of what was computed.
     rows: which of the weight's rows, where it is a part of a packed weight; None for all.
     bias, bias_name: what is added, or None, and which of the network's tensors it is.
