@@ -82,7 +82,7 @@ def find_strategy(
     Returns: the strategy, with its codes in ``fitted``; and a row per candidate, but for scales
     that were adjusted further, from most bytes to fewest: ``strategy``, ``origin``, ``mean_bits``,
     each of `quantifind.costs`, ``predicted_ratio``, ``examples`` it was measured on, those of
-    `quantifind.certification.certificate.drops`, ``on_ladder`` and ``chosen``.
+    `quantifind.certification.certificate.degradation`, ``on_ladder`` and ``chosen``.
     Errors: ValueError for a limit or budget out of range, and, naming the nearest, for one that no
     candidate keeps; for data and criteria that `Measurements` can't take.
     """

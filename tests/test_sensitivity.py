@@ -1,4 +1,4 @@
-"""A row for each choice of each tensor, as a plain evaluation has it; proxies, cliffs and menus."""
+"""A row for each choice of each tensor, as a plain evaluation has it; proxies and menus."""
 
 import json
 import math
@@ -24,7 +24,6 @@ from quantifind.mixed_precision.proxies import (
 from quantifind.mixed_precision.sensitivity import (
     UNCHANGED,
     _precise,
-    cliffs,
     default_menus,
     measure_sensitivity,
     part_key,
@@ -136,8 +135,8 @@ def test_rows_are_those_of_a_plain_evaluation(measured):
         for name in wanted.keys() & row.keys():
             assert row[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
         assert {"criterion_ratio", "relative_error_low", "accuracy_drop_bound"} <= row.keys()
-        rise = divergence(rounded, original).mean()
-        assert row["rise"] == pytest.approx(max(rise, 0), rel=1e-3, abs=1e-9)
+        loss_increase = divergence(rounded, original).mean()
+        assert row["loss_increase"] == pytest.approx(max(loss_increase, 0), rel=1e-3, abs=1e-9)
         sqnr = output_sqnr_db(rounded["outputs"], original["outputs"])
         assert row["sqnr_db"] == pytest.approx(sqnr, rel=1e-3)
         (part,) = (quantized.tensors or quantized.activations).values()
@@ -151,7 +150,7 @@ def test_rows_are_those_of_a_plain_evaluation(measured):
 def test_fewer_bits_are_worse(measured):
     table = measured[3]
     nearest = table[(table["kind"] == "tensors") & (table["rounding"] == "nearest")]
-    by_width = nearest.pivot(index="name", columns="bits", values="rise")
+    by_width = nearest.pivot(index="name", columns="bits", values="loss_increase")
     assert (by_width[2] > by_width[4]).all()
 
 
@@ -203,14 +202,14 @@ def test_examples_are_measured_until_the_rise_is_precise(monkeypatch, precision)
     assert sum(measured) == len(table) * measurements.examples
     for row in table.to_dict("records"):
         key = f"alone {part_key(row['kind'], row['name'], row['choice'])}"
-        rises = measurements.store.get(key)[0]["divergence"]
+        loss_increases = measurements.store.get(key)[0]["divergence"]
         counts = [8, 16, 32] if precision else []
-        for count in (*counts, len(rises)):
-            rise = rises[:count].mean().item()
-            if rises[:count].std() / count**0.5 <= precision * rise:
+        for count in (*counts, len(loss_increases)):
+            loss_increase = loss_increases[:count].mean().item()
+            if loss_increases[:count].std() / count**0.5 <= precision * loss_increase:
                 break
         assert row["examples"] == count
-        assert row["rise"] == pytest.approx(max(rise, 0))
+        assert row["loss_increase"] == pytest.approx(max(loss_increase, 0))
 
 
 def test_parts_of_a_menu_are_those_of_a_strategy(measured):
@@ -277,8 +276,8 @@ def test_proxies_foretell_the_order_of_the_rises(table):
     assert correlations["sqnr_db"] > 0.8
 
 
-def hand_made(rises, **columns):
-    return pd.DataFrame({"rise": rises} | columns)
+def hand_made(loss_increases, **columns):
+    return pd.DataFrame({"loss_increase": loss_increases} | columns)
 
 
 def test_rank_correlations_are_of_ranks():
@@ -308,53 +307,6 @@ def test_missing_and_infinite_proxies_are_left_out():
     assert found["fisher_rise"] == pytest.approx(1)
     assert found["sqnr_db"] == pytest.approx(1)
     assert math.isnan(found["hessian_rise"])  # two are too few
-
-
-def curve(name, rises, kind="tensors", original=0.5):
-    return pd.DataFrame(
-        [
-            {"kind": kind, "name": name, "bits": bits, "rise": rise, "original_criterion": original}
-            for bits, rise in rises
-        ]
-    )
-
-
-@pytest.mark.parametrize(
-    ("rises", "cliff"),
-    [
-        ([(8, 0.0), (4, 0.001), (3, 0.004), (2, 0.006), (1, 1.0)], 3.0),
-        ([(8, 0.0), (4, 0.1), (3, 0.001)], 8.0),  # 3 bits stand below a cliff
-        ([(8, 0.1), (4, 0.2)], None),
-        ([(8, 0.1), (4, 0.0)], None),  # even the widest doesn't keep it
-        ([(8, 0.0), (4, 0.001), (1, 0.005)], 1.0),
-        ([(1, 0.0), (8, 0.0), (4, 0.1)], 8.0),  # in any order
-        ([(4, 0.1), (4, 0.001), (2, 0.1)], 4.0),  # the better of two choices
-        ([(3, 0.0), (2, 0.1), (1.6, 0.2), (2, 0.004)], 2.0),
-        ([(3, 0.0), (2, 0.003), (1.6, 0.004), (1, 0.1)], 1.6),
-        ([(4, 0.0)], 4.0),
-    ],
-)
-def test_cliffs(rises, cliff):
-    assert cliffs(curve("a", rises), 1.01) == {"a": cliff}
-
-
-def test_cliffs_of_several_tensors_and_sites():
-    table = pd.concat(
-        [
-            curve("b", [(4, 0.001), (2, 1.0)]),
-            curve("a", [(4, 0.001), (2, 0.004)]),
-            curve("a", [(4, 1.0)], kind="activations"),
-        ]
-    )
-    assert list(cliffs(table, 1.01).items()) == [("b", 4.0), ("a", 2.0), ("input of a", None)]
-    assert cliffs(table, 4) == {"b": 2.0, "a": 2.0, "input of a": 4.0}
-    assert cliffs(table, 1) == {"b": None, "a": None, "input of a": None}
-
-
-def test_cliffs_are_relative_to_the_float_loss():
-    rises = [(4, 0.003), (2, 0.03)]
-    assert cliffs(curve("a", rises, original=1.0), 1.01) == {"a": 4.0}
-    assert cliffs(curve("a", rises, original=10.0), 1.01) == {"a": 2.0}
 
 
 def options_of(choices, key):
@@ -442,7 +394,7 @@ def test_menus_of_every_module_can_be_fitted():
     assert {f"tensors/{n}" for n in ("table.weight", "mix.weight", "head.weight")} <= compensated
     assert "tensors/layer.self_attn.in_proj_weight" in compensated
     table = sensitivities(measurements, menus, parts)
-    assert table["rise"].notna().all()
+    assert table["loss_increase"].notna().all()
 
 
 def test_menus_of_a_transposed_convolution_can_be_fitted():

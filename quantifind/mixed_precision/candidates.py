@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from quantifind.certification.certificate import drops, ratio_interval
+from quantifind.certification.certificate import degradation, hopeless, outdone, ratio_interval
 from quantifind.certification.goal import Goal
 from quantifind.costs import model_bytes
 from quantifind.mixed_precision.allocation import Assignment, Option, allocate, undominated
@@ -31,11 +31,6 @@ from quantifind.utils import plugins
 
 # shares of the validation examples after each of which a candidate is given up or goes on
 RACE = (0.125, 0.25, 0.5, 1.0)
-# a step is given up where it is worse by more than this interval: a lost step costs little
-LIKELY = 0.68
-# a candidate is given up where the interval, at this level, of what its bound comes to on all
-# examples is above the limit
-HOPELESS = 0.95
 # the widest of the uniform candidates
 UNIFORM_BITS = 8
 # ends the origin of a candidate whose scales were adjusted on validation data
@@ -58,7 +53,7 @@ class Candidates:
     """What a search may choose among, and the rows of those it has measured.
 
     units: of each tensor, with the site that meets it, and of each product of two activations, the
-        options from the dearest to the cheapest, those left out that another one beats.
+        options from the costliest to the cheapest, those left out that another one beats.
     fixed: the cost, in the goal's unit, of what no menu names.
     """
 
@@ -81,7 +76,7 @@ class Candidates:
         self.parts = quantized_parts(measurements, menus)
         table = sensitivities(measurements, menus, self.parts, precision=precision)
         keys = map(part_key, table["kind"], table["name"], table["choice"])
-        self.rises = dict(zip(keys, table["rise"], strict=True))
+        self.rises = dict(zip(keys, table["loss_increase"], strict=True))
         self.units = [undominated(self._options(*unit)) for unit in self._units()]
         self.fixed = self.cost(Quantized({})) - self.cost(
             Quantized({}), {*menus["tensors"], *menus["activations"]}
@@ -231,10 +226,10 @@ class Candidates:
             measured = self.measurements.all_columns(quantized, math.ceil(share * everything))
             for i in list(going_on):
                 columns = measured[trials[i].key]
-                drop = drops(columns, confidence=self.confidence)
+                drop = degradation(columns, confidence=self.confidence)
                 found[i] = len(columns["loss"]), drop
-                outdone = other is not None and self._outdone(drop, columns, other)
-                if outdone or self._hopeless(drop, columns):
+                outdone = other is not None and self._outdone(columns, other)
+                if outdone or self._hopeless(columns):
                     del going_on[i]
         return [self._row(trial, *found[i]) for i, trial in enumerate(trials)]
 
@@ -264,7 +259,7 @@ class Candidates:
             return row
         columns = self._columns(row)
         whole = {**row, "examples": len(columns["loss"])}
-        self.rows[row["key"]] = whole | drops(columns, confidence=self.confidence)
+        self.rows[row["key"]] = whole | degradation(columns, confidence=self.confidence)
         return self.rows[row["key"]]
 
     def drop(self, row: Row) -> None:
@@ -281,37 +276,18 @@ class Candidates:
     def _columns(self, row: Row) -> Columns:
         return self.measurements.columns(row["key"], row["strategy"].fitted)
 
-    def _hopeless(self, drop: Mapping[str, float], columns: Columns) -> bool:
-        if self.goal.limit is not None:
-            # from so many examples, the lowest that the bound on all of them is likely to come to
-            value, bound = (drop[f"{self.goal.measure}{end}"] for end in ("", "_bound"))
-            low = drops(columns, confidence=HOPELESS)[f"{self.goal.measure}_low"]
-            share = len(columns["loss"]) / self.measurements.examples
-            if not math.isfinite(bound - low):  # too few examples to tell
-                return False
-            least = value + (bound - value) * math.sqrt(share)
-            return least - (value - low) * math.sqrt(1 - share) > self.goal.limit
+    def _hopeless(self, columns: Columns) -> bool:
+        goal, everything, confidence = self.goal, self.measurements.examples, self.confidence
+        if goal.limit is not None:
+            return hopeless(columns, goal.measure, goal.limit, everything, confidence=confidence)
         losses = columns["loss"]
         if self.best_losses is None:
             return False
         return ratio_interval(losses, self.best_losses[: len(losses)])[0] > 1
 
-    def _outdone(self, drop: Mapping[str, float], columns: Columns, rival: Columns) -> bool:
-        """Whether the bound of a trial, on all examples, is likely to be above a rival's."""
-        examples, whole = len(columns["loss"]), len(rival["loss"])
-        if self.goal.measure != "criterion_ratio":
-            return False
-        same = {name: column[:examples] for name, column in rival.items()}
-        ours, its = drop, drops(same, confidence=self.confidence)
-        low, high = ratio_interval(columns["loss"], same["loss"], confidence=LIKELY)
-        if not math.isfinite(ours["criterion_ratio_bound"] + its["criterion_ratio_bound"] + high):
-            return False  # too few examples to tell: test_steps_on_few_examples_are_not_given_up
-        rise, wider = (
-            ours[f"criterion_ratio{end}"] - its[f"criterion_ratio{end}"] for end in ("", "_bound")
-        )
-        rise += (wider - rise) * math.sqrt(examples / whole)
-        error = (high - low) / 2 * its["criterion_ratio"]
-        return rise > error * math.sqrt(1 - examples / whole)
+    def _outdone(self, columns: Columns, rival: Columns) -> bool:
+        of_ratio = self.goal.measure == "criterion_ratio"
+        return of_ratio and outdone(columns, rival, confidence=self.confidence)
 
     def whole(self) -> list[Row]:
         """The rows of candidates measured on all examples."""

@@ -34,9 +34,9 @@ from quantifind.utils.console import progress
 LEARNED = 4
 # compensated in order at a time, which takes longer than to measure them
 FITTED = 2
-# shares of the best cost so far: of allocations compensated in order, and of surer, dearer ones
+# shares of the best cost so far: of allocations compensated in order, and of surer, costlier ones
 IN_ORDER = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
-DEARER = (1.05, 1.1, 1.15, 1.2, 1.3)
+COSTLIER = (1.05, 1.1, 1.15, 1.2, 1.3)
 # what the scales of a tensor are multiplied with, step by step
 FACTORS = (0.94, 1.06)
 # learned rounding here follows the labels too, and may take large steps
@@ -92,13 +92,13 @@ def _stored(store: Store, key: str) -> Quantized:
 
 
 def steady(candidates: Candidates) -> None:
-    """Allocations somewhat dearer than the best, each with scales adjusted for itself: rungs of the
-    ladder that are surer, should the best not hold on test data."""
+    """Allocations somewhat costlier than the best, each with scales adjusted for itself: steps of
+    the ladder that are surer, should the best not hold on test data."""
     best, goal = candidates.best(), candidates.goal
     if best is None or goal.budget is not None:
         return
-    with progress("steadying", total=len(DEARER)) as step:
-        for share in DEARER:
+    with progress("steadying", total=len(COSTLIER)) as step:
+        for share in COSTLIER:
             assignment = candidates.allocate(share * best[goal.cost])
             if assignment is not None:
                 (row,) = candidates.measure([candidates.allocated(assignment)])

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from quantifind.certification.certificate import drops
+from quantifind.certification.certificate import degradation
 from quantifind.mixed_precision.measurements import Columns, Measurements
 from quantifind.mixed_precision.proxies import (
     fisher,
@@ -166,9 +166,10 @@ def sensitivities(
     precision: as soon as the standard error of the rise is at most this share of it, no further
         examples are measured; 0 for all of them.
     Columns: ``kind`` ("tensors" or "activations"), ``name``, ``scheme``, ``rounding``, ``bits`` of
-    a code, ``stored_bits`` with scales, ``rise`` the mean divergence
-    (`quantifind.metrics.divergence`), those of `quantifind.certification.certificate.drops`, ``sqnr_db`` of the
-    network's outputs (arXiv:2302.05397), ``examples``, and ``choice``.
+    a code, ``stored_bits`` with scales, ``loss_increase`` the mean divergence
+    (`quantifind.metrics.divergence`), those of
+    `quantifind.certification.certificate.degradation`, ``sqnr_db`` of the network's outputs
+    (arXiv:2302.05397), ``examples``, and ``choice``.
     """
     todo = {
         part_key(kind, name, choice): (kind, name, choice)
@@ -213,8 +214,8 @@ def _row(
         "bits": part.bits,
         "stored_bits": part.stored_bits if kind == "tensors" else 0,
         "original_criterion": columns["original_loss"].mean(),
-        "rise": max(columns["divergence"].mean(), 0.0),
-        **drops(columns),
+        "loss_increase": max(columns["divergence"].mean(), 0.0),
+        **degradation(columns),
         "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,
         "examples": len(columns["loss"]),
         "choice": choice,
@@ -284,26 +285,13 @@ def rank_correlations(table: pd.DataFrame) -> dict[str, float]:
     correlations = {}
     for proxy in PROXIES:
         if proxy in table:
-            both = table[["rise", proxy]].replace([np.inf, -np.inf], np.nan).dropna()
+            both = table[["loss_increase", proxy]].replace([np.inf, -np.inf], np.nan).dropna()
             sign = -1 if proxy == "sqnr_db" else 1
             enough = len(both) > 2
-            found = sign * both["rise"].corr(both[proxy], method="spearman") if enough else math.nan
+            found = (
+                sign * both["loss_increase"].corr(both[proxy], method="spearman")
+                if enough
+                else math.nan
+            )
             correlations[proxy] = float(found)
     return correlations
-
-
-def cliffs(table: pd.DataFrame, limit: float) -> dict[str, float | None]:
-    """By tensor and site, the fewest bits above which no width of it alone is predicted to bring
-    the criterion ratio above ``limit``; None where even the widest does.
-
-    The prediction is 1 + rise / float loss, with the least rise of a width.
-    """
-    found: dict[str, float | None] = {}
-    for kind, name in dict.fromkeys(zip(table["kind"], table["name"], strict=True)):
-        rows = table[(table["kind"] == kind) & (table["name"] == name)]
-        least = rows.groupby("bits")["rise"].min().sort_index(ascending=False)
-        within = least <= (limit - 1) * rows["original_criterion"].iloc[0]
-        passed = within.cummin()
-        key = name if kind == "tensors" else f"input of {name}"
-        found[key] = float(least.index[passed][-1]) if passed.any() else None
-    return found
