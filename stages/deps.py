@@ -7,7 +7,8 @@ import grimp
 import yaml
 
 PIPELINE = Path("dvc.yaml")
-# by stage, the packages whose modules it loads by their names
+# by stage, the packages whose modules it loads by their names; the plot stage takes only the names
+# of the costs, with which plots/candidates.csv changes
 PLUGINS = {
     "prepare": ("data", "models"),
     "quantize": ("costs", "schemes"),

@@ -14,6 +14,11 @@ from stages.params import Params
 
 
 def main(params: Params) -> None:
+    """Run the stage.
+
+    params: all of params.yaml.
+    Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
+    """
     net, criterion = networks.read_network()
     uniform = [Strategy(**choices) for choices in files.read_json(files.UNIFORM)]
     strategies, facts = zip(*ladder.read_ladder(), strict=True)

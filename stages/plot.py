@@ -18,6 +18,11 @@ from stages.params import Params
 
 
 def main(params: Params) -> None:
+    """Run the stage.
+
+    params: all of params.yaml.
+    Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
+    """
     tables = ("bit_depths", "history", "weight_error", "frontier", "candidates", "sensitivity")
     results, history, weight_error, frontier, candidates, sensitivity = (
         files.read_table(files.PLOTS / f"{table}.csv") for table in tables

@@ -17,6 +17,11 @@ from stages.params import Params
 
 
 def main(params: Params) -> None:
+    """Run the stage.
+
+    params: all of params.yaml.
+    Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
+    """
     net, criterion = networks.read_network()
     depths = sorted(set(params.quantize.bit_depths), reverse=True)
     uniform = [uniform_strategy(net, bits, scheme=params.quantize.scheme) for bits in depths]

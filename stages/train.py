@@ -9,6 +9,11 @@ from stages.params import Params
 
 
 def main(params: Params) -> None:
+    """Run the stage.
+
+    params: all of params.yaml.
+    Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
+    """
     entry = params.entry
     train = networks.read_loader("train", batch_size=entry.batch_size, seed=params.seed)
     val = networks.read_loader("val", batch_size=entry.batch_size)

@@ -11,7 +11,7 @@ Limit = float | Mapping[str, float]
 # what a limit may be of: its words, its unit, and what it is where nothing is lost
 MEASURES = {
     "criterion_ratio": ("criterion ratio", "(1 is lossless)", 1.0),
-    "accuracy_drop": ("drop of accuracy", "(share of examples)", 0.0),
+    "accuracy_drop": ("accuracy drop", "(share of examples)", 0.0),
     "relative_error": ("relative error of the outputs", "(share of their norm)", 0.0),
 }
 # each step of a ladder has at most this share of the bytes of the one above it
