@@ -2,12 +2,16 @@
 PYTHON ?= python3
 ACTIVATE = . .venv/bin/activate
 
-.PHONY: repro test table bench
+.PHONY: repro test deps table bench
 repro: .venv/installed
 	$(ACTIVATE) && dvc repro
 
 test: .venv/installed
 	$(ACTIVATE) && python -m pytest
+
+# In dvc.yaml, the code that each stage depends on, after a change of imports.
+deps: .venv/installed
+	$(ACTIVATE) && python -m stages.deps
 
 # The README's table: all four networks, from the cache where they ran before.
 table: .venv/installed

@@ -9,29 +9,33 @@ from quantifind.certification.goal import Goal
 from quantifind.certification.recommendation import in_words, recommend
 from quantifind.strategy import Strategy
 from quantifind.workflow.evaluation_workflow import evaluate_strategies, summarize
-from stages import files
+from stages import files, ladder, networks
 from stages.params import Params
 
 
 def main(params: Params) -> None:
-    net, criterion = files.read_network()
-    uniform = [Strategy(**choices) for choices in files.read_json(files.LADDER)]
-    strategies, facts = zip(*files.read_ladder(), strict=True)
-    test = files.read_loader("test", batch_size=files.TEST_BATCH)
+    """Run the stage.
+
+    params: all of params.yaml.
+    Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
+    """
+    net, criterion = networks.read_network()
+    uniform = [Strategy(**choices) for choices in files.read_json(files.UNIFORM)]
+    strategies, facts = zip(*ladder.read_ladder(), strict=True)
+    test = networks.read_loader("test", batch_size=files.TEST_BATCH)
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
     how: Any = {"confidence": confidence, "engine": params.engine, "scheduler": params.scheduler}
     table = evaluate_strategies(net, uniform, test, criterion, **how)
     found = evaluate_strategies(net, strategies, test, criterion, **how)
     goal = Goal.of(params.search.limit, params.search.budget)
-    limit = limits[0] if goal.limit is None else goal.limit
     chosen_on = pd.DataFrame(facts).add_prefix("validation_")
     frontier = found.join(chosen_on)
     answer = recommend(
         frontier,
         table,
-        strategies,
+        [strategy.choices for strategy in strategies],
         measure=goal.measure,
-        limit=limit,
+        limit=goal.limit_to_certify(limits),
         budget=params.search.budget,
         confidence=confidence,
     )

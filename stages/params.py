@@ -75,21 +75,22 @@ class Params:
 
 
 def read_params(path: Path = Path("params.yaml")) -> Params:
-    """The parameters in ``path``.
+    """The parameters in a file.
 
-    Errors: ValueError, one line, for a file that is missing or not YAML, and naming each key that
+    path: of the file.
+    Raises: ValueError, one line, for a file that is missing or not YAML, and naming each key that
     is unknown, missing or out of range, with what was given and what is allowed.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing") from None
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     try:
         params = TypeAdapter(Params).validate_python(values)
     except ValidationError as error:
-        raise ValueError(f"{path}: {'; '.join(map(_explain, error.errors()))}") from None
+        raise ValueError(f"{path}: {'; '.join(map(_explain, error.errors()))}") from error
     if params.model not in params.models:
         known = ", ".join(params.models)
         raise ValueError(f"{path}: model: unknown {params.model!r}: models has {known}")

@@ -18,22 +18,25 @@ from stages.params import Params
 
 
 def main(params: Params) -> None:
+    """Run the stage.
+
+    params: all of params.yaml.
+    Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
+    """
     tables = ("bit_depths", "history", "weight_error", "frontier", "candidates", "sensitivity")
     results, history, weight_error, frontier, candidates, sensitivity = (
         files.read_table(files.PLOTS / f"{table}.csv") for table in tables
     )
-    found = files.read_json(files.METRICS / "sensitivity.json")["cliff"]
     name, limits = params.model, params.evaluate.limits
     goal = Goal.of(params.search.limit, params.search.budget)
-    limit = limits[0] if goal.limit is None else goal.limit
-    cliffs = {limit: found[f"at_{limit:g}"] for limit in limits}
+    limit = goal.limit_to_certify(limits)
     figures = visualize_bit_depth_results(results, name=name, limits=limits)
     figures["history"] = visualize_history(history, name=name)
     figures["weight_sqnr"] = visualize_weight_error(weight_error, name=name)
     figures["frontier"] = visualize_frontier(
         frontier, results, name=name, measure=goal.measure, limit=limit, limits=limits
     )
-    figures["sensitivity"] = visualize_sensitivity(sensitivity, cliffs, name=name)
+    figures["sensitivity"] = visualize_sensitivity(sensitivity, name=name, limits=limits)
     figures["prediction"] = visualize_prediction(candidates, name=name)
     figures["costs"] = visualize_costs(candidates, plugins.names("costs"), name=name)
     for picture, figure in figures.items():

@@ -10,6 +10,11 @@ from stages.params import Params
 
 
 def main(params: Params) -> None:
+    """Run the stage.
+
+    params: all of params.yaml.
+    Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
+    """
     # a wrong name in the parameters is found before anything is trained: test_bad_params
     entry = params.entry
     create_model_context = plugins.load("models", entry.network, "create_model_context")

@@ -162,10 +162,7 @@ def test_ranges_by_largest_percentile_and_squared_error(sign):
     assert cut.scale == pytest.approx(0.999 / 15, rel=1e-2)
     assert least.scale == largest.scale  # so far out, the one value counts most
     values[-1] = 2 * sign
-    error = [
-        (q.dequantize() - values.flatten()).square().sum()
-        for q in (fit(), fit(scale="mse"))
-    ]
+    error = [(q.dequantize() - values.flatten()).square().sum() for q in (fit(), fit(scale="mse"))]
     assert error[1] < 0.9 * error[0]
 
 

@@ -17,7 +17,9 @@ def total_rise(units, assignment):
 
 
 def option(cost, loss_increase):
-    return Option({"weight": {"scheme": "uniform", "cost": cost}}, {}, float(cost), float(loss_increase))
+    return Option(
+        {"weight": {"scheme": "uniform", "cost": cost}}, {}, float(cost), float(loss_increase)
+    )
 
 
 OPTIONS = st.builds(option, NUMBERS, NUMBERS)

@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from scipy import stats
 
 from quantifind.certification.certificate import (
+    accuracy_drop_interval,
     certified_depth,
     certified_steps,
-    drop_interval,
-    drops,
+    degradation,
+    hopeless,
     mark_certified,
+    minimum_safe_bits,
+    outdone,
     ratio_bound,
     ratio_interval,
 )
@@ -189,16 +192,16 @@ def flips(examples, lost, won):
     ("lost", "won"),
     [(0.0, 0.0), (0.0005, 0.0), (0.001, 0.001), (0.0, 0.01), (0.02, 0.015), (0.3, 0.05)],
 )
-def test_drop_interval_covers_the_true_drop(examples, lost, won):
+def test_an_accuracy_drops_interval_covers_the_true_one(examples, lost, won):
     """In 95% of simulations at least, with few flips or none too."""
     generator = np.random.default_rng(0)
     draws = generator.multinomial(examples, [lost, won, 1 - lost - won], size=1_000)
     counts, times = np.unique(draws[:, :2], axis=0, return_counts=True)
     covered = below = 0
     for (wrong, right), often in zip(counts, times, strict=True):
-        low, high = drop_interval(*flips(examples, wrong, right))
+        low, high = accuracy_drop_interval(*flips(examples, wrong, right))
         covered += often * (low <= lost - won <= high)
-        bound = drop_interval(*flips(examples, wrong, right), confidence=0.9)[1]
+        bound = accuracy_drop_interval(*flips(examples, wrong, right), confidence=0.9)[1]
         below += often * (lost - won <= bound)
     assert covered >= 950
     assert below >= 950
@@ -206,37 +209,36 @@ def test_drop_interval_covers_the_true_drop(examples, lost, won):
 
 @given(examples=st.integers(1, 500))
 def test_no_flip_is_no_proof(examples):
-    low, high = drop_interval(*flips(examples, 0, 0))
+    low, high = accuracy_drop_interval(*flips(examples, 0, 0))
     assert low < 0 < high
     assert low == -high
 
 
 @settings(max_examples=30)
 @given(data=st.data(), examples=st.integers(1, 400), confidence=st.floats(0.5, 0.999))
-def test_flips_one_way_have_the_interval_of_clopper_and_pearson(data, examples, confidence):
+def test_a_share_has_the_interval_of_scipy(data, examples, confidence):
+    """Of flips all one way: that of Clopper and Pearson for each way, at half the error."""
     count = data.draw(st.integers(0, examples // 2))
-    # half of the error for each way, half of that for each side
-    tail = (1 - confidence) / 4
-    none = 1 - tail ** (1 / examples)
-    lowest = stats.beta.ppf(tail, count, examples - count + 1) if count else 0.0
-    highest = stats.beta.ppf(1 - tail, count + 1, examples - count)
-    low, high = drop_interval(*flips(examples, count, 0), confidence=confidence)
-    assert low == pytest.approx(lowest - none, abs=1e-9)
-    assert high == pytest.approx(highest, abs=1e-9)
-    low, high = drop_interval(*flips(examples, 0, count), confidence=confidence)
-    assert low == pytest.approx(-highest, abs=1e-9)
-    assert high == pytest.approx(none - lowest, abs=1e-9)
+    level = 1 - (1 - confidence) / 2
+    flipped, not_flipped = (
+        stats.binomtest(k, examples).proportion_ci(level, method="exact") for k in (count, 0)
+    )
+    low, high = accuracy_drop_interval(*flips(examples, count, 0), confidence=confidence)
+    assert low == pytest.approx(flipped.low - not_flipped.high, abs=1e-9)
+    assert high == pytest.approx(flipped.high, abs=1e-9)
+    turned = accuracy_drop_interval(*flips(examples, 0, count), confidence=confidence)
+    assert turned == (-high, -low)
 
 
 @settings(max_examples=30)
 @given(data=st.data(), examples=st.integers(2, 300))
-def test_drop_interval_is_about_the_drop_and_turns_with_it(data, examples):
+def test_an_accuracy_drops_interval_holds_it_and_turns_with_it(data, examples):
     lost, won = (data.draw(st.integers(0, examples // 2)) for _ in range(2))
     right, was_right = flips(examples, lost, won)
-    low, high = drop_interval(right, was_right)
+    low, high = accuracy_drop_interval(right, was_right)
     assert low <= was_right.mean() - right.mean() <= high
-    assert drop_interval(was_right, right) == (-high, -low)
-    narrow = drop_interval(right, was_right, confidence=0.8)
+    assert accuracy_drop_interval(was_right, right) == (-high, -low)
+    narrow = accuracy_drop_interval(right, was_right, confidence=0.8)
     assert low <= narrow[0] <= narrow[1] <= high
 
 
@@ -258,9 +260,9 @@ def columns_of(seed=0, examples=400, classes=True):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
-def test_drops_are_those_of_each_measure(seed, confidence):
+def test_degradation_is_that_of_each_measure(seed, confidence):
     columns = columns_of(seed)
-    row = drops(columns, confidence=confidence)
+    row = degradation(columns, confidence=confidence)
     names = ["criterion_ratio", "accuracy_drop", "relative_error"]
     assert list(row) == [name + end for name in names for end in ("", "_low", "_high", "_bound")]
     losses, original = columns["loss"], columns["original_loss"]
@@ -279,25 +281,165 @@ def test_drops_are_those_of_each_measure(seed, confidence):
     right, was_right = columns["correct"], columns["original_correct"]
     assert row["accuracy_drop"] == pytest.approx(was_right.mean() - right.mean())
     interval = row["accuracy_drop_low"], row["accuracy_drop_high"]
-    assert interval == drop_interval(right, was_right, confidence=confidence)
+    assert interval == accuracy_drop_interval(right, was_right, confidence=confidence)
     for name in names:
         low, high, bound = (row[f"{name}_{end}"] for end in ("low", "high", "bound"))
         assert low <= row[name] <= bound <= high
 
 
-def test_drops_of_a_network_without_classes_and_of_one_that_lost_nothing():
+def test_degradation_of_a_network_without_classes_and_of_one_that_lost_nothing():
     columns = columns_of(classes=False)
-    assert not any(name.startswith("accuracy") for name in drops(columns))
+    assert not any(name.startswith("accuracy") for name in degradation(columns))
     same = columns | {"loss": columns["original_loss"], "squared_error": np.zeros(400)}
-    row = drops(same)
+    row = degradation(same)
     assert [row[f"criterion_ratio{end}"] for end in ("", "_low", "_high", "_bound")] == [1] * 4
     assert [row[f"relative_error{end}"] for end in ("", "_low", "_high", "_bound")] == [0] * 4
 
 
-def test_drops_without_a_unit_are_not_known():
+def test_degradation_without_a_unit_is_not_known():
     zeros = np.zeros(5)
     names = ["loss", "original_loss", "squared_error", "squared_norm"]
-    row = drops(dict.fromkeys(names, zeros))
+    row = degradation(dict.fromkeys(names, zeros))
     assert math.isnan(row["criterion_ratio"])
     assert math.isnan(row["relative_error"])
     assert row["criterion_ratio_bound"] == row["relative_error_bound"] == math.inf
+
+
+MEASURED = {"criterion_ratio": 1.05, "relative_error": 0.3, "accuracy_drop": 0.02}
+
+
+def seen(columns, examples):
+    return {name: column[:examples] for name, column in columns.items()}
+
+
+def near_the_limit(generator, examples):
+    """A candidate near each of the limits of MEASURED."""
+    original = generator.gamma(0.5, size=examples)
+    error = generator.uniform(0.07, 0.1) * generator.gamma(1, size=examples)
+    was_right = generator.random(examples) < 0.9
+    flipped = generator.random(examples) < generator.uniform(0, 0.06)
+    losses = original * generator.uniform(1, 1.1) + generator.normal(0, 0.5, examples)
+    return {
+        "loss": losses,
+        "original_loss": original,
+        "squared_error": original * error,
+        "squared_norm": original,
+        "original_correct": was_right,
+        "correct": was_right & ~flipped,
+    }
+
+
+@pytest.mark.parametrize("measure", MEASURED)
+def test_few_that_would_keep_the_limit_are_hopeless(measure):
+    """Candidates near the limit, each seen on a growing part of its examples."""
+    limit, whole, generator = MEASURED[measure], 2_000, np.random.default_rng(0)
+    wrong = keeping = early = 0
+    for _ in range(300):
+        columns = near_the_limit(generator, whole)
+        given_up = {
+            examples: hopeless(seen(columns, examples), measure, limit, whole)
+            for examples in (250, 500, 1_000, whole)
+        }
+        kept = degradation(columns)[f"{measure}_bound"] <= limit
+        assert given_up[whole] == (not kept)
+        keeping += kept
+        wrong += kept and any(given_up.values())
+        early += given_up[500]
+    assert wrong <= 0.1 * keeping
+    assert keeping > 30
+    assert early > 30
+
+
+@pytest.mark.parametrize("measure", ["criterion_ratio", "relative_error"])
+def test_one_example_is_too_few_to_be_hopeless(measure):
+    columns = seen(near_the_limit(np.random.default_rng(0), 2_000), 1)
+    assert not hopeless(columns, measure, -1, 2_000)
+
+
+def test_few_that_would_end_below_a_rival_are_outdone():
+    """Candidates near a rival, each seen on a growing part of its examples."""
+    whole, generator = 2_000, np.random.default_rng(0)
+    wrong = better = early = 0
+    for _ in range(300):
+        original = generator.gamma(0.5, size=whole)
+        ours, rival = (
+            {"loss": original * ratio + generator.normal(0, 0.05, whole), "original_loss": original}
+            for ratio in (generator.uniform(1.02, 1.04), 1.03)
+        )
+        given_up = {n: outdone(seen(ours, n), rival) for n in (250, 500, 1_000, whole)}
+        bounds = [ratio_bound(c["loss"], original) for c in (ours, rival)]
+        assert given_up[whole] == (bounds[0] > bounds[1])
+        better += bounds[0] <= bounds[1]
+        wrong += bounds[0] <= bounds[1] and any(given_up.values())
+        early += given_up[500]
+    assert wrong <= 0.32 * better
+    assert better > 50
+    assert early > 50
+
+
+@pytest.mark.parametrize("examples", [1, 2, 500])
+def test_what_was_seen_on_few_examples_is_not_outdone(examples):
+    generator = np.random.default_rng(0)
+    original = generator.exponential(size=1_000)
+    columns, rival = (
+        {"loss": ratio * original * generator.uniform(0.9, 1.1, 1_000), "original_loss": original}
+        for ratio in (1.5, 1.0)
+    )
+    assert outdone(seen(columns, examples), rival) == (examples == 500)
+
+
+def curve(name, loss_increases, kind="tensors", original=0.5):
+    return pd.DataFrame(
+        [
+            {
+                "kind": kind,
+                "name": name,
+                "bits": bits,
+                "loss_increase": loss_increase,
+                "original_criterion": original,
+            }
+            for bits, loss_increase in loss_increases
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss_increases", "bits"),
+    [
+        ([(8, 0.0), (4, 0.001), (3, 0.004), (2, 0.006), (1, 1.0)], 3.0),
+        ([(8, 0.0), (4, 0.1), (3, 0.001)], 8.0),  # 3 bits stand below it
+        ([(8, 0.1), (4, 0.2)], None),
+        ([(8, 0.1), (4, 0.0)], None),  # even the widest doesn't keep it
+        ([(8, 0.0), (4, 0.001), (1, 0.005)], 1.0),
+        ([(1, 0.0), (8, 0.0), (4, 0.1)], 8.0),  # in any order
+        ([(4, 0.1), (4, 0.001), (2, 0.1)], 4.0),  # the better of two choices
+        ([(3, 0.0), (2, 0.1), (1.6, 0.2), (2, 0.004)], 2.0),
+        ([(3, 0.0), (2, 0.003), (1.6, 0.004), (1, 0.1)], 1.6),
+        ([(4, 0.0)], 4.0),
+    ],
+)
+def test_minimum_safe_bits(loss_increases, bits):
+    assert minimum_safe_bits(curve("a", loss_increases), 1.01) == {"a": bits}
+
+
+def test_minimum_safe_bits_of_several_tensors_and_activations():
+    table = pd.concat(
+        [
+            curve("b", [(4, 0.001), (2, 1.0)]),
+            curve("a", [(4, 0.001), (2, 0.004)]),
+            curve("a", [(4, 1.0)], kind="activations"),
+        ]
+    )
+    assert list(minimum_safe_bits(table, 1.01).items()) == [
+        ("b", 4.0),
+        ("a", 2.0),
+        ("input of a", None),
+    ]
+    assert minimum_safe_bits(table, 4) == {"b": 2.0, "a": 2.0, "input of a": 4.0}
+    assert minimum_safe_bits(table, 1) == {"b": None, "a": None, "input of a": None}
+
+
+def test_minimum_safe_bits_are_relative_to_the_float_loss():
+    loss_increases = [(4, 0.003), (2, 0.03)]
+    assert minimum_safe_bits(curve("a", loss_increases, original=1.0), 1.01) == {"a": 4.0}
+    assert minimum_safe_bits(curve("a", loss_increases, original=10.0), 1.01) == {"a": 2.0}

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, given
 
-from quantifind.certification.goal import MEASURES, RUNG, Goal, ladder
+from quantifind.certification.goal import MEASURES, STEP, Goal, ladder
 from quantifind.utils import plugins
 
 COSTS = ["mean_bits", *plugins.names("costs")]
@@ -94,7 +94,7 @@ def test_a_limit_is_kept_with_confidence_and_bytes_are_ranked():
     assert min(rows, key=goal.rank) is rows[2]
 
 
-def test_a_budget_is_kept_and_drops_are_ranked():
+def test_a_budget_is_kept_and_degradations_are_ranked():
     goal = Goal.of(None, 4)
     assert goal.keeps(row(40, 1.0, 9.0))
     assert not goal.keeps(row(41, 1.0, 1.0))
@@ -102,15 +102,20 @@ def test_a_budget_is_kept_and_drops_are_ranked():
     assert min(rows, key=goal.rank) is rows[2]
 
 
-def test_sureness_counts_standard_errors():
+def test_the_margin_counts_standard_errors():
     goal = Goal.of(1.01, None)
-    assert goal.sureness(row(1, 1.0, 1.005)) == pytest.approx(2)
-    assert goal.sureness(row(1, 1.0, 1.01)) == pytest.approx(1)
-    assert goal.sureness(row(1, 1.02, 1.03)) == pytest.approx(-1)
-    assert goal.sureness(row(1, 1.0, 1.0)) > 1e6
-    assert goal.sureness(row(1, 1.0, math.inf)) == 0
+    assert goal.margin(row(1, 1.0, 1.005)) == pytest.approx(2)
+    assert goal.margin(row(1, 1.0, 1.01)) == pytest.approx(1)
+    assert goal.margin(row(1, 1.02, 1.03)) == pytest.approx(-1)
+    assert goal.margin(row(1, 1.0, 1.0)) > 1e6
+    assert goal.margin(row(1, 1.0, math.inf)) == 0
     budget = Goal.of(None, 4)
-    assert budget.sureness(row(1, 1.0, 1.01)) > budget.sureness(row(1, 0.9, 1.02))
+    assert budget.margin(row(1, 1.0, 1.01)) > budget.margin(row(1, 0.9, 1.02))
+
+
+def test_the_limit_to_certify_is_that_of_the_search():
+    assert Goal.of({"accuracy_drop": 0.02}, None).limit_to_certify([1.05, 1.01]) == 0.02
+    assert Goal.of(None, 4).limit_to_certify([1.05, 1.01]) == 1.05
 
 
 @st.composite
@@ -124,18 +129,18 @@ def candidates(draw, measure="criterion_ratio"):
 
 
 def check_ladder(rows, chosen, goal):
-    rungs = ladder(rows, chosen, goal)
-    assert any(rung is chosen for rung in rungs)
-    assert all(any(rung is row for row in rows) for rung in rungs)
-    sizes = [rung["model_bytes"] for rung in rungs]
-    assert all(low <= RUNG * high for high, low in pairwise(sizes))
-    sureness = [goal.sureness(rung) for rung in rungs]
-    assert all(above > below for above, below in pairwise(sureness))
+    steps = ladder(rows, chosen, goal)
+    assert any(step is chosen for step in steps)
+    assert all(any(step is row for row in rows) for step in steps)
+    sizes = [step["model_bytes"] for step in steps]
+    assert all(low <= STEP * high for high, low in pairwise(sizes))
+    margins = [goal.margin(step) for step in steps]
+    assert all(above > below for above, below in pairwise(margins))
 
 
 @pytest.mark.parametrize("measure", MEASURES)
 @given(data=st.data())
-def test_a_ladder_falls_in_bytes_and_sureness_to_the_chosen_and_on(measure, data):
+def test_a_ladder_falls_in_bytes_and_margin_to_the_chosen_and_on(measure, data):
     rows = data.draw(candidates(measure))
     goal = Goal.of({measure: 1.01 if measure == "criterion_ratio" else 0.01}, None)
     keeping = [row for row in rows if goal.keeps(row)]
@@ -161,8 +166,8 @@ def test_a_ladder_of_one():
 def test_a_ladder_by_hand():
     goal = Goal.of(1.01, None)
     rows = [
-        row(1000, 1.0, 1.001),  # sureness 10
-        row(800, 1.0, 1.005),  # 2: no surer than the next
+        row(1000, 1.0, 1.001),  # margin 10
+        row(800, 1.0, 1.005),  # 2: smaller than the next
         row(700, 1.0, 1.004),  # 2.5
         row(690, 1.0, 1.0045),  # chosen, and near the one above
         row(500, 1.02, 1.03),

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from conftest import ROOT, tracked_files
 
+from stages import deps, files
+
 FEW_DATA = '''"""Noise and digits read off it, for tests."""
 
 import torch
@@ -204,44 +206,66 @@ def test_a_new_model_file_leaves_trained_models_standing(project):
     assert project.dvc("repro") == []
 
 
-IMPORTS = """
-import runpy, sys
-runpy.run_module("stages.{stage}", run_name="__main__")
-print("MODULES", *sorted(sys.modules))
-"""
+def test_a_new_search_trains_nothing_again(project):
+    """Nor does another grid: the stages that a change would run are those that use it."""
+    rooms = {
+        "search.py": {"quantize"},
+        "mixed_precision/sensitivity.py": {"quantize"},
+        "mixed_precision/new.py": {"quantize"},
+        "tensor/gptq.py": {"quantize", "evaluate"},
+        "schemes/uniform.py": {"quantize", "evaluate"},
+        "workflow/search_figures.py": {"plot"},
+        "workflow/train_workflow.py": {"train"},
+        "metrics.py": {"train", "quantize", "evaluate"},
+    }
+    for room, stages in rooms.items():
+        path = project.folder / "quantifind" / room
+        source = path.read_bytes() if path.exists() else None
+        path.write_bytes((source or b"") + b"\n# changed\n")
+        status = json.loads(project.run("dvc", "status", "--json").stdout)
+        assert status.keys() == stages, room
+        path.unlink() if source is None else path.write_bytes(source)
+    assert project.dvc("repro") == []
+
+
+def test_dependencies_are_what_a_stage_imports():
+    """So that a changed module re-runs the stages that use it: make deps."""
+    text = (ROOT / deps.PIPELINE).read_text(encoding="utf-8")
+    assert deps.updated(text) == text
+    without = re.sub(r"      - (quantifind|stages)/.*\n", "", text)
+    assert deps.updated(without) == text
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_dependencies_are_what_a_stage_imports(project, stage):
-    """So that a changed module re-runs the stages that use it; heavy imports only where needed."""
+def test_heavy_imports_are_rare(stage):
+    """torch takes seconds, so the plot stage does without it; and only that one draws."""
+    script = f"import sys, stages.{stage}; print(*sys.modules)"
     result = subprocess.run(
-        [sys.executable, "-c", IMPORTS.format(stage=stage)],
-        cwd=project.folder,
-        env=project.env,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    assert result.returncode == 0, result.stderr
-    modules = set(result.stdout.split("MODULES", 1)[1].split())
-    declared = yaml.safe_load((project.folder / "dvc.yaml").read_text())["stages"][stage]["deps"]
-    for module in modules:
-        path = module.replace(".", "/") + ".py"
-        ours = module.startswith(("quantifind.", "stages."))
-        if ours and (project.folder / path).exists():
-            covered = any(path == dep or path.startswith(f"{dep}/") for dep in declared)
-            # a network's source stands in out/network.py for the stages after prepare
-            copied = path.startswith("quantifind/models/") and "out/network.py" in declared
-            assert covered or copied, f"{stage} imports {path}"
-    if stage == "prepare":  # reads whichever data set is selected
-        for data in (project.folder / "quantifind/data").glob("*.py"):
-            modules |= set(re.findall(r"^from (\S+) import", data.read_text(), re.MULTILINE))
-    for dep in declared:
-        if dep.endswith(".py") and dep.startswith(("quantifind", "stages")):
-            used = dep.removesuffix(".py").replace("/", ".") in modules | {f"stages.{stage}"}
-            assert used, f"{stage} does not import {dep}"
+    modules = set(result.stdout.split())
     assert ("torch" in modules) == (stage != "plot")
-    assert "torchvision" not in modules or stage == "prepare"
+    assert "torchvision" not in modules
     assert ("matplotlib.pyplot" in modules) == (stage == "plot")
+
+
+def test_what_was_measured_is_of_the_code_in_every_room(tmp_path, monkeypatch):
+    sources = [f for f in tracked_files() if re.match(r"quantifind/.*\.py$", f)]
+    for file in sources:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    monkeypatch.chdir(tmp_path)
+    files.write_text(files.NETWORK_SOURCE, "a network\n")
+    before = files.measured_folder()
+    for file in [*sources, str(files.NETWORK_SOURCE)]:
+        source = Path(file).read_text()
+        Path(file).write_text(source + "# changed\n")
+        matters = file.split("/")[1] not in files.UNMEASURED
+        assert (files.measured_folder() != before) == matters, file
+        Path(file).write_text(source)
+    assert {"learning.py", "tensor", "network", "runtime", "mixed_precision", "schemes"} <= {
+        file.split("/")[1] for file in sources
+    }
 
 
 def test_a_killed_training_is_resumed(project):
@@ -350,8 +374,8 @@ def test_a_network_that_does_not_fit_its_data(conv):
 def test_a_failed_stage_loses_nothing(conv):
     """A loss that diverges under dvc: its line is shown, dvc checkout brings all results back."""
     kept = ["metrics", "plots", "out/checkpoint", "out/strategies"]
-    files = [p for name in kept for p in (conv.folder / name).iterdir() if p.is_file()]
-    before = {path: path.read_bytes() for path in files}
+    results = [p for name in kept for p in (conv.folder / name).iterdir() if p.is_file()]
+    before = {path: path.read_bytes() for path in results}
     model = conv.folder / "quantifind/models/conv_mnist_model.py"
     source = model.read_text()
     model.write_text(source.replace("lr=0.001", "lr=1e30"))
@@ -364,7 +388,7 @@ def test_a_failed_stage_loses_nothing(conv):
     finally:
         model.write_text(source)
     conv.dvc("checkout", "--force")
-    assert {path: path.read_bytes() for path in files} == before
+    assert {path: path.read_bytes() for path in results} == before
 
 
 def test_tensors_that_share_memory_are_written(conv):

@@ -62,14 +62,6 @@ def test_code_is_clean(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_networks_import_what_every_stage_depends_on():
-    """What a network imports besides is no dependency in dvc.yaml: editing it would run nothing."""
-    for file in tracked_files():
-        if file.startswith("quantifind/models/"):
-            imported = re.findall(r"^from (quantifind\S*)", (ROOT / file).read_text(), re.MULTILINE)
-            assert set(imported) <= {"quantifind.utils"}, file
-
-
 def test_tests_that_comments_name_are_there():
     tests = "".join((ROOT / f).read_text() for f in tracked_files() if f.startswith("tests/"))
     for file in tracked_files():

@@ -116,7 +116,9 @@ def test_the_prediction_is_the_mean_rise_of_a_quadratic_loss():
     for signs in itertools.product((-0.1, 0.1), repeat=6):
         changed = weight + torch.tensor(signs, dtype=torch.float64).reshape(2, 3)
         outputs = functional_call(net, {"weight": changed}, (inputs,))
-        loss_increases.append((criterion(outputs, targets) - criterion(net(inputs), targets)).item())
+        loss_increases.append(
+            (criterion(outputs, targets) - criterion(net(inputs), targets)).item()
+        )
         predictions.append(hessian_increase(mean_trace, weight, changed))
     assert predictions[0] == pytest.approx(sum(loss_increases) / len(loss_increases), rel=0.03)
     assert predictions == pytest.approx(predictions[:1] * len(predictions))
@@ -219,8 +221,12 @@ def test_output_fisher_of_an_output_bias_is_its_fisher():
     net, batches = mlp(), labelled(5, 2)
     bias = net[4].bias.detach()
     information = fisher(net, CROSS_ENTROPY, batches)["4.bias"]
-    loss_increases = output_fisher_increases(net, CROSS_ENTROPY, batches, {"4.bias": [bias + 0.1, bias]})
-    assert loss_increases["4.bias"] == pytest.approx([fisher_increase(information, bias, bias + 0.1), 0])
+    loss_increases = output_fisher_increases(
+        net, CROSS_ENTROPY, batches, {"4.bias": [bias + 0.1, bias]}
+    )
+    assert loss_increases["4.bias"] == pytest.approx(
+        [fisher_increase(information, bias, bias + 0.1), 0]
+    )
 
 
 class Attention(nn.Module):
@@ -259,12 +265,16 @@ def test_output_fisher_of_a_packed_projection_is_that_of_its_parts(parameter):
     batches = [(torch.randn(5, 12).double(), torch.arange(5) % 4)]
     name = f"attention.in_proj_{parameter}"
     candidate = getattr(packed, f"in_proj_{parameter}").detach() * 0.9 + 0.01
-    loss_increases = output_fisher_increases(Reader(packed), CROSS_ENTROPY, batches, {name: [candidate]})
+    loss_increases = output_fisher_increases(
+        Reader(packed), CROSS_ENTROPY, batches, {name: [candidate]}
+    )
     parts = {
         f"attention.parts.{i}.{parameter}": [part] for i, part in enumerate(candidate.chunk(3))
     }
     of_parts = output_fisher_increases(Reader(apart), CROSS_ENTROPY, batches, parts)
-    assert loss_increases[name] == pytest.approx([sum(loss_increase for (loss_increase,) in of_parts.values())])
+    assert loss_increases[name] == pytest.approx(
+        [sum(loss_increase for (loss_increase,) in of_parts.values())]
+    )
 
 
 def test_an_activation_in_place():

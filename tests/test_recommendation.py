@@ -7,7 +7,6 @@ import pytest
 
 from quantifind.certification.goal import MEASURES
 from quantifind.certification.recommendation import in_words, recommend, words_of
-from quantifind.strategy import Strategy
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}
 
@@ -38,12 +37,12 @@ def depths(bounds, measure="criterion_ratio"):
     return pd.DataFrame({"bit_depth": bounds.keys(), f"{measure}_bound": bounds.values()})
 
 
-def strategies(count):
+def choices(count):
     return [
-        Strategy(
-            {"weight": UNIFORM | {"bits": 8 - number}, "bias": None},
-            {"weight": {"scheme": "uniform", "bits": 8, "zero_point": True}},
-        )
+        {
+            "tensors": {"weight": UNIFORM | {"bits": 8 - number}, "bias": None},
+            "activations": {"weight": {"scheme": "uniform", "bits": 8, "zero_point": True}},
+        }
         for number in range(count)
     ]
 
@@ -53,7 +52,7 @@ def answer_of(bounds, *, uniform=None, limit=1.01, measure="criterion_ratio", ch
     return recommend(
         judged(bounds, measure, chosen),
         depths(uniform, measure),
-        strategies(len(bounds)),
+        choices(len(bounds)),
         measure=measure,
         limit=limit,
     )
@@ -152,6 +151,13 @@ def test_plain_values_that_say_the_same_as_the_words(measure, bounds):
     assert page.endswith("|\n")
 
 
+@pytest.mark.parametrize(("adjusted", "end"), [(True, ", scales adjusted"), (False, "")])
+def test_adjusted_scales_stand_beside_the_origin(adjusted, end):
+    found = judged([1.0, 1.0]).assign(validation_scales_adjusted=adjusted)
+    answer = recommend(found, depths({8: 1.0}), choices(2))
+    assert answer["chosen"]["rounding"] == f"origin 1{end}"
+
+
 def test_no_uniform_depth_in_words():
     page = in_words(answer_of([1.0, 1.0], uniform={8: 2.0}), "net")
     assert "no depth would be certified" in page
@@ -171,7 +177,7 @@ def test_activations_stand_on_the_page():
         ({"scheme": "uniform", "bits": 4, "axis": 0}, "4 bits, a scale per channel, nearest"),
         (
             {"scheme": "uniform", "bits": 2, "axis": 0, "rounding": "gptq"},
-            "2 bits, a scale per channel, compensated",
+            "2 bits, a scale per channel, GPTQ",
         ),
         ({"scheme": "uniform", "bits": 1, "axis": 1}, "binary, a scale per channel, nearest"),
         ({"scheme": "uniform", "levels": 2}, "binary, one scale, nearest"),
@@ -188,7 +194,6 @@ def test_activations_stand_on_the_page():
             {"scheme": "power_of_two", "bits": 4, "axis": 0, "rounding": "learned"},
             "power of two, 4 bits, a scale per channel, learned",
         ),
-        ({"scheme": "uniform", "bits": 8, "rounding": "corrected"}, "8 bits, one scale, corrected"),
     ],
     ids=str,
 )

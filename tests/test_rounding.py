@@ -267,11 +267,7 @@ def test_the_scale_of_an_embedding_is_weighted_by_its_use(scheme):
     net, codes = nn.Embedding(12, 8), some_codes()
     net.weight.data[:10] *= 0.1  # the never used ones are far larger
     plain = {"scheme": scheme, "bits": 3}
-    kept = (
-        {"centres": "weighted_k_means"}
-        if scheme == "codebook"
-        else {"scale": "weighted_mse"}
-    )
+    kept = {"centres": "weighted_k_means"} if scheme == "codebook" else {"scale": "weighted_mse"}
     nearest, found = (
         quantize_model(net, Strategy({"weight": choice}), [(codes,)])
         for choice in (plain, plain | kept | {"rounding": "gptq"})

@@ -3,21 +3,18 @@
 import itertools
 import math
 import re
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from quantifind.network.macs import multiply_adds
 from torch import nn
 
-from quantifind.certification.certificate import drops
 from quantifind.certification.goal import Goal
 from quantifind.metrics import outcome
 from quantifind.mixed_precision import measurements as measuring
 from quantifind.mixed_precision import refinement as refining
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.network.macs import multiply_adds
 from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.search import find_strategy
 from quantifind.utils import plugins
@@ -170,41 +167,6 @@ def stepped(net, train, val):
     return candidates, [uniform[bits] for bits in (2, 4, 8)]
 
 
-@pytest.mark.parametrize(
-    "limit", [{"criterion_ratio": 1.05}, {"relative_error": 0.3}, {"accuracy_drop": 0.02}], ids=str
-)
-def test_few_that_would_keep_the_limit_are_given_up(limit):
-    """Candidates near the limit, each seen on a growing part of its examples."""
-    goal, whole, rng = Goal.of(limit, None), 2_000, np.random.default_rng(0)
-    search = SimpleNamespace(goal=goal, measurements=SimpleNamespace(examples=whole))
-    wrong = keeping = early = 0
-    for _ in range(300):
-        original = rng.gamma(0.5, size=whole)
-        losses = original * rng.uniform(1, 1.1) + rng.normal(0, 0.5, whole)
-        was_right = rng.random(whole) < 0.9
-        columns = {
-            "loss": losses,
-            "original_loss": original,
-            "squared_error": original * rng.uniform(0.07, 0.1) * rng.gamma(1, size=whole),
-            "squared_norm": original,
-            "original_correct": was_right,
-            "correct": was_right & (rng.random(whole) > rng.uniform(0, 0.06)),
-        }
-        given_up = {}
-        for examples in (250, 500, 1_000, whole):
-            some = {name: column[:examples] for name, column in columns.items()}
-            drop = drops(some)
-            given_up[examples] = Candidates._hopeless(search, drop, some)
-        kept = goal.keeps(drop)
-        assert given_up[whole] == (not kept)
-        keeping += kept
-        wrong += kept and any(given_up.values())
-        early += given_up[500]
-    assert wrong <= 0.1 * keeping
-    assert keeping > 30
-    assert early > 30
-
-
 def test_steps_that_are_worse_are_given_up_early(small):
     candidates, trials = stepped(*small[:3])
     worst, middle, best = candidates.measured(trials)
@@ -225,18 +187,6 @@ def test_the_scales_of_one_that_was_given_up_are_adjusted_on_all_examples(small)
     assert row["examples"] == 1_000
     (whole,) = candidates.measured(trials[:1])
     assert row["criterion_ratio_bound"] <= whole["criterion_ratio_bound"]
-
-
-@pytest.mark.parametrize("examples", [1, 2, 500])
-def test_steps_on_few_examples_are_not_given_up(small, examples):
-    candidates, trials = stepped(*small[:3])
-    worst, _, best = (
-        candidates.measurements.all_columns({t.key: t.quantized for t in trials})[trial.key]
-        for trial in trials
-    )
-    few = {name: column[:examples] for name, column in worst.items()}
-    given_up = candidates._outdone(drops(few), few, best)
-    assert given_up == (examples == 500)
 
 
 def test_measures_and_costs(small):

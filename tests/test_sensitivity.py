@@ -1,4 +1,4 @@
-"""A row for each choice of each tensor, as a plain evaluation has it; proxies, cliffs and menus."""
+"""A row for each choice of each tensor, as a plain evaluation has it; proxies and menus."""
 
 import json
 import math
@@ -24,7 +24,6 @@ from quantifind.mixed_precision.proxies import (
 from quantifind.mixed_precision.sensitivity import (
     UNCHANGED,
     _precise,
-    cliffs,
     default_menus,
     measure_sensitivity,
     part_key,
@@ -254,7 +253,9 @@ def test_proxies_are_those_of_the_training_data(table):
         )
         by_output = output_fisher_increases(net, CRITERION, batches, {name: [put]})
         wanted = by_output[name][0] if name in by_output else math.nan
-        assert row["output_fisher_increase"] == pytest.approx(wanted, rel=1e-3, abs=1e-12, nan_ok=True)
+        assert row["output_fisher_increase"] == pytest.approx(
+            wanted, rel=1e-3, abs=1e-12, nan_ok=True
+        )
 
 
 def test_proxies_of_what_has_none_are_missing(table):
@@ -308,53 +309,6 @@ def test_missing_and_infinite_proxies_are_left_out():
     assert found["fisher_increase"] == pytest.approx(1)
     assert found["sqnr_db"] == pytest.approx(1)
     assert math.isnan(found["hessian_increase"])  # two are too few
-
-
-def curve(name, loss_increases, kind="tensors", original=0.5):
-    return pd.DataFrame(
-        [
-            {"kind": kind, "name": name, "bits": bits, "loss_increase": loss_increase, "original_criterion": original}
-            for bits, loss_increase in loss_increases
-        ]
-    )
-
-
-@pytest.mark.parametrize(
-    ("rises", "cliff"),
-    [
-        ([(8, 0.0), (4, 0.001), (3, 0.004), (2, 0.006), (1, 1.0)], 3.0),
-        ([(8, 0.0), (4, 0.1), (3, 0.001)], 8.0),  # 3 bits stand below a cliff
-        ([(8, 0.1), (4, 0.2)], None),
-        ([(8, 0.1), (4, 0.0)], None),  # even the widest doesn't keep it
-        ([(8, 0.0), (4, 0.001), (1, 0.005)], 1.0),
-        ([(1, 0.0), (8, 0.0), (4, 0.1)], 8.0),  # in any order
-        ([(4, 0.1), (4, 0.001), (2, 0.1)], 4.0),  # the better of two choices
-        ([(3, 0.0), (2, 0.1), (1.6, 0.2), (2, 0.004)], 2.0),
-        ([(3, 0.0), (2, 0.003), (1.6, 0.004), (1, 0.1)], 1.6),
-        ([(4, 0.0)], 4.0),
-    ],
-)
-def test_cliffs(loss_increases, cliff):
-    assert cliffs(curve("a", loss_increases), 1.01) == {"a": cliff}
-
-
-def test_cliffs_of_several_tensors_and_sites():
-    table = pd.concat(
-        [
-            curve("b", [(4, 0.001), (2, 1.0)]),
-            curve("a", [(4, 0.001), (2, 0.004)]),
-            curve("a", [(4, 1.0)], kind="activations"),
-        ]
-    )
-    assert list(cliffs(table, 1.01).items()) == [("b", 4.0), ("a", 2.0), ("input of a", None)]
-    assert cliffs(table, 4) == {"b": 2.0, "a": 2.0, "input of a": 4.0}
-    assert cliffs(table, 1) == {"b": None, "a": None, "input of a": None}
-
-
-def test_cliffs_are_relative_to_the_float_loss():
-    loss_increases = [(4, 0.003), (2, 0.03)]
-    assert cliffs(curve("a", loss_increases, original=1.0), 1.01) == {"a": 4.0}
-    assert cliffs(curve("a", loss_increases, original=10.0), 1.01) == {"a": 2.0}
 
 
 def options_of(choices, key):

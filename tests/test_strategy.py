@@ -453,9 +453,7 @@ def test_a_tensor_alone_that_no_product_uses_is_named():
         quantize_alone(Positions(), "positions", [choice], [(torch.randn(4, 3, 2),)])
 
 
-@pytest.mark.parametrize(
-    "options", [{"rounding": "gptq"}, {"scale": "weighted_mse"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"rounding": "gptq"}, {"scale": "weighted_mse"}], ids=str)
 def test_a_parametrized_weight_alone(options):
     torch.manual_seed(0)
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 3))

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from hypothesis import given
 
+from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import MEASURES
-from quantifind.mixed_precision.sensitivity import cliffs
 from quantifind.utils import plugins
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.search_figures import (
@@ -135,8 +135,8 @@ def series(axes, label):
 def test_frontier_marks_what_is_certified_at_any_measure(measure):
     lossless = MEASURES[measure][2]
     tables = [
-        judged(bits, lossless + np.array(drops), lossless + np.array(drops) + 0.001, measure)
-        for bits, drops in (([9.0, 5.5, 3.0], [0.001, 0.004, 0.5]), ([8.0, 4.0], [0.002, 0.3]))
+        judged(bits, lossless + np.array(lost), lossless + np.array(lost) + 0.001, measure)
+        for bits, lost in (([9.0, 5.5, 3.0], [0.001, 0.004, 0.5]), ([8.0, 4.0], [0.002, 0.3]))
     ]
     limit = lossless + 0.01
     figure = visualize_frontier(*tables, name="toy", measure=measure, limit=limit)
@@ -197,22 +197,22 @@ def test_a_limit_has_the_same_colour_in_the_frontier():
 
 
 def alone(*, tensors=2, sites=0, original=0.5):
-    """A table of sensitivities: weights also compensated at 2 and 4 bits, biases not."""
+    """A table of sensitivities: weights also by GPTQ at 2 and 4 bits, biases not."""
     rows = []
     names = [f"{i // 2}.{('weight', 'bias')[i % 2]}" for i in range(tensors)]
     names += [str(i) for i in range(sites)]
     for place, name in enumerate(names):
-        for rounding, widths in (("nearest", (2, 4, 8)), ("compensated", (2, 4))):
+        for rounding, widths in (("nearest", (2, 4, 8)), ("gptq", (2, 4))):
             if rounding == "nearest" or name.endswith("weight"):
                 for bits in widths:
-                    rise = original * 4.0**-bits / (1 if rounding == "nearest" else 4)
+                    increase = original * 4.0**-bits / (1 if rounding == "nearest" else 4)
                     rows.append(
                         {
                             "kind": "tensors" if place < tensors else "activations",
                             "name": name,
                             "rounding": rounding,
                             "bits": float(bits),
-                            "rise": rise,
+                            "loss_increase": increase,
                             "original_criterion": original,
                         }
                     )
@@ -224,40 +224,42 @@ def rings(axes):
     return {(*line.get_xdata(), *line.get_ydata()): line.get_color() for line in axes.lines}
 
 
-def test_sensitivity_has_a_row_per_tensor_and_a_ring_at_each_cliff():
+def test_sensitivity_has_a_row_per_tensor_and_a_ring_at_the_minimum_safe_bits():
     table = alone(sites=1)
     limits = (1.01, 1.05)
-    found = {limit: cliffs(table, limit) for limit in limits}
+    found = {limit: minimum_safe_bits(table, limit) for limit in limits}
     assert found[1.01] == {"0.weight": 4.0, "0.bias": 4.0, "input of 0": 4.0}
     assert found[1.05] == {"0.weight": 2.0, "0.bias": 4.0, "input of 0": 4.0}
-    figure = visualize_sensitivity(table, found, name="toy")
-    nearest, compensated = figure.axes[:2]
-    assert [axes.get_title() for axes in (nearest, compensated)] == ["nearest", "compensated"]
+    figure = visualize_sensitivity(table, limits=limits, name="toy")
+    nearest, gptq = figure.axes[:2]
+    assert [axes.get_title() for axes in (nearest, gptq)] == ["round to nearest", "GPTQ"]
     assert [text.get_text() for text in nearest.get_yticklabels()] == list(found[1.01])
     assert [text.get_text() for text in nearest.get_xticklabels()] == ["2", "4", "8"]
-    assert [text.get_text() for text in compensated.get_xticklabels()] == ["2", "4"]
+    assert [text.get_text() for text in gptq.get_xticklabels()] == ["2", "4"]
     assert nearest.images[0].get_array()[0].tolist() == [4.0**-2, 4.0**-4, 4.0**-8]
-    assert compensated.images[0].get_array().mask.tolist() == [[False] * 2, [True] * 2, [True] * 2]
-    # of the weight where its rise is least, compensated; by place: 2 bits is 0, 4 bits is 1
-    assert rings(compensated) == {(1, 0): "tab:green", (0, 0): "tab:red"}
+    assert gptq.images[0].get_array().mask.tolist() == [[False] * 2, [True] * 2, [True] * 2]
+    # of the weight where its loss increases least, by GPTQ; by place: 2 bits is 0, 4 bits is 1
+    assert rings(gptq) == {(1, 0): "tab:green", (0, 0): "tab:red"}
     assert set(rings(nearest)) == {(1, 1), (1, 2)}
     assert nearest.get_xlabel() == "bits"
-    assert figure.axes[2].get_ylabel() == "rise of the loss / float loss"
+    assert figure.axes[2].get_ylabel() == "loss increase / float loss"
     assert figure.get_suptitle().endswith(": toy")
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == [*(f"fewest bits predicted to keep CR ≤ {x}" for x in limits), "not tried"]
+    assert texts == [*(f"minimum safe bits, predicted, for CR ≤ {x}" for x in limits), "not tried"]
 
 
-def test_sensitivity_of_one_tensor_without_a_cliff_or_a_rise():
-    table = alone(tensors=1).query("rounding == 'nearest'").assign(rise=[np.nan, 0.0, np.inf])
-    figure = visualize_sensitivity(table, {1.01: {"0.weight": None}})
+def test_sensitivity_of_one_tensor_of_which_no_width_is_safe():
+    table = (
+        alone(tensors=1).query("rounding == 'nearest'").assign(loss_increase=[np.nan, 0.0, np.inf])
+    )
+    figure = visualize_sensitivity(table)
     assert rings(figure.axes[0]) == {}
     figure.canvas.draw()
 
 
 def test_sensitivity_of_forty_tensors_stays_readable():
     table = alone(tensors=40)
-    figure = visualize_sensitivity(table, {1.01: cliffs(table, 1.01)})
+    figure = visualize_sensitivity(table, limits=[1.01])
     figure.canvas.draw()
     labels = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
     assert len(labels) == 40
@@ -267,7 +269,7 @@ def test_sensitivity_of_forty_tensors_stays_readable():
 
 def candidates():
     table = judged([8.0, 4.0, 3.0, 2.0, 1.5], [1.0, 1.02, 0.9, 1.03, 5.0], 1.0)
-    origins = ["uniform", "allocated", "in order, scales adjusted", "learned 2 epochs", "uniform"]
+    origins = ["uniform", "allocated", "sequential, scales adjusted", "learned 2 epochs", "uniform"]
     return table.assign(
         origin=origins,
         predicted_ratio=[1.0, 1.01, 1.02, np.nan, 4.0],
@@ -283,18 +285,31 @@ def test_prediction_shows_the_predicted_that_were_measured_on_all_examples():
     expected = {
         "uniform": (0, 0),
         "allocated": (0.01, 0.02),
-        "in order, scales adjusted": (0.02, -0.1),
+        "sequential, scales adjusted": (0.02, -0.1),
     }
     assert shown.keys() == expected.keys()
     for origin, (predicted, measured) in expected.items():
         assert shown[origin] == [[pytest.approx(predicted)], [pytest.approx(measured)]]
     assert drawn(axes, "chosen: 4 bits").get_ydata().tolist() == [pytest.approx(0.02)]
-    diagonal = drawn(axes, "rises add up")
+    diagonal = drawn(axes, "loss increases add up")
     assert diagonal.get_xdata().tolist() == diagonal.get_ydata().tolist()
     assert axes.get_xscale() == axes.get_yscale() == "symlog"
     assert "predicted" in axes.get_xlabel()
     assert "measured" in axes.get_ylabel()
     assert figure.get_suptitle().endswith(": toy")
+
+
+def test_prediction_fills_no_marker_of_adjusted_scales():
+    named = candidates()
+    apart = named.assign(
+        origin=named["origin"].str.removesuffix(", scales adjusted"),
+        scales_adjusted=named["origin"].str.endswith(", scales adjusted"),
+    )
+    pictures = [visualize_prediction(table).axes[0].containers for table in (named, apart)]
+    faces = [{c.get_label(): c.lines[0].get_markerfacecolor() for c in p} for p in pictures]
+    assert faces[0] == faces[1]
+    assert faces[0]["sequential, scales adjusted"] == "white"
+    assert "white" not in (faces[0]["uniform"], faces[0]["allocated"])
 
 
 @pytest.mark.parametrize("rows", [[0], [3], []])

@@ -11,17 +11,23 @@ Limit = float | Mapping[str, float]
 # what a limit may be of: its words, its unit, and what it is where nothing is lost
 MEASURES = {
     "criterion_ratio": ("criterion ratio", "(1 is lossless)", 1.0),
-    "accuracy_drop": ("drop of accuracy", "(share of examples)", 0.0),
+    "accuracy_drop": ("accuracy drop", "(share of examples)", 0.0),
     "relative_error": ("relative error of the outputs", "(share of their norm)", 0.0),
 }
-# rungs of a ladder are at least so far apart
-RUNG = 0.97
+# each step of a ladder has at most this share of the bytes of the one above it
+STEP = 0.97
 
 
 @dataclass(frozen=True)
 class Goal:
     """The least ``cost`` with ``measure`` at most ``limit``; or, where that is None, the least of
-    ``measure`` with ``cost`` at most ``budget``."""
+    ``measure`` with ``cost`` at most ``budget``.
+
+    measure: one of `MEASURES`.
+    limit: the most that the one-sided bound of the measure may be.
+    cost: ``mean_bits`` or a module of `quantifind.costs`.
+    budget: the most that the cost may be.
+    """
 
     measure: str
     limit: float | None
@@ -30,7 +36,12 @@ class Goal:
 
     @classmethod
     def of(cls, limit: Limit | None, budget: Limit | None) -> "Goal":
-        """As `quantifind.search.find_strategy` takes them. Errors: ValueError, out of range."""
+        """A goal from what `quantifind.search.find_strategy` takes.
+
+        limit: the criterion ratio, or a measure by its name; None for a budget.
+        budget: mean bits per parameter, or a cost by its name; None for a limit.
+        Raises: ValueError for both or neither, an unknown name, or a value out of range.
+        """
         if (limit is None) == (budget is None):
             raise ValueError(f"a search takes either a limit or a budget, not {limit=}, {budget=}")
         if limit is not None:
@@ -46,23 +57,41 @@ class Goal:
         return cls("criterion_ratio", None, cost, value)
 
     def keeps(self, row: Mapping[str, Any]) -> bool:
-        """Whether a measured candidate does what was asked."""
+        """Whether a candidate does what was asked.
+
+        row: its costs, and its `quantifind.certification.certificate.degradation`.
+        """
         if self.limit is not None:
             return bool(row[f"{self.measure}_bound"] <= self.limit)
         assert self.budget is not None
         return bool(row[self.cost] <= self.budget * (1 + 1e-9))
 
     def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """What is to be least among the candidates that keep the goal."""
-        drop, cost = row[f"{self.measure}_bound"], row[self.cost]
-        return (cost, drop) if self.limit is not None else (drop, cost)
+        """What is to be least among the candidates that keep the goal.
 
-    def sureness(self, row: Mapping[str, Any]) -> float:
-        """How many standard errors the drop is from the limit; the higher, the surer."""
+        row: as `keeps` takes it.
+        """
+        bound, cost = row[f"{self.measure}_bound"], row[self.cost]
+        return (cost, bound) if self.limit is not None else (bound, cost)
+
+    def margin(self, row: Mapping[str, Any]) -> float:
+        """How many standard errors the degradation is below the limit.
+
+        For a budget, which has no limit, it is the bound with its sign turned.
+
+        row: as `keeps` takes it.
+        """
         value, bound = row[self.measure], row[f"{self.measure}_bound"]
         if self.limit is None:
             return -float(bound)
         return float((self.limit - value) / max(bound - value, 1e-12))
+
+    def limit_to_certify(self, limits: Sequence[float]) -> float:
+        """The limit of the search; for a budget, the first of those given.
+
+        limits: of the criterion ratio.
+        """
+        return limits[0] if self.limit is None else self.limit
 
 
 def _one(kind: str, given: Limit, default: str, allowed: Sequence[str]) -> tuple[str, float]:
@@ -80,16 +109,20 @@ def ladder(
 ) -> list[Mapping[str, Any]]:
     """The candidates to judge, from most bytes to fewest, the chosen one among them.
 
-    A rung is surer of the limit than every one below it: what is no surer than one with fewer bytes
-    would only be one more test to fail.
+    The margin of each step is larger than that of every one below it. One with a smaller margin
+    than another with fewer bytes would only be one more test to fail.
+
+    rows: all candidates, as `Goal.keeps` takes them.
+    chosen: one of the rows.
+    goal: whose margin counts.
     """
-    rungs: list[Mapping[str, Any]] = []
+    steps: list[Mapping[str, Any]] = []
     for row in sorted(rows, key=lambda row: (row["model_bytes"], row[f"{goal.measure}_bound"])):
-        if row is chosen or not rungs or goal.sureness(row) > goal.sureness(rungs[-1]):
-            rungs.append(row)
+        if row is chosen or not steps or goal.margin(row) > goal.margin(steps[-1]):
+            steps.append(row)
     spaced: list[Mapping[str, Any]] = []
-    for row in rungs[::-1]:
-        if spaced and row["model_bytes"] > RUNG * spaced[-1]["model_bytes"]:
+    for row in steps[::-1]:
+        if spaced and row["model_bytes"] > STEP * spaced[-1]["model_bytes"]:
             if row is not chosen:
                 continue
             spaced.pop()

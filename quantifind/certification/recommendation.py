@@ -7,14 +7,16 @@ import pandas as pd
 
 from quantifind.certification.certificate import certified_steps
 from quantifind.certification.goal import MEASURES
-from quantifind.strategy import Strategy
 from quantifind.utils import plugins
+
+# what a quantized tensor becomes: its scheme, bits and options; None stays in float
+Choice = Mapping[str, Any] | None
 
 
 def recommend(
     found: pd.DataFrame,
     uniform: pd.DataFrame,
-    strategies: Sequence[Strategy],
+    choices: Sequence[Mapping[str, Mapping[str, Choice]]],
     *,
     measure: str = "criterion_ratio",
     limit: float = 1.01,
@@ -23,10 +25,15 @@ def recommend(
 ) -> dict[str, Any]:
     """The answer of a search, judged on test data.
 
-    found: of the search's ladder, from most bytes to fewest, the rows of `evaluate_strategies`,
-    with the columns of the candidates under ``validation_…``. uniform: those of the uniform depths.
-    strategies: the ladder's. measure, limit: what is certified. budget: what was searched for, if
-    it was no limit.
+    found: of the search's ladder, from most bytes to fewest, the rows of
+        `quantifind.workflow.evaluation_workflow.evaluate_strategies`, with the columns of the
+        candidates under ``validation_…``.
+    uniform: those rows of the uniform depths.
+    choices: of each row of found, "tensors" and "activations", by name the choice.
+    measure: what is certified, one of `quantifind.certification.goal.MEASURES`.
+    limit: the most that the measure may be.
+    budget: what was searched for, if it was no limit.
+    confidence: of the certificate.
     Returns: plain values; ``certified`` is the last strategy of the ladder that passes when it is
     walked from the top, or None; ``chosen`` the one chosen on validation data.
     """
@@ -43,14 +50,17 @@ def recommend(
         "certified": _facts(rows[best], measure) if steps else None,
         "chosen": _facts(rows[chosen], measure),
         "certified_uniform_depth": int(uniform["bit_depth"].iloc[depths - 1]) if depths else None,
-        "tensors": {name: words_of(c) for name, c in strategies[best].tensors.items()},
-        "activations": {name: words_of(c) for name, c in strategies[best].activations.items()},
+        **{
+            kind: {name: words_of(choice) for name, choice in choices[best][kind].items()}
+            for kind in ("tensors", "activations")
+        },
     }
 
 
 def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
-    """A judged strategy: its costs, and its drop on test beside that on validation data."""
+    """A judged strategy: its costs, and its degradation on test beside that on validation data."""
     value, on_validation = float(row[measure]), float(row[f"validation_{measure}"])
+    adjusted = ", scales adjusted" if row.get("validation_scales_adjusted") else ""
     return {
         "mean_bits": float(row["mean_bits"]),
         "model_bytes": int(row["validation_model_bytes"]),
@@ -60,7 +70,7 @@ def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
             for cost in plugins.names("costs")
             if cost != "model_bytes"
         },
-        "rounding": str(row["validation_origin"]),
+        "rounding": str(row["validation_origin"]) + adjusted,
         measure: value,
         **{end: float(row[f"{measure}_{end}"]) for end in ("low", "high", "bound")},
         "on_validation": on_validation,
@@ -68,8 +78,10 @@ def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
     }
 
 
-def words_of(choice: Mapping[str, Any] | None) -> str:
-    """A tensor's choice in words.
+def words_of(choice: Choice) -> str:
+    """A choice in words.
+
+    choice: as `quantifind.strategy.Strategy` has it.
 
     >>> words_of({"scheme": "uniform", "levels": 3, "axis": 0, "rounding": "learned"})
     'ternary, a scale per channel, learned'
@@ -84,11 +96,16 @@ def words_of(choice: Mapping[str, Any] | None) -> str:
     scale = "one scale" if axis is None else "a scale per channel"
     if group is not None:
         scale = f"a scale per {group} values"
-    return f"{scheme}{width}, {scale}, {choice.get('rounding', 'nearest')}"
+    rounding = choice.get("rounding", "nearest").replace("gptq", "GPTQ")
+    return f"{scheme}{width}, {scale}, {rounding}"
 
 
 def in_words(answer: Mapping[str, Any], name: str) -> str:
-    """The recommendation as a page of Markdown."""
+    """The recommendation as a page of Markdown.
+
+    answer: what `recommend` returns.
+    name: of the network.
+    """
     ((measure, limit),) = answer["limit"].items()
     what, best = MEASURES[measure][0], answer["certified"]
     uniform = answer["certified_uniform_depth"]

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from quantifind.certification.certificate import certified_depth, drops
+from quantifind.certification.certificate import certified_depth, degradation
 from quantifind.metrics import is_classification, paired
 from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.evaluator import Evaluator
@@ -186,15 +186,15 @@ def compare(
 ) -> dict[str, float]:
     """A quantized network's outcome beside the original's, on the same examples in the same order.
 
-    Returns: ``criterion``, ``original_criterion``, the drops and their intervals as
-    `quantifind.certification.certificate.drops` has them; for a classifier also ``accuracy``,
+    Returns: ``criterion``, ``original_criterion``, the degradation and its intervals as
+    `quantifind.certification.certificate.degradation` has them; for a classifier also ``accuracy``,
     ``original_accuracy`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).
     """
     columns = paired(quantized, original)
     row = {
         "criterion": columns["loss"].mean(),
         "original_criterion": columns["original_loss"].mean(),
-        **drops(columns, confidence=confidence),
+        **degradation(columns, confidence=confidence),
     }
     if is_classification(original):
         right, was_right = columns["correct"], columns["original_correct"]

@@ -4,7 +4,7 @@ Colours are those of `quantifind.workflow.visualization_workflow`: blue is the s
 grey is float.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator
 
-from quantifind.certification.certificate import certified_steps
+from quantifind.certification.certificate import certified_steps, minimum_safe_bits
 from quantifind.certification.goal import MEASURES
 from quantifind.workflow.visualization_workflow import (
     CERTIFIED,
@@ -30,8 +30,11 @@ from quantifind.workflow.visualization_workflow import (
 )
 
 FOUND, NOT_TRIED = "black", "0.85"
-ORIGINS = {"allocated": "tab:cyan", "in order": "tab:pink", "learned": "tab:olive"}
-# rises of the loss as shares of it: below the first a tensor costs nothing that can be seen
+ORIGINS = {"allocated": "tab:cyan", "sequential": "tab:pink", "learned": "tab:olive"}
+ADJUSTED = ", scales adjusted"
+# titles of the panels of `visualize_sensitivity`
+ROUNDINGS = {"nearest": "round to nearest", "gptq": "GPTQ"}
+# loss increases as shares of the loss: below the first a tensor costs nothing that can be seen
 SHARES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)
 # ratios nearer to 1 are told apart on a linear scale
 LINEAR = 1e-3
@@ -48,10 +51,13 @@ def visualize_frontier(
 ) -> Figure:
     """What is lost on test data against bits: the search's ladder beside the uniform depths.
 
-    frontier: the ladder's rows, from most bytes to fewest; uniform: those of the uniform depths,
-    both as `quantifind.workflow.evaluation_workflow.evaluate_strategies` has them. measure, limit:
-    what is certified, marked on each of the two. limits: those of the other pictures, whose
-    colours they have here too.
+    frontier: the ladder's rows, from most bytes to fewest, as
+        `quantifind.workflow.evaluation_workflow.evaluate_strategies` has them.
+    uniform: those of the uniform depths.
+    name: of the network, for the title.
+    measure: what is certified, one of `quantifind.certification.goal.MEASURES`.
+    limit: the most that it may be; what is certified is marked on each of the two.
+    limits: those of the other pictures, whose colours they have here too.
     Returns: the whole range above, and below it the region in which the limit lies.
     """
     uniform = uniform.sort_values("mean_bits", ascending=False)
@@ -98,22 +104,23 @@ def visualize_frontier(
 
 
 def visualize_sensitivity(
-    sensitivity: pd.DataFrame,
-    cliffs: Mapping[float, Mapping[str, float | None]],
-    *,
-    name: str = "",
+    sensitivity: pd.DataFrame, *, name: str = "", limits: Sequence[float] = (1.01, 1.05)
 ) -> Figure:
     """What each tensor alone costs at each width: a row per tensor, a panel per kind of rounding.
 
-    sensitivity: a table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`; the least rise of a width
-    is shown. cliffs: by criterion ratio, the fewest bits of each tensor that
-    `quantifind.mixed_precision.sensitivity.cliffs` predicts to keep it; marked where the rise is least.
+    The `quantifind.certification.certificate.minimum_safe_bits` at each limit are marked in the
+    panel in which the loss increases least.
+
+    sensitivity: a table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`; the least
+        loss increase of a width is shown.
+    name: of the network, for the title.
+    limits: of the criterion ratio.
     """
     labels = sensitivity["name"].where(
         sensitivity["kind"] == "tensors", "input of " + sensitivity["name"]
     )
     table = sensitivity.assign(
-        label=labels, share=sensitivity["rise"] / sensitivity["original_criterion"]
+        label=labels, share=sensitivity["loss_increase"] / sensitivity["original_criterion"]
     )
     grids = {
         str(rounding): part.pivot_table(
@@ -130,21 +137,22 @@ def visualize_sensitivity(
     norm = BoundaryNorm(SHARES, colours.N, extend="both")
     for axes, (rounding, grid) in zip(panels[0], grids.items(), strict=True):
         cells = axes.imshow(grid.to_numpy(), aspect="auto", cmap=colours, norm=norm)
-        axes.set(xlabel="bits", title=rounding, facecolor=NOT_TRIED)
+        axes.set(xlabel="bits", title=ROUNDINGS.get(rounding, rounding), facecolor=NOT_TRIED)
         axes.set_xticks(range(len(grid.columns)), [f"{bits:g}" for bits in grid.columns])
         axes.set_yticks(range(rows), list(labels.unique()), fontsize=8)
     figure.colorbar(
-        cells, ax=panels[0].tolist(), label="rise of the loss / float loss", format="%g",
+        cells, ax=panels[0].tolist(), label="loss increase / float loss", format="%g",
         fraction=0.04,
     )  # fmt: skip
-    sizes = np.linspace(11, 6, len(cliffs))
+    sizes = np.linspace(11, 6, len(limits))
     rings: list[Artist] = []
-    for (limit, found), size, colour in zip(cliffs.items(), sizes, cycle(CERTIFIED), strict=False):
+    for limit, size, colour in zip(limits, sizes, cycle(CERTIFIED), strict=False):
+        safe = minimum_safe_bits(sensitivity, limit)
         ring = {"marker": "o", "ms": size, "mew": 2, "mfc": "none", "ls": "", "color": colour}
-        label = f"fewest bits predicted to keep CR ≤ {limit:g}"
+        label = f"minimum safe bits, predicted, for CR ≤ {limit:g}"
         rings.append(Line2D([], [], label=label, **ring))
         for row, tensor in enumerate(labels.unique()):
-            bits = found.get(tensor)
+            bits = safe[tensor]
             reached = {
                 r: grid.loc[tensor, bits]
                 for r, grid in grids.items()
@@ -157,28 +165,32 @@ def visualize_sensitivity(
     if any(grid.isna().any(axis=None) for grid in grids.values()):
         rings.append(Patch(facecolor=NOT_TRIED, label="not tried"))
     figure.legend(handles=rings, loc="outside lower center", ncols=2)
-    figure.suptitle(title("Loss from each tensor alone, by rounding", name))
+    figure.suptitle(title("Loss increase from each tensor alone, by rounding", name))
     return figure
 
 
 def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
-    """The criterion ratio that single tensors' rises add up to, against the measured one.
+    """The criterion ratio that single tensors' loss increases add up to, against the measured one.
 
     candidates: those of `quantifind.search.find_strategy`; shown are the predicted ones that were
-    measured on all examples, with intervals, by origin.
+        measured on all examples, with intervals, by origin.
+    name: of the network, for the title.
     """
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
     shown = shown[np.isfinite(shown["predicted_ratio"]) & np.isfinite(shown["criterion_ratio"])]
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     axes.axhline(0, color=FLOAT, ls="--", label="float")
     colours = {**ORIGINS, "uniform": QUANTIZED}
-    for origin, rows in shown.groupby("origin"):
-        kind, _, adjusted = str(origin).partition(", ")
-        colour = next((c for start, c in colours.items() if kind.startswith(start)), FLOAT)
+    labels = shown["origin"]
+    if "scales_adjusted" in shown:
+        labels = labels.where(~shown["scales_adjusted"].astype(bool), labels + ADJUSTED)
+    for label, rows in shown.groupby(labels):
+        colour = next((c for start, c in colours.items() if str(label).startswith(start)), FLOAT)
         axes.errorbar(
             rows["predicted_ratio"] - 1, rows["criterion_ratio"] - 1,
             _interval(rows, "criterion_ratio"), fmt="o", ms=5, color=colour,
-            ecolor=to_rgba(colour, 0.35), mfc="white" if adjusted else colour, label=origin,
+            ecolor=to_rgba(colour, 0.35), label=label,
+            mfc="white" if str(label).endswith(ADJUSTED) else colour,
         )  # fmt: skip
     chosen = shown[shown["chosen"].astype(bool)]
     if len(chosen):
@@ -188,7 +200,7 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
         )  # fmt: skip
     most = 2 * max((shown["predicted_ratio"] - 1).max(), LINEAR) if len(shown) else 10 * LINEAR
     diagonal = np.linspace(0, 1, 200) ** 4 * most
-    axes.plot(diagonal, diagonal, color=FLOAT, lw=1, label="rises add up")
+    axes.plot(diagonal, diagonal, color=FLOAT, lw=1, label="loss increases add up")
     axes.set_xscale("symlog", linthresh=LINEAR)
     axes.set_yscale("symlog", linthresh=LINEAR)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -206,11 +218,13 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
 def visualize_costs(
     candidates: pd.DataFrame, costs: Sequence[str], *, name: str = "", reach: float = 0.1
 ) -> Figure:
-    """What the candidates lose against each cost, a panel per cost, and the frontier: those that no
-    cheaper one, or equally cheap one, loses less than.
+    """What the candidates lose against each cost, a panel per cost, and the frontier.
 
     candidates: those of `quantifind.search.find_strategy`; shown are the ones that were measured on
-    all examples, at criterion ratios up to 1 + ``reach``. costs: the columns of their costs.
+        all examples.
+    costs: the columns of their costs.
+    name: of the network, for the title.
+    reach: criterion ratios up to 1 + ``reach`` are shown.
     """
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
     figure, panels = plt.subplots(
@@ -243,7 +257,11 @@ def visualize_costs(
 
 
 def frontier(candidates: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """The candidates, from the cheapest to the dearest, that lose less than all cheaper ones."""
+    """The candidates that lose less than all cheaper or equally cheap ones, the cheapest first.
+
+    candidates: those of `quantifind.search.find_strategy`.
+    cost: the column of a cost.
+    """
     ordered = candidates.sort_values([cost, "criterion_ratio"], kind="stable")
     before = ordered["criterion_ratio"].cummin().shift(fill_value=np.inf)
     return ordered[ordered["criterion_ratio"] < before]

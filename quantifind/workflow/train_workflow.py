@@ -44,13 +44,19 @@ def train_network(
 
     From then on, glibc keeps the memory that this process frees.
 
+    net: the network.
+    criterion: gives the loss of a batch from outputs and targets.
+    optimizer: of the network's parameters.
+    train_loader: batches (inputs, targets) to learn from.
+    val_loader: batches (inputs, targets) to judge each epoch on.
+    epochs: 1 or more.
     decay: let the learning rate fall linearly, batch by batch, to zero at the end of the epochs;
         the optimizer then gets back the one it had.
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that
         finds one goes on from it, with the same random numbers, to the same result.
     Returns: a row per epoch: ``epoch``, ``train_loss`` (over the epoch, while the weights change),
     ``val_loss`` and, for a classifier, ``val_accuracy``; losses are means over examples.
-    Errors: ValueError for epochs below 1, a loader without batches, checkpoints that are not this
+    Raises: ValueError for epochs below 1, a loader without batches, checkpoints that are not this
     function's, or naming the epoch and batch by which the loss stopped being finite.
     """
     if epochs < 1:
@@ -143,7 +149,12 @@ def save_train_context(
     """Save a checkpoint after the ones already in ``directory``, making the folder if needed.
 
     The file gets its name when it is whole, so a kill leaves no half checkpoint.
+
+    directory: of the checkpoints.
+    net: whose weights to save.
+    optimizer: whose state to save.
     extra: tensors, numbers, strings, lists and dicts, to come back from `load_train_context`.
+    Returns: the path of the checkpoint.
     """
     return save_checkpoint(directory, _state(net, optimizer, extra or {}))
 
@@ -158,8 +169,12 @@ def load_train_context(
     """Load the most recent checkpoint of ``directory`` into ``net`` and ``optimizer``.
 
     Nothing in the file is executed (``weights_only``), and nothing is loaded unless all of it fits.
+
+    directory: of the checkpoints.
+    net: gets the weights.
+    optimizer: gets the state.
     Returns: the ``extra`` that was saved with it.
-    Errors: ValueError naming the folder without a checkpoint, the file that can't be read, or the
+    Raises: ValueError naming the folder without a checkpoint, the file that can't be read, or the
     tensors that another architecture has.
     """
     path = latest_checkpoint(Path(directory))
@@ -170,6 +185,6 @@ def load_train_context(
     try:
         optimizer.load_state_dict(optimizer_state)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: its optimizer is another one ({error})") from None
+        raise ValueError(f"{path}: its optimizer is another one ({error})") from error
     net.load_state_dict(weights)
     return extra

@@ -25,7 +25,8 @@ def visualize_bit_depth_results(
 ) -> dict[str, Figure]:
     """Criterion, criterion ratio and signal-to-complexity ratio against bit depth.
 
-    results: a table of `evaluate_bit_depths`. name: of the network, for the titles.
+    results: a table of `quantifind.workflow.evaluation_workflow.evaluate_bit_depths`.
+    name: of the network, for the titles.
     limits: criterion ratios; the lowest depth certified at each is marked.
     Returns: the figures ``criterion``, ``criterion_ratio`` and ``signal_to_complexity``.
     """
@@ -42,7 +43,11 @@ def visualize_bit_depth_results(
 
 
 def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
-    """Training and validation loss by epoch, from `train_network`; accuracy where there is one."""
+    """Training and validation loss by epoch; accuracy where there is one.
+
+    history: a table of `quantifind.workflow.train_workflow.train_network`.
+    name: of the network, for the title.
+    """
     panels = 1 + ("val_accuracy" in history)
     figure, rows = plt.subplots(1, panels, figsize=(8, 4), layout="constrained", squeeze=False)
     for axes in rows.flat:
@@ -71,6 +76,7 @@ def visualize_weight_error(
     """SQNR of each tensor at some depths: a row per tensor, in the network's order.
 
     errors: columns ``tensor``, ``bit_depth``, ``sqnr_db``; an infinite SQNR is left out.
+    name: of the network, for the title.
     bit_depths: those to show; where the table has none of them, its five lowest.
     """
     tensors = list(dict.fromkeys(errors["tensor"]))
@@ -152,6 +158,11 @@ def _signal_to_complexity(results: pd.DataFrame, certified: Certified) -> Figure
 
 
 def title(subject: str, name: str) -> str:
+    """The title of a picture.
+
+    subject: what it shows.
+    name: of the network; may be empty.
+    """
     return f"{subject}: {name}" if name else subject
 
 
@@ -164,7 +175,11 @@ def _depth_axis(axes: Axes) -> None:
 
 
 def log_axis(axes: Axes, label: str) -> None:
-    """A log axis for what has been drawn, with ticks between decades where they are few."""
+    """A log axis for what has been drawn, with ticks between decades where they are few.
+
+    axes: whose y axis it is.
+    label: of that axis.
+    """
     axes.set(ylabel=label, yscale="log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
