@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import pandas as pd
-
 from quantifind.certification.certificate import mark_certified
 from quantifind.certification.goal import Goal
 from quantifind.certification.recommendation import in_words, recommend
@@ -21,15 +19,14 @@ def main(params: Params) -> None:
     """
     net, criterion = networks.read_network()
     uniform = [Strategy(**choices) for choices in files.read_json(files.UNIFORM)]
-    strategies, facts = zip(*ladder.read_ladder(), strict=True)
+    strategies, quantized, facts = ladder.read_ladder()
     test = networks.read_loader("test", batch_size=files.TEST_BATCH)
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
-    how: Any = {"confidence": confidence, "engine": params.engine, "scheduler": params.scheduler}
+    how: Any = {"confidence": confidence, **params.workers}
     table = evaluate_strategies(net, uniform, test, criterion, **how)
-    found = evaluate_strategies(net, strategies, test, criterion, **how)
+    found = evaluate_strategies(net, strategies, test, criterion, quantized=quantized, **how)
     goal = Goal.of(params.search.limit, params.search.budget)
-    chosen_on = pd.DataFrame(facts).add_prefix("validation_")
-    frontier = found.join(chosen_on)
+    frontier = found.join(facts.add_prefix("validation_"))
     answer = recommend(
         frontier,
         table,

@@ -1,40 +1,41 @@
 """The ladder of a search as files: what each strategy chose, its facts, and its packed codes."""
 
 from pathlib import Path
-from typing import Any
+
+import pandas as pd
 
 from quantifind.storage import artifact
 from quantifind.strategy import Strategy
+from quantifind.tensor.quantized import Quantized
 from stages import files
 
 
-def write_ladder(steps: list[tuple[Strategy, dict[str, Any]]]) -> None:
-    """Write each strategy's choices and facts, and the packed codes beside them.
+def write_ladder(ladder: pd.DataFrame) -> None:
+    """Write each candidate's choices and facts, and the packed codes beside them.
 
-    steps: from most bytes to fewest, strategies with their codes, and plain values about them.
+    ladder: rows of `quantifind.search.Found.candidates`, from most bytes to fewest.
     """
     described = []
-    for number, (strategy, facts) in enumerate(steps):
-        assert strategy.fitted is not None
-        tensors, description = artifact.pack(strategy.fitted)
+    for number, row in enumerate(ladder.to_dict("records")):
+        strategy, quantized = row.pop("strategy"), row.pop("quantized")
+        tensors, description = artifact.pack(quantized)
         files.write_tensors(_codes(number), tensors)
-        described.append({**strategy.choices, "description": description, **facts})
+        described.append({**strategy.choices, "description": description, "facts": row})
     files.write_json(files.LADDER, described)
 
 
-def read_ladder() -> list[tuple[Strategy, dict[str, Any]]]:
-    """What `write_ladder` wrote.
+def read_ladder() -> tuple[list[Strategy], list[Quantized], pd.DataFrame]:
+    """What `write_ladder` wrote: the strategies, their codes, and a row of facts for each.
 
     Raises: ValueError naming a file that is not whole; OSError where it can't be read.
     """
-    steps = []
-    for number, facts in enumerate(files.read_json(files.LADDER)):
-        tensors, activations, description = (
-            facts.pop(key) for key in ("tensors", "activations", "description")
-        )
-        fitted = artifact.unpack(files.read_tensors(_codes(number)), description)
-        steps.append((Strategy(tensors, activations, fitted), facts))
-    return steps
+    strategies, quantized, facts = [], [], []
+    for number, step in enumerate(files.read_json(files.LADDER)):
+        strategies.append(Strategy(step["tensors"], step["activations"]))
+        tensors = files.read_tensors(_codes(number))
+        quantized.append(artifact.unpack(tensors, step["description"]))
+        facts.append(step["facts"])
+    return strategies, quantized, pd.DataFrame(facts)
 
 
 def _codes(number: int) -> Path:

@@ -1,6 +1,6 @@
 """params.yaml as frozen dataclasses: an unknown key or a value out of range says where it is."""
 
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,6 +72,17 @@ class Params:
     def entry(self) -> Model:
         """The entry of ``models`` that ``model`` selects."""
         return self.models[self.model]
+
+    @property
+    def workers(self) -> dict[str, Any]:
+        """Who measures, by the arguments of `quantifind.runtime.workers.Workers`."""
+        return {"engine": self.engine, "scheduler": self.scheduler}
+
+    @property
+    def search_options(self) -> dict[str, Any]:
+        """The arguments of `quantifind.search.find_strategy` that the pipeline sets."""
+        beside = {"confidence": self.evaluate.confidence, "seed": self.seed, "proxies": True}
+        return asdict(self.search) | beside | self.workers
 
 
 def read_params(path: Path = Path("params.yaml")) -> Params:
