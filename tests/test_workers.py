@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import cloudpickle
 import distributed
+import loky
 import pandas as pd
 import pytest
 import torch
@@ -98,11 +99,12 @@ def test_a_scheduler_that_nobody_answers_for_is_named(monkeypatch, address):
     assert time.monotonic() - started < workers.PATIENCE + 2
 
 
-@pytest.mark.parametrize("address", ["nonsense", "tcp://127.0.0.1:port"])
-def test_a_client_that_fails_leaves_no_thread(address):
+@pytest.mark.parametrize("address", [None, "nonsense", "tcp://127.0.0.1:port"])
+def test_a_client_that_fails_leaves_no_thread(monkeypatch, address):
+    monkeypatch.setattr(workers, "PATIENCE", 1)
     before = [thread for thread in threading.enumerate() if thread.name == "IO loop"]
     with pytest.raises(ValueError, match="no Dask workers there"):
-        Workers("dask", scheduler=address)
+        Workers("dask", scheduler=address or free_address())
     assert [thread for thread in threading.enumerate() if thread.name == "IO loop"] == before
 
 
@@ -191,6 +193,31 @@ def test_a_cluster_that_gives_a_task_up_is_asked_again(monkeypatch, tmp_path, cl
         assert list(made.map(dying, tmp_path, [(0, 1), (1, 0), (2, 0)])) == [0, 1, 2]
 
 
+class Lost:
+    """Kills the process that sends it away, the first time."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        if not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (str, ("sent",))
+
+
+def losing(mark, _):
+    if mark.exists():
+        raise OSError("failed the second time")
+    return Lost(mark)
+
+
+def test_a_result_that_is_lost_with_its_worker(tmp_path, how):
+    """It is made again, and what happens then is told."""
+    with Workers(**how("dask")) as made, pytest.raises(OSError, match="failed the second time"):
+        list(made.map(losing, tmp_path / "mark", [1, 2]))
+
+
 @pytest.mark.parametrize("engine", ELSEWHERE)
 def test_a_task_that_no_worker_survives_ends_the_work(tmp_path, how, engine):
     with Workers(**how(engine)) as made:
@@ -261,13 +288,19 @@ def test_work_may_be_left(how, engine):
 def test_nothing_is_left_of_processes():
     with Workers("loky", jobs=2) as made:
         pids = set(made.map(lambda *_: time.sleep(0.1) or os.getpid(), None, range(6)))
-        folder = Path(made.pool.folder.name)
+        folder = made.folder
         assert list(folder.iterdir())
         assert os.getpid() not in pids
     assert not folder.exists()
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_processes_share_the_cores():
+    with Workers("loky", jobs=2 * loky.cpu_count()) as made:
+        threads = made.map(lambda *_: os.environ["OMP_NUM_THREADS"], None, range(2))
+        assert list(threads) == ["1", "1"]
 
 
 def test_nothing_is_left_of_a_client(cluster, how):

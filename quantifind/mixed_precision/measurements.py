@@ -147,8 +147,7 @@ class Measurements:
             if done < wanted:
                 together = len(groups) if _alone(quantized) is None else _alone(quantized)
                 groups[done, together].append(key)
-        pool = self.workers.pool
-        shares = 1 if pool is None or not groups else math.ceil(pool.places() / len(groups))
+        shares = math.ceil(self.workers.places / len(groups)) if groups else 1
         spans = [
             (keys, first, last)
             for (done, _), keys in groups.items()

@@ -1,20 +1,19 @@
-"""Independent measurements made one after another, by processes of this machine, or by the workers
-of a Dask cluster; with the same results."""
+"""Tasks that don't depend on each other, done one after another, by processes of this machine
+(loky), or by the workers of a Dask cluster; with the same results."""
 
-import threading
-import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock, Semaphore
 from typing import Any
 from uuid import uuid4
 
 import cloudpickle
-from joblib.externals import loky
+from loky import ProcessPoolExecutor, cpu_count
 
 from quantifind.utils.console import console
 
@@ -23,20 +22,19 @@ ENGINES = ("sequential", "loky", "dask")
 PATIENCE = 8
 # times that work is begun without a result before it is given up
 ATTEMPTS = 3
-# tasks that are under way for each process or worker that takes them
+# tasks that are under way for each process or worker
 AHEAD = 2
-# seconds after which a cluster is asked again who its workers are
-GLANCE = 0.5
-_one_at_a_time = threading.Lock()
+_one_at_a_time = Lock()
 _received: dict[str, Any] = {}
 
 
 class Workers:
     """Who does the work.
 
-    engine: "sequential", "loky" for processes, or "dask". jobs: how many processes; by default as
-    many as there are cores. scheduler: the address of Dask's, such as "tcp://10.0.0.1:8786".
-    Errors: ValueError for another engine, for a scheduler that doesn't answer or has no workers.
+    engine: "sequential", "loky" for processes, or "dask".
+    scheduler: the address of Dask's, such as "tcp://10.0.0.1:8786".
+    jobs: how many processes; by default as many as there are cores.
+    Raises: ValueError for another engine, for a scheduler that doesn't answer or has no workers.
     """
 
     def __init__(
@@ -46,20 +44,25 @@ class Workers:
             raise ValueError(f"engine is {engine!r}: {', '.join(ENGINES)} are allowed")
         if (engine == "dask") != (scheduler is not None):
             raise ValueError(f"engine {engine!r} with scheduler {scheduler!r}: dask needs one")
-        self.pool: _Processes | _Cluster | None = None
-        if engine == "loky":
-            self.pool = _Processes(jobs or loky.cpu_count())
-        elif scheduler is not None:
-            self.pool = _Cluster(scheduler)
-        # what reached the workers last, and what stands for it there
-        self.sent: tuple[Any, Any] | None = None
+        self.engine, self.scheduler, self.jobs = engine, scheduler, jobs or cpu_count()
+        # an Executor, or Dask's client, which has the same `submit`
+        self.executor: Any = None
+        # what it raises where a worker is lost
+        self.losses: tuple[type[Exception], ...] = (BrokenProcessPool,)
+        # what reached the workers last, the key that it has there, and where they find it
+        self.sent: tuple[Any, str, Any] | None = None
+        self._open()
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.close()
+        self._opened.close()
+
+    @property
+    def places(self) -> int:
+        """How many tasks are done at a time; 1 when sequential."""
+        return 1 if self.executor is None else len(self._takers())
 
     def map(
         self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]
@@ -67,170 +70,119 @@ class Workers:
         """``function(shared, item)`` of each item, in their order, as they are done.
 
         shared: reaches each worker once, pickled. What a lost worker was at is done by another.
-        Errors: what the function raises; ValueError for a cluster that has no workers any more;
+        Raises: what the function raises; ValueError for a cluster that has no workers any more;
         RuntimeError where workers are lost one after another.
         """
-        if self.pool is None or len(items) < 2:
+        if self.executor is None or len(items) < 2:
             yield from (function(shared, item) for item in items)
             return
         done = failures = 0
         while done < len(items):
-            before = done
             try:
-                for result in self._results(self.pool, function, shared, items[done:]):
-                    done += 1
+                for result in self._results(function, shared, items[done:]):
+                    done, failures = done + 1, 0
                     yield result
-            except self.pool.losses as error:
-                failures = failures + 1 if done == before else 1
+            except self.losses as error:
+                failures += 1
                 if failures == ATTEMPTS:
                     raise RuntimeError(
                         f"workers were lost {failures} times, without a result in between ({error})"
                     ) from error
                 console.print(f"A worker was lost ({type(error).__name__}): again", markup=False)
-                self.sent = None
-                self.pool.renew()
+                self._opened.close()
+                self._open()
 
-    def _results(
-        self, pool: "_Processes | _Cluster", function: Any, shared: Any, items: Sequence[Any]
-    ) -> Iterator[Any]:
+    def _results(self, function: Any, shared: Any, items: Sequence[Any]) -> Iterator[Any]:
+        takers = self._takers()
         if self.sent is None or self.sent[0] is not shared:
-            self.sent = shared, pool.send(cloudpickle.dumps(shared))
-        free, waiting = threading.Semaphore(AHEAD * pool.places()), deque[Any]()
+            self.sent = shared, uuid4().hex, self._send(cloudpickle.dumps(shared))
+        free, waiting = Semaphore(AHEAD * len(takers)), deque[tuple[int, Any]]()
         try:
             for item in items:
                 free.acquire()
-                waiting.append(pool.submit(self.sent[1], cloudpickle.dumps((function, item))))
-                waiting[-1].add_done_callback(lambda _: free.release())
-                while waiting and waiting[0].done():
-                    yield waiting.popleft().result()
+                # the one with the fewest, since Dask goes by guesses of how long tasks take:
+                # test_no_worker_waits_while_another_has_two_tasks
+                busy = Counter(taker for taker, future in waiting if not future.done())
+                taker = min(range(len(takers)), key=busy.__getitem__)
+                task = cloudpickle.dumps((function, item))
+                future = self.executor.submit(_work, *self.sent[1:], task, **takers[taker])
+                future.add_done_callback(lambda _: free.release())
+                waiting.append((taker, future))
+                while waiting and waiting[0][1].done():
+                    yield waiting.popleft()[1].result()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[1].result()
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
+    def _takers(self) -> list[dict[str, Any]]:
+        """With which options each process or worker is given a task."""
+        if self.engine == "loky":
+            return [{}] * self.jobs
+        self._ask(self.executor.wait_for_workers, 1, timeout=PATIENCE)
+        workers = self._ask(self.executor.nthreads)
+        given = [{"workers": [w], "allow_other_workers": True, "pure": False} for w in workers]
+        return given or [{"pure": False}]  # the last was lost just now: Dask waits for the next
 
-class _Processes:
-    """Processes of this machine, which find what is shared in a file."""
-
-    def __init__(self, jobs: int) -> None:
-        self.jobs, self.losses = jobs, (BrokenProcessPool,)
-        self.folder = TemporaryDirectory(prefix="quantifind-")
-        self._start()
-
-    def _start(self) -> None:
-        threads = str(max(1, loky.cpu_count() // self.jobs))
-        env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        self.executor = loky.ProcessPoolExecutor(self.jobs, env=env)
-
-    def places(self) -> int:
-        return self.jobs
-
-    def send(self, packed: bytes) -> Path:
-        path = Path(self.folder.name) / uuid4().hex
+    def _send(self, packed: bytes) -> Any:
+        if self.engine == "dask":
+            # as bytes, of which each worker makes its own object: one that a task works on is not
+            # what to pass on to a worker that joins (test_a_worker_that_joins_gets_what_was_sent)
+            return self._ask(self.executor.scatter, packed, broadcast=True, hash=False)
+        path = self.folder / uuid4().hex
         path.write_bytes(packed)
         return path
 
-    def submit(self, sent: Path, task: bytes) -> Any:
-        return self.executor.submit(_work, sent.name, sent, task)
+    def _open(self) -> None:
+        self.sent = None
+        with ExitStack() as opened:
+            if self.engine == "loky":
+                folder = opened.enter_context(TemporaryDirectory(prefix="quantifind-"))
+                # no more threads than cores: test_processes_share_the_cores
+                threads = str(max(1, cpu_count() // self.jobs))
+                env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+                self.folder, self.executor = Path(folder), ProcessPoolExecutor(self.jobs, env=env)
+                opened.callback(self.executor.shutdown, kill_workers=True)
+            elif self.engine == "dask":
+                self._connect(opened)
+            self._opened = opened.pop_all()
 
-    def renew(self) -> None:
-        self.executor.shutdown(kill_workers=True)
-        self._start()
-
-    def close(self) -> None:
-        self.executor.shutdown(kill_workers=True)
-        self.folder.cleanup()
-
-
-class _Cluster:
-    """The workers of a Dask cluster.
-
-    What is shared goes there as bytes, of which each worker makes its own object: one that a task
-    is working on could not be passed on to a worker that joins.
-    """
-
-    def __init__(self, scheduler: str) -> None:
+    def _connect(self, opened: ExitStack) -> None:
         try:
+            import dask
             from distributed import Client, KilledWorker
-        except ImportError:
+        except ImportError as error:
             install = "pip install 'quantifind[cluster]'"
-            raise ValueError(f"engine 'dask' needs Dask: {install}") from None
-        self.scheduler, self.losses = scheduler, (CancelledError, KilledWorker)
-        # by the address of each worker, its tasks that may not be done
-        self.given: dict[str, list[Any]] = {}
-        self.looked = 0.0
-        # made before it connects, so that one that fails is closed here: were it collected while
-        # another one starts, both would wait for ever (test_a_client_that_fails_leaves_no_thread)
-        self.client = Client.__new__(Client)
-        try:
-            with self._answering():
-                self.client.__init__(  # type: ignore[misc]
-                    scheduler, timeout=PATIENCE, set_as_default=False
-                )
-                self.client.wait_for_workers(1, timeout=PATIENCE)
-        except BaseException:
-            with suppress(AttributeError):  # of one that has not come so far
-                self.client.close()
-            raise
-
-    @contextmanager
-    def _answering(self) -> Iterator[None]:
-        try:
-            yield
-        # the last, of a client that has given its scheduler up
-        except (OSError, ValueError, TimeoutError, AttributeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"scheduler {self.scheduler}: no Dask workers there ({reason})"
-            ) from None
-
-    def places(self) -> int:
-        self._look()
-        return max(1, len(self.given))
-
-    def _look(self) -> None:
-        """See which workers there are, and what each still has to do."""
-        if time.monotonic() - self.looked > GLANCE:
-            with self._answering():
-                self.given = {a: self.given.get(a, []) for a in self.client.nthreads()}
-            self.looked = time.monotonic()
-        for address, given in self.given.items():
-            self.given[address] = [future for future in given if not future.done()]
-
-    def send(self, packed: bytes) -> Any:
-        with self._answering():
-            return self.client.scatter(packed, broadcast=True, hash=False)
-
-    def submit(self, sent: Any, task: bytes) -> Any:
-        import dask
-
-        self._look()
-        # the one with the fewest: Dask, which goes by guesses of how long tasks take, would leave
-        # one idle and give two to another
-        address = min(self.given, key=lambda address: len(self.given[address]), default=None)
+            raise ValueError(f"engine 'dask' needs Dask: {install}") from error
+        self.losses = (CancelledError, KilledWorker)
         # a task has the codes of a whole candidate: test_large_tasks_are_sent_without_a_warning
-        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
-            future = self.client.submit(
-                *(_work, sent.key, sent, task),
-                pure=False,
-                workers=address,
-                allow_other_workers=address is not None,
-            )
-        if address is not None:
-            self.given[address].append(future)
-        return future
+        large = {"distributed.admin.large-graph-warning-threshold": "1 TB"}
+        opened.enter_context(dask.config.set(large))
+        # the client, since what its get_executor() gives can wait for ever
+        # (test_a_result_that_is_lost_with_its_worker). Made before it connects, so that one that
+        # fails is closed here: were it collected while another one starts, both would wait for
+        # ever; and one that was refused would leave its thread
+        # (test_a_client_that_fails_leaves_no_thread)
+        client = self.executor = Client.__new__(Client)
+        opened.callback(lambda: client._loop_runner.stop())
+        opened.callback(client.close)
+        self._ask(Client.__init__, client, self.scheduler, timeout=PATIENCE, set_as_default=False)
+        self._takers()
 
-    def renew(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.client.close()
+    def _ask(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        # the last, of a client that has given its scheduler up
+        except (OSError, ValueError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            what = f"scheduler {self.scheduler}: no Dask workers there ({reason})"
+            raise ValueError(what) from error
 
 
 def _work(key: str, sent: bytes | Path, task: bytes) -> Any:
     # what is shared is one network whose tensors are swapped: a worker with several threads takes
-    # its tasks one at a time
+    # its tasks one at a time (test_a_worker_with_several_threads_takes_one_task_at_a_time)
     with _one_at_a_time:
         if key not in _received:
             _received.clear()
