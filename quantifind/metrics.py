@@ -20,7 +20,7 @@ def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[st
 
     Returns, on the CPU: ``outputs`` (examples, ...), ``loss`` (examples,) float64 and, where
     targets are class labels, ``correct`` (examples,) bool.
-    Errors: ValueError for a loader without examples.
+    Raises: ValueError for a loader without examples.
     """
     device = device_of(model)
     parts: list[tuple[Tensor, Tensor]] = []

@@ -93,7 +93,8 @@ def accuracy_drop_interval(
 
 def _share_interval(count: int, examples: int, tail: float) -> tuple[float, float]:
     """The exact interval of a binomial share (Clopper and Pearson 1934)."""
-    # scipy.stats.binomtest has the same, 2,500 times slower: test_a_share_has_the_interval_of_scipy
+    # scipy.stats.binomtest has the same by a search, in milliseconds that a race has not:
+    # test_a_share_has_the_interval_of_scipy
     low = special.betaincinv(count, examples - count + 1, tail) if count else 0.0
     high = special.betaincinv(count + 1, examples - count, 1 - tail) if count < examples else 1.0
     return float(low), float(high)

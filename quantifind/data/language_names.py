@@ -16,7 +16,7 @@ def create_dataloaders(*, batch_size: int = 64, seed: int = 0, archive: Path = A
 
     Batches are [character codes (examples, longest name) int64, 0 where the name has ended,
     nationalities (examples,) int64, numbered by sorted file name].
-    Errors: ValueError as `quantifind.utils.name_archive.read_names` says.
+    Raises: ValueError as `quantifind.utils.name_archive.read_names` says.
     """
     names = read_names(archive)
     code = {character: i for i, character in enumerate(alphabet(names), start=PADDING + 1)}

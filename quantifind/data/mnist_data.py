@@ -18,7 +18,7 @@ def create_dataloaders(*, batch_size: int = 64, seed: int = 0, root: Path = DATA
 
     Batches are [images (examples, 1, 28, 28) float32 in [0, 1], digits (examples,) int64].
     root: the folder that holds ``MNIST/raw/*.gz`` and their checksums in ``SHA256SUMS``.
-    Errors: ValueError naming the file that is missing, truncated or altered.
+    Raises: ValueError naming the file that is missing, truncated or altered.
     """
     # torchvision reads the IDX files uncompressed only
     with tempfile.TemporaryDirectory() as folder:

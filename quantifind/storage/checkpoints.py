@@ -40,14 +40,14 @@ def replace_checkpoint(directory: Path | str, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path, keys: tuple[str, ...]) -> list[Any]:
     """What a checkpoint holds under ``keys``; nothing in it is executed (``weights_only``).
 
-    Errors: ValueError naming the file that can't be read or lacks a key.
+    Raises: ValueError naming the file that can't be read or lacks a key.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return [state[key] for key in keys]
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
+        raise ValueError(f"{path}: not a whole checkpoint ({reason})") from error
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

@@ -19,7 +19,7 @@ BEGINS_WITH = {"output_mse": "weighted_mse"}
 FROM_INPUTS = {"scale": ("weighted_mse", "output_mse"), "centres": ("weighted_k_means",)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Choice:
     """How a tensor is quantized; checked when it is made.
 
@@ -80,6 +80,10 @@ class Choice:
         given = {n: value for n, value in named.items() if value != defaults[n]}
         return given | dict(self.options)
 
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self.plain().items())
+        return f"{type(self).__name__}({given})"
+
     @property
     def needs(self) -> str | None:
         """What in it asks for calibration examples, in words; None where nothing does."""
@@ -123,7 +127,7 @@ class Choice:
         return {n: value for n, value in shared.items() if value is not None} | dict(self.options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ActivationChoice(Choice):
     """How an activation is quantized: one scale for all of it.
 

@@ -77,11 +77,11 @@ def importance_rows(
         raise ValueError("weighted errors need the importance of each value: calibration inputs")
     try:
         each = importance.to(values.device).double().expand_as(values)
-    except RuntimeError:
+    except RuntimeError as error:
         raise ValueError(
             f"importance has shape {list(importance.shape)}: {list(values.shape)}, or what "
             "broadcasts to it, is allowed"
-        ) from None
+        ) from error
     if bad := int((~((importance >= 0) & importance.isfinite())).sum()):
         raise ValueError(f"{bad} values of importance are negative, NaN or infinite")
     return to_rows(each, axis, group)

@@ -50,7 +50,7 @@ def split_loaders(
 def random_split(dataset: TensorDataset, sizes: Sequence[int], *, seed: int = 0) -> list[Tensors]:
     """Disjoint random parts of ``sizes`` examples; the global random state is left as it was.
 
-    Errors: ValueError when sizes don't add up to the number of examples, or one is not positive.
+    Raises: ValueError when sizes don't add up to the number of examples, or one is not positive.
     """
     if sum(sizes) != len(dataset) or min(sizes) < 1:
         raise ValueError(
@@ -71,7 +71,7 @@ def create_dataloaders(
     """Split a TensorDataset of (inputs, targets) at random into train, val and test loaders.
 
     fractions: shares of train, val and test, adding up to 1.
-    Errors: ValueError when a share is not positive or leaves its part without examples.
+    Raises: ValueError when a share is not positive or leaves its part without examples.
     """
     if abs(sum(fractions) - 1) > 1e-9:
         raise ValueError(f"fractions {fractions} add up to {sum(fractions)}, not to 1")
@@ -83,7 +83,7 @@ def create_dataloaders(
 def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
     """All inputs and all targets behind a loader, in the order of its data set.
 
-    Errors: ValueError for a loader whose sampler leaves examples out or repeats them: what it would
+    Raises: ValueError for a loader whose sampler leaves examples out or repeats them: what it would
     have drawn is not the whole data set (split that with torch.utils.data.Subset instead).
     """
     dataset: Any = loader.dataset
@@ -133,7 +133,7 @@ def describe(splits: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
 
     Returns: ``examples`` by split; ``classes`` where targets are class labels, and ``vocabulary``
     where inputs are integer codes, each the largest over all splits plus one.
-    Errors: ValueError naming the split that is empty or has NaN or infinite inputs or targets.
+    Raises: ValueError naming the split that is empty or has NaN or infinite inputs or targets.
     """
     for name, split in splits.items():
         for kind, values in split.items():

@@ -25,7 +25,7 @@ def read_names(path: Path = ARCHIVE) -> dict[str, list[str]]:
 
     Hidden files (the ``._Arabic.txt`` a Mac adds) and files that don't end in .txt are passed over.
     Names are composed (Unicode NFC), so one name has one spelling whatever system wrote it.
-    Errors: ValueError, naming the archive and the entry, for an archive that is missing, truncated
+    Raises: ValueError, naming the archive and the entry, for an archive that is missing, truncated
     or unsafe (absolute path, ``..``, link), text that is not UTF-8, a nationality given twice,
     a file without names, a "name" of over 256 characters, fewer than two nationalities.
     """
@@ -57,15 +57,15 @@ def _texts(path: Path) -> dict[str, str]:
     """The text of each entry that holds names."""
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; it holds <Nationality>.txt files of names") from None
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; it holds <Nationality>.txt files of names") from error
     try:
         raw = DECOMPRESS.get(raw[:3], bytes)(raw)
         with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as archive:
             files = [(m, archive.extractfile(m) if m.isfile() else None) for m in archive]
             contents = [(member, file.read() if file else b"") for member, file in files]
     except DAMAGE as error:
-        raise ValueError(f"{path}: not a whole tar archive ({error})") from None
+        raise ValueError(f"{path}: not a whole tar archive ({error})") from error
     # tarfile takes a file cut between two entries for a whole one: test_truncated_tar
     if not raw.endswith(END_OF_TAR):
         raise ValueError(f"{path}: truncated: the zeros that end a tar are missing")
@@ -86,4 +86,4 @@ def _text(member: tarfile.TarInfo, content: bytes, path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {member.name}: not UTF-8 ({error})") from None
+        raise ValueError(f"{path}: {member.name}: not UTF-8 ({error})") from error

@@ -31,7 +31,7 @@ def check(package: str, name: str) -> None:
 def load(package: str, name: str, function: str) -> Callable[..., Any]:
     """A plug-in's function; ``name`` may be the dotted path of anyone's module.
 
-    Errors: ValueError for a name that is neither in the folder nor importable, or a module that has
+    Raises: ValueError for a name that is neither in the folder nor importable, or a module that has
     no such function.
     """
     check(package, name)
@@ -42,7 +42,7 @@ def load(package: str, name: str, function: str) -> Callable[..., Any]:
         # a module that is there but imports something missing is its author's to see
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from None
+        raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from error
     if not callable(found := getattr(module, function, None)):
         raise ValueError(f"{path} has no function {function}()")
     return found
@@ -55,7 +55,7 @@ def arguments(
 
     options: what the user set. offered: what the pipeline knows; a function takes of it what it has
     a parameter for, unless the user set that.
-    Errors: ValueError for an option that the function does not have, naming those it has.
+    Raises: ValueError for an option that the function does not have, naming those it has.
     """
     parameters = inspect.signature(function).parameters
     if unknown := options.keys() - parameters.keys():
