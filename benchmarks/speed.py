@@ -9,7 +9,8 @@ multiply-adds. Each part runs in a process of its own, whose peak memory stands 
 timed before and after the naive loop, and the mean is given; of the naive sensitivities a third of
 the candidates is timed, and taken three times. Writes benchmarks/results/speed.csv (seconds, but
 for rates, whose name says so), and benchmarks/results/speed_growth.csv with its picture
-docs/speed_growth.png: seconds against examples, parameters and tensors.
+docs/speed_growth.png: seconds against examples, parameters and tensors. The part `rooms` writes
+benchmarks/results/rooms.csv: what each device for speed gains (`benchmarks.rooms`).
 """
 
 import argparse
@@ -33,6 +34,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import grids
+from benchmarks.rooms import rooms
 from quantifind.data import mnist_data
 from quantifind.metrics import losses, outcome
 from quantifind.mixed_precision.measurements import Measurements
@@ -342,7 +344,7 @@ def growth() -> list[dict[str, Any]]:
             "activations": {},
         }
         measurements = Measurements(net, train, val, nn.CrossEntropyLoss())
-        measurements.evaluator.repeatable = False  # each candidate is a whole pass
+        measurements.evaluator.replayable = False  # each candidate is a whole pass
 
         def once() -> None:
             measurements.store.entries.clear()
@@ -395,6 +397,7 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "memory_tenfold": lambda: memory(100_000),
     "cluster": cluster,
     "growth": growth,
+    "rooms": rooms,
 }
 
 
