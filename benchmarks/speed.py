@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from quantifind.network.macs import multiply_adds
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,7 +45,6 @@ from quantifind.mixed_precision.sensitivity import (
     quantized_parts,
     sensitivities,
 )
-from quantifind.network.macs import multiply_adds
 from quantifind.network.modules import named_tensors
 from quantifind.quantize import mean_bits, quantize, with_quantized
 from quantifind.search import find_strategy

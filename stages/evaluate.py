@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from quantifind.certification.certificate import mark_certified
 from quantifind.certification.goal import Goal
-from quantifind.certification.recommendation import in_words, recommend
 from quantifind.strategy import Strategy
-from quantifind.workflow.evaluation_workflow import evaluate_strategies, summarize
+from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, networks
+from stages.answers import in_words, mark_certified, recommend, summarize
 from stages.params import Params
 
 

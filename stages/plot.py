@@ -2,18 +2,18 @@
 
 from quantifind.certification.goal import Goal
 from quantifind.utils import plugins
-from quantifind.workflow.search_figures import (
-    visualize_costs,
-    visualize_frontier,
-    visualize_prediction,
-    visualize_sensitivity,
-)
 from quantifind.workflow.visualization_workflow import (
     visualize_bit_depth_results,
     visualize_history,
     visualize_weight_error,
 )
 from stages import files
+from stages.figures import (
+    visualize_costs,
+    visualize_frontier,
+    visualize_prediction,
+    visualize_sensitivity,
+)
 from stages.params import Params
 
 

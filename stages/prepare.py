@@ -2,9 +2,12 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from quantifind.utils import plugins
-from quantifind.utils.loaders import describe, whole_split
+from quantifind.utils.loaders import whole_split
 from stages import files
 from stages.params import Params
 
@@ -31,6 +34,27 @@ def main(params: Params) -> None:
     files.write_json(files.DESCRIPTION, describe(splits))
     source = Path(inspect.getfile(create_model_context)).read_bytes()
     files.write(files.NETWORK_SOURCE, lambda path: path.write_bytes(source))
+
+
+def describe(splits: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """What a network may have to know of its data.
+
+    Returns: ``examples`` by split; ``classes`` where targets are class labels, and ``vocabulary``
+    where inputs are integer codes, each the largest over all splits plus one.
+    Raises: ValueError naming the split that is empty or has NaN or infinite inputs or targets.
+    """
+    for name, split in splits.items():
+        for kind, values in split.items():
+            if not len(values):
+                raise ValueError(f"the {name} split has no examples")
+            if bad := int((~values.isfinite()).sum()):
+                raise ValueError(f"the {name} split: {bad} NaN or infinite {kind}")
+    facts: dict[str, Any] = {"examples": {name: len(s["inputs"]) for name, s in splits.items()}}
+    for fact, kind in (("classes", "targets"), ("vocabulary", "inputs")):
+        tensors = [split[kind] for split in splits.values()]
+        if not tensors[0].is_floating_point():
+            facts[fact] = 1 + max(int(values.max()) for values in tensors)
+    return facts
 
 
 if __name__ == "__main__":

@@ -1,10 +1,18 @@
 """Quantize: the ladders of strategies to judge, fixed before test data are read; and what each
 tensor costs the network."""
 
+from collections.abc import Sequence
+
+import pandas as pd
+from torch import nn
+
+from quantifind.metrics import weight_error
 from quantifind.mixed_precision.sensitivity import rank_correlations
+from quantifind.network.modules import named_tensors
+from quantifind.quantize import quantize
 from quantifind.search import find_strategy
-from quantifind.strategy import uniform_strategy
-from quantifind.workflow.quantize_workflow import weight_errors
+from quantifind.strategy import Strategy, uniform_strategy
+from quantifind.utils.console import progress
 from stages import files, ladder, networks
 from stages.params import Params
 
@@ -31,6 +39,24 @@ def main(params: Params) -> None:
     files.write_json(files.METRICS / "sensitivity.json", correlations)
     files.write_json(files.UNIFORM, [strategy.choices for strategy in uniform])
     ladder.write_ladder(found.ladder)
+
+
+def weight_errors(model: nn.Module, strategies: Sequence[Strategy]) -> pd.DataFrame:
+    """How far the values of quantized tensors are from the float ones.
+
+    strategies: such as `quantifind.strategy.uniform_strategy` gives them.
+    Returns: a row for each strategy and tensor: ``tensor``, ``bit_depth`` of a code, ``values``, and
+        those of `quantifind.metrics.weight_error`.
+    """
+    values = named_tensors(model)
+    rows = []
+    with progress("quantizing", total=len(strategies)) as step:
+        for strategy in strategies:
+            for name, tensor in quantize(model, strategy).tensors.items():
+                row = {"tensor": name, "bit_depth": tensor.bits, "values": tensor.codes.numel()}
+                rows.append(row | weight_error(values[name], tensor.dequantize()))
+            step()
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":

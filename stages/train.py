@@ -2,9 +2,9 @@
 
 import torch
 
-from quantifind.workflow.network_workflow import check_fit, create_network
 from quantifind.workflow.train_workflow import train_network
 from stages import files, networks
+from stages.networks import check_fit, create_network
 from stages.params import Params
 
 

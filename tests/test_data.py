@@ -26,12 +26,12 @@ from quantifind.utils.loaders import (
     Tensors,
     batch_loader,
     create_dataloaders,
-    describe,
     random_split,
     sample,
     whole_split,
 )
 from quantifind.utils.name_archive import alphabet, read_names
+from stages.prepare import describe
 
 DATA = plugins.names("data")
 SIZES = {"mnist_data": (54_000, 6_000, 10_000), "simple_dense_data": (38_400, 4_800, 4_800)}

@@ -13,17 +13,17 @@ from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import MEASURES
 from quantifind.utils import plugins
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
-from quantifind.workflow.search_figures import (
+from quantifind.workflow.visualization_workflow import (
+    visualize_bit_depth_results,
+    visualize_history,
+    visualize_weight_error,
+)
+from stages.figures import (
     frontier,
     visualize_costs,
     visualize_frontier,
     visualize_prediction,
     visualize_sensitivity,
-)
-from quantifind.workflow.visualization_workflow import (
-    visualize_bit_depth_results,
-    visualize_history,
-    visualize_weight_error,
 )
 
 

@@ -231,20 +231,6 @@ def certified_depth(results: pd.DataFrame, limit: float) -> int | None:
     return int(ladder["bit_depth"].iloc[steps - 1]) if steps else None
 
 
-def mark_certified(results: pd.DataFrame, limits: Sequence[float]) -> pd.DataFrame:
-    """The table with a column ``certified_at``: the limit that a depth is the lowest certified for.
-
-    It is the lowest limit, where a depth is that of several, and missing elsewhere.
-
-    results: a table of `quantifind.workflow.evaluation_workflow.evaluate_bit_depths`.
-    limits: of the criterion ratio.
-    """
-    certified_at = pd.Series(np.nan, index=results.index)
-    for limit in sorted(limits, reverse=True):
-        certified_at[results["bit_depth"] == certified_depth(results, limit)] = limit
-    return results.assign(certified_at=certified_at)
-
-
 def minimum_safe_bits(sensitivity: pd.DataFrame, limit: float) -> dict[str, float | None]:
     """By quantized tensor, the fewest bits predicted to be safe when it alone is quantized.
 

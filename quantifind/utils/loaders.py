@@ -126,24 +126,3 @@ def _draws_all(loader: DataLoader) -> bool:
         and not sampler.replacement
         and sampler.num_samples == len(dataset)
     )
-
-
-def describe(splits: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """What a network may have to know of its data.
-
-    Returns: ``examples`` by split; ``classes`` where targets are class labels, and ``vocabulary``
-    where inputs are integer codes, each the largest over all splits plus one.
-    Raises: ValueError naming the split that is empty or has NaN or infinite inputs or targets.
-    """
-    for name, split in splits.items():
-        for kind, values in split.items():
-            if not len(values):
-                raise ValueError(f"the {name} split has no examples")
-            if bad := int((~values.isfinite()).sum()):
-                raise ValueError(f"the {name} split: {bad} NaN or infinite {kind}")
-    facts: dict[str, Any] = {"examples": {name: len(s["inputs"]) for name, s in splits.items()}}
-    for fact, kind in (("classes", "targets"), ("vocabulary", "inputs")):
-        tensors = [split[kind] for split in splits.values()]
-        if not tensors[0].is_floating_point():
-            facts[fact] = 1 + max(int(values.max()) for values in tensors)
-    return facts

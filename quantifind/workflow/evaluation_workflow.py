@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from quantifind.certification.certificate import certified_depth, degradation
+from quantifind.certification.certificate import degradation
 from quantifind.metrics import is_classification, paired
 from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.evaluator import Evaluator
@@ -147,32 +147,6 @@ class _Judge:
         row = compare(outcome, self.original, confidence=self.confidence)
         scr = row["criterion"] / (depth or bits)
         return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
-
-
-def summarize(results: pd.DataFrame, limits: Iterable[float]) -> dict[str, Any]:
-    """The answer in few numbers, from a table of `evaluate_strategies`, most bits first.
-
-    Returns: ``float`` criterion and accuracy; ``certified_depth`` by limit, None where not even the
-    first strategy passes; ``lowest_scr``, the lowest signal-to-complexity ratio, and the depth that
-    has it; the ``criterion_ratio`` and ``relative_error`` of the depths 2, 4 and 8.
-    """
-    first = results.iloc[0]
-    floats = {"criterion": first["original_criterion"]}
-    if "original_accuracy" in results:
-        floats["accuracy"] = first["original_accuracy"]
-    best = results.iloc[results["signal_to_complexity"].argmin()]
-    shown = results[results["bit_depth"].isin([2, 4, 8])].sort_values("bit_depth")
-    by_depth = [f"{depth:g}_bits" for depth in shown["bit_depth"]]
-    return {
-        "float": floats,
-        "certified_depth": {f"at_{limit:g}": certified_depth(results, limit) for limit in limits},
-        "lowest_scr": {
-            "value": best["signal_to_complexity"],
-            "bit_depth": int(best["bit_depth"]),
-        },
-        "criterion_ratio": dict(zip(by_depth, shown["criterion_ratio"], strict=True)),
-        "relative_error": dict(zip(by_depth, shown["relative_error"], strict=True)),
-    }
 
 
 def _loader_and_criterion(first: Any, second: Any) -> tuple[Any, Any]:

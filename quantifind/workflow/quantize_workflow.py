@@ -1,22 +1,18 @@
 """Put a tensor, a network or a loader's inputs on 2^bit_depth uniform levels."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from quantifind.metrics import weight_error
-from quantifind.network.modules import named_tensors
-from quantifind.quantize import quantize, quantize_model
+from quantifind.quantize import quantize_model
 from quantifind.schemes import uniform
-from quantifind.strategy import Strategy, uniform_strategy
+from quantifind.strategy import uniform_strategy
 from quantifind.tensor.scales import whole_number
-from quantifind.utils.console import progress
 
 BIT_DEPTHS = range(2, 33)
 
@@ -66,24 +62,6 @@ class BitQuantizer:
         )
         quantized._iterator = None  # persistent workers stay with the loader that started them
         return quantized
-
-
-def weight_errors(model: nn.Module, strategies: Sequence[Strategy]) -> pd.DataFrame:
-    """How far the values of quantized tensors are from the float ones.
-
-    strategies: such as `quantifind.strategy.uniform_strategy` gives them.
-    Returns: a row for each strategy and tensor: ``tensor``, ``bit_depth`` of a code, ``values``, and
-        those of `quantifind.metrics.weight_error`.
-    """
-    values = named_tensors(model)
-    rows = []
-    with progress("quantizing", total=len(strategies)) as step:
-        for strategy in strategies:
-            for name, tensor in quantize(model, strategy).tensors.items():
-                row = {"tensor": name, "bit_depth": tensor.bits, "values": tensor.codes.numel()}
-                rows.append(row | weight_error(values[name], tensor.dequantize()))
-            step()
-    return pd.DataFrame(rows)
 
 
 def largest_input(batches: Iterable[Any]) -> float:

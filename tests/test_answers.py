@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from quantifind.certification.goal import MEASURES
-from quantifind.certification.recommendation import in_words, recommend, words_of
+from stages.answers import in_words, recommend, words_of
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}
 

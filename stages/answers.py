@@ -1,11 +1,12 @@
 """What to do with a network: the strategy that test data certify, in numbers and in words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from quantifind.certification.certificate import certified_steps
+from quantifind.certification.certificate import certified_depth, certified_steps
 from quantifind.certification.goal import MEASURES
 from quantifind.utils import plugins
 
@@ -146,3 +147,43 @@ def _size(row: Mapping[str, Any]) -> str:
 
 def _interval(row: Mapping[str, Any], measure: str) -> str:
     return f"{row[measure]:.4g} [{row['low']:.4g}, {row['high']:.4g}]"
+
+
+def summarize(results: pd.DataFrame, limits: Iterable[float]) -> dict[str, Any]:
+    """The answer in few numbers, from a table of `evaluate_strategies`, most bits first.
+
+    Returns: ``float`` criterion and accuracy; ``certified_depth`` by limit, None where not even the
+    first strategy passes; ``lowest_scr``, the lowest signal-to-complexity ratio, and the depth that
+    has it; the ``criterion_ratio`` and ``relative_error`` of the depths 2, 4 and 8.
+    """
+    first = results.iloc[0]
+    floats = {"criterion": first["original_criterion"]}
+    if "original_accuracy" in results:
+        floats["accuracy"] = first["original_accuracy"]
+    best = results.iloc[results["signal_to_complexity"].argmin()]
+    shown = results[results["bit_depth"].isin([2, 4, 8])].sort_values("bit_depth")
+    by_depth = [f"{depth:g}_bits" for depth in shown["bit_depth"]]
+    return {
+        "float": floats,
+        "certified_depth": {f"at_{limit:g}": certified_depth(results, limit) for limit in limits},
+        "lowest_scr": {
+            "value": best["signal_to_complexity"],
+            "bit_depth": int(best["bit_depth"]),
+        },
+        "criterion_ratio": dict(zip(by_depth, shown["criterion_ratio"], strict=True)),
+        "relative_error": dict(zip(by_depth, shown["relative_error"], strict=True)),
+    }
+
+
+def mark_certified(results: pd.DataFrame, limits: Sequence[float]) -> pd.DataFrame:
+    """The table with a column ``certified_at``: the limit that a depth is the lowest certified for.
+
+    It is the lowest limit, where a depth is that of several, and missing elsewhere.
+
+    results: a table of `quantifind.workflow.evaluation_workflow.evaluate_bit_depths`.
+    limits: of the criterion ratio.
+    """
+    certified_at = pd.Series(np.nan, index=results.index)
+    for limit in sorted(limits, reverse=True):
+        certified_at[results["bit_depth"] == certified_depth(results, limit)] = limit
+    return results.assign(certified_at=certified_at)
