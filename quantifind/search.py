@@ -3,7 +3,7 @@ budget."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from quantifind.certification.goal import Goal, Limit, ladder
 from quantifind.metrics import is_classification
 from quantifind.mixed_precision.allocation import Allocation, Assignment, neighbours, total_cost
-from quantifind.mixed_precision.candidates import Candidates, Row, Trial, choices_key, note
+from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.refinement import (
     add_safer_allocations,
@@ -213,23 +213,16 @@ def sweep_budgets(candidates: Candidates) -> None:
 
 
 def _walk_down(candidates: Candidates, budgets: Sequence[float]) -> None:
+    """Measure allocations, a few at a time, until several in a row don't keep the goal."""
     solved = (candidates.allocation.solve(budget) for budget in budgets)
+    trials, failed = (candidates.allocated(a) for a in dict.fromkeys(solved) if a is not None), 0
     with progress("allocating", total=len(budgets)) as step:
-        trials = (candidates.allocated(a) for a in dict.fromkeys(solved) if a is not None)
-        _measure_until(candidates, trials, FAILURES, step)
-
-
-def _measure_until(
-    candidates: Candidates, trials: Iterable[Trial], failures: int, step: Callable[..., None]
-) -> None:
-    """Measure trials, a few at a time, until so many in a row don't keep the goal."""
-    trials, failed = iter(trials), 0
-    while failed < failures and (wave := list(islice(trials, WAVE))):
-        for row in candidates.measure(wave):
-            step(note(row))
-            failed = 0 if candidates.goal.keeps(row) else failed + 1
-            if failed == failures:
-                break
+        while failed < FAILURES and (wave := list(islice(trials, WAVE))):
+            for row in candidates.measure(wave):
+                step(note(row))
+                failed = 0 if candidates.goal.keeps(row) else failed + 1
+                if failed == FAILURES:
+                    break
 
 
 def try_neighbours(candidates: Candidates) -> None:

@@ -42,7 +42,7 @@ def main(params: Params) -> None:
 
 
 def weight_errors(model: nn.Module, strategies: Sequence[Strategy]) -> pd.DataFrame:
-    """How far the values of quantized tensors are from the float ones.
+    """How far quantized values are from the float ones.
 
     strategies: such as `quantifind.strategy.uniform_strategy` gives them.
     Returns: a row for each strategy and tensor: ``tensor``, ``bit_depth`` of a code, ``values``, and
