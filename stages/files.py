@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from quantifind.utils import plugins
+from quantifind.utils.memory import keep_freed_memory
 from stages.params import Params, read_params
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ TEST_BATCH = 250
 def run(main: Callable[[Params], None]) -> None:
     """Run a stage on the parameters; a user's mistake is one line and exit code 1."""
     stage = Path(sys.argv[0]).stem
+    keep_freed_memory()
     try:
         params = read_params(PARAMS)
         stage += f" {params.model}"

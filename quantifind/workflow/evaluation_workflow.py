@@ -5,7 +5,6 @@ The arguments after the model may stand in either order, ``(test_loader, criteri
 """
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -18,13 +17,7 @@ from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.console import progress
-from quantifind.workflow.quantize_workflow import (
-    BIT_DEPTHS,
-    BitQuantizer,
-    check_depth,
-    inputs_on_levels,
-    largest_input,
-)
+from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer, check_depth
 
 
 def compute_test_loss(model: nn.Module, test_loader: Any, criterion: Any) -> float:
@@ -34,22 +27,10 @@ def compute_test_loss(model: nn.Module, test_loader: Any, criterion: Any) -> flo
 
 
 def evaluate_quantized_model(
-    model: nn.Module,
-    test_loader: Any,
-    criterion: Any,
-    bit_depth: int,
-    *,
-    quantize_inputs: bool = False,
+    model: nn.Module, test_loader: Any, criterion: Any, bit_depth: int
 ) -> float:
-    """The criterion of a copy of ``model`` quantized to ``bit_depth`` (2 to 32).
-
-    quantize_inputs: put the loader's inputs on as many levels too.
-    """
-    loader, criterion = _loader_and_criterion(test_loader, criterion)
-    quantizer = BitQuantizer(bit_depth)
-    if quantize_inputs:
-        loader = quantizer.quantized_dataloader(loader)
-    return compute_test_loss(quantizer.quantize_model(model), loader, criterion)
+    """The criterion of a copy of ``model`` quantized to ``bit_depth`` (2 to 32)."""
+    return compute_test_loss(BitQuantizer(bit_depth).quantize_model(model), test_loader, criterion)
 
 
 def evaluate_bit_depths(
@@ -58,13 +39,12 @@ def evaluate_bit_depths(
     criterion: Any,
     bit_depths: Iterable[int] = BIT_DEPTHS,
     *,
-    quantize_inputs: bool = False,
     engine: str = "sequential",
     scheduler: str | None = None,
 ) -> pd.DataFrame:
     """A row per bit depth, from most bits to fewest, with the columns of `evaluate_strategies`.
 
-    bit_depths: whole numbers, 2 to 32. quantize_inputs: put the inputs on as many levels too.
+    bit_depths: whole numbers, 2 to 32.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     """
     depths = sorted(set(bit_depths), reverse=True)
@@ -72,13 +52,7 @@ def evaluate_bit_depths(
         check_depth(depth)
     strategies = [uniform_strategy(model, depth) for depth in depths]
     return evaluate_strategies(
-        model,
-        strategies,
-        test_loader,
-        criterion,
-        quantize_inputs=quantize_inputs,
-        engine=engine,
-        scheduler=scheduler,
+        model, strategies, test_loader, criterion, engine=engine, scheduler=scheduler
     )
 
 
@@ -89,7 +63,6 @@ def evaluate_strategies(
     criterion: Any,
     *,
     calibration: Iterable[Any] | None = None,
-    quantize_inputs: bool = False,
     confidence: float = 0.95,
     engine: str = "sequential",
     scheduler: str | None = None,
@@ -100,16 +73,13 @@ def evaluate_strategies(
     everything counted, ``signal_to_complexity`` (criterion per bit of depth, or per mean bit where
     widths differ), and those of `quantifind.metrics.compare`.
     calibration: batches of training data, for strategies that need some (`strategy.quantize`).
-    quantize_inputs: put each loader's inputs on the levels of the strategy's one bit depth.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Errors: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
     strategies = list(strategies)
-    if quantize_inputs and any(strategy.bit_depth is None for strategy in strategies):
-        raise ValueError("inputs can only be quantized beside tensors of one bit depth")
     with Workers(engine, scheduler=scheduler) as workers:
-        judge = _Judge(model, loader, criterion, calibration, quantize_inputs, confidence)
+        judge = _Judge(model, loader, criterion, calibration, confidence)
         rows = []
         with progress("judging", total=len(strategies)) as step:
             for row in workers.map(_Judge.row, judge, strategies):
@@ -127,24 +97,17 @@ class _Judge:
         loader: Iterable[Any],
         criterion: Any,
         calibration: Iterable[Any] | None,
-        quantize_inputs: bool,
         confidence: float,
     ) -> None:
         self.model, self.confidence = model, confidence
         self.evaluator = Evaluator(model, loader, criterion)
         self.calibration = None if calibration is None else list(calibration)
-        self.largest = largest_input(self.evaluator.batches()) if quantize_inputs else None
         self.original = self.evaluator.outcome()
 
     def row(self, strategy: Strategy) -> dict[str, Any]:
         quantized = quantize(self.model, strategy, self.calibration)
         depth, bits = strategy.bit_depth, mean_bits(self.model, quantized)
-        change_inputs = None
-        if self.largest is not None:
-            assert depth is not None
-            change_inputs = partial(inputs_on_levels, depth, self.largest)
-        outcome = self.evaluator.outcome(quantized, change_inputs=change_inputs)
-        row = compare(outcome, self.original, confidence=self.confidence)
+        row = compare(self.evaluator.outcome(quantized), self.original, confidence=self.confidence)
         scr = row["criterion"] / (depth or bits)
         return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
 

@@ -24,7 +24,7 @@ from quantifind.storage.checkpoints import (
     set_random_state,
 )
 from quantifind.utils.console import progress
-from quantifind.utils.devices import device_of, keep_freed_memory
+from quantifind.utils.devices import device_of
 
 CHECK_EVERY = 50
 
@@ -42,8 +42,6 @@ def train_network(
 ) -> pd.DataFrame:
     """Train ``net`` in place, on the device it is on, and leave it in eval mode.
 
-    From then on, glibc keeps the memory that this process frees.
-
     decay: let the learning rate fall linearly, batch by batch, to zero at the end of the epochs;
         the optimizer then gets back the one it had.
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that
@@ -57,7 +55,6 @@ def train_network(
         raise ValueError(f"epochs is {epochs}, at least 1 is needed")
     if len(train_loader) == 0:
         raise ValueError("the train loader has no batches")
-    keep_freed_memory()
     history: list[dict[str, float]] = []
     if checkpoints is not None and latest_checkpoint(Path(checkpoints)) is not None:
         extra = load_train_context(checkpoints, net, optimizer)
