@@ -7,11 +7,8 @@ which writes benchmarks/results/rooms.csv.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import cycle
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -23,22 +20,20 @@ from benchmarks import grids
 from quantifind.models import conv_mnist_model, dense_mnist_model, language_transformer_model
 from quantifind.network.modules import named_tensors
 from quantifind.quantize import quantize
-from quantifind.runtime import evaluator, layouts, replay
+from quantifind.runtime import evaluator, replay
 from quantifind.runtime.evaluator import Evaluator
+from quantifind.runtime.layouts import CONTIGUOUS, CPU_BATCH
 from quantifind.strategy import uniform_strategy
 from quantifind.tensor.quantized import Quantized
-from quantifind.utils.devices import device, keep_freed_memory
 
 RESULTS = grids.ROOT / "benchmarks/results/rooms.csv"
 WORTH = 0.05
 ROUNDS, REPLAY_ROUNDS = 25, 3
-EXAMPLES = {"conv_mnist": 512, "dense_mnist": 4_096, "language_transformer": 512}
-REPLAY_EXAMPLES = 128
+NETWORKS = ("conv_mnist", "dense_mnist", "language_transformer")
+PASS_EXAMPLES, REPLAY_EXAMPLES = 512, 128
 WIDTHS = range(2, 9)
 VOCABULARY, CLASSES, LENGTH = 60, 18, 20
 CRITERION = nn.CrossEntropyLoss()
-# the rule beside timing: batches that large, in channels_last where a network convolves images
-ON_CPU, ON_GPU = 256, 4096
 
 
 def network(name: str, examples: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -52,18 +47,6 @@ def network(name: str, examples: int) -> tuple[nn.Module, list[tuple[Tensor, Ten
         ]
     create = (conv_mnist_model if name == "conv_mnist" else dense_mnist_model).create_model_context
     return create()[0], [(torch.rand(examples, 1, 28, 28), torch.randint(10, (examples,)))]
-
-
-def rule(model: nn.Module, inputs: Tensor) -> tuple[str, int]:
-    convolves = inputs.dim() == 4 and any(p.dim() == 4 for p in model.parameters())
-    batch = ON_GPU if device().type == "cuda" else ON_CPU
-    return layouts.CHANNELS_LAST if convolves else layouts.CONTIGUOUS, batch
-
-
-@contextmanager
-def swapped(owner: Any, **values: Any) -> Iterator[None]:
-    with patch.multiple(owner, **values):
-        yield
 
 
 def least(rounds: int, **ways: Callable[[], Any]) -> dict[str, float]:
@@ -92,48 +75,23 @@ def row(what: str, name: str, taken: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def passes(name: str) -> list[dict[str, Any]]:
-    """Whole passes of two strategies in turn, so that weights change as they do in a search."""
-    net, data = network(name, EXAMPLES[name])
-    strategies = [quantize(net, uniform_strategy(net, bits)) for bits in (4, 8)]
+def passes() -> list[dict[str, Any]]:
+    """Whole passes of the convolutional network, the only one that pools and has images."""
+    net, data = network("conv_mnist", PASS_EXAMPLES)
+    quantized = quantize(net, uniform_strategy(net, 4))
 
-    def work(measured: Evaluator, **values: Any) -> Callable[[], None]:
-        turns = cycle(strategies)
+    def work(**functions: Callable[..., Any]) -> Callable[[], Any]:
+        with patch.multiple(evaluator, **functions) if functions else nullcontext():
+            measured = Evaluator(net, data, CRITERION)
+        return lambda: measured.outcome(quantized)
 
-        def call() -> None:
-            with swapped(evaluator, **values) if values else nullcontext():
-                measured.outcome(next(turns))
-
-        return call
-
-    def made(**values: Any) -> Evaluator:
-        with swapped(evaluator, **{"fastest": rule, **values}):
-            return Evaluator(net, data, CRITERION)
-
-    def nothing(_: nn.Module) -> Any:
-        return nullcontext()
-
-    plain = work(made())
-    rows = [
-        row(
-            "oneDNN weights prepacked",
-            name,
-            least(ROUNDS, having=plain, lacking=work(made(), laying_out_once=nothing)),
-        )
-    ]
-    with TemporaryDirectory() as folder, swapped(layouts, REMEMBERED=Path(folder) / "layouts"):
-        timed = made(fastest=layouts.fastest)
-    print(f"{name}: timed {timed.layout} {timed.batch}; rule {rule(net, data[0][0])}", flush=True)
-    rows.append(
-        row("layout and batch timed", name, least(ROUNDS, having=work(timed), lacking=plain))
-    )
-    if name == "conv_mnist":
-        for what, function in (
-            ("max pooling by slices", "pool_by_slices"),
-            ("ReLU after pooling", "pool_first"),
-        ):
-            lacking = work(made(**{function: nothing}))
-            rows.append(row(what, name, least(ROUNDS, having=plain, lacking=lacking)))
+    having = work()
+    rows = []
+    for what, lacking in (
+        ("ReLU after pooling", work(pool_first=lambda _: None)),
+        ("layout by rule", work(layout_and_batch=lambda *_: (CONTIGUOUS, CPU_BATCH))),
+    ):
+        rows.append(row(what, "conv_mnist", least(ROUNDS, having=having, lacking=lacking)))
     return rows
 
 
@@ -142,15 +100,14 @@ def replays(name: str) -> list[dict[str, Any]]:
     net, data = network(name, REPLAY_EXAMPLES)
     choices = [quantize(net, uniform_strategy(net, bits)).tensors for bits in WIDTHS]
     tensors = {name: [choice[name] for choice in choices] for name in list(named_tensors(net))[::3]}
-    with swapped(evaluator, fastest=rule):
-        split, fused, whole = (Evaluator(net, data, CRITERION) for _ in range(3))
+    split, fused, whole = (Evaluator(net, data, CRITERION) for _ in range(3))
 
     def alone(measured: Evaluator) -> None:
         for tensor, parts in tensors.items():
-            measured.alone(tensor, parts)
+            measured.one_tensor(tensor, parts)
 
     def unsplit() -> None:
-        with swapped(replay, _split=lambda *_: None):
+        with patch.object(replay, "_fused_layer", lambda *_: None):
             alone(fused)
 
     def whole_passes() -> None:
@@ -167,10 +124,10 @@ def replays(name: str) -> list[dict[str, Any]]:
 
 
 def rooms() -> list[dict[str, Any]]:
-    """Writes its own table, in which rows of what has gone since stay as they were measured."""
-    keep_freed_memory()
+    """Writes its own table, in which what is gone (weights prepacked for oneDNN, layout and batch
+    timed, max pooling by slices) keeps the rows that were measured last."""
     torch.set_num_threads(1)
-    table = pd.DataFrame([found for n in EXAMPLES for found in (*passes(n), *replays(n))])
+    table = pd.DataFrame(passes() + [found for name in NETWORKS for found in replays(name)])
     if RESULTS.exists():
         before = pd.read_csv(RESULTS)
         table = pd.concat([before[~before["what"].isin(table["what"])], table])

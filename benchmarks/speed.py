@@ -52,6 +52,7 @@ from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
 from quantifind.utils.devices import device
 from quantifind.utils.loaders import Tensors, batch_loader, split_loaders
+from quantifind.utils.memory import keep_freed_memory
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer
 from quantifind.workflow.train_workflow import train_network
@@ -132,7 +133,7 @@ def sweep(network: str) -> list[dict[str, Any]]:
     inputs, targets = test.dataset.tensors
     quantizers = [BitQuantizer(bits).quantize_model for bits in BIT_DEPTHS]
     outcome(net, islice(test, 1), criterion)
-    evaluate_bit_depths(net, test, criterion, [8])  # finds the layout
+    evaluate_bit_depths(net, test, criterion, [8])
     ours, naive = side_by_side(
         lambda: evaluate_bit_depths(net, test, criterion),
         lambda: naively(net, quantizers, TensorDataset(inputs, targets), criterion),
@@ -430,6 +431,7 @@ def main() -> None:
     arguments = parser.parse_args()
     part = arguments.part
     if part:
+        keep_freed_memory()
         print("ROWS" + pd.DataFrame(PARTS[part]()).to_json(orient="records"), flush=True)
         return
     kept = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame({"what": []})

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from quantifind.utils.memory import keep_freed_memory
 from stages.params import Params, read_params
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run(main: Callable[[Params], None]) -> None:
     Raises: SystemExit, after ValueError and OSError; those are its context.
     """
     stage = Path(sys.argv[0]).stem
+    keep_freed_memory()
     try:
         params = read_params(PARAMS)
         stage += f" {params.model}"

@@ -2,6 +2,7 @@
 tensor costs the network."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from torch import nn
@@ -53,7 +54,11 @@ def weight_errors(model: nn.Module, strategies: Sequence[Strategy]) -> pd.DataFr
     with progress("quantizing", total=len(strategies)) as step:
         for strategy in strategies:
             for name, tensor in quantize(model, strategy).tensors.items():
-                row = {"tensor": name, "bit_depth": tensor.bits, "values": tensor.codes.numel()}
+                row: dict[str, Any] = {
+                    "tensor": name,
+                    "bit_depth": tensor.bits,
+                    "values": tensor.codes.numel(),
+                }
                 rows.append(row | weight_error(values[name], tensor.dequantize()))
             step()
     return pd.DataFrame(rows)

@@ -10,23 +10,16 @@ from hypothesis import settings
 from torch import nn
 
 from quantifind.utils.loaders import Tensors, create_dataloaders
+from quantifind.utils.memory import keep_freed_memory
 
 matplotlib.use("Agg")
 # waking a second thread for a few hundred values takes longer than all else
 torch.set_num_threads(1)
+keep_freed_memory()
 settings.register_profile("quantifind", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("quantifind")
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session", autouse=True)
-def layouts_of_their_own(tmp_path_factory):
-    """What the tests time is not remembered in the user's cache folder."""
-    path = tmp_path_factory.mktemp("cache") / "layouts.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantifind.runtime.layouts.REMEMBERED", path)
-        yield
 
 
 @pytest.fixture

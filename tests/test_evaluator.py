@@ -1,7 +1,8 @@
 """The evaluator gives what a plain loop over a quantized copy gives, in whichever layout."""
 
 import copy
-import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from quantifind.metrics import outcome
 from quantifind.network.modules import named_tensors
 from quantifind.quantize import quantize, with_quantized
-from quantifind.runtime import evaluator, layouts, onednn
+from quantifind.runtime import evaluator, layouts
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.strategy import uniform_strategy
 from quantifind.tensor.quantized import Quantized
@@ -69,11 +70,6 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def weights_laid_out_once_in_small_networks_too(monkeypatch):
-    monkeypatch.setattr(onednn, "WORTH", 0)
-
-
 @pytest.fixture(params=NETWORKS)
 def case(request):
     torch.manual_seed(0)
@@ -92,7 +88,7 @@ def agree(found, wanted):
 def test_outcomes_are_those_of_a_plain_loop(case, layout, batch, monkeypatch):
     net, batches = case
     before = copy.deepcopy(net.state_dict())
-    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layout, batch))
+    monkeypatch.setattr(evaluator, "layout_and_batch", lambda *_: (layout, batch))
     measured = Evaluator(net, batches, CRITERION)
     for bits in (2, 8):
         quantized = quantize(net, uniform_strategy(net, bits))
@@ -102,16 +98,18 @@ def test_outcomes_are_those_of_a_plain_loop(case, layout, batch, monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_one_tensor_alone_is_as_in_a_whole_pass(case, capsys):
+def test_a_replayed_pass_is_as_a_whole_one(case, capsys):
     net, batches = case
     measured = Evaluator(net, batches, CRITERION)
+    measured.outcome()  # in which a layout that fails is left
+    capsys.readouterr()
     tensors = quantize(net, uniform_strategy(net, 3)).tensors
     for first, last in ((0, EXAMPLES), (70, 200)):
         for name, part in tensors.items():
-            (found,) = measured.alone(name, [part], first, last)
+            (found,) = measured.one_tensor(name, [part], first, last)
             agree(found, measured.outcome(Quantized({name: part}), first, last))
     said = capsys.readouterr().err.count("Each pass is a whole one")
-    assert said == (not measured.repeatable) == isinstance(net, Branching)
+    assert said == (not measured.replayable) == isinstance(net, Branching)
 
 
 def test_what_lies_before_a_tensor_is_computed_once():
@@ -126,43 +124,66 @@ def test_what_lies_before_a_tensor_is_computed_once():
     data = [(torch.randn(64, 6), torch.randint(4, (64,)))]
     measured = Evaluator(net, data, CRITERION)
     parts = [quantize(net, uniform_strategy(net, bits)).tensors["2.weight"] for bits in range(2, 9)]
+    measured.outcome()  # and once for its side effects
     before = Counted.passes
-    measured.alone("2.weight", parts)
+    measured.one_tensor("2.weight", parts)
     # recorded, and once to compare
     assert Counted.passes - before == 2
 
 
-def test_a_pass_that_gives_other_outputs_is_not_gone_on_with(monkeypatch, capsys):
+def test_a_replay_that_gives_other_outputs_is_not_taken(monkeypatch, capsys):
     monkeypatch.setattr(evaluator, "TOLERANCE", -1.0)
     net = Residual().eval()
     data = [(torch.randn(64, 6), torch.randint(4, (64,)))]
     measured = Evaluator(net, data, CRITERION)
     part = quantize(net, uniform_strategy(net, 3)).tensors["second.weight"]
-    (found,) = measured.alone("second.weight", [part])
+    (found,) = measured.one_tensor("second.weight", [part])
     agree(found, measured.outcome(Quantized({"second.weight": part})))
     assert "other outputs" in capsys.readouterr().err
 
 
-def test_layouts_are_timed_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "new" / "layouts.json")
-    timed, whole = [], layouts._timed
-    monkeypatch.setattr(layouts, "_timed", lambda *given: timed.append(1) or whole(*given))
-    data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
-    for _ in range(2):
-        Evaluator(Residual(), data, CRITERION)
-    assert len(timed) == 1
-    few = [(data[0][0][:100], data[0][1][:100])]
-    assert Evaluator(Residual(), few, CRITERION).batch == layouts.DEFAULT
-    assert len(timed) == 1
+def test_layout_and_batch_go_by_a_rule():
+    for net, shape, layout in (
+        (conv(3), (3, 8, 8), layouts.CHANNELS_LAST),
+        (nn.Flatten(), (3, 8, 8), layouts.CONTIGUOUS),
+        (Residual(), (6,), layouts.CONTIGUOUS),
+    ):
+        for examples in (2, EXAMPLES):
+            found = layouts.layout_and_batch(net, torch.zeros(examples, *shape))
+            assert found == (layout, layouts.CPU_BATCH)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": ["sideways", 64]}'])
-def test_a_damaged_memory_of_layouts_is_none(text, monkeypatch, tmp_path):
-    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "layouts.json")
-    layouts.REMEMBERED.write_text(text)
-    assert layouts._remembered() == {}
-    Evaluator(Residual(), [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))], CRITERION)
-    assert len(json.loads(layouts.REMEMBERED.read_text())) == 1
+DIGITS = """
+import hashlib, torch
+from torch import nn
+from quantifind.quantize import quantize
+from quantifind.runtime.evaluator import Evaluator
+from quantifind.strategy import uniform_strategy
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 4))
+data = [(torch.randn(700, 1, 12, 12), torch.randint(4, (700,)))]
+measured = Evaluator(net, data, nn.CrossEntropyLoss())
+for bits in (3, 6):
+    quantized = quantize(net, uniform_strategy(net, bits))
+    outcomes = [measured.outcome(quantized)]
+    for name, tensor in quantized.tensors.items():
+        outcomes += measured.one_tensor(name, [tensor])
+    for outcome in outcomes:
+        for values in outcome.values():
+            print(hashlib.sha256(values.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_two_processes_give_the_same_digits(root):
+    command = [sys.executable, "-c", DIGITS]
+    running = [
+        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    printed = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert printed[0] == printed[1]
+    assert len(printed[0].split()) >= 2 * 5 * 2
 
 
 def test_one_channel_is_laid_out_too():
@@ -171,6 +192,20 @@ def test_one_channel_is_laid_out_too():
     assert torch.equal(found, inputs)
     assert found.stride() == torch.empty(3, 1, 4, 5, memory_format=torch.channels_last).stride()
     assert found.stride()[1:] == (1, 5, 1)
+
+
+def test_a_layout_that_fails_is_left(capsys):
+    torch.manual_seed(0)
+    net, inputs, targets = Viewing(), torch.randn(70, 2, 4, 4), torch.randint(4, (70,))
+    measured = Evaluator(net, [(inputs, targets)], CRITERION)
+    tensors = quantize(net, uniform_strategy(net, 3)).tensors
+    for replayed in (False, True):
+        (found,) = measured.one_tensor("head.weight", [tensors["head.weight"]])
+        quantized = Quantized({"head.weight": tensors["head.weight"]})
+        agree(found, outcome(with_quantized(net, quantized), [(inputs, targets)], CRITERION))
+        assert bool(measured.compared) == replayed
+    assert (measured.layout, measured.batch) == (layouts.CONTIGUOUS, layouts.CPU_BATCH)
+    assert capsys.readouterr().err.count("going on with contiguous") == 1
 
 
 class Picky(nn.Linear):
@@ -187,13 +222,12 @@ class Picky(nn.Linear):
 @pytest.mark.parametrize(
     ("most", "error", "message"),
     [
-        (64, RuntimeError("no kernel"), "no kernel"),
         (20, torch.OutOfMemoryError("out"), "batches of 16"),
         (100, RuntimeError("not enough memory: you tried"), "batches of 64"),
     ],
 )
-def test_what_fails_is_done_otherwise(monkeypatch, capsys, most, error, message):
-    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layouts.CONTIGUOUS, 512))
+def test_where_memory_runs_out_batches_are_halved(monkeypatch, capsys, most, error, message):
+    monkeypatch.setattr(evaluator, "layout_and_batch", lambda *_: (layouts.CONTIGUOUS, 512))
     monkeypatch.setattr(Picky, "most", 10**6)
     net = Picky(6, 4)
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
@@ -209,7 +243,7 @@ def test_what_fails_is_done_otherwise(monkeypatch, capsys, most, error, message)
 
 
 def test_another_error_is_raised_as_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layouts.CONTIGUOUS, 512))
+    monkeypatch.setattr(evaluator, "layout_and_batch", lambda *_: (layouts.CONTIGUOUS, 512))
     monkeypatch.setattr(Picky, "most", 0)
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
     measured = Evaluator(Picky(6, 4), data, CRITERION)
@@ -249,53 +283,6 @@ def test_what_fails_leaves_nothing_behind():
     assert torch.equal(measured.outcome()["outputs"], plain["outputs"])
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "file" / "layouts.json")
-    data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
-    assert Evaluator(Residual(), data, CRITERION).batch in layouts.SIZES
-
-
-def test_what_fails_while_timed_is_not_taken(monkeypatch, tmp_path):
-    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "layouts.json")
-    monkeypatch.setattr(Picky, "most", 64)
-    data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
-    assert Evaluator(Picky(6, 4), data, CRITERION).batch <= 64
-
-
-def test_sizes_that_take_too_long_are_not_tried(monkeypatch):
-    class Slow(nn.Linear):
-        largest = 0
-
-        def forward(self, x):
-            Slow.largest = max(Slow.largest, len(x))
-            return super().forward(x)
-
-    monkeypatch.setattr(layouts, "LONGEST", 0.0)
-    assert layouts._timed(Slow(6, 4), torch.randn(3_000, 6)) == (layouts.CONTIGUOUS, 32)
-    assert Slow.largest == 32
-
-
-def test_no_timing_of_others_is_lost(monkeypatch, tmp_path):
-    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "layouts.json")
-
-    def timed(*_):
-        layouts.REMEMBERED.write_text('{"of another": ["contiguous", 64]}')
-        return layouts.CONTIGUOUS, 32
-
-    monkeypatch.setattr(layouts, "_timed", timed)
-    assert layouts.fastest(Residual(), torch.randn(EXAMPLES, 6)) == (layouts.CONTIGUOUS, 32)
-    assert len(json.loads(layouts.REMEMBERED.read_text())) == 2
-
-
-def test_networks_of_other_precision_are_timed_anew(monkeypatch, tmp_path):
-    monkeypatch.setattr(layouts, "REMEMBERED", tmp_path / "layouts.json")
-    tokens = torch.randint(9, (EXAMPLES, 3))
-    for dtype in (torch.float32, torch.bfloat16):
-        layouts.fastest(nn.Sequential(nn.Embedding(9, 4)).to(dtype), tokens)
-    assert len(json.loads(layouts.REMEMBERED.read_text())) == 2
-
-
 class Stateful(nn.Module):
     """Works on its inputs in place, and keeps a running mean in eval mode too."""
 
@@ -329,24 +316,24 @@ def test_what_a_pass_changes_is_put_back(examples):
     assert torch.equal(net.mean, torch.zeros(6))
 
 
-def test_a_pass_that_cannot_go_on_leaves_the_layout(monkeypatch, capsys):
-    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layouts.CONTIGUOUS, 512))
+def test_a_failed_replay_leaves_the_layout(monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "layout_and_batch", lambda *_: (layouts.CONTIGUOUS, 512))
 
     def fail(*_):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(evaluator.Tape, "outputs", fail)
+    monkeypatch.setattr(evaluator.Replay, "outputs", fail)
     net = Residual().eval()
     measured = Evaluator(net, [(torch.randn(EXAMPLES, 6), torch.zeros(EXAMPLES).long())], CRITERION)
     part = quantize(net, uniform_strategy(net, 3)).tensors["second.weight"]
-    (found,) = measured.alone("second.weight", [part])
+    (found,) = measured.one_tensor("second.weight", [part])
     agree(found, measured.outcome(Quantized({"second.weight": part})))
     assert measured.batch == 512
     assert "whole one: no such operation" in " ".join(capsys.readouterr().err.split())
 
 
 def test_out_of_memory_with_one_example_is_an_error(monkeypatch):
-    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layouts.CONTIGUOUS, 2))
+    monkeypatch.setattr(evaluator, "layout_and_batch", lambda *_: (layouts.CONTIGUOUS, 2))
     monkeypatch.setattr(Picky, "most", 0)
     monkeypatch.setattr(Picky, "error", torch.OutOfMemoryError("out"))
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]

@@ -46,7 +46,7 @@ def agree(found, wanted):
 
 @pytest.mark.parametrize("layout", layouts.FORMATS)
 def test_outcomes_are_those_of_the_cpu(case, layout, monkeypatch):
-    monkeypatch.setattr(evaluator, "fastest", lambda *_: (layout, 128))
+    monkeypatch.setattr(evaluator, "layout_and_batch", lambda *_: (layout, 128))
     net, inputs, targets = case
     on_cpu, on_gpu = (Evaluator(n, [(inputs, targets)], CRITERION) for n in on_both(net))
     parts = []
@@ -55,7 +55,7 @@ def test_outcomes_are_those_of_the_cpu(case, layout, monkeypatch):
         agree(on_gpu.outcome(quantized), on_cpu.outcome(quantized))
         parts += quantized.tensors.items()
     for name, part in parts:
-        (found,) = on_gpu.alone(name, [part])
+        (found,) = on_gpu.one_tensor(name, [part])
         agree(found, on_cpu.outcome(Quantized({name: part})))
 
 
@@ -82,7 +82,9 @@ def test_no_batch_waits_for_the_device(case, on_device, monkeypatch):
         monkeypatch.setattr(evaluator, "_on", lambda _, tensor: tensor)
     found = []
     for batch in (300, 10):
-        monkeypatch.setattr(evaluator, "fastest", lambda *_, batch=batch: ("contiguous", batch))
+        monkeypatch.setattr(
+            evaluator, "layout_and_batch", lambda *_, batch=batch: ("contiguous", batch)
+        )
         measured = Evaluator(on_both(net)[1], [(inputs, targets)], CRITERION)
         found.append(waits(lambda measured=measured: measured.outcome(quantized)))
     assert found[1] <= found[0]
@@ -154,7 +156,7 @@ def test_training_and_learning_on_the_gpu():
 
 
 def test_out_of_memory_halves_the_batch(capsys, monkeypatch):
-    monkeypatch.setattr(evaluator, "fastest", lambda *_: ("contiguous", 2048))
+    monkeypatch.setattr(evaluator, "layout_and_batch", lambda *_: ("contiguous", 2048))
     net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.Flatten(), nn.LazyLinear(4)).eval()
     net(torch.randn(2, 1, 32, 32))
     inputs, targets = torch.randn(2048, 1, 32, 32), torch.randint(4, (2048,))

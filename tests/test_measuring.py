@@ -40,7 +40,7 @@ class Counted(nn.Module):
 
 @pytest.fixture(autouse=True)
 def several_batches(monkeypatch):
-    monkeypatch.setattr(layouts, "DEFAULT", 16)
+    monkeypatch.setattr(layouts, "CPU_BATCH", 16)
 
 
 def network():
@@ -389,7 +389,9 @@ def test_a_folder_is_the_same_in_any_layout(monkeypatch, tmp_path):
     train, val, _ = create_dataloaders(Tensors(x, x[:, 0, 0, :3].argmax(1)), batch_size=32)
     folders = set()
     for found in itertools.product(layouts.FORMATS, (32, 512)):
-        monkeypatch.setattr("quantifind.runtime.evaluator.fastest", lambda *_, found=found: found)
+        monkeypatch.setattr(
+            "quantifind.runtime.evaluator.layout_and_batch", lambda *_, found=found: found
+        )
         net, criterion = nn.Sequential(*layers), nn.CrossEntropyLoss()
         folders.add(Measurements(net, train, val, criterion, folder=tmp_path).store.folder)
     assert len(folders) == 1

@@ -106,16 +106,6 @@ def test_a_shuffled_loader_is_judged_in_pairs(classifier):
     assert row["criterion_ratio_high"] == pytest.approx(1, abs=1e-6)
 
 
-def test_inputs_can_be_quantized_too(classifier):
-    net, criterion, (_, _, test) = classifier
-    plain = evaluate_bit_depths(net, test, criterion, [2, 8])
-    both = evaluate_bit_depths(net, test, criterion, [2, 8], quantize_inputs=True)
-    assert (plain["criterion"] != both["criterion"]).all()
-    assert (plain["original_criterion"] == both["original_criterion"]).all()
-    alone = evaluate_quantized_model(net, test, criterion, 2, quantize_inputs=True)
-    assert alone == both["criterion"].iloc[-1]
-
-
 def test_regression_has_no_accuracy():
     net = nn.Linear(3, 2)
     data = Tensors(torch.randn(20, 3), torch.randn(20, 2))

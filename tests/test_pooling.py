@@ -1,8 +1,6 @@
-"""Pooling before ReLU changes no value, no gradient and no name, and is undone; pooling by slices
-changes no value."""
+"""Pooling before ReLU changes no value, no gradient and no name, and is undone."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from quantifind.runtime.pooling import POOLS, WINDOWS, pool_by_slices, pool_first, pooling_first
+from quantifind.runtime.pooling import POOLS, pool_first, pooling_first
 
 
 @st.composite
@@ -54,54 +52,6 @@ def test_values_and_gradients_are_the_same_bit_for_bit(given, inplace):
     assert pool_first(net) == [(net, 0)] * swaps
     assert net[not swaps] is pool
     assert all(map(torch.equal, outputs_and_gradients(net, inputs), wanted))
-
-
-@given(pools(), st.booleans(), st.sampled_from([-1, 0.5, torch.nan, torch.inf, -torch.inf]))
-def test_slices_have_the_same_values(given, batched, special):
-    pool, inputs = given
-    inputs = inputs if batched else inputs[0]
-    inputs.view(-1)[:: max(1, inputs.numel() // 2)] = special
-    sliced = nn.Sequential(copy.deepcopy(pool))
-    pool_by_slices(sliced)
-    plain = not pool.padding and not pool.ceil_mode and pool.kernel_size in WINDOWS
-    assert ("forward" in vars(sliced[0])) == (plain and type(pool) is not nn.MaxPool1d)
-    try:
-        wanted = pool(inputs)
-    except RuntimeError:  # a window larger than the input
-        with pytest.raises(RuntimeError):
-            sliced(inputs)
-        return
-    found = sliced(inputs)
-    assert found.shape == wanted.shape
-    assert found.untyped_storage().data_ptr() != inputs.untyped_storage().data_ptr()
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_slices_keep_the_layout(layout):
-    net = nn.Sequential(nn.MaxPool2d((2, 3), (2, 1)))
-    pool_by_slices(net)
-    inputs = torch.randn(2, 3, 8, 7).contiguous(memory_format=layout)
-    for copied in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        found = copied(inputs)
-        assert copied[0].forward.args[0] is copied[0]
-        assert torch.equal(found, nn.functional.max_pool2d(inputs, (2, 3), (2, 1)))
-        assert found.is_contiguous(memory_format=layout)
-
-
-def test_what_torch_refuses_is_refused():
-    net = nn.Sequential(nn.MaxPool2d(2))
-    pool_by_slices(net)
-    for shape in ([4], [4, 4], [2, 1, 4, 4, 4], [3, 1, 4]):
-        with pytest.raises((RuntimeError, IndexError)):
-            net(torch.zeros(shape))
-
-
-def test_a_forward_of_ones_own_stays():
-    net = nn.Sequential(nn.MaxPool2d(2))
-    net[0].forward = lambda x: x
-    pool_by_slices(net)
-    assert net(torch.zeros(2, 2, 2)).shape == (2, 2, 2)
 
 
 def network():

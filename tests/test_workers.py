@@ -369,13 +369,10 @@ def test_a_search_finds_the_same(classifier, how, engine):
 
 
 @pytest.mark.parametrize("engine", ELSEWHERE)
-@pytest.mark.parametrize("quantize_inputs", [False, True])
-def test_bit_depths_are_judged_the_same(classifier, how, engine, quantize_inputs):
+def test_bit_depths_are_judged_the_same(classifier, how, engine):
     net, criterion, (_, _, test) = classifier
 
     def found(**options):
-        return evaluate_bit_depths(
-            net, test, criterion, [2, 3, 8], quantize_inputs=quantize_inputs, **options
-        )
+        return evaluate_bit_depths(net, test, criterion, [2, 3, 8], **options)
 
     pd.testing.assert_frame_equal(found(**how(engine)), found(), check_exact=True)

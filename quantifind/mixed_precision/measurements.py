@@ -216,7 +216,7 @@ def _measure(
         measured = [measurements.evaluator.outcome(q, first, last) for q in candidates]
     else:
         parts = [quantized.tensors[name] for quantized in candidates]
-        measured = measurements.evaluator.alone(name, parts, first, last)
+        measured = measurements.evaluator.one_tensor(name, parts, first, last)
     original = {kind: part[first:last] for kind, part in measurements.original.items()}
     return [paired(one, original) | {"divergence": divergence(one, original)} for one in measured]
 

@@ -1,11 +1,9 @@
-"""A forward pass recorded operation by operation, to be gone through again from where a tensor of
-the network has changed; what lies before it is not computed twice."""
+"""Record a forward pass, then replay only the operations that depend on a changed tensor."""
 
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,18 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from quantifind.network.modules import own_tensors
-from quantifind.runtime.onednn import INSTEAD
 
 # what such an operation returns may be of another kind for other values
 VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # but of what these pick, only a mask's values tell the shape
 PICKING = {torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default}
-# torch's own, of whole layers, which hide what is inside
-FUSED = {
-    torch.ops.aten._transformer_encoder_layer_fwd.default,
-    torch.ops.aten._native_multi_head_attention.default,
-}
-FUSING = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+# layers that torch computes by one operation, which hides what is inside
+FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 # products (input, weight, bias, …), whose bias shifts what they give
 BIASED = {
     torch.ops.aten.linear.default,
@@ -36,8 +29,8 @@ BIASED = {
 BIAS = 2
 
 
-class NotRepeatable(Exception):
-    """A pass has an operation that can't be gone through again; the message names it."""
+class NotReplayable(Exception):
+    """A pass has an operation that can't be replayed; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -65,97 +58,67 @@ class Step:
         args, kwargs = tree_unflatten(leaves, self.spec)
         if self.changes:
             args = (args[0].clone(), *args[1:])
-        return _tensors(INSTEAD.get(self.operation, self.operation)(*args, **kwargs))
+        return _tensors(self.operation(*args, **kwargs))
 
 
-class Tape:
-    """One pass of a network, in eval mode, through one batch of inputs.
+class Replay:
+    """One pass of a network, in eval mode, through one batch of inputs, for one changing tensor.
 
-    Of the values only those are kept that a change of the tensors named needs: where the steps that
-    follow from it begin. What doesn't follow from any tensor, such as masks, is a constant.
+    Kept are the steps that depend on the tensor, and the values with which they begin. What depends
+    on no tensor of the network, such as a mask, is a constant.
 
-    names: of the network's tensors that may change. layers: by name, the fused layer of which a
-        part is gone through, or None; by default as is cheaper, which takes a second pass to tell.
-    Errors: NotRepeatable for a pass whose course depends on values that a tensor has a part in,
-    that draws at random, or that works in place on memory which other values share. Not seen is
-    what leaves torch by ``tolist`` or ``numpy``.
+    name: of the network's tensor that changes.
+    Raises: NotReplayable for a pass whose course depends on values of the network's tensors, that
+        draws at random, or that works in place on shared memory. Not seen is what leaves torch by
+        ``tolist`` or ``numpy``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Tensor,
-        names: Iterable[str],
-        layers: Mapping[str, nn.Module | None] | None = None,
-    ) -> None:
-        self.own = own_tensors(model)
-
-        @cache
-        def recorded(layer: nn.Module | None) -> _Recording:
-            if layer is None:
-                return _record(model, self.own, inputs)
-            try:
-                with _in_parts(layer):
-                    return _record(model, self.own, inputs)
-            except AssertionError as error:
-                # torch's own, of nested inputs: test_nested_inputs_go_through_whole_layers
-                raise NotRepeatable(str(error)) from error
-
-        names = list(names)
-        self.layers = layers or {name: _split(model, name, recorded) for name in names}
-        self.plans = {name: recorded(self.layers[name]).plan(name) for name in names}
-
-    def outputs(self, name: str, value: Tensor) -> Tensor:
-        """The network's outputs with ``value`` for the tensor ``name``."""
-        own = self.own[name]
-        if value.stride() != own.stride():
-            # the steps are those of its layout: test_a_value_may_have_another_layout
-            value = torch.empty_like(own, requires_grad=False).copy_(value)
-        return self.plans[name].outputs(value)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What follows from one tensor: the steps, and the values they begin with, by place."""
-
-    place: int
-    steps: list[Step]
-    values: dict[int, Tensor]
-    output: int
+    def __init__(self, model: nn.Module, inputs: Tensor, name: str) -> None:
+        recording = _record(model, inputs, name)
+        self.own, self.place = recording.own[name], recording.own_places[name]
+        self.steps, self.output = recording.steps_from(self.place), recording.output
+        if recording.only_shifts(self.place, self.steps):
+            self.steps[0] = recording.shift(self.place, self.steps[0])
+        known, needed = {self.place}, set()
+        for step in self.steps:
+            needed |= set(step.takes.values()) - known
+            known |= set(step.gives)
+        if self.output not in known:
+            needed.add(self.output)
+        self.values = {place: recording.values[place] for place in needed}
 
     def outputs(self, value: Tensor) -> Tensor:
-        """What the pass gives with ``value`` for the tensor."""
+        """The network's outputs with ``value`` for the tensor."""
+        if value.stride() != self.own.stride():
+            # the steps are those of its layout: test_a_value_may_have_another_layout
+            value = torch.empty_like(self.own, requires_grad=False).copy_(value)
         values = ChainMap({self.place: value}, self.values)
         for step in self.steps:
             values.update(zip(step.gives, step.run(values), strict=True))
         return values[self.output]
 
 
-def _shifted(output: Tensor, was: Tensor, bias: Tensor, spatial: int) -> Tensor:
-    return output + (bias - was).reshape(-1, *(1,) * spatial)
+def _record(model: nn.Module, inputs: Tensor, name: str) -> "_Recording":
+    """A pass in which the fused layer of the tensor is split, where torch can."""
+    layer = _fused_layer(model, name)
+    if layer is not None:
+        # torch asserts that nested inputs are fused: test_nested_inputs_are_replayed_fused
+        with suppress(AssertionError, NotReplayable), _split(layer):
+            return _Recording(model, inputs)
+    return _Recording(model, inputs)
 
 
-def _split(
-    model: nn.Module, name: str, recorded: Callable[[nn.Module | None], "_Recording"]
-) -> nn.Module | None:
-    """The fused layer that a tensor is of, if what follows from it is only a part of the layer."""
-    path = name.split(".")
-    parents = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
-    layer = next((module for module in parents if isinstance(module, FUSING)), None)
-    whole = recorded(None)
-    following = whole.steps_from(name)
-    if layer is None or not following or following[0].operation not in FUSED:
+def _fused_layer(model: nn.Module, name: str) -> nn.Module | None:
+    """The fused layer of a tensor, if replaying a part of it is less than replaying all of it."""
+    *path, last = name.split(".")
+    if last.startswith("in_proj"):  # with which the layer begins
         return None
-    try:
-        parts = recorded(layer)
-    except NotRepeatable:
-        return None
-    left = _products(parts.steps_from(name)) - _products(following)
-    return layer if left < _products(parts.steps) - _products(whole.steps) else None
+    parents = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
+    return next((module for module in parents if isinstance(module, FUSED)), None)
 
 
 @contextmanager
-def _in_parts(layer: nn.Module) -> Iterator[None]:
+def _split(layer: nn.Module) -> Iterator[None]:
     """Within it, a pass doesn't fuse the layer."""
     fuse, fused = torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
     hooks = [
@@ -169,17 +132,8 @@ def _in_parts(layer: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _products(steps: list[Step]) -> int:
-    return sum(step.operation in BIASED for step in steps)
-
-
-def _record(model: nn.Module, own: Mapping[str, Tensor], inputs: Tensor) -> "_Recording":
-    with _Recording(own) as recording:
-        outputs = model(inputs)
-    if id(outputs) not in recording.places:
-        raise NotRepeatable("the outputs do not follow from the network's tensors")
-    recording.output = recording.places[id(outputs)]
-    return recording
+def _shifted(output: Tensor, was: Tensor, bias: Tensor, spatial: int) -> Tensor:
+    return output + (bias - was).reshape(-1, *(1,) * spatial)
 
 
 def _tensors(results: Any) -> list[Tensor]:
@@ -198,17 +152,10 @@ def _random_state() -> list[Tensor]:
         return [torch.get_rng_state(), *on_gpu]
 
 
-def _depends_on_values(operation: Any, taken: Mapping[int, Tensor]) -> bool:
-    if operation in PICKING:
-        return any(i > 0 and t.dtype in (torch.bool, torch.uint8) for i, t in taken.items())
-    return bool(taken) and not VALUE_DEPENDENT.isdisjoint(operation.tags)
-
-
 class _Recording(TorchDispatchMode):
-    """Writes down each operation in which a tensor of the network, or what follows from one, has a
-    part."""
+    """Each operation of a pass that depends on a tensor of the network."""
 
-    def __init__(self, own: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.values: list[Tensor] = []
@@ -217,41 +164,34 @@ class _Recording(TorchDispatchMode):
         self.alive: list[Tensor] = []
         # by memory, how many tensors were seen there
         self.seen: Counter[int] = Counter()
-        # memory of what follows, and what must stay as it is: the network's, and steps' constants
-        self.following: set[int] = set()
-        self.own = {name: self._place(tensor) for name, tensor in own.items()}
-        self.fixed = set(self.following)
-        self.output = -1
+        # memory of what depends on the network's tensors, and what must stay as it is: these
+        # tensors, and steps' constants
+        self.dependent: set[int] = set()
+        self.own = own_tensors(model)
+        self.own_places = {name: self._place(tensor) for name, tensor in self.own.items()}
+        self.fixed = set(self.dependent)
+        with self:
+            outputs = model(inputs)
+        if id(outputs) not in self.places:
+            raise NotReplayable("the outputs do not follow from the network's tensors")
+        self.output = self.places[id(outputs)]
 
-    def steps_from(self, name: str) -> list[Step]:
-        """The steps that follow from the network's tensor ``name``."""
-        changed, steps = {self.own[name]}, []
+    def steps_from(self, place: int) -> list[Step]:
+        """The steps that depend on the value at a place."""
+        changed, steps = {place}, []
         for step in self.steps:
             if not changed.isdisjoint(step.takes.values()):
                 changed |= set(step.gives)
                 steps.append(step)
         return steps
 
-    def plan(self, name: str) -> Plan:
-        """What to go through again from the network's tensor ``name``."""
-        place, steps = self.own[name], self.steps_from(name)
-        if self._only_shifts(place, steps):
-            steps[0] = self._shift(place, steps[0])
-        known, needed = {place}, set()
-        for step in steps:
-            needed |= set(step.takes.values()) - known
-            known |= set(step.gives)
-        if self.output not in known:
-            needed.add(self.output)
-        return Plan(place, steps, {place: self.values[place] for place in needed}, self.output)
-
-    def _only_shifts(self, place: int, steps: list[Step]) -> bool:
+    def only_shifts(self, place: int, steps: list[Step]) -> bool:
         """Whether a tensor is nothing but a product's bias, of full precision."""
         uses = [(s.operation, i) for s in steps for i, at in s.takes.items() if at == place]
         exact = self.values[place].dtype in (torch.float32, torch.float64)
         return exact and len(uses) == 1 and uses[0][0] in BIASED and uses[0][1] == BIAS
 
-    def _shift(self, place: int, step: Step) -> Step:
+    def shift(self, place: int, step: Step) -> Step:
         """Instead of a product with another bias: its output, shifted."""
         (output,), bias = step.gives, self.values[place]
         weight = self.values[step.takes[1]] if 1 in step.takes else step.leaves[1]
@@ -263,38 +203,31 @@ class _Recording(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         leaves, spec = tree_flatten((args, kwargs))
-        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        takes = {i: self.places[id(t)] for i, t in tensors.items() if id(t) in self.places}
-        # such as what numpy was given and gave back
-        if any(_memory(t) in self.following for i, t in tensors.items() if i not in takes):
-            raise NotRepeatable(f"{operation} takes a tensor whose origin is not seen")
-        if _depends_on_values(operation, {i: tensors[i] for i in takes}):
-            raise NotRepeatable(f"the course of the pass depends on values ({operation})")
-        changes = bool(takes) and operation._schema.is_mutable
-        if operation._schema.is_mutable:
-            self._check_alone(operation, args, kwargs, changes)
+        takes = {
+            i: self.places[id(leaf)] for i, leaf in enumerate(leaves) if id(leaf) in self.places
+        }
+        self._check_arguments(operation, leaves, takes)
+        mutable = operation._schema.is_mutable
+        changes = bool(takes) and mutable
+        if mutable:
+            self._check_unshared(operation, args, kwargs, changes)
         if changes:
-            # what it was before: test_what_works_in_place_is_gone_through_again
+            # what it was before: test_what_works_in_place_is_replayed
             leaves[0] = args[0].clone()
             if 0 in takes:
                 self.values[takes[0]] = leaves[0]
-        may_draw = torch.Tag.nondeterministic_seeded in operation.tags
-        state = _random_state() if may_draw else []
-        results = operation(*args, **kwargs)
-        # dropout in eval mode draws nothing
-        if state and not all(map(torch.equal, state, _random_state())):
-            raise NotRepeatable(f"{operation} draws at random")
+        results = _run_without_drawing(operation, args, kwargs)
         given = _tensors(results)
         self.alive += given
-        if not operation._schema.is_mutable:
+        if not mutable:
             self.seen.update(map(_memory, given))
         if takes:
             if any(not isinstance(part, Tensor | None) for part in tree_flatten(results)[0]):
-                raise NotRepeatable(f"the course of the pass depends on values ({operation})")
-            leaves = [None if i in takes else leaf for i, leaf in enumerate(leaves)]
-            self.fixed.update(map(_memory, _tensors(leaves)))
+                raise NotReplayable(f"the course of the pass depends on values ({operation})")
+            constants = tuple(None if i in takes else leaf for i, leaf in enumerate(leaves))
+            self.fixed.update(map(_memory, _tensors(constants)))
             gives = tuple(map(self._place, given))
-            self.steps.append(Step(operation, tuple(leaves), spec, takes, gives, changes))
+            self.steps.append(Step(operation, constants, spec, takes, gives, changes))
         return results
 
     def _place(self, tensor: Tensor) -> int:
@@ -302,20 +235,45 @@ class _Recording(TorchDispatchMode):
         self.values.append(tensor)
         self.alive.append(tensor)
         if tensor.numel():
-            self.following.add(_memory(tensor))
+            self.dependent.add(_memory(tensor))
         return len(self.values) - 1
 
-    def _check_alone(self, operation: Any, args: Any, kwargs: Any, changes: bool) -> None:
-        """Raise NotRepeatable unless the memory that is written to may change, and, where this is a
+    def _check_arguments(self, operation: Any, leaves: list[Any], takes: dict[int, int]) -> None:
+        """Raise NotReplayable for arguments from elsewhere, and where values tell the course."""
+        others = [leaf for i, leaf in enumerate(leaves) if i not in takes]
+        # such as what numpy was given and gave back
+        if not self.dependent.isdisjoint(map(_memory, _tensors(others))):
+            raise NotReplayable(f"{operation} takes a tensor whose origin is not seen")
+        if operation in PICKING:
+            masks = (torch.bool, torch.uint8)
+            depends = any(i > 0 and leaves[i].dtype in masks for i in takes)
+        else:
+            depends = bool(takes) and not VALUE_DEPENDENT.isdisjoint(operation.tags)
+        if depends:
+            raise NotReplayable(f"the course of the pass depends on values ({operation})")
+
+    def _check_unshared(self, operation: Any, args: Any, kwargs: Any, changes: bool) -> None:
+        """Raise NotReplayable unless the memory that is written to may change, and, where this is a
         step, nothing else is in it."""
         arguments = operation._schema.arguments
         named = dict(zip([a.name for a in arguments], args, strict=False)) | kwargs
         writes = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
         written = _tensors([named.get(name) for name in writes])
-        alone = self.fixed.isdisjoint(map(_memory, written))
+        unshared = self.fixed.isdisjoint(map(_memory, written))
         if changes:
-            alone &= len(written) == 1 and written[0] is args[0]
-            alone &= all(self.seen[_memory(t)] == 1 for t in written)
-            alone &= all(t.untyped_storage().nbytes() == t.nbytes for t in written)
-        if not alone:
-            raise NotRepeatable(f"{operation} works in place on memory that is shared")
+            unshared &= len(written) == 1 and written[0] is args[0]
+            unshared &= all(self.seen[_memory(t)] == 1 for t in written)
+            unshared &= all(t.untyped_storage().nbytes() == t.nbytes for t in written)
+        if not unshared:
+            raise NotReplayable(f"{operation} works in place on memory that is shared")
+
+
+def _run_without_drawing(operation: Any, args: Any, kwargs: Any) -> Any:
+    """What the operation returns, or NotReplayable; dropout in eval mode draws nothing."""
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
+        return operation(*args, **kwargs)
+    before = _random_state()
+    results = operation(*args, **kwargs)
+    if not all(map(torch.equal, before, _random_state())):
+        raise NotReplayable(f"{operation} draws at random")
+    return results

@@ -16,6 +16,7 @@ import cloudpickle
 from loky import ProcessPoolExecutor, cpu_count
 
 from quantifind.utils.console import console
+from quantifind.utils.memory import keep_freed_memory
 
 ENGINES = ("sequential", "loky", "dask")
 # seconds within which a scheduler must answer, and have a worker
@@ -181,6 +182,7 @@ class Workers:
 
 
 def _work(key: str, sent: bytes | Path, task: bytes) -> Any:
+    keep_freed_memory()
     # what is shared is one network whose tensors are swapped: a worker with several threads takes
     # its tasks one at a time (test_a_worker_with_several_threads_takes_one_task_at_a_time)
     with _one_at_a_time:

@@ -1,11 +1,7 @@
-"""Where networks are, and how their passes are run: device, mode, memory."""
+"""Where networks are, and how their passes are run: device, mode, precision."""
 
-import ctypes
-import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import chain
 
 import torch
@@ -24,17 +20,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model's tensors are; the CPU for a model without any."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next pass; it would give it back to the system, and take
-    it anew page by page, which takes longer than what is computed on it."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3
-        library.mallopt(trim_threshold, 2**30)
-        library.mallopt(mmap_threshold, 2**30)
 
 
 @contextmanager

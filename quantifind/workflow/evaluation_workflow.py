@@ -5,7 +5,7 @@ The arguments after the model may stand in either order, ``(test_loader, criteri
 """
 
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -17,14 +17,9 @@ from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy, uniform_strategy
+from quantifind.tensor.quantized import Quantized
 from quantifind.utils.console import progress
-from quantifind.workflow.quantize_workflow import (
-    BIT_DEPTHS,
-    BitQuantizer,
-    check_depth,
-    inputs_on_levels,
-    largest_input,
-)
+from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer, check_depth
 
 
 def compute_test_loss(model: nn.Module, test_loader: Any, criterion: Any) -> float:
@@ -34,22 +29,10 @@ def compute_test_loss(model: nn.Module, test_loader: Any, criterion: Any) -> flo
 
 
 def evaluate_quantized_model(
-    model: nn.Module,
-    test_loader: Any,
-    criterion: Any,
-    bit_depth: int,
-    *,
-    quantize_inputs: bool = False,
+    model: nn.Module, test_loader: Any, criterion: Any, bit_depth: int
 ) -> float:
-    """The criterion of a copy of ``model`` quantized to ``bit_depth`` (2 to 32).
-
-    quantize_inputs: put the loader's inputs on as many levels too.
-    """
-    loader, criterion = _loader_and_criterion(test_loader, criterion)
-    quantizer = BitQuantizer(bit_depth)
-    if quantize_inputs:
-        loader = quantizer.quantized_dataloader(loader)
-    return compute_test_loss(quantizer.quantize_model(model), loader, criterion)
+    """The criterion of a copy of ``model`` quantized to ``bit_depth`` (2 to 32)."""
+    return compute_test_loss(BitQuantizer(bit_depth).quantize_model(model), test_loader, criterion)
 
 
 def evaluate_bit_depths(
@@ -58,13 +41,12 @@ def evaluate_bit_depths(
     criterion: Any,
     bit_depths: Iterable[int] = BIT_DEPTHS,
     *,
-    quantize_inputs: bool = False,
     engine: str = "sequential",
     scheduler: str | None = None,
 ) -> pd.DataFrame:
     """A row per bit depth, from most bits to fewest, with the columns of `evaluate_strategies`.
 
-    bit_depths: whole numbers, 2 to 32. quantize_inputs: put the inputs on as many levels too.
+    bit_depths: whole numbers, 2 to 32.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     """
     depths = sorted(set(bit_depths), reverse=True)
@@ -72,13 +54,7 @@ def evaluate_bit_depths(
         check_depth(depth)
     strategies = [uniform_strategy(model, depth) for depth in depths]
     return evaluate_strategies(
-        model,
-        strategies,
-        test_loader,
-        criterion,
-        quantize_inputs=quantize_inputs,
-        engine=engine,
-        scheduler=scheduler,
+        model, strategies, test_loader, criterion, engine=engine, scheduler=scheduler
     )
 
 
@@ -88,63 +64,55 @@ def evaluate_strategies(
     test_loader: Any,
     criterion: Any,
     *,
+    quantized: Iterable[Quantized] | None = None,
     calibration: Iterable[Any] | None = None,
-    quantize_inputs: bool = False,
     confidence: float = 0.95,
     engine: str = "sequential",
     scheduler: str | None = None,
 ) -> pd.DataFrame:
-    """A row per strategy, in their order.
+    """Judge strategies beside the float network on the examples of a loader.
 
-    Columns: ``bit_depth`` (missing where widths differ), ``mean_bits`` per parameter with
-    everything counted, ``signal_to_complexity`` (criterion per bit of depth, or per mean bit where
-    widths differ), and those of `quantifind.metrics.compare`.
-    calibration: batches of training data, for strategies that need some (`strategy.quantize`).
-    quantize_inputs: put each loader's inputs on the levels of the strategy's one bit depth.
+    test_loader, criterion: in either order.
+    quantized: what each strategy has come to; by default they are quantized here.
+    calibration: batches of training data, for strategies that need some.
+    confidence: of the intervals.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
-    Errors: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
+    Returns: a row per strategy, in their order: ``bit_depth`` (missing where widths differ),
+        ``mean_bits`` per parameter with everything counted, ``signal_to_complexity`` (criterion per
+        bit of depth, or per mean bit where widths differ), and the columns of `compare`.
+    Raises: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
     strategies = list(strategies)
-    if quantize_inputs and any(strategy.bit_depth is None for strategy in strategies):
-        raise ValueError("inputs can only be quantized beside tensors of one bit depth")
+    given = strategies if quantized is None else list(quantized)
+    tasks = list(zip(strategies, given, strict=True))
     with Workers(engine, scheduler=scheduler) as workers:
-        judge = _Judge(model, loader, criterion, calibration, quantize_inputs, confidence)
+        evaluator = Evaluator(model, loader, criterion)
+        batches = None if calibration is None else list(calibration)
+        judge = _Judge(model, evaluator, evaluator.outcome(), batches, confidence)
         rows = []
-        with progress("judging", total=len(strategies)) as step:
-            for row in workers.map(_Judge.row, judge, strategies):
+        with progress("judging", total=len(tasks)) as step:
+            for row in workers.map(_Judge.row, judge, tasks):
                 rows.append(row)
                 step(f"{row['mean_bits']:.4g} bits CR {row['criterion_ratio']:.4f}")
     return pd.DataFrame(rows)
 
 
+@dataclass(frozen=True)
 class _Judge:
     """What it takes to judge strategies, on whichever worker."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loader: Iterable[Any],
-        criterion: Any,
-        calibration: Iterable[Any] | None,
-        quantize_inputs: bool,
-        confidence: float,
-    ) -> None:
-        self.model, self.confidence = model, confidence
-        self.evaluator = Evaluator(model, loader, criterion)
-        self.calibration = None if calibration is None else list(calibration)
-        self.largest = largest_input(self.evaluator.batches()) if quantize_inputs else None
-        self.original = self.evaluator.outcome()
+    model: nn.Module
+    evaluator: Evaluator
+    original: dict[str, Tensor]
+    calibration: list[Any] | None
+    confidence: float
 
-    def row(self, strategy: Strategy) -> dict[str, Any]:
-        quantized = quantize(self.model, strategy, self.calibration)
+    def row(self, task: tuple[Strategy, Strategy | Quantized]) -> dict[str, Any]:
+        strategy, given = task
+        quantized = quantize(self.model, given, self.calibration)
         depth, bits = strategy.bit_depth, mean_bits(self.model, quantized)
-        change_inputs = None
-        if self.largest is not None:
-            assert depth is not None
-            change_inputs = partial(inputs_on_levels, depth, self.largest)
-        outcome = self.evaluator.outcome(quantized, change_inputs=change_inputs)
-        row = compare(outcome, self.original, confidence=self.confidence)
+        row = compare(self.evaluator.outcome(quantized), self.original, confidence=self.confidence)
         scr = row["criterion"] / (depth or bits)
         return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
 
@@ -160,6 +128,8 @@ def compare(
 ) -> dict[str, float]:
     """A quantized network's outcome beside the original's, on the same examples in the same order.
 
+    quantized, original: as `quantifind.metrics.outcome` has them.
+    confidence: of the intervals.
     Returns: ``criterion``, ``original_criterion``, the degradation and its intervals as
     `quantifind.certification.certificate.degradation` has them; for a classifier also ``accuracy``,
     ``original_accuracy`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).

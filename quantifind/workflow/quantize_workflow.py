@@ -33,7 +33,7 @@ class BitQuantizer:
         """The tensor rounded to at most 2^bit_depth values, same shape, dtype and device.
 
         Integers and booleans are discrete already and come back unchanged.
-        Errors: ValueError for NaN, infinity or complex numbers.
+        Raises: ValueError for NaN, infinity or complex numbers.
         """
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor.clone()
@@ -53,7 +53,7 @@ class BitQuantizer:
         generator = loader.generator
         state = generator.get_state() if isinstance(generator, torch.Generator) else None
         with torch.random.fork_rng(devices=[]):
-            largest = largest_input(loader)
+            largest = _largest_input(loader)
         if state is not None:
             loader.generator.set_state(state)
         quantized = copy.copy(loader)
@@ -64,7 +64,7 @@ class BitQuantizer:
         return quantized
 
 
-def largest_input(batches: Iterable[Any]) -> float:
+def _largest_input(batches: Iterable[Any]) -> float:
     """The largest |input| of batches (inputs, labels); 0 where inputs are integers."""
     return max(
         (
@@ -76,15 +76,12 @@ def largest_input(batches: Iterable[Any]) -> float:
     )
 
 
-def inputs_on_levels(bit_depth: int, largest: float, inputs: Tensor) -> Tensor:
-    """Inputs on 2^bit_depth levels that reach ``largest``; integers as they are."""
-    if not inputs.is_floating_point():
-        return inputs
-    return uniform.quantize(inputs, bit_depth, scale=2 * largest / (2**bit_depth - 1)).dequantize()
-
-
 def _collate_quantized(
     collate: Callable[[Any], Any], bit_depth: int, largest: float, batch: Any
 ) -> list[Any]:
+    """Inputs on 2^bit_depth levels that reach ``largest``; integers as they are."""
     inputs, labels = collate(batch)
-    return [inputs_on_levels(bit_depth, largest, inputs), labels]
+    if inputs.is_floating_point():
+        scale = 2 * largest / (2**bit_depth - 1)
+        inputs = uniform.quantize(inputs, bit_depth, scale=scale).dequantize()
+    return [inputs, labels]

@@ -24,7 +24,7 @@ from quantifind.storage.checkpoints import (
     set_random_state,
 )
 from quantifind.utils.console import progress
-from quantifind.utils.devices import device_of, keep_freed_memory
+from quantifind.utils.devices import device_of
 
 CHECK_EVERY = 50
 
@@ -41,8 +41,6 @@ def train_network(
     checkpoints: Path | str | None = None,
 ) -> pd.DataFrame:
     """Train ``net`` in place, on the device it is on, and leave it in eval mode.
-
-    From then on, glibc keeps the memory that this process frees.
 
     net: the network.
     criterion: gives the loss of a batch from outputs and targets.
@@ -63,7 +61,6 @@ def train_network(
         raise ValueError(f"epochs is {epochs}, at least 1 is needed")
     if len(train_loader) == 0:
         raise ValueError("the train loader has no batches")
-    keep_freed_memory()
     history: list[dict[str, float]] = []
     if checkpoints is not None and latest_checkpoint(Path(checkpoints)) is not None:
         extra = load_train_context(checkpoints, net, optimizer)

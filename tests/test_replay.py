@@ -1,4 +1,4 @@
-"""Going on from where a tensor changed gives what a whole pass does; what can't is named."""
+"""A replay from a changed tensor gives what a whole pass does; what can't be replayed is named."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantifind.network.modules import own_tensors
-from quantifind.runtime.replay import NotRepeatable, Tape
+from quantifind.runtime.replay import NotReplayable, Replay
 
 EXAMPLES = 5
 
@@ -163,6 +163,11 @@ NETWORKS = {
         numbers(4, 8),
     ),
 }  # fmt: skip
+RECURRENT = {
+    "lstm": lambda: nn.LSTM(4, 5, 2, batch_first=True),
+    "gru": lambda: nn.GRU(4, 5, batch_first=True),
+    "bidirectional": lambda: nn.LSTM(4, 5, bidirectional=True),
+}
 FUSED = ("transformer", "causal transformer", "attention without weights")
 
 
@@ -192,7 +197,7 @@ def other(tensor, seed=0):
 def assert_same(case, name, found, wanted):
     """But for a bias, which shifts a product's output, bit by bit."""
     assert found.shape == wanted.shape
-    if case in FUSED or name.endswith("bias"):
+    if case in (*FUSED, *RECURRENT) or name.endswith("bias"):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(found, wanted)
@@ -202,26 +207,39 @@ def used(net):
     return {name: t for name, t in own_tensors(net).items() if t.is_floating_point()}
 
 
+def replays(net, inputs):
+    return {name: Replay(net, inputs, name) for name in used(net)}
+
+
+def assert_replayed(net, inputs, case=""):
+    """From every tensor, in inference mode; a case of FUSED or RECURRENT up to rounding."""
+    with torch.inference_mode():
+        for name, replay in replays(net, inputs).items():
+            value = other(used(net)[name])
+            assert_same(case, name, replay.outputs(value), whole(net, inputs, name, value))
+
+
 @pytest.mark.parametrize("case", NETWORKS)
-def test_going_on_from_a_tensor_gives_what_a_whole_pass_does(case):
+def test_a_replay_gives_what_a_whole_pass_does(case):
     """Again and again, in any order, with nothing that was recorded changed."""
     net, inputs = network(case)
     before = copy.deepcopy(net.state_dict())
     with torch.inference_mode():
-        tape = Tape(net, inputs, used(net))
+        replayed = replays(net, inputs)
         recorded = {
-            name: {place: value.clone() for place, value in plan.values.items()}
-            for name, plan in tape.plans.items()
+            name: {place: value.clone() for place, value in replay.values.items()}
+            for name, replay in replayed.items()
         }
         for seed in range(3):
             names = list(used(net))[:: 1 if seed else -1]
             for name in names:
                 value = other(used(net)[name], seed)
                 given = value.clone()
-                assert_same(case, name, tape.outputs(name, value), whole(net, inputs, name, value))
+                found = replayed[name].outputs(value)
+                assert_same(case, name, found, whole(net, inputs, name, value))
                 assert torch.equal(value, given)
-        for name, plan in tape.plans.items():
-            assert all(torch.equal(plan.values[at], was) for at, was in recorded[name].items())
+        for name, replay in replayed.items():
+            assert all(torch.equal(replay.values[at], was) for at, was in recorded[name].items())
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
@@ -230,10 +248,10 @@ def test_going_on_from_a_tensor_gives_what_a_whole_pass_does(case):
 def test_outside_of_inference_mode_too(case, context):
     net, inputs = network(case)
     with context():
-        tape = Tape(net, inputs, used(net))
-        for name, tensor in used(net).items():
-            found = tape.outputs(name, other(tensor))
-            torch.testing.assert_close(found, whole(net, inputs, name, other(tensor)))
+        for name, replay in replays(net, inputs).items():
+            value = other(used(net)[name])
+            wanted = whole(net, inputs, name, value)
+            torch.testing.assert_close(replay.outputs(value), wanted)
 
 
 @pytest.mark.parametrize("recorded", [torch.contiguous_format, torch.channels_last])
@@ -243,37 +261,37 @@ def test_a_value_may_have_another_layout(case, recorded):
     if inputs.dim() == 4:
         net = net.to(memory_format=recorded)
     with torch.inference_mode():
-        tape = Tape(net, inputs, used(net))
-        for name, tensor in used(net).items():
-            value = other(tensor).contiguous()
+        for name, replay in replays(net, inputs).items():
+            value = other(used(net)[name]).contiguous()
             turned = value.transpose(0, -1).contiguous().transpose(0, -1)
             wanted = whole(net, inputs, name, value)
             for one in (value, turned):
-                assert_same(case, name, tape.outputs(name, one), wanted)
+                assert_same(case, name, replay.outputs(one), wanted)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_lies_before_a_tensor_is_not_computed_again(inplace):
     net = mlp(inplace=inplace).eval()
     with torch.inference_mode():
-        tape = Tape(net, numbers(6), used(net))
-    for name, plan in tape.plans.items():
-        products = [step for step in plan.steps if "linear" in str(step.operation)]
-        products += [step for step in plan.steps if "addmm" in str(step.operation)]
+        replayed = replays(net, numbers(6))
+    for name, replay in replayed.items():
+        products = [step for step in replay.steps if "linear" in str(step.operation)]
+        products += [step for step in replay.steps if "addmm" in str(step.operation)]
         layer, bias = int(name[0]), name.endswith("bias")
         assert len(products) == (6 - layer) // 2 - bias
 
 
 @pytest.mark.parametrize("case", FUSED[:2])
-def test_of_a_fused_layer_only_the_part_that_follows_is_gone_through(case):
+def test_of_a_fused_layer_only_the_part_that_follows_is_replayed(case):
     net, inputs = network(case)
-    with torch.inference_mode():
-        tape = Tape(net, inputs, used(net))
-        again = Tape(net, inputs, used(net), tape.layers)
 
-    def fused_and_products(tape, name):
-        steps = [str(step.operation) for step in tape.plans[f"encoder.layers.{name}"].steps]
-        return tuple(sum(kind in one for one in steps) for kind in ("layer_fwd", "aten.linear"))
+    def fused_and_products(name):
+        with torch.inference_mode():
+            steps = Replay(net, inputs, f"encoder.layers.{name}").steps
+        operations = [str(step.operation) for step in steps]
+        return tuple(
+            sum(kind in one for one in operations) for kind in ("layer_fwd", "aten.linear")
+        )
 
     for layer, after in ((0, 1), (1, 0)):
         # with the head's; what begins a layer is followed by all of it, which is faster fused
@@ -286,13 +304,12 @@ def test_of_a_fused_layer_only_the_part_that_follows_is_gone_through(case):
             "linear2.weight": (after, 2),
             "norm2.weight": (after, 1),
         }.items():
-            for one in (tape, again):
-                assert fused_and_products(one, f"{layer}.{name}") == wanted, (layer, name)
+            assert fused_and_products(f"{layer}.{name}") == wanted, (layer, name)
     assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_nested_inputs_go_through_whole_layers():
+def test_nested_inputs_are_replayed_fused():
     """A layer that is given nested tensors can't be taken apart, which torch says by asserting."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
@@ -304,21 +321,19 @@ def test_nested_inputs_go_through_whole_layers():
     ).eval()
     inputs, name = numbers(4, 8), "encoder.layers.0.linear2.weight"
     with torch.inference_mode():
-        tape = Tape(net, inputs, [name])
-        assert tape.layers == {name: None}
-        value = other(used(net)[name])
-        torch.testing.assert_close(tape.outputs(name, value), whole(net, inputs, name, value))
-        with pytest.raises(NotRepeatable, match="NestedTensor"):
-            Tape(net, inputs, [name], {name: net.encoder.layers[0]})
+        replay, value = Replay(net, inputs, name), other(used(net)[name])
+        assert any("layer_fwd" in str(step.operation) for step in replay.steps)
+        torch.testing.assert_close(replay.outputs(value), whole(net, inputs, name, value))
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_tensor_that_is_not_used_leaves_the_outputs_as_they_are():
     net, inputs = network("mlp")
     net.register_buffer("idle", torch.ones(3))
     with torch.inference_mode():
-        tape = Tape(net, inputs, ["idle"])
-        assert torch.equal(tape.outputs("idle", torch.zeros(3)), net(inputs))
-    assert tape.plans["idle"].steps == []
+        replay = Replay(net, inputs, "idle")
+        assert torch.equal(replay.outputs(torch.zeros(3)), net(inputs))
+    assert replay.steps == []
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -326,10 +341,10 @@ def test_what_is_kept_is_in_front_of_the_tensors(inplace):
     """The network's own tensors and the inputs aside, be they a part of a larger tensor."""
     net, inputs = mlp(inplace=inplace).eval(), numbers(2, 6)[:, 0]
     with torch.inference_mode():
-        tape = Tape(net, inputs, used(net))
+        replayed = replays(net, inputs)
     given = [tensor.data_ptr() for tensor in (*own_tensors(net).values(), inputs)]
     for name, wanted in {"0.weight": [], "0.bias": [8], "2.weight": [8], "2.bias": [4]}.items():
-        kept = [v.shape[1] for v in tape.plans[name].values.values() if v.data_ptr() not in given]
+        kept = [v.shape[1] for v in replayed[name].values.values() if v.data_ptr() not in given]
         assert kept == wanted, name
 
 
@@ -399,12 +414,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_gone_through_again_is_named(case):
+def test_what_cannot_be_replayed_is_named(case):
     forward, message = REFUSED[case]
     net = Net(forward, calls=torch.zeros(1), **linear()).eval()
     before = copy.deepcopy(net.state_dict())
-    with torch.inference_mode(), pytest.raises(NotRepeatable, match=message):
-        Tape(net, numbers(6), ["first.weight", "second.weight"])
+    with torch.inference_mode(), pytest.raises(NotReplayable, match=message):
+        replays(net, numbers(6))
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
@@ -420,39 +435,27 @@ def test_what_cannot_be_gone_through_again_is_named(case):
     ],
 )  # fmt: skip
 def test_the_course_may_depend_on_the_inputs(forward):
-    net, inputs = Net(forward, **linear()).eval(), numbers(6)[:5]
-    with torch.inference_mode():
-        tape = Tape(net, inputs, used(net))
-        for name, tensor in used(net).items():
-            found = tape.outputs(name, other(tensor))
-            assert_same("", name, found, whole(net, inputs, name, other(tensor)))
+    assert_replayed(Net(forward, **linear()).eval(), numbers(6)[:5])
 
 
-@pytest.mark.parametrize("case", ["padded transformer", "lstm", "gru", "bidirectional"])
-def test_it_is_right_or_refused(case):
-    makers = {
-        "padded transformer": lambda: transformer(torch.arange(6).expand(EXAMPLES, 6) > 3),
-        "lstm": lambda: Net(recurrent, lstm=nn.LSTM(4, 5, 2, batch_first=True),
-                            head=nn.Linear(5, 3)),
-        "gru": lambda: Net(recurrent, lstm=nn.GRU(4, 5, batch_first=True), head=nn.Linear(5, 3)),
-        "bidirectional": lambda: Net(recurrent, lstm=nn.LSTM(4, 5, bidirectional=True),
-                                     head=nn.Linear(10, 3)),
-    }  # fmt: skip
+@pytest.mark.parametrize("case", RECURRENT)
+def test_recurrent_networks_are_replayed(case):
     torch.manual_seed(0)
-    net = makers[case]().eval()
-    inputs = words() if "transformer" in case else numbers(6, 4)
-    with torch.inference_mode():
-        try:
-            tape = Tape(net, inputs, used(net))
-        except NotRepeatable:
-            return
-        for name, tensor in used(net).items():
-            found = tape.outputs(name, other(tensor))
-            wanted = whole(net, inputs, name, other(tensor))
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    layer = RECURRENT[case]()
+    head = nn.Linear(10 if layer.bidirectional else 5, 3)
+    assert_replayed(Net(recurrent, lstm=layer, head=head).eval(), numbers(6, 4), case)
 
 
-def test_what_works_in_place_is_gone_through_again():
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_padded_transformer_is_replayed_unless_torch_nests_its_inputs():
+    net = transformer(torch.arange(6).expand(EXAMPLES, 6) > 3).eval()
+    with torch.inference_mode(), pytest.raises(NotReplayable, match="_nested_tensor_from_mask"):
+        Replay(net, words(), "head.weight")
+    net.encoder.use_nested_tensor = False
+    assert_replayed(net, words(), "transformer")
+
+
+def test_what_works_in_place_is_replayed():
     """On what it found there: neither on what it left, nor on what it did the time before."""
     steps = [lambda x: x.mul_(3), lambda x: x.sub_(1), lambda x: x.abs_(), lambda x: x.mul_(x)]
 
@@ -464,8 +467,9 @@ def test_what_works_in_place_is_gone_through_again():
 
     net, inputs = Net(forward, shift=torch.ones(6), **linear()).eval(), numbers(6)
     with torch.inference_mode():
-        tape = Tape(net, inputs, used(net))
+        replayed = replays(net, inputs)
         for name in [*used(net), *reversed(used(net))]:
             for seed in range(2):
                 value = other(used(net)[name], seed)
-                assert_same("", name, tape.outputs(name, value), whole(net, inputs, name, value))
+                found = replayed[name].outputs(value)
+                assert_same("", name, found, whole(net, inputs, name, value))
