@@ -9,6 +9,7 @@ which writes benchmarks/results/rooms.csv.
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
@@ -25,11 +26,13 @@ from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.layouts import CONTIGUOUS, CPU_BATCH
 from quantifind.strategy import uniform_strategy
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.devices import device
 
 RESULTS = grids.ROOT / "benchmarks/results/rooms.csv"
 WORTH = 0.05
 ROUNDS, REPLAY_ROUNDS = 25, 3
 NETWORKS = ("conv_mnist", "dense_mnist", "language_transformer")
+CONVOLUTIONAL = ("conv_mnist", "conv_colour")
 PASS_EXAMPLES, REPLAY_EXAMPLES = 512, 128
 WIDTHS = range(2, 9)
 VOCABULARY, CLASSES, LENGTH = 60, 18, 20
@@ -45,6 +48,18 @@ def network(name: str, examples: int) -> tuple[nn.Module, list[tuple[Tensor, Ten
         return net, [
             (torch.randint(1, VOCABULARY, (examples, LENGTH)), torch.randint(CLASSES, (examples,)))
         ]
+    if name == "conv_colour":
+        blocks = [
+            (
+                nn.Conv2d(before, after, 3, padding=1),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            )
+            for before, after in ((3, 32), (32, 64), (64, 128))
+        ]
+        net = nn.Sequential(*chain(*blocks), nn.Flatten(), nn.Linear(128 * 16, 10)).to(device())
+        return net, [(torch.rand(examples, 3, 32, 32), torch.randint(10, (examples,)))]
     create = (conv_mnist_model if name == "conv_mnist" else dense_mnist_model).create_model_context
     return create()[0], [(torch.rand(examples, 1, 28, 28), torch.randint(10, (examples,)))]
 
@@ -75,9 +90,9 @@ def row(what: str, name: str, taken: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def passes() -> list[dict[str, Any]]:
-    """Whole passes of the convolutional network, the only one that pools and has images."""
-    net, data = network("conv_mnist", PASS_EXAMPLES)
+def passes(name: str) -> list[dict[str, Any]]:
+    """Whole passes of a convolutional network, the only kind that pools and has images."""
+    net, data = network(name, PASS_EXAMPLES)
     quantized = quantize(net, uniform_strategy(net, 4))
 
     def work(**functions: Callable[..., Any]) -> Callable[[], Any]:
@@ -91,7 +106,7 @@ def passes() -> list[dict[str, Any]]:
         ("ReLU after pooling", work(pool_first=lambda _: None)),
         ("layout by rule", work(layout_and_batch=lambda *_: (CONTIGUOUS, CPU_BATCH))),
     ):
-        rows.append(row(what, "conv_mnist", least(ROUNDS, having=having, lacking=lacking)))
+        rows.append(row(what, name, least(ROUNDS, having=having, lacking=lacking)))
     return rows
 
 
@@ -127,7 +142,9 @@ def rooms() -> list[dict[str, Any]]:
     """Writes its own table, in which what is gone (weights prepacked for oneDNN, layout and batch
     timed, max pooling by slices) keeps the rows that were measured last."""
     torch.set_num_threads(1)
-    table = pd.DataFrame(passes() + [found for name in NETWORKS for found in replays(name)])
+    rows = [found for name in CONVOLUTIONAL for found in passes(name)]
+    rows += [found for name in NETWORKS for found in replays(name)]
+    table = pd.DataFrame(rows)
     if RESULTS.exists():
         before = pd.read_csv(RESULTS)
         table = pd.concat([before[~before["what"].isin(table["what"])], table])

@@ -277,7 +277,9 @@ MEMORY = """
 import resource, sys, time, torch
 from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.models import conv_mnist_model
+from quantifind.utils.memory import keep_freed_memory
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
+keep_freed_memory()
 net, criterion, _ = conv_mnist_model.create_model_context()
 examples = int(sys.argv[1])
 data = Tensors(torch.rand(examples, 1, 28, 28), torch.randint(10, (examples,)))
