@@ -61,7 +61,6 @@ def recommend(
 def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
     """A judged strategy: its costs, and its degradation on test beside that on validation data."""
     value, on_validation = float(row[measure]), float(row[f"validation_{measure}"])
-    adjusted = ", scales adjusted" if row.get("validation_scales_adjusted") else ""
     return {
         "mean_bits": float(row["mean_bits"]),
         "model_bytes": int(row["validation_model_bytes"]),
@@ -71,7 +70,8 @@ def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
             for cost in plugins.names("costs")
             if cost != "model_bytes"
         },
-        "rounding": str(row["validation_origin"]) + adjusted,
+        "origin": str(row["validation_origin"]),
+        "scales_adjusted": bool(row["validation_scales_adjusted"]),
         measure: value,
         **{end: float(row[f"{measure}_{end}"]) for end in ("low", "high", "bound")},
         "on_validation": on_validation,
