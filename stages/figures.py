@@ -182,8 +182,7 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
     axes.axhline(0, color=FLOAT, ls="--", label="float")
     colours = {**ORIGINS, "uniform": QUANTIZED}
     labels = shown["origin"]
-    if "scales_adjusted" in shown:
-        labels = labels.where(~shown["scales_adjusted"].astype(bool), labels + ADJUSTED)
+    labels = labels.where(~shown["scales_adjusted"].astype(bool), labels + ADJUSTED)
     for label, rows in shown.groupby(labels):
         colour = next((c for start, c in colours.items() if str(label).startswith(start)), FLOAT)
         axes.errorbar(

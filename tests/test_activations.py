@@ -15,7 +15,7 @@ from quantifind.network.activations import (
 from quantifind.network.products import visiting
 from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.strategy import Strategy, uniform_activations
-from quantifind.tensor.quantized import Grid
+from quantifind.tensor.qparams import Grid
 from quantifind.utils import plugins
 
 SCHEMES = plugins.names("schemes")

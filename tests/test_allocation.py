@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 
-from quantifind.mixed_precision.allocation import Option, allocate, moves, total_cost, undominated
+from quantifind.mixed_precision.allocation import Option, allocate, moves, pareto, total_cost
 
 NUMBERS = st.integers(0, 40).map(float) | st.floats(0, 40)
 
@@ -124,7 +124,7 @@ def test_a_network_of_one_option_each():
 
 @given(unit=st.lists(OPTIONS, min_size=1, max_size=12))
 def test_what_no_other_beats_is_kept(unit):
-    kept = undominated(unit)
+    kept = pareto(unit)
     assert kept == sorted(kept, key=lambda o: -o.cost)
     front = {
         (o.cost, o.loss_increase)
@@ -136,21 +136,21 @@ def test_what_no_other_beats_is_kept(unit):
     }  # fmt: skip
     assert [(o.cost, o.loss_increase) for o in kept] == sorted(front, reverse=True)
     assert all(any(o is given for given in unit) for o in kept)
-    assert undominated(kept) == kept
+    assert pareto(kept) == kept
 
 
 @given(units=UNITS, budget=st.floats(1, 200))
 def test_nothing_is_lost_with_what_is_beaten(units, budget):
-    assert least_rise([undominated(unit) for unit in units], budget) == least_rise(units, budget)
+    assert least_rise([pareto(unit) for unit in units], budget) == least_rise(units, budget)
 
 
 def test_nothing_of_nothing():
-    assert undominated([]) == []
+    assert pareto([]) == []
 
 
 @given(data=st.data(), units=UNITS)
 def test_moves_are_single_steps_and_pairs(data, units):
-    units = [undominated(unit) for unit in units]
+    units = [pareto(unit) for unit in units]
     start = tuple(data.draw(st.integers(0, len(unit) - 1)) for unit in units)
     found = moves(units, start)
     steps = [tuple(to - at for to, at in zip(a, start, strict=True)) for a in found]
@@ -169,7 +169,7 @@ def test_moves_are_single_steps_and_pairs(data, units):
 
 @given(data=st.data(), units=UNITS)
 def test_moves_that_save_most_for_their_rise_come_first(data, units):
-    units = [undominated(unit) for unit in units]
+    units = [pareto(unit) for unit in units]
     start = tuple(data.draw(st.integers(0, len(unit) - 1)) for unit in units)
     saved, prices = [], []
     for assignment in moves(units, start):
@@ -198,7 +198,7 @@ def test_the_solver_says_nothing(capfd):
                 Option({}, {}, size * bits / 8, size**0.5 * 4.0**-bits * generator.lognormal())
                 for bits in range(1, 17)
             ]
-            units.append(undominated(options))
+            units.append(pareto(options))
         low, high = (sum(unit[end].cost for unit in units) for end in (-1, 0))
         allocate(units, low * (high / low) ** generator.uniform(0.05, 0.9))
     print("still heard")

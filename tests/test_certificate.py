@@ -15,12 +15,12 @@ from quantifind.certification.certificate import (
     certified_steps,
     degradation,
     hopeless,
-    mark_certified,
     minimum_safe_bits,
     outdone,
     ratio_bound,
     ratio_interval,
 )
+from stages.answers import mark_certified
 
 
 def paired_losses(seed: int, examples: int = 300, ratio: float = 1.05):

@@ -10,7 +10,7 @@ from torch import nn
 
 from quantifind.metrics import outcome
 from quantifind.network.modules import named_tensors
-from quantifind.quantize import quantize, with_quantized
+from quantifind.quantize import quantize, quantize_model
 from quantifind.runtime import evaluator, layouts
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.strategy import uniform_strategy
@@ -92,7 +92,7 @@ def test_outcomes_are_those_of_a_plain_loop(case, layout, batch, monkeypatch):
     measured = Evaluator(net, batches, CRITERION)
     for bits in (2, 8):
         quantized = quantize(net, uniform_strategy(net, bits))
-        plain = outcome(with_quantized(net, quantized), batches, CRITERION)
+        plain = outcome(quantize_model(net, quantized), batches, CRITERION)
         agree(measured.outcome(quantized), plain)
     agree(measured.outcome(), outcome(net, batches, CRITERION))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
@@ -202,7 +202,7 @@ def test_a_layout_that_fails_is_left(capsys):
     for replayed in (False, True):
         (found,) = measured.one_tensor("head.weight", [tensors["head.weight"]])
         quantized = Quantized({"head.weight": tensors["head.weight"]})
-        agree(found, outcome(with_quantized(net, quantized), [(inputs, targets)], CRITERION))
+        agree(found, outcome(quantize_model(net, quantized), [(inputs, targets)], CRITERION))
         assert bool(measured.compared) == replayed
     assert (measured.layout, measured.batch) == (layouts.CONTIGUOUS, layouts.CPU_BATCH)
     assert capsys.readouterr().err.count("going on with contiguous") == 1
@@ -261,7 +261,7 @@ def test_batches_of_other_shapes_stay_as_they_are():
     data = [(torch.randn(9, length, 6), torch.randint(4, (9,))) for length in (3, 5, 2)]
     measured = Evaluator(net, data, CRITERION)
     quantized = quantize(net, uniform_strategy(net, 3))
-    agree(measured.outcome(quantized), outcome(with_quantized(net, quantized), data, CRITERION))
+    agree(measured.outcome(quantized), outcome(quantize_model(net, quantized), data, CRITERION))
     assert measured.examples == 27
     assert set(named_tensors(net)) == {"weight", "bias"}
 
@@ -307,7 +307,7 @@ def test_what_a_pass_changes_is_put_back(examples):
     quantized = quantize(net, uniform_strategy(net, 4))
     plain = [
         outcome(copied, [(x.clone(), t) for x, t in measured.batches()], CRITERION)
-        for copied in (copy.deepcopy(net), with_quantized(net, quantized))
+        for copied in (copy.deepcopy(net), quantize_model(net, quantized))
     ]
     for _ in range(2):
         agree(measured.outcome(), plain[0])

@@ -15,7 +15,7 @@ from torch import nn
 from quantifind.metrics import divergence, outcome, paired
 from quantifind.mixed_precision import measurements as measuring
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.quantize import quantize, with_quantized
+from quantifind.quantize import quantize, quantize_model
 from quantifind.runtime import layouts
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
 from quantifind.tensor.quantized import Quantized
@@ -60,7 +60,7 @@ def splits(examples=500, *, classes=True):
 
 def measurements_of(net, **options):
     train, val = splits()
-    return Measurements(net, train, val, CRITERION, **options)
+    return Measurements.start(net, train, val, CRITERION, **options)
 
 
 def at(net, bits, **options):
@@ -90,17 +90,19 @@ def assert_columns(found, wanted):
 def test_columns_are_those_of_a_plain_evaluation_in_a_seeded_order(classes, seed):
     net, (train, val) = network(), splits(classes=classes)
     criterion = CRITERION if classes else nn.MSELoss()
-    measured = Measurements(net, train, val, criterion, seed=seed)
+    measured = Measurements.start(net, train, val, criterion, seed=seed)
     whole = [examples_in_order(val, seed)]
     original = outcome(net, whole, criterion)
     assert measured.examples == len(val.dataset)
     for bits in (2, 4):
         quantized = at(net, bits, axis=0)
-        wanted = columns_of(outcome(with_quantized(net, quantized), whole, criterion), original)
+        wanted = columns_of(outcome(quantize_model(net, quantized), whole, criterion), original)
         assert_columns(measured.columns(f"{bits} bits", quantized), wanted)
         first = {name: column[:10] for name, column in wanted.items()}
         assert_columns(measured.columns(f"{bits} bits", quantized, 10), first)
-        few = Measurements(net, train, val, criterion, seed=seed).columns("few", quantized, 10)
+        few = Measurements.start(net, train, val, criterion, seed=seed).columns(
+            "few", quantized, 10
+        )
         assert_columns(few, first)
     assert len(measured.columns("many", quantized, 10**6)["loss"]) == measured.examples
 
@@ -181,7 +183,9 @@ def test_a_folder_is_shared_by_what_is_alike_alone(tmp_path):
     relabelled = Tensors(val.dataset.tensors[0], val.dataset.tensors[1].flip(0))
 
     def folder(net=net, train=train, val=val, criterion=CRITERION, **options):
-        return Measurements(net, train, val, criterion, folder=tmp_path, **options).store.folder
+        return Measurements.start(
+            net, train, val, criterion, folder=tmp_path, **options
+        ).store.folder
 
     assert folder() == folder() == folder(net=copy.deepcopy(net))
     assert folder() == folder(criterion=nn.functional.cross_entropy)  # has the same losses
@@ -228,9 +232,11 @@ def test_criteria_with_other_settings_do_not_share_what_they_measured(tmp_path, 
     net, (train, val) = network(), splits()
     first, second = CRITERIA[kind]
     quantized = at(net, 2)
-    Measurements(net, train, val, first, folder=tmp_path).columns("2 bits", quantized)
-    shared = Measurements(net, train, val, second, folder=tmp_path).columns("2 bits", quantized)
-    assert_columns(shared, Measurements(net, train, val, second).columns("2 bits", quantized))
+    Measurements.start(net, train, val, first, folder=tmp_path).columns("2 bits", quantized)
+    shared = Measurements.start(net, train, val, second, folder=tmp_path).columns(
+        "2 bits", quantized
+    )
+    assert_columns(shared, Measurements.start(net, train, val, second).columns("2 bits", quantized))
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -252,12 +258,12 @@ def test_the_model_is_left_as_it_was(train):
 @pytest.mark.parametrize("bits", [2, 8])
 def test_activations(bits):
     net, (train, val) = network(), splits()
-    measured = Measurements(net, train, val, CRITERION)
+    measured = Measurements.start(net, train, val, CRITERION)
     levels = uniform_activations(net, measured.calibration, bits)
     for tensors in (uniform_strategy(net, 4).tensors, dict.fromkeys(uniform_strategy(net).tensors)):
         quantized = quantize(net, Strategy(tensors, levels), measured.calibration)
         whole = [examples_in_order(val, 0)]
-        rounded = outcome(with_quantized(net, quantized), whole, CRITERION)
+        rounded = outcome(quantize_model(net, quantized), whole, CRITERION)
         wanted = columns_of(rounded, outcome(net, whole, CRITERION))
         assert_columns(measured.columns(str(len(quantized.tensors)), quantized), wanted)
         assert wanted["squared_error"].sum() > 0
@@ -305,7 +311,7 @@ def test_the_order_is_of_the_seed_alone():
 def refused(message, *, net=None, val=None, criterion=CRITERION):
     train, own = splits()
     with pytest.raises(ValueError, match=message) as caught:
-        Measurements(net or network(), train, own if val is None else val, criterion)
+        Measurements.start(net or network(), train, own if val is None else val, criterion)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -324,7 +330,7 @@ def test_labels_of_several_positions_out_of_range():
     y[3, 2] = 7
     train = batch_loader(Tensors(x, y), **ORDERED)
     with pytest.raises(ValueError, match="1 validation labels are out of range, such as 7"):
-        Measurements(nn.Conv1d(2, 3, 1), train, [(x, y)], CRITERION)
+        Measurements.start(nn.Conv1d(2, 3, 1), train, [(x, y)], CRITERION)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +349,7 @@ def test_criteria_without_a_loss_per_example(criterion):
         r"example and returns a number, or that has reduction='mean' or 'sum'"
     )
     with pytest.raises(ValueError, match=message):
-        Measurements(net, train, val, criterion)
+        Measurements.start(net, train, val, criterion)
 
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
@@ -361,7 +367,7 @@ def test_no_examples():
     refused("no examples", val=[(inputs[:0], targets[:0])])
     _, val = splits()
     with pytest.raises(ValueError, match="no examples"):
-        Measurements(network(), batch_loader(Tensors(inputs[:0], targets[:0]), **ORDERED), val,
+        Measurements.start(network(), batch_loader(Tensors(inputs[:0], targets[:0]), **ORDERED), val,
                      CRITERION)  # fmt: skip
 
 
@@ -375,10 +381,10 @@ def test_inputs_of_different_shapes():
 def test_a_loader_of_any_kind_of_batches():
     net, (train, val) = network(), splits()
     pairs = [tuple(batch) for batch in val]
-    wanted = Measurements(net, train, val, CRITERION).columns("a", at(net, 2))
+    wanted = Measurements.start(net, train, val, CRITERION).columns("a", at(net, 2))
     for batches in (pairs, iter(pairs), [(*pair, "more") for pair in pairs]):
         assert_columns(
-            Measurements(net, train, batches, CRITERION).columns("a", at(net, 2)), wanted
+            Measurements.start(net, train, batches, CRITERION).columns("a", at(net, 2)), wanted
         )
 
 
@@ -393,7 +399,7 @@ def test_a_folder_is_the_same_in_any_layout(monkeypatch, tmp_path):
             "quantifind.runtime.evaluator.layout_and_batch", lambda *_, found=found: found
         )
         net, criterion = nn.Sequential(*layers), nn.CrossEntropyLoss()
-        folders.add(Measurements(net, train, val, criterion, folder=tmp_path).store.folder)
+        folders.add(Measurements.start(net, train, val, criterion, folder=tmp_path).store.folder)
     assert len(folders) == 1
 
 
@@ -419,4 +425,4 @@ def test_spans_are_of_whole_batches(measurements, first, more, batch, shares, pa
 
 @pytest.fixture(scope="module")
 def measurements():
-    return Measurements(network(), *splits(), nn.CrossEntropyLoss())
+    return Measurements.start(network(), *splits(), nn.CrossEntropyLoss())

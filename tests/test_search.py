@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from quantifind.network.macs import multiply_adds
 from torch import nn
 
 from quantifind.certification.goal import Goal
@@ -15,6 +14,7 @@ from quantifind.mixed_precision import measurements as measuring
 from quantifind.mixed_precision import refinement as refining
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.measurements import Measurements
+from quantifind.network.trace import macs
 from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.search import find_strategy
 from quantifind.utils import plugins
@@ -61,7 +61,7 @@ def menu(net):
 
 def every_candidate(net, train, val, goal):
     """All strategies of the menu, measured on all examples without scale adjustment."""
-    measurements = Measurements(net, train, val, nn.CrossEntropyLoss())
+    measurements = Measurements.start(net, train, val, nn.CrossEntropyLoss())
     candidates = Candidates(measurements, menu(net), goal, 0.95)
     options = [range(len(unit)) for unit in candidates.units]
     return [
@@ -76,7 +76,7 @@ def test_a_limit_is_kept_with_no_more_bytes_than_the_best_of_all_strategies(smal
     everything = every_candidate(net, train, val, goal)
     least = min(row["model_bytes"] for row in everything if goal.keeps(row))
     strategy, table = find_strategy(
-        net, train, val, nn.CrossEntropyLoss(), limit=limit, menus=menu(net)
+        net, train, val, nn.CrossEntropyLoss(), limit=limit, search_space=menu(net)
     )
     chosen = table[table["chosen"]].iloc[0]
     # scales that are adjusted may take it below what the plain strategies reach
@@ -94,7 +94,12 @@ def test_a_budget_is_spent_as_well_as_by_the_best_of_all_strategies(small, share
     everything = every_candidate(net, train, val, goal)
     least = min(goal.rank(row) for row in everything if goal.keeps(row))
     _, table = find_strategy(
-        net, train, val, nn.CrossEntropyLoss(), budget={"model_bytes": budget}, menus=menu(net)
+        net,
+        train,
+        val,
+        nn.CrossEntropyLoss(),
+        budget={"model_bytes": budget},
+        search_space=menu(net),
     )
     chosen = table[table["chosen"]].iloc[0]
     assert chosen["model_bytes"] <= budget
@@ -106,7 +111,7 @@ def test_a_budget_is_spent_to_the_last_byte(small):
     rows = every_candidate(net, train, val, Goal.of(1.0, None))
     most = max(row["model_bytes"] for row in rows)
     _, table = find_strategy(
-        net, train, val, nn.CrossEntropyLoss(), budget={"model_bytes": most}, menus=menu(net)
+        net, train, val, nn.CrossEntropyLoss(), budget={"model_bytes": most}, search_space=menu(net)
     )
     assert (table["model_bytes"] == most).any()
 
@@ -128,7 +133,7 @@ def test_rows_and_ladder(small):
     net, train, val, _ = small
     _, table = find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05)
     assert table["model_bytes"].is_monotonic_decreasing
-    products = multiply_adds(net, next(iter(train))[0])
+    products = macs(net, next(iter(train))[0])
     for cost in plugins.names("costs"):
         measure = plugins.load("costs", cost, "measure")
         for row in table.to_dict("records"):
@@ -156,7 +161,7 @@ def test_rows_are_those_of_their_codes_whatever_was_searched_for_before(small, t
 
 def stepped(net, train, val):
     """Candidates, and those of all tensors at 2, 4 and 8 bits, to measure."""
-    measurements = Measurements(net, train, val, nn.CrossEntropyLoss())
+    measurements = Measurements.start(net, train, val, nn.CrossEntropyLoss())
     candidates = Candidates(measurements, menu(net), Goal.of(2.0, None), 0.95)
     uniform = {
         strategy.tensors["0.weight"]["bits"]: candidates.trial(
@@ -213,7 +218,7 @@ def every_cost(net, train, val, cost):
 
     if cost == "mean_bits":
         return 32.0
-    products = multiply_adds(net, next(iter(val))[0])
+    products = macs(net, next(iter(val))[0])
     return sum(plugins.load("costs", cost, "measure")(net, Quantized({}), products).values())
 
 
@@ -404,7 +409,7 @@ def test_a_limit_that_cannot_be_kept_names_the_nearest(small):
     }
     message = r"no candidate keeps criterion_ratio at most 1 with 95% confidence on \d+ .* bits"
     with pytest.raises(ValueError, match=message):
-        find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.0, menus=menus)
+        find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.0, search_space=menus)
 
 
 def test_too_few_examples_say_how_many_it_would_take(small):
@@ -415,4 +420,4 @@ def test_too_few_examples_say_how_many_it_would_take(small):
         "activations": {},
     }
     with pytest.raises(ValueError, match=r"on 12 validation examples.*about [0-9,]+ examples"):
-        find_strategy(net, train, few, nn.CrossEntropyLoss(), limit=1.003, menus=menus)
+        find_strategy(net, train, few, nn.CrossEntropyLoss(), limit=1.003, search_space=menus)

@@ -24,15 +24,15 @@ from quantifind.mixed_precision.proxies import (
 from quantifind.mixed_precision.sensitivity import (
     UNCHANGED,
     _precise,
-    default_menus,
+    choice_key,
+    default_search_space,
     measure_sensitivity,
-    part_key,
-    quantized_parts,
+    quantize_choices,
     rank_correlations,
     sensitivities,
 )
 from quantifind.network.modules import named_tensors
-from quantifind.quantize import quantize, quantize_tensors, with_quantized
+from quantifind.quantize import quantize, quantize_model, quantize_tensors
 from quantifind.storage import artifact
 from quantifind.strategy import Strategy
 from quantifind.utils.loaders import Tensors, create_dataloaders
@@ -70,15 +70,15 @@ def splits(examples=500):
 
 
 def measurements_of(net, **options):
-    return Measurements(net, *splits(), CRITERION, **options)
+    return Measurements.start(net, *splits(), CRITERION, **options)
 
 
 @pytest.fixture(scope="module")
 def measured():
     """Measurements, menus, parts and the table of sensitivities."""
     measurements = measurements_of(network())
-    menus = default_menus(measurements, [2, 4], [3])
-    parts = quantized_parts(measurements, menus)
+    menus = default_search_space(measurements, [2, 4], [3])
+    parts = quantize_choices(measurements, menus)
     return measurements, menus, parts, sensitivities(measurements, menus, parts, precision=0)
 
 
@@ -87,15 +87,15 @@ def strategy_of(net, measurements, row):
     tensors = dict.fromkeys(named_tensors(net))
     if row["kind"] == "tensors":
         return Strategy(tensors | {row["name"]: row["choice"]})
-    menus = default_menus(measurements, [2], [3])
+    menus = default_search_space(measurements, [2], [3])
     return Strategy(tensors, dict.fromkeys(menus["activations"]) | {row["name"]: row["choice"]})
 
 
 def test_every_tensor_and_site_has_a_row_for_each_choice(measured):
     _, menus, parts, table = measured
-    rows = [part_key(*row) for row in table[["kind", "name", "choice"]].itertuples(index=False)]
+    rows = [choice_key(*row) for row in table[["kind", "name", "choice"]].itertuples(index=False)]
     wanted = [
-        part_key(kind, name, choice)
+        choice_key(kind, name, choice)
         for kind, menu in menus.items()
         for name, choices in menu.items()
         for choice in choices
@@ -111,7 +111,7 @@ def test_large_tensors_are_rounded_first(measured, monkeypatch):
     _, menus, parts, _ = measured
     fit, tasks = sensitivity._fit, []
     monkeypatch.setattr(sensitivity, "_fit", lambda *given: tasks.append(given[1]) or fit(*given))
-    found = quantized_parts(measurements_of(network()), menus)
+    found = quantize_choices(measurements_of(network()), menus)
     for key, part in parts.items():
         assert torch.equal(found[key].dequantize(), part.dequantize())
     kinds = [kind for kind, *_ in tasks]
@@ -130,7 +130,7 @@ def test_rows_are_those_of_a_plain_evaluation(measured):
     original = outcome(net, batches, CRITERION)
     for row in table.to_dict("records"):
         quantized = quantize(net, strategy_of(net, measurements, row), measurements.calibration)
-        rounded = outcome(with_quantized(net, quantized), batches, CRITERION)
+        rounded = outcome(quantize_model(net, quantized), batches, CRITERION)
         wanted = compare(rounded, original)
         for name in wanted.keys() & row.keys():
             assert row[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
@@ -161,8 +161,8 @@ def forbid(*_, **__):
 def test_what_is_in_the_folder_is_not_measured_again(tmp_path, monkeypatch):
     def run():
         measurements = measurements_of(network(), folder=tmp_path)
-        menus = default_menus(measurements, [2, 3], [4])
-        parts = quantized_parts(measurements, menus)
+        menus = default_search_space(measurements, [2, 3], [4])
+        parts = quantize_choices(measurements, menus)
         return sensitivities(measurements, menus, parts), parts
 
     first, parts = run()
@@ -194,14 +194,14 @@ def test_examples_are_measured_until_the_rise_is_precise(monkeypatch, precision)
         return measure(measurements, task)
 
     monkeypatch.setattr(measuring, "_measure", counted)
-    menus = default_menus(measurements, [2, 4], [3])
-    parts = quantized_parts(measurements, menus)
+    menus = default_search_space(measurements, [2, 4], [3])
+    parts = quantize_choices(measurements, menus)
     table = sensitivities(measurements, menus, parts, precision=precision)
     assert sum(measured) == table["examples"].sum()
     sensitivities(measurements, menus, parts, precision=0)
     assert sum(measured) == len(table) * measurements.examples
     for row in table.to_dict("records"):
-        key = f"alone {part_key(row['kind'], row['name'], row['choice'])}"
+        key = f"alone {choice_key(row['kind'], row['name'], row['choice'])}"
         loss_increases = measurements.store.get(key)[0]["divergence"]
         counts = [8, 16, 32] if precision else []
         for count in (*counts, len(loss_increases)):
@@ -219,14 +219,14 @@ def test_parts_of_a_menu_are_those_of_a_strategy(measured):
         for choice in choices:
             alone = Strategy(dict.fromkeys(named_tensors(net)) | {name: choice})
             wanted = quantize_tensors(net, alone, measurements.calibration)[name]
-            assert torch.equal(parts[part_key("tensors", name, choice)].codes, wanted.codes)
+            assert torch.equal(parts[choice_key("tensors", name, choice)].codes, wanted.codes)
 
 
 def test_keys_do_not_depend_on_the_order_of_options():
     one, other = {"scheme": "uniform", "bits": 3}, {"bits": 3, "scheme": "uniform"}
-    assert part_key("tensors", "a", one) == part_key("tensors", "a", other)
-    assert part_key("tensors", "a", one) != part_key("activations", "a", one)
-    assert part_key("tensors", "a", one) != part_key("tensors", "a", one | {"bits": 2})
+    assert choice_key("tensors", "a", one) == choice_key("tensors", "a", other)
+    assert choice_key("tensors", "a", one) != choice_key("activations", "a", one)
+    assert choice_key("tensors", "a", one) != choice_key("tensors", "a", one | {"bits": 2})
 
 
 @pytest.fixture(scope="module")
@@ -315,9 +315,9 @@ def options_of(choices, key):
     return [choice.get(key) for choice in choices]
 
 
-def test_default_menus_have_the_widths():
+def test_default_search_space_have_the_widths():
     measurements = measurements_of(network())
-    menus = default_menus(measurements, [2, 3, 8])
+    menus = default_search_space(measurements, [2, 3, 8])
     tensors = menus["tensors"]
     assert menus["activations"] == {}
     assert list(tensors) == [
@@ -340,7 +340,7 @@ def test_default_menus_have_the_widths():
 
 @pytest.mark.parametrize(("widths", "ternary"), [([1, 3, 4], False), ([2], True), ([8], False)])
 def test_ternary_comes_with_two_bits(widths, ternary):
-    menus = default_menus(measurements_of(network()), iter(widths))
+    menus = default_search_space(measurements_of(network()), iter(widths))
     assert (3 in options_of(menus["tensors"]["head.weight"], "levels")) == ternary
     for name in ("head.bias", "positions"):
         assert options_of(menus["tensors"][name], "levels") == [None] * len(widths)
@@ -349,22 +349,22 @@ def test_ternary_comes_with_two_bits(widths, ternary):
 def test_wide_menus_have_wide_scales():
     """A step of many bits is subnormal in float16, which a wide code can't make up for."""
     measurements = measurements_of(network())
-    menus = default_menus(measurements, [4, 8, 9, 16, 24])
+    menus = default_search_space(measurements, [4, 8, 9, 16, 24])
     for choices in menus["tensors"].values():
         for choice in choices:
             narrow = choice.get("bits", 2) <= 8
             assert choice["scale_dtype"] == ("float16" if narrow else "float32")
-    parts, values = quantized_parts(measurements, menus), named_tensors(measurements.model)
+    parts, values = quantize_choices(measurements, menus), named_tensors(measurements.model)
     for name, choices in menus["tensors"].items():
         for choice in choices:
             if choice.get("bits", 0) > 8:
-                put = parts[part_key("tensors", name, choice)].dequantize()
+                put = parts[choice_key("tensors", name, choice)].dequantize()
                 error = (put - values[name]).abs().max() / values[name].abs().max()
                 assert error <= max(1.1 * 2.0 ** -choice["bits"], 1e-7)
 
 
 def test_activations_have_a_menu_of_every_site():
-    menus = default_menus(measurements_of(network()), [4], iter([3, 8]))
+    menus = default_search_space(measurements_of(network()), [4], iter([3, 8]))
     assert list(menus["activations"]) == ["enter.weight", "head.weight"]
     for choices in menus["activations"].values():
         assert options_of(choices, "bits") == [3, 8]
@@ -388,9 +388,9 @@ def test_menus_of_every_module_can_be_fitted():
     torch.manual_seed(0)
     net, codes = Mixed().eval(), torch.randint(7, (300, 5))
     train, val, _ = create_dataloaders(Tensors(codes, codes[:, 0] % 3), batch_size=64)
-    measurements = Measurements(net, train, val, CRITERION)
-    menus = default_menus(measurements, [2], [8])
-    parts = quantized_parts(measurements, menus)
+    measurements = Measurements.start(net, train, val, CRITERION)
+    menus = default_search_space(measurements, [2], [8])
+    parts = quantize_choices(measurements, menus)
     assert len(parts) == sum(len(c) for menu in menus.values() for c in menu.values())
     compensated = {key.split()[0] for key in parts if "gptq" in key}
     assert {f"tensors/{n}" for n in ("table.weight", "mix.weight", "head.weight")} <= compensated
@@ -402,13 +402,13 @@ def test_menus_of_every_module_can_be_fitted():
 def test_menus_of_a_transposed_convolution_can_be_fitted():
     net = nn.Sequential(nn.ConvTranspose1d(3, 2, 1), nn.Flatten(), nn.Linear(8, 3))
     measurements = measurements_of(net)
-    assert quantized_parts(measurements, default_menus(measurements, [2, 8]))
+    assert quantize_choices(measurements, default_search_space(measurements, [2, 8]))
 
 
 def test_a_parametrized_weight_has_the_menu_of_a_plain_one():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(12, 5))
     net = nn.Sequential(nn.Flatten(), layer, nn.ReLU(), nn.Linear(5, 3))
-    menus = default_menus(measurements_of(net), [2])
+    menus = default_search_space(measurements_of(net), [2])
     assert menus["tensors"]["1.weight"] == menus["tensors"]["3.weight"]
 
 
@@ -420,14 +420,14 @@ def test_the_model_and_the_menus_are_left_alone(measured):
             net.state_dict().values(), measurements.model.state_dict().values(), strict=True
         )
     )
-    menus = default_menus(measurements, [2, 4], [3])
+    menus = default_search_space(measurements, [2, 4], [3])
     assert menus == measured[1]
 
 
 def test_parts_are_kept_as_artifacts(tmp_path):
     measurements = measurements_of(network(), folder=tmp_path)
     menus = {"tensors": {"head.weight": [{"scheme": "uniform", "bits": 3}]}, "activations": {}}
-    ((key, part),) = quantized_parts(measurements, menus).items()
+    ((key, part),) = quantize_choices(measurements, menus).items()
     back = artifact.unpack(*measurements.store.get(f"part {key}")).tensors["head.weight"]
     assert torch.equal(back.dequantize(), part.dequantize())
 
