@@ -15,9 +15,9 @@ from quantifind.workflow.evaluation_workflow import (
     evaluate_bit_depths,
     evaluate_quantized_model,
     evaluate_strategies,
-    summarize,
 )
 from quantifind.workflow.quantize_workflow import BitQuantizer
+from stages.answers import summarize
 
 CRITERIA = [
     nn.CrossEntropyLoss(),

@@ -8,6 +8,7 @@ from torch import nn
 
 from quantifind.quantize import quantize, quantize_model
 from quantifind.strategy import Strategy
+from quantifind.tensor.choice import Choice
 from quantifind.tensor.gptq import Moments, RowParams, best_weights, gptq, gptq_layer
 from quantifind.utils import plugins
 
@@ -48,7 +49,7 @@ def output_error(x, weights, rounded):
     return ((weights - rounded) @ x.T).square().sum(1)
 
 
-def compensated(x, weights, choice):
+def by_gptq(x, weights, choice):
     """Values rounded so that outputs for ``x`` stay near those of ``weights`` themselves."""
     start = on_grid(weights, choice)
     levels = RowParams.of(start, slice(None))
@@ -61,7 +62,7 @@ def compensated(x, weights, choice):
 def test_no_row_is_worse_than_rounded_to_nearest_and_all_together_are_better(choice, seed):
     torch.manual_seed(seed)
     x, weights = correlated(50, 12, seed), torch.randn(10, 12).double()
-    nearest, better = compensated(x, weights, choice)
+    nearest, better = by_gptq(x, weights, choice)
     before = output_error(x, weights, nearest.dequantize())
     after = output_error(x, weights, better.dequantize())
     assert (after <= before * (1 + 1e-9)).all()
@@ -86,7 +87,7 @@ def factors_of_exhaustive_search(seeds):
         torch.manual_seed(seed)
         x, weights = correlated(20, 8, seed), torch.randn(2, 8).double()
         choice = {"scheme": "uniform", "bits": 2, "axis": 0}
-        start, found = compensated(x, weights, choice)
+        start, found = by_gptq(x, weights, choice)
         hessian = x.T @ x
         power = ((codes @ hessian) * codes).sum(1)
         least = [
@@ -111,7 +112,7 @@ def test_dead_inputs_get_zero(choice):
     torch.manual_seed(0)
     x, weights = correlated(50, 12), torch.randn(10, 12).double()
     x[:, 3] = x[:, 8] = 0
-    start, found = compensated(x, weights, choice)
+    start, found = by_gptq(x, weights, choice)
     levels = RowParams.of(start, slice(None))
     for index in (3, 8):
         zero = levels.column(index)
@@ -128,12 +129,12 @@ def test_the_unit_of_the_inputs_does_not_matter(unit):
     x[:, 5] = 0
     choice = {"scheme": "uniform", "bits": 3, "axis": 0}
     assert torch.equal(
-        compensated(x, weights, choice)[1].codes, compensated(unit * x, weights, choice)[1].codes
+        by_gptq(x, weights, choice)[1].codes, by_gptq(unit * x, weights, choice)[1].codes
     )
 
 
 def test_inputs_that_are_all_zero_leave_zeros():
-    _, found = compensated(torch.zeros(5, 4).double(), torch.randn(3, 4).double(), GRIDS[-1])
+    _, found = by_gptq(torch.zeros(5, 4).double(), torch.randn(3, 4).double(), GRIDS[-1])
     assert (found.dequantize() == 0).all()
 
 
@@ -141,9 +142,9 @@ def test_blocks_change_nothing(monkeypatch):
     torch.manual_seed(0)
     x, weights = correlated(80, 30), torch.randn(5, 30).double()
     choice = {"scheme": "uniform", "bits": 3, "axis": 0, "group": 7}
-    whole = compensated(x, weights, choice)[1].codes
+    whole = by_gptq(x, weights, choice)[1].codes
     monkeypatch.setattr("quantifind.tensor.gptq.BLOCK", 4)
-    assert torch.equal(compensated(x, weights, choice)[1].codes, whole)
+    assert torch.equal(by_gptq(x, weights, choice)[1].codes, whole)
 
 
 def test_what_earlier_layers_lost_is_made_up_for():
@@ -165,13 +166,11 @@ def test_scales_chosen_by_output_error_are_no_worse(scale_dtype):
     torch.manual_seed(0)
     x, weights = correlated(60, 16), torch.randn(8, 16)
     moments = {(0, 8): Moments(x.T @ x, weights.double() @ x.T @ x, len(x))}
-    choice = {"scheme": "uniform", "bits": 2, "axis": 0, "scale": "weighted_mse"}
-    choice["scale_dtype"] = scale_dtype
-
-    def put(values, importance):
-        return on_grid(values, choice | {"importance": importance})
-
-    fixed, chosen = (gptq_layer(weights, moments, put, search=s) for s in (False, True))
+    options = {"scheme": "uniform", "bits": 2, "axis": 0, "scale_dtype": scale_dtype}
+    fixed, chosen = (
+        gptq_layer(weights, moments, Choice.of(options | {"scale": scale}))
+        for scale in ("weighted_mse", "output_mse")
+    )
     errors = [output_error(x, weights.double(), t.dequantize().double()) for t in (fixed, chosen)]
     assert (errors[1].sum() < errors[0].sum()) or scale_dtype == "power_of_two"
     assert errors[1].sum() <= errors[0].sum() * (1 + 1e-9)
@@ -369,12 +368,12 @@ def test_biases_are_corrected_behind_embeddings_attention_and_plain_products():
     [
         (
             nn.ConvTranspose1d(3, 4, 2),
-            "weight: rounding 'compensated': it is used in a transposed c",
+            "weight: rounding 'gptq': it is used in a transposed c",
         ),
-        (nn.Bilinear(3, 7, 2), r"weight: rounding 'compensated': no linear or convolution or emb"),
+        (nn.Bilinear(3, 7, 2), r"weight: rounding 'gptq': no linear or convolution or emb"),
     ],
 )
-def test_layers_that_cannot_be_compensated_say_so(net, message):
+def test_layers_that_gptq_cannot_round_say_so(net, message):
     class Wrapped(nn.Module):
         def __init__(self):
             super().__init__()
