@@ -137,7 +137,9 @@ def put_on(
         strategy = Strategy(strategy.tensors, uniform_activations(net, calibration, **options))
     if epochs is None:
         return quantize(net, strategy, calibration)
-    return learn(net, strategy, train, epochs=epochs, calibration=calibration, temperature=temperature)
+    return learn(
+        net, strategy, train, epochs=epochs, calibration=calibration, temperature=temperature
+    )
 
 
 def markdown(results: pd.DataFrame) -> str:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.readme [--example]
 
-The table is made from benchmarks/results/, the first lines of metrics/recommendation.md as the last
-run of the pipeline left them. With --example the first block of Python runs on `NETWORK`, trained as
-the pipeline trains it, and what it prints is put below it.
+The table is made from benchmarks/results/, the first lines of metrics/recommendation.md are as the
+last run of the pipeline left them. With --example the first block of Python runs on `NETWORK`,
+trained as the pipeline trains it, and what it prints is put below it.
 """
 
 import argparse
@@ -24,8 +24,8 @@ RECOMMENDATION_MARKERS = grids.markers("metrics/recommendation.md")
 EXAMPLE_MARKERS = grids.markers("python -m benchmarks.readme --example")
 BLOCK = re.compile(r"```py\n(.*?)```", re.DOTALL)
 NETWORK, LIMIT = "dense_mnist", 1.01
-# of metrics/recommendation.md: all but the title, down to the heading of its table and a few tensors
-FIRST, LAST = 2, 11
+# lines of metrics/recommendation.md: from below the title to the second tensor of its table
+FIRST, LAST = 2, 10
 
 
 def summary(found: pd.DataFrame, of_peers: pd.DataFrame, networks: pd.DataFrame) -> str:
@@ -61,8 +61,8 @@ def best_peer(of_peers: pd.DataFrame, network: str) -> str:
 def recommendation(text: str) -> str:
     """The first lines of a recommendation, as a quotation."""
     lines = text.splitlines()
-    kept = lines[FIRST:LAST]
-    return "".join(f"> {line}".rstrip() + "\n" for line in kept + ["> …"[2:]] * (len(lines) > LAST))
+    cut = ["| … | … |"] if len(lines) > LAST else []
+    return "".join(f"> {line}".rstrip() + "\n" for line in lines[FIRST:LAST] + cut)
 
 
 def example(block: str) -> str:

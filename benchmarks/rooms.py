@@ -141,7 +141,10 @@ def replays(name: str) -> list[dict[str, Any]]:
 
 def markdown(results: pd.DataFrame) -> str:
     """The table, a line for each device and network."""
-    lines = ["| | network | seconds with it | without it | gain | kept |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | network | seconds with it | without it | gain | kept |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in results.to_dict("records"):
         times = f"{row['with_seconds']:#.3g} | {row['without_seconds']:#.3g} | {row['gain']:.0%}"
         kept = "yes" if row["kept"] else "no"

@@ -126,7 +126,9 @@ def markdown(results: pd.DataFrame) -> str:
     for one in results.to_dict("records"):
         best_cell = "–" if pd.isna(one["at_best"]) else f"{one['at_best']:.4g}"
         share = "–" if pd.isna(one["share_of_best"]) else f"{one['share_of_best']:.0%}"
-        lines.append(f"| {one['what']} | {one['measured']:.4g} {one['unit']} | {best_cell} | {share} |")
+        lines.append(
+            f"| {one['what']} | {one['measured']:.4g} {one['unit']} | {best_cell} | {share} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -149,8 +149,8 @@ def markdown(results: pd.DataFrame) -> str:
 def quality_markdown(results: pd.DataFrame) -> str:
     """The table of strategies within budgets, a line per network and budget."""
     lines = [
-        "| CR on validation within a budget | mean bits | best uniform | best of 100 random | search "
-        "| its mean bits |",
+        "| CR on validation within a budget | mean bits | best uniform | best of 100 random "
+        "| search | its mean bits |",
         "|---|---|---|---|---|---|",
     ]
     for row in results.to_dict("records"):

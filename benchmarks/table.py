@@ -1,4 +1,4 @@
-"""Four networks at uniform depths, and a picture, from a run of all four networks (cached ones cost nothing).
+"""Four networks at uniform depths, from a run of the pipeline for each (cached ones cost nothing).
 
     make table
 
