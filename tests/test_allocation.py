@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 
-from quantifind.mixed_precision.allocation import Option, allocate, moves, pareto, total_cost
+from quantifind.mixed_precision.allocation import Option, allocate, neighbours, pareto, total_cost
 
 NUMBERS = st.integers(0, 40).map(float) | st.floats(0, 40)
 
@@ -82,7 +82,7 @@ def test_equally_good_ones_are_interchangeable():
 
 
 @pytest.mark.parametrize("size", [0.1, 1e-2, 1e-4, 1e-6, 1e-8, 1e-10])
-def test_rises_of_any_size_are_told_apart(size):
+def test_loss_increases_of_any_size_are_told_apart(size):
     """Beside options that raise the loss by 1, those that raise it by next to nothing."""
     units = [[option(9, 0), option(8, step * size), option(1, 1)] for step in (3, 2, 1)]
     assert allocate(units, 26) == (0, 0, 1)
@@ -93,7 +93,7 @@ def test_rises_of_any_size_are_told_apart(size):
 
 @settings(max_examples=30)
 @given(data=st.data(), units=UNITS)
-def test_rises_over_many_orders_of_magnitude(data, units):
+def test_loss_increases_over_many_orders_of_magnitude(data, units):
     powers = [[data.draw(st.integers(-9, 0)) for _ in unit] for unit in units]
     units = [
         [
@@ -152,7 +152,7 @@ def test_nothing_of_nothing():
 def test_moves_are_single_steps_and_pairs(data, units):
     units = [pareto(unit) for unit in units]
     start = tuple(data.draw(st.integers(0, len(unit) - 1)) for unit in units)
-    found = moves(units, start)
+    found = neighbours(units, start)
     steps = [tuple(to - at for to, at in zip(a, start, strict=True)) for a in found]
     assert len(set(found)) == len(found)
     assert start not in found
@@ -172,7 +172,7 @@ def test_moves_that_save_most_for_their_rise_come_first(data, units):
     units = [pareto(unit) for unit in units]
     start = tuple(data.draw(st.integers(0, len(unit) - 1)) for unit in units)
     saved, prices = [], []
-    for assignment in moves(units, start):
+    for assignment in neighbours(units, start):
         less = total_cost(units, start) - total_cost(units, assignment)
         saved.append(less > 0)
         if less > 0:
@@ -183,9 +183,9 @@ def test_moves_that_save_most_for_their_rise_come_first(data, units):
 
 def test_no_way_down_from_the_cheapest():
     unit = [option(8, 0), option(4, 1)]
-    assert moves([unit, unit], (1, 1)) == []
-    assert moves([unit, unit], (0, 0)) in ([(0, 1), (1, 0)], [(1, 0), (0, 1)])
-    assert (1, 0) in moves([unit, unit], (0, 1))
+    assert neighbours([unit, unit], (1, 1)) == []
+    assert neighbours([unit, unit], (0, 0)) in ([(0, 1), (1, 0)], [(1, 0), (0, 1)])
+    assert (1, 0) in neighbours([unit, unit], (0, 1))
 
 
 def test_the_solver_says_nothing(capfd):

@@ -11,11 +11,10 @@ from quantifind.network.calibration import (
     calibration_batches,
     input_rows,
     layer_moments,
-    mean_shift,
     second_moments,
-    weight_uses,
 )
 from quantifind.network.products import visiting
+from quantifind.network.trace import trace, weight_uses
 
 SETTINGS = [
     {},
@@ -30,12 +29,8 @@ SETTINGS = [
 CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
 
 
-def as_it_is(product):
-    return product
-
-
 def all_moments(net, name, batches, uses=1):
-    return layer_moments(net, net, name, batches, uses, as_it_is)
+    return layer_moments(net, name, batches, uses)
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS)
@@ -138,21 +133,6 @@ def test_packed_projections_have_moments_by_their_rows():
         assert found.positions == len(rows)
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_a_shift_of_packed_biases_is_found(batch_first):
-    """Queries are fewer than keys, so that a mean over the wrong number would not give it."""
-    torch.manual_seed(0)
-    net, shift = Cross(batch_first), torch.randn(12)
-    work = Cross(batch_first)
-    work.load_state_dict(net.state_dict())
-    work.attention.in_proj_bias.data -= shift
-    name, found = mean_shift(
-        net, work, "attention.in_proj_weight", [(torch.randn(3, 5, 4),)], 3, as_it_is
-    )
-    assert name == "attention.in_proj_bias"
-    torch.testing.assert_close(found.float(), shift, rtol=1e-5, atol=1e-6)
-
-
 def test_second_moments_broadcast_against_their_weights():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
@@ -168,7 +148,7 @@ def test_second_moments_broadcast_against_their_weights():
 def test_uses_are_in_the_order_of_the_pass():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net = nn.Sequential(net[1], net[0], net[1])
-    assert list(weight_uses(net, [(torch.randn(1, 2),)]).items()) == [
+    assert list(weight_uses(trace(net, torch.randn(1, 2))).items()) == [
         ("0.weight", 2),
         ("1.weight", 1),
     ]
@@ -198,11 +178,11 @@ def test_empty_batches_among_others_are_left_out():
 @pytest.mark.parametrize("net", [nn.Linear(3, 2), nn.Conv2d(3, 2, 3), nn.Embedding(3, 2)])
 def test_inputs_that_do_not_fit_are_named(net):
     with pytest.raises(ValueError, match=r"calibration inputs of shape \[\d, 7\] do not fit"):
-        weight_uses(net, [(torch.full((4, 7), 3),)])
+        trace(net, torch.full((4, 7), 3))
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-def test_results_are_taken_before_what_they_were_made_of_changes(rounded):
+def test_what_changes_in_place_is_taken_before(rounded):
     class Again(nn.Module):
         def __init__(self):
             super().__init__()
@@ -211,7 +191,7 @@ def test_results_are_taken_before_what_they_were_made_of_changes(rounded):
         def forward(self, x):
             x = x + 0
             for _ in range(2):
-                x += self.layer(x).tanh()
+                x += self.layer(x).tanh_()
             return x
 
     torch.manual_seed(0)
@@ -220,11 +200,13 @@ def test_results_are_taken_before_what_they_were_made_of_changes(rounded):
     if rounded:
         with torch.no_grad():
             work.layer.weight.mul_(4).round_().div_(4)
-    name, found = mean_shift(net, work, "layer.weight", [(inputs,)], 2, lambda product: product)
-    assert name == "layer.bias"
+    (found,) = layer_moments(net, "layer.weight", [(inputs,)], 2, work=work).values()
     with torch.no_grad():
-        shifts, x, y = [], inputs, inputs
+        wanted, seen, x, y = [], [], inputs, inputs
         for _ in range(2):
-            shifts.append(net.layer(x) - work.layer(y))
+            wanted.append(net.layer(x) - net.layer.bias)
+            seen.append(y)
             x, y = x + net.layer(x).tanh(), y + work.layer(y).tanh()
-    torch.testing.assert_close(found, torch.cat(shifts).double().mean(0), rtol=1e-5, atol=1e-7)
+    wanted, seen = torch.cat(wanted).double(), torch.cat(seen).double()
+    torch.testing.assert_close(found.inputs, seen.T @ seen, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.outputs, wanted.T @ seen, rtol=1e-5, atol=1e-5)

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantifind import multiply_adds as counting
 from quantifind.costs import bit_operations, energy_picojoules, model_bytes
+from quantifind.network import trace as counting
 from quantifind.network.modules import named_tensors
 from quantifind.network.trace import macs
 from quantifind.quantize import mean_bits, quantize
@@ -92,7 +92,7 @@ def test_every_parameter_has_a_cost_that_is_not_negative(measure, name):
     for quantized in (FLOAT, on_levels(model, inputs, 3)):
         cost = measure(model, quantized, products)
         own = set(named_tensors(model))
-        assert own <= cost.keys() <= own | {site for p in products for site in p.sites}
+        assert own <= cost.keys() <= own | {site for p in products for site in p.activations}
         assert all(type(value) is float and 0 <= value < math.inf for value in cost.values())
 
 
@@ -132,7 +132,7 @@ def test_an_activation_has_a_say_in_what_it_meets_alone(measure, net):
     few, many = (on_levels(net, CODES, 4, activation_bits=bits) for bits in (2, 7))
     whole = measure(net, many, products)
     for site, levels in few.activations.items():
-        meets = {product.name for product in products if site in product.sites}
+        meets = {product.name for product in products if site in product.activations}
         cost = measure(net, Quantized(many.tensors, many.activations | {site: levels}), products)
         assert changed(whole, cost) <= meets
 
@@ -186,12 +186,12 @@ def test_model_bytes_are_mean_bits(net):
 
 def levels(bits=None, **options):
     """Of activations: a scale of 4 bytes, no zero point."""
-    return uniform.quantize(torch.linspace(-1, 1, 7), bits, **options)
+    return uniform.quantize(torch.linspace(-1, 1, 7), bits, **options).qparams
 
 
-# 5 → 3: 15 multiply-adds
+# 5 → 3: 15 MACs
 LINEAR = nn.Linear(5, 3)
-# (4, 9, 9) → (6, 5, 5), each from 2 channels of 3 × 3: 150 · 18 = 2,700 multiply-adds
+# (4, 9, 9) → (6, 5, 5), each from 2 channels of 3 × 3: 150 · 18 = 2,700 MACs
 CONV = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.ReLU())
 COUNTS = [
     (LINEAR, torch.zeros(7, 5), "weight", "bias", 15),
@@ -274,7 +274,7 @@ def test_published_energies():
     assert 0 < multiply(1, 1) < multiply(1, 2) == multiply(2, 1) < multiply(2, 2)
 
 
-def test_multiply_adds_by_hand(net):
+def test_macs_by_hand(net):
     """Length 5, width 8, 2 heads of 4, 9 characters; the tied weight at both its uses."""
     counted = {(p.kind, p.name): p.macs for p in macs(net, CODES)}
     assert counted == {
@@ -326,7 +326,7 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize(("function", "count"), FUNCTIONS)
-def test_multiply_adds_of_functional_products(function, count):
+def test_macs_of_functional_products(function, count):
     """With a weight, and of two activations; both for a batch of 2."""
     for net in (Calls(function, 3, 4), Calls(lambda x, _: function(x, RIGHT), 1)):
         (product,) = macs(net, torch.randn(2, 3))
@@ -336,7 +336,7 @@ def test_multiply_adds_of_functional_products(function, count):
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_multiply_adds_of_convolutions(axes, transposed, groups):
+def test_macs_of_convolutions(axes, transposed, groups):
     """Of what is not padded each value of one side meets the kernel and the other's channels."""
     layer = getattr(nn, f"Conv{'Transpose' * transposed}{axes}d")
     net = layer(4, 6, 3, stride=2, groups=groups)
@@ -349,7 +349,7 @@ def test_multiply_adds_of_convolutions(axes, transposed, groups):
 
 
 @for_every_model
-def test_multiply_adds_are_those_of_torchs_own_counter(name):
+def test_macs_are_those_of_torchs_own_counter(name):
     """Of the whole pass, without the fused attention that it doesn't see into."""
     model, inputs = network(name)
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -385,7 +385,7 @@ def test_inputs_that_cannot_be_counted_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"shape \[2, 4\] do not fit the network"):
         macs(LINEAR, torch.zeros(2, 4))
     monkeypatch.setattr(counting, "_ALSO_COUNTED", {})
-    with pytest.raises(ValueError, match=r"weight: a matrix_product of unknown multiply-adds"):
+    with pytest.raises(ValueError, match=r"weight: a matrix_product of unknown MACs"):
         macs(Calls(lambda x, w: x @ w, 5), torch.ones(2, 5))
     (product,) = macs(Calls(lambda x, w: x @ w, 0, 3), torch.ones(2, 0))
     assert product.macs == 0

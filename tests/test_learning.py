@@ -81,15 +81,15 @@ def test_outputs_of_unseen_inputs_come_nearer_on_every_grid(choice):
     assert distance(net, quantize_model(net, quantized), unseen) < distance(net, start, unseen)
     for name, tensor in quantized.tensors.items():
         assert tensor.codes.dtype == torch.int32
-        assert tensor.grid.lowest_code <= tensor.codes.min()
-        assert tensor.codes.max() < tensor.grid.lowest_code + tensor.grid.levels
+        assert tensor.qparams.grid.lowest_code <= tensor.codes.min()
+        assert tensor.codes.max() < tensor.qparams.grid.lowest_code + tensor.qparams.grid.levels
         if choice.get("axis") == 0 and "group" not in choice:
             for row in tensor.dequantize():
-                assert len(row.unique()) <= tensor.grid.levels
+                assert len(row.unique()) <= tensor.qparams.grid.levels
         if "group" not in choice and "axis" not in choice:
-            assert len(tensor.dequantize().unique()) <= tensor.grid.levels
+            assert len(tensor.dequantize().unique()) <= tensor.qparams.grid.levels
         assert torch.equal(quantize_model(net, quantized).get_parameter(name), tensor.dequantize())
-        unit = tensor.grid.table if tensor.scale is None else tensor.scale
+        unit = tensor.qparams.grid.table if tensor.qparams.scale is None else tensor.qparams.scale
         wanted = {"float16": torch.float16, "power_of_two": torch.float8_e8m0fnu}
         stored = choice.get("scale_dtype") or choice.get("table_dtype")
         assert unit.dtype == wanted.get(stored, torch.float32)
@@ -98,7 +98,7 @@ def test_outputs_of_unseen_inputs_come_nearer_on_every_grid(choice):
 def test_tables_are_learned_too():
     net, strategy = network(), weights_on(network(), {"scheme": "codebook", "bits": 2})
     start = quantize_model(net, strategy)
-    learned = learn(net, strategy, training(), epochs=2).tensors["0.weight"].grid
+    learned = learn(net, strategy, training(), epochs=2).tensors["0.weight"].qparams.grid
     assert not torch.isin(learned.table, start[0].weight.detach()).any()
     assert (learned.table.diff() >= 0).all()
 

@@ -66,7 +66,10 @@ def test_no_row_is_worse_than_rounded_to_nearest_and_all_together_are_better(cho
     after = output_error(x, weights, better.dequantize())
     assert (after <= before * (1 + 1e-9)).all()
     assert after.sum() < before.sum()
-    levels = nearest.grid.lowest_code, nearest.grid.lowest_code + nearest.grid.levels - 1
+    levels = (
+        nearest.qparams.grid.lowest_code,
+        nearest.qparams.grid.lowest_code + nearest.qparams.grid.levels - 1,
+    )
     assert levels[0] <= better.codes.min() <= better.codes.max() <= levels[1]
 
 
@@ -88,7 +91,7 @@ def factors_of_exhaustive_search(seeds):
         power = ((codes @ hessian) * codes).sum(1)
         least = [
             (scale**2 * power - 2 * scale * codes @ (hessian @ row)).min() + row @ hessian @ row
-            for row, scale in zip(weights, start.scale.flatten().double(), strict=True)
+            for row, scale in zip(weights, start.qparams.scale.flatten().double(), strict=True)
         ]
         error = output_error(x, weights, found.dequantize().double())
         factors.append(error.sum() / torch.stack(least).sum())

@@ -12,17 +12,20 @@ from quantifind.certification.goal import Goal
 from quantifind.metrics import outcome
 from quantifind.mixed_precision import measurements as measuring
 from quantifind.mixed_precision import refinement as refining
+from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.search_space import SearchSpace
+from quantifind.mixed_precision.sensitivity import measure_sensitivity
 from quantifind.network.trace import macs
-from quantifind.quantize import mean_bits, quantize, quantize_model
+from quantifind.quantize import mean_bits, quantize_model
 from quantifind.search import find_strategy
 from quantifind.utils import plugins
 from quantifind.utils.loaders import Tensors, batch_loader, random_split
 from quantifind.workflow.evaluation_workflow import compare
 
 PLAIN = {"scheme": "uniform", "axis": 0, "scale_dtype": "float16"}
-SMALL_MENU = [PLAIN | {"bits": bits} for bits in (2, 3, 4, 6, 8)]
+CHOICES = [PLAIN | {"bits": bits} for bits in (2, 3, 4, 6, 8)]
 
 
 def toy(*sizes: int, examples: int = 3_000, seed: int = 0):
@@ -55,15 +58,28 @@ def small():
     return toy(6, 5, 4)
 
 
-def menu(net):
-    return {"tensors": {name: SMALL_MENU for name, _ in net.named_parameters()}, "activations": {}}
+def space(net):
+    return {"tensors": {name: CHOICES for name, _ in net.named_parameters()}, "activations": {}}
+
+
+def all_candidates(net, train, val, goal):
+    """None measured yet."""
+    measurements = Measurements.start(net, train, val, nn.CrossEntropyLoss())
+    choices = SearchSpace(**space(net))
+    sensitivity = measure_sensitivity(measurements, choices)
+    allocation = Allocation.of(measurements, choices, sensitivity, goal)
+    return Candidates(measurements, allocation, 0.95)
+
+
+def plain(found):
+    """The table of a search without what is no plain value."""
+    return found.candidates.drop(columns=["strategy", "quantized"])
 
 
 def every_candidate(net, train, val, goal):
-    """All strategies of the menu, measured on all examples without scale adjustment."""
-    measurements = Measurements.start(net, train, val, nn.CrossEntropyLoss())
-    candidates = Candidates(measurements, menu(net), goal, 0.95)
-    options = [range(len(unit)) for unit in candidates.units]
+    """All strategies of the search space, measured on all examples without scale adjustment."""
+    candidates = all_candidates(net, train, val, goal)
+    options = [range(len(group)) for group in candidates.allocation.groups]
     return [
         candidates.measure([candidates.allocated(one)])[0] for one in itertools.product(*options)
     ]
@@ -75,14 +91,16 @@ def test_a_limit_is_kept_with_no_more_bytes_than_the_best_of_all_strategies(smal
     goal = Goal.of(limit, None)
     everything = every_candidate(net, train, val, goal)
     least = min(row["model_bytes"] for row in everything if goal.keeps(row))
-    strategy, table = find_strategy(
-        net, train, val, nn.CrossEntropyLoss(), limit=limit, search_space=menu(net)
+    found = find_strategy(
+        net, train, val, nn.CrossEntropyLoss(), limit=limit, search_space=space(net)
     )
+    strategy, table = found.strategy, found.candidates
     chosen = table[table["chosen"]].iloc[0]
     # scales that are adjusted may take it below what the plain strategies reach
     assert chosen["model_bytes"] <= least
     assert chosen["criterion_ratio_bound"] <= limit
     assert chosen["strategy"] is strategy
+    assert chosen["quantized"] is found.quantized
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
@@ -93,14 +111,15 @@ def test_a_budget_is_spent_as_well_as_by_the_best_of_all_strategies(small, share
     goal = Goal.of(None, {"model_bytes": budget})
     everything = every_candidate(net, train, val, goal)
     least = min(goal.rank(row) for row in everything if goal.keeps(row))
-    _, table = find_strategy(
+    found = find_strategy(
         net,
         train,
         val,
         nn.CrossEntropyLoss(),
         budget={"model_bytes": budget},
-        search_space=menu(net),
+        search_space=space(net),
     )
+    table = found.candidates
     chosen = table[table["chosen"]].iloc[0]
     assert chosen["model_bytes"] <= budget
     assert goal.rank(chosen) <= least
@@ -110,9 +129,15 @@ def test_a_budget_is_spent_to_the_last_byte(small):
     net, train, val, _ = small
     rows = every_candidate(net, train, val, Goal.of(1.0, None))
     most = max(row["model_bytes"] for row in rows)
-    _, table = find_strategy(
-        net, train, val, nn.CrossEntropyLoss(), budget={"model_bytes": most}, search_space=menu(net)
+    found = find_strategy(
+        net,
+        train,
+        val,
+        nn.CrossEntropyLoss(),
+        budget={"model_bytes": most},
+        search_space=space(net),
     )
+    table = found.candidates
     assert (table["model_bytes"] == most).any()
 
 
@@ -120,24 +145,26 @@ def test_what_is_found_needs_no_calibration_and_is_what_was_measured(small):
     net, train, val, _ = small
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     criterion = nn.CrossEntropyLoss()
-    strategy, table = find_strategy(net, train, val, criterion, limit=1.05)
-    replica = quantize_model(net, strategy)
+    found = find_strategy(net, train, val, criterion, limit=1.05)
+    strategy, table = found.strategy, found.candidates
+    replica = quantize_model(net, found.quantized)
     measured = compare(outcome(replica, val, criterion), outcome(net, val, criterion))
     chosen = table[table["chosen"]].iloc[0]
     assert measured["criterion_ratio"] == pytest.approx(chosen["criterion_ratio"], rel=1e-6)
-    assert mean_bits(net, quantize(net, strategy)) == chosen["mean_bits"]
+    assert mean_bits(net, found.quantized) == chosen["mean_bits"]
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_rows_and_ladder(small):
     net, train, val, _ = small
-    _, table = find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05)
+    found = find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05)
+    table = found.candidates
     assert table["model_bytes"].is_monotonic_decreasing
     products = macs(net, next(iter(train))[0])
     for cost in plugins.names("costs"):
         measure = plugins.load("costs", cost, "measure")
         for row in table.to_dict("records"):
-            parts = measure(net, row["strategy"].fitted, products)
+            parts = measure(net, row["quantized"], products)
             assert row[cost] == pytest.approx(sum(parts.values()))
     assert table["chosen"].sum() == 1
     assert table.loc[table["chosen"], "on_ladder"].all()
@@ -152,22 +179,23 @@ def test_rows_are_those_of_their_codes_whatever_was_searched_for_before(small, t
     criterion = nn.CrossEntropyLoss()
     original = outcome(net, val, criterion)
     for limit in (1.2, 1.3, 1.5):
-        _, table = find_strategy(net, train, val, criterion, limit=limit, folder=tmp_path)
+        found = find_strategy(net, train, val, criterion, limit=limit, folder=tmp_path)
+        table = found.candidates
         for row in table[table["examples"] == 1_000].to_dict("records"):
-            measured = outcome(quantize_model(net, row["strategy"]), val, criterion)
+            measured = outcome(quantize_model(net, row["quantized"]), val, criterion)
             ratio = measured["loss"].mean() / original["loss"].mean()
             assert row["criterion_ratio"] == pytest.approx(ratio.item(), rel=1e-5)
 
 
 def stepped(net, train, val):
     """Candidates, and those of all tensors at 2, 4 and 8 bits, to measure."""
-    measurements = Measurements.start(net, train, val, nn.CrossEntropyLoss())
-    candidates = Candidates(measurements, menu(net), Goal.of(2.0, None), 0.95)
+    candidates = all_candidates(net, train, val, Goal.of(2.0, None))
+    allocation = candidates.allocation
     uniform = {
-        strategy.tensors["0.weight"]["bits"]: candidates.trial(
-            "step", strategy, candidates.alone(strategy.tensors, {})
+        strategy.bit_depth: candidates.trial(
+            "step", strategy, allocation.alone(strategy.tensors, {})
         )
-        for strategy in candidates.uniform()
+        for strategy in allocation.uniform_strategies()
     }
     return candidates, [uniform[bits] for bits in (2, 4, 8)]
 
@@ -199,15 +227,17 @@ def test_measures_and_costs(small):
     criterion = nn.CrossEntropyLoss()
     for limit in ({"accuracy_drop": 0.03}, {"relative_error": 0.05}):
         ((measure, value),) = limit.items()
-        _, table = find_strategy(net, train, val, criterion, limit=limit)
+        found = find_strategy(net, train, val, criterion, limit=limit)
+        table = found.candidates
         assert table.loc[table["chosen"], f"{measure}_bound"].item() <= value
     for cost, few in (("bit_operations", 32 * 4), ("energy_picojoules", None), ("mean_bits", 5.0)):
         whole = every_cost(net, train, val, cost)
         budget = whole / 4 if few is None else few if cost == "mean_bits" else whole * 4 / 32
         bits = [] if cost == "mean_bits" else [4, 8]
-        _, table = find_strategy(
+        found = find_strategy(
             net, train, val, criterion, budget={cost: budget}, activation_bits=bits
         )
+        table = found.candidates
         assert (table[cost] <= budget * (1 + 1e-9)).all()
         assert any(s.activations for s in table["strategy"]) == bool(bits)
 
@@ -225,7 +255,7 @@ def every_cost(net, train, val, cost):
 def test_activations_are_chosen_with_weights(small):
     net, train, val, _ = small
     budget = every_cost(net, train, val, "bit_operations") / 64
-    strategy, table = find_strategy(
+    found = find_strategy(
         net,
         train,
         val,
@@ -233,6 +263,7 @@ def test_activations_are_chosen_with_weights(small):
         budget={"bit_operations": budget},
         activation_bits=[2, 4, 8],
     )
+    strategy, table = found.strategy, found.candidates
     assert set(strategy.activations) == {"0.weight", "2.weight"}
     assert any(strategy.activations.values())
     assert table.loc[table["chosen"], "bit_operations"].item() <= budget * (1 + 1e-9)
@@ -241,12 +272,14 @@ def test_activations_are_chosen_with_weights(small):
 def test_learning_goes_below_what_rounding_reaches():
     net, train, val, _ = toy(8, 32, 4)
     criterion = nn.CrossEntropyLoss()
-    _, rounded = find_strategy(net, train, val, criterion, limit=1.05)
-    strategy, learned = find_strategy(net, train, val, criterion, limit=1.05, learn=10)
+    found = find_strategy(net, train, val, criterion, limit=1.05)
+    rounded = found.candidates
+    found = find_strategy(net, train, val, criterion, limit=1.05, learn=10)
+    strategy, learned = found.strategy, found.candidates
     sizes = [table.loc[table["chosen"], "mean_bits"].item() for table in (rounded, learned)]
     assert sizes[1] < sizes[0]
-    assert {choice["rounding"] for choice in strategy.tensors.values()} == {"learned"}
-    assert outcome(quantize_model(net, strategy), val, criterion)["loss"].isfinite().all()
+    assert {choice.rounding for choice in strategy.tensors.values()} == {"learned"}
+    assert outcome(quantize_model(net, found.quantized), val, criterion)["loss"].isfinite().all()
 
 
 def count_measured(monkeypatch, stop_after=math.inf):
@@ -268,16 +301,16 @@ def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
     seen, alone = count_measured(monkeypatch), []
-    known = measuring.Evaluator.alone
+    known = measuring.Evaluator.one_tensor
     monkeypatch.setattr(
-        measuring.Evaluator, "alone", lambda *given: alone.append(given) or known(*given)
+        measuring.Evaluator, "one_tensor", lambda *given: alone.append(given) or known(*given)
     )
     first = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
     count, tensors = len(seen), len(alone)
     again = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
     assert len(seen) == count  # nothing is measured again
-    assert first[0] == again[0]
-    assert first[1].drop(columns="strategy").equals(again[1].drop(columns="strategy"))
+    assert first.strategy == again.strategy
+    assert plain(first).equals(plain(again))
     find_strategy(net, train, val, criterion, limit=1.03, folder=tmp_path)
     # neither single tensors nor most of the candidates
     assert len(alone) == tensors
@@ -297,7 +330,7 @@ def test_a_killed_search_goes_on(small, tmp_path, monkeypatch, stop_after):
             find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
     seen = count_measured(monkeypatch)
     resumed = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
-    assert resumed[1].drop(columns="strategy").equals(whole[1].drop(columns="strategy"))
+    assert plain(resumed).equals(plain(whole))
     after = len(seen)
     find_strategy(net, train, val, criterion, limit=1.05)
     assert len(before) + after == len(seen) - after  # what was measured before was not again
@@ -309,7 +342,7 @@ def test_other_options_have_a_folder_of_their_own(small, tmp_path):
         criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
         kept = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
         alone = find_strategy(net, train, val, criterion, limit=1.05)
-        assert kept[1].drop(columns="strategy").equals(alone[1].drop(columns="strategy"))
+        assert plain(kept).equals(plain(alone))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -332,14 +365,14 @@ def test_a_killed_learning_search_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         find_strategy(net, train, val, nn.CrossEntropyLoss(), folder=tmp_path, **options)
     resumed = find_strategy(net, train, val, nn.CrossEntropyLoss(), folder=tmp_path, **options)
-    assert resumed[1].drop(columns="strategy").equals(whole[1].drop(columns="strategy"))
+    assert plain(resumed).equals(plain(whole))
     assert not list(tmp_path.glob("*/learning-*"))
 
 
 def test_a_budget_of_operations_is_kept_when_codes_are_learned(small):
     net, train, val, _ = small
     budget = every_cost(net, train, val, "bit_operations") / 200
-    _, table = find_strategy(
+    found = find_strategy(
         net,
         train,
         val,
@@ -348,6 +381,7 @@ def test_a_budget_of_operations_is_kept_when_codes_are_learned(small):
         activation_bits=[2, 4, 8],
         learn=1,
     )
+    table = found.candidates
     assert table["origin"].str.startswith("learned").any()
     assert (table["bit_operations"] <= budget * (1 + 1e-9)).all()
 
@@ -372,7 +406,7 @@ def test_learning_is_kept(small, tmp_path, monkeypatch):
     first = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     monkeypatch.setattr(refining, "learn_codes", None)
     again = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
-    assert first[1].drop(columns="strategy").equals(again[1].drop(columns="strategy"))
+    assert plain(first).equals(plain(again))
 
 
 BAD = [
@@ -386,10 +420,13 @@ BAD = [
     ({"limit": 1.01, "learn": -1}, "learn is -1"),
     ({"limit": 1.01, "confidence": 95}, "confidence is 95: above 0.5 and below 1"),
     ({"limit": 1.01, "activation_bits": [8]}, "save no model_bytes; give a budget of"),
-    ({"limit": 1.01, "menus": {"tensors": {}, "activations": {}}}, "no tensor of the network has"),
     (
-        {"limit": 1.01, "menus": {"tensors": {"0.weight": []}, "activations": {}}},
-        "0.weight: its menu has no choice",
+        {"limit": 1.01, "search_space": {"tensors": {}, "activations": {}}},
+        "no tensor of the network has",
+    ),
+    (
+        {"limit": 1.01, "search_space": {"tensors": {"0.weight": []}, "activations": {}}},
+        "0.weight: the search space has no choice",
     ),
 ]
 
@@ -403,21 +440,21 @@ def test_bad_limits_and_budgets(small, options, message):
 
 def test_a_limit_that_cannot_be_kept_names_the_nearest(small):
     net, train, val, _ = small
-    menus = {
-        "tensors": {name: SMALL_MENU[:2] for name, _ in net.named_parameters()},
+    space = {
+        "tensors": {name: CHOICES[:2] for name, _ in net.named_parameters()},
         "activations": {},
     }
     message = r"no candidate keeps criterion_ratio at most 1 with 95% confidence on \d+ .* bits"
     with pytest.raises(ValueError, match=message):
-        find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.0, search_space=menus)
+        find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.0, search_space=space)
 
 
 def test_too_few_examples_say_how_many_it_would_take(small):
     net, train, val, _ = small
     few = batch_loader(Tensors(*val.dataset[:12]), batch_size=4, shuffle=False, seed=0)
-    menus = {
-        "tensors": {name: SMALL_MENU[-1:] for name, _ in net.named_parameters()},
+    space = {
+        "tensors": {name: CHOICES[-1:] for name, _ in net.named_parameters()},
         "activations": {},
     }
     with pytest.raises(ValueError, match=r"on 12 validation examples.*about [0-9,]+ examples"):
-        find_strategy(net, train, few, nn.CrossEntropyLoss(), limit=1.003, search_space=menus)
+        find_strategy(net, train, few, nn.CrossEntropyLoss(), limit=1.003, search_space=space)

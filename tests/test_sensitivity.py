@@ -1,4 +1,4 @@
-"""A row for each choice of each tensor, as a plain evaluation has it; proxies and menus."""
+"""A row for each choice of each tensor, as a plain evaluation has it; proxies and search spaces."""
 
 import json
 import math
@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind.metrics import divergence, outcome
-from quantifind.mixed_precision import measurements as measuring
+from quantifind.metrics import divergence, outcome, weight_error
 from quantifind.mixed_precision import sensitivity
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.proxies import (
@@ -19,22 +18,27 @@ from quantifind.mixed_precision.proxies import (
     hessian_increase,
     hessian_traces,
     output_fisher_increases,
-    output_sqnr_db,
+)
+from quantifind.mixed_precision.search_space import (
+    SearchSpace,
+    choice_key,
+    default_search_space,
 )
 from quantifind.mixed_precision.sensitivity import (
     UNCHANGED,
     _precise,
-    choice_key,
-    default_search_space,
     measure_sensitivity,
+    predict_sensitivity,
     quantize_choices,
     rank_correlations,
-    sensitivities,
 )
 from quantifind.network.modules import named_tensors
-from quantifind.quantize import quantize, quantize_model, quantize_tensors
+from quantifind.quantize import quantize, quantize_model
+from quantifind.runtime.workers import Workers
 from quantifind.storage import artifact
 from quantifind.strategy import Strategy
+from quantifind.tensor.choice import Choice
+from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.utils.loaders import Tensors, create_dataloaders
 from quantifind.workflow.evaluation_workflow import compare
 
@@ -73,55 +77,78 @@ def measurements_of(net, **options):
     return Measurements.start(net, *splits(), CRITERION, **options)
 
 
+def space_of(measurements, widths, activation_bits=()):
+    return default_search_space(measurements.model, measurements.facts, widths, activation_bits)
+
+
 @pytest.fixture(scope="module")
 def measured():
-    """Measurements, menus, parts and the table of sensitivities."""
+    """Measurements, search space, what is quantized, and the table."""
     measurements = measurements_of(network())
-    menus = default_search_space(measurements, [2, 4], [3])
-    parts = quantize_choices(measurements, menus)
-    return measurements, menus, parts, sensitivities(measurements, menus, parts, precision=0)
+    space = space_of(measurements, [2, 4], [3])
+    found = measure_sensitivity(measurements, space, precision=0)
+    return measurements, space, found.quantized, found.table
+
+
+class Counting(Workers):
+    """The sequential workers, and the tasks that they were given."""
+
+    def __init__(self):
+        super().__init__()
+        self.tasks = []
+
+    def map(self, function, shared, items):
+        self.tasks += items
+        return super().map(function, shared, items)
 
 
 def strategy_of(net, measurements, row):
-    """The one tensor, or site, of a row on its levels, all else in float."""
+    """The one tensor, or activation, of a row on its levels, all else in float."""
     tensors = dict.fromkeys(named_tensors(net))
     if row["kind"] == "tensors":
         return Strategy(tensors | {row["name"]: row["choice"]})
-    menus = default_search_space(measurements, [2], [3])
-    return Strategy(tensors, dict.fromkeys(menus["activations"]) | {row["name"]: row["choice"]})
+    names = space_of(measurements, [2], [3]).activations
+    return Strategy(tensors, dict.fromkeys(names) | {row["name"]: row["choice"]})
 
 
-def test_every_tensor_and_site_has_a_row_for_each_choice(measured):
-    _, menus, parts, table = measured
+def test_every_tensor_and_activation_has_a_row_for_each_choice(measured):
+    _, space, quantized, table = measured
     rows = [choice_key(*row) for row in table[["kind", "name", "choice"]].itertuples(index=False)]
     wanted = [
         choice_key(kind, name, choice)
-        for kind, menu in menus.items()
-        for name, choices in menu.items()
+        for kind, name, choices in space.items()
         for choice in choices
     ]
     assert rows == wanted
     assert len(set(rows)) == len(rows)
-    assert parts.keys() == set(rows)
-    assert set(menus["tensors"]) == set(named_tensors(network())) - {"order", "empty"}
+    assert quantized.keys() == set(rows)
+    assert set(space.tensors) == set(named_tensors(network())) - {"order", "empty"}
 
 
-def test_large_tensors_are_rounded_first(measured, monkeypatch):
-    """All missing choices of a tensor together, those of a site each by itself."""
-    _, menus, parts, _ = measured
-    fit, tasks = sensitivity._fit, []
-    monkeypatch.setattr(sensitivity, "_fit", lambda *given: tasks.append(given[1]) or fit(*given))
-    found = quantize_choices(measurements_of(network()), menus)
-    for key, part in parts.items():
-        assert torch.equal(found[key].dequantize(), part.dequantize())
-    kinds = [kind for kind, *_ in tasks]
-    count = len(menus["tensors"])
-    assert kinds == ["tensors"] * count + ["activations"] * (len(tasks) - count)
-    sizes = [named_tensors(network())[name].numel() for _, name, *_ in tasks[:count]]
+def values_of(quantized):
+    if isinstance(quantized, QuantizedTensor):
+        return [quantized.dequantize()]
+    return [quantized.scale, quantized.zero_point]
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert all(map(torch.equal, values_of(one[key]), values_of(other[key])))
+
+
+def test_large_tensors_are_rounded_first(measured):
+    """All missing choices of a tensor together, those of an activation each by itself."""
+    _, space, quantized, _ = measured
+    workers = Counting()
+    same(quantize_choices(measurements_of(network(), workers=workers), space), quantized)
+    names = [name for _, name, *_ in workers.tasks]
+    count = len(space.tensors)
+    assert set(names[:count]) == set(space.tensors)
+    assert set(names[count:]) == set(space.activations)
+    sizes = [named_tensors(network())[name].numel() for name in names[:count]]
     assert sizes == sorted(sizes, reverse=True)
-    for _, name, choices, _ in tasks[:count]:
-        assert choices == menus["tensors"][name]
-    assert all(len(choices) == 1 for _, _, choices, _ in tasks[count:])
+    assert len(workers.tasks) == count + sum(map(len, space.activations.values()))
 
 
 def test_rows_are_those_of_a_plain_evaluation(measured):
@@ -137,14 +164,14 @@ def test_rows_are_those_of_a_plain_evaluation(measured):
         assert {"criterion_ratio", "relative_error_low", "accuracy_drop_bound"} <= row.keys()
         loss_increase = divergence(rounded, original).mean()
         assert row["loss_increase"] == pytest.approx(max(loss_increase, 0), rel=1e-3, abs=1e-9)
-        sqnr = output_sqnr_db(rounded["outputs"], original["outputs"])
+        sqnr = weight_error(original["outputs"], rounded["outputs"])["sqnr_db"]
         assert row["sqnr_db"] == pytest.approx(sqnr, rel=1e-3)
-        (part,) = (quantized.tensors or quantized.activations).values()
-        assert row["bits"] == part.bits
-        assert row["stored_bits"] == (part.stored_bits if row["kind"] == "tensors" else 0)
+        (one,) = (quantized.tensors or quantized.activations).values()
+        assert row["bits"] == one.bits
+        assert row["stored_bits"] == (one.stored_bits if row["kind"] == "tensors" else 0)
         assert row["examples"] == measurements.examples
         assert row["scheme"] == "uniform"
-        assert row["rounding"] == row["choice"].get("rounding", "nearest")
+        assert row["rounding"] == row["choice"].rounding
 
 
 def test_fewer_bits_are_worse(measured):
@@ -154,86 +181,75 @@ def test_fewer_bits_are_worse(measured):
     assert (by_width[2] > by_width[4]).all()
 
 
-def forbid(*_, **__):
-    raise AssertionError("measured again")
-
-
-def test_what_is_in_the_folder_is_not_measured_again(tmp_path, monkeypatch):
+def test_what_is_in_the_folder_is_not_measured_again(tmp_path):
     def run():
-        measurements = measurements_of(network(), folder=tmp_path)
-        menus = default_search_space(measurements, [2, 3], [4])
-        parts = quantize_choices(measurements, menus)
-        return sensitivities(measurements, menus, parts), parts
+        workers = Counting()
+        measurements = measurements_of(network(), folder=tmp_path, workers=workers)
+        space = space_of(measurements, [2, 3], [4])
+        return measure_sensitivity(measurements, space), workers
 
-    first, parts = run()
-    for owner, name in (
-        (measuring, "_measure"),
-        (sensitivity, "quantize_alone"),
-        (sensitivity, "fit_activations"),
-    ):
-        monkeypatch.setattr(owner, name, forbid)
-    second, kept = run()
-    pd.testing.assert_frame_equal(first, second)
-    assert parts.keys() == kept.keys()
-    for key, part in parts.items():
-        if key.startswith("tensors"):
-            assert torch.equal(part.dequantize(), kept[key].dequantize())
-        else:  # the sample of an activation is not kept
-            assert torch.equal(part.scale, kept[key].scale)
-            assert torch.equal(part.zero_point, kept[key].zero_point)
+    first, worked = run()
+    assert worked.tasks
+    second, idle = run()
+    assert not idle.tasks
+    pd.testing.assert_frame_equal(first.table, second.table)
+    same(first.quantized, second.quantized)
 
 
 @pytest.mark.parametrize("precision", [0, 0.2, 0.5, 10])
-def test_examples_are_measured_until_the_rise_is_precise(monkeypatch, precision):
+def test_examples_are_measured_until_the_increase_is_precise(monkeypatch, precision):
     monkeypatch.setattr(sensitivity, "EXAMPLES", 8)
-    measurements, measure, measured = measurements_of(network()), measuring._measure, []
+    workers = Counting()
+    measurements = measurements_of(network(), workers=workers)
+    space = space_of(measurements, [2, 4], [3])
+    quantize_choices(measurements, space)
+    workers.tasks.clear()
+    table = measure_sensitivity(measurements, space, precision=precision).table
 
-    def counted(measurements, task):
-        candidates, first, last = task
-        measured.append(len(candidates) * (last - first))
-        return measure(measurements, task)
+    def measured():
+        return sum(len(candidates) * (last - first) for candidates, first, last in workers.tasks)
 
-    monkeypatch.setattr(measuring, "_measure", counted)
-    menus = default_search_space(measurements, [2, 4], [3])
-    parts = quantize_choices(measurements, menus)
-    table = sensitivities(measurements, menus, parts, precision=precision)
-    assert sum(measured) == table["examples"].sum()
-    sensitivities(measurements, menus, parts, precision=0)
-    assert sum(measured) == len(table) * measurements.examples
+    assert measured() == table["examples"].sum()
+    measure_sensitivity(measurements, space, precision=0)
+    assert measured() == len(table) * measurements.examples
     for row in table.to_dict("records"):
         key = f"alone {choice_key(row['kind'], row['name'], row['choice'])}"
-        loss_increases = measurements.store.get(key)[0]["divergence"]
+        increases = measurements.store.get(key)[0]["divergence"]
         counts = [8, 16, 32] if precision else []
-        for count in (*counts, len(loss_increases)):
-            loss_increase = loss_increases[:count].mean().item()
-            if loss_increases[:count].std() / count**0.5 <= precision * loss_increase:
+        for count in (*counts, len(increases)):
+            increase = increases[:count].mean().item()
+            if increases[:count].std() / count**0.5 <= precision * increase:
                 break
         assert row["examples"] == count
-        assert row["loss_increase"] == pytest.approx(max(loss_increase, 0))
+        assert row["loss_increase"] == pytest.approx(max(increase, 0))
 
 
-def test_parts_of_a_menu_are_those_of_a_strategy(measured):
-    measurements, menus, parts, _ = measured
+def test_choices_alone_are_those_of_a_strategy(measured):
+    measurements, space, quantized, _ = measured
     net = network()
-    for name, choices in menus["tensors"].items():
+    for name, choices in space.tensors.items():
         for choice in choices:
             alone = Strategy(dict.fromkeys(named_tensors(net)) | {name: choice})
-            wanted = quantize_tensors(net, alone, measurements.calibration)[name]
-            assert torch.equal(parts[choice_key("tensors", name, choice)].codes, wanted.codes)
+            wanted = quantize(net, alone, measurements.calibration).tensors[name]
+            assert torch.equal(quantized[choice_key("tensors", name, choice)].codes, wanted.codes)
 
 
 def test_keys_do_not_depend_on_the_order_of_options():
-    one, other = {"scheme": "uniform", "bits": 3}, {"bits": 3, "scheme": "uniform"}
+    options = {"scale": "mse", "scale_dtype": "float16"}
+    one = Choice("uniform", 3, options=options)
+    other = Choice.of(dict(reversed(options.items())) | {"bits": 3, "scheme": "uniform"})
     assert choice_key("tensors", "a", one) == choice_key("tensors", "a", other)
     assert choice_key("tensors", "a", one) != choice_key("activations", "a", one)
-    assert choice_key("tensors", "a", one) != choice_key("tensors", "a", one | {"bits": 2})
+    assert choice_key("tensors", "a", one) != choice_key(
+        "tensors", "a", Choice("uniform", 2, options=options)
+    )
 
 
 @pytest.fixture(scope="module")
 def table():
-    return measure_sensitivity(
-        network(), *splits(), CRITERION, widths=[1, 2, 4, 8], activation_bits=[4]
-    )
+    measurements = measurements_of(network())
+    space = space_of(measurements, [1, 2, 4, 8], [4])
+    return predict_sensitivity(measurements, measure_sensitivity(measurements, space))
 
 
 def test_proxies_are_those_of_the_training_data(table):
@@ -270,7 +286,7 @@ def test_proxies_of_what_has_none_are_missing(table):
     assert set(missing["name"]) == {"positions", "norm.weight", "norm.bias"}
 
 
-def test_proxies_foretell_the_order_of_the_rises(table):
+def test_proxies_foretell_the_order_of_the_increases(table):
     correlations = rank_correlations(table)
     assert list(correlations) == list(sensitivity.PROXIES)
     assert correlations["fisher_increase"] > 0.7
@@ -312,66 +328,65 @@ def test_missing_and_infinite_proxies_are_left_out():
 
 
 def options_of(choices, key):
-    return [choice.get(key) for choice in choices]
+    return [choice.plain().get(key) for choice in choices]
 
 
-def test_default_search_space_have_the_widths():
-    measurements = measurements_of(network())
-    menus = default_search_space(measurements, [2, 3, 8])
-    tensors = menus["tensors"]
-    assert menus["activations"] == {}
-    assert list(tensors) == [
+def test_the_default_search_space_has_the_widths():
+    space = space_of(measurements_of(network()), [2, 3, 8])
+    assert space.activations == {}
+    assert list(space.tensors) == [
         *("positions", "enter.weight", "enter.bias", "norm.weight", "norm.bias"),
         *("head.weight", "head.bias"),
     ]
-    for name, choices in tensors.items():
-        nearest = [c for c in choices if "rounding" not in c]
+    for name, choices in space.tensors.items():
+        nearest = [choice for choice in choices if choice.rounding == "nearest"]
         assert options_of(nearest, "bits") == [2, 3, 8]
-        compensated = [c for c in choices if c.get("rounding") == "gptq"]
-        assert options_of(compensated, "bits") == (
+        gptq = [choice for choice in choices if choice.rounding == "gptq"]
+        assert options_of(gptq, "bits") == (
             [2, 3, None] if name in ("enter.weight", "head.weight") else []
         )
-        assert len(nearest) + len(compensated) == len(choices)
+        assert len(nearest) + len(gptq) == len(choices)
         per_channel = name in ("positions", "enter.weight", "head.weight")
-        assert all(("axis" in choice) == per_channel for choice in choices)
-        assert json.loads(json.dumps(choices)) == choices
-    assert tensors["head.weight"][-1]["levels"] == 3
+        assert all((choice.axis == 0) == per_channel for choice in choices)
+        plain = json.loads(json.dumps([choice.plain() for choice in choices]))
+        assert [Choice.of(one) for one in plain] == choices
+    assert space.tensors["head.weight"][-1].levels == 3
 
 
 @pytest.mark.parametrize(("widths", "ternary"), [([1, 3, 4], False), ([2], True), ([8], False)])
 def test_ternary_comes_with_two_bits(widths, ternary):
-    menus = default_search_space(measurements_of(network()), iter(widths))
-    assert (3 in options_of(menus["tensors"]["head.weight"], "levels")) == ternary
+    space = space_of(measurements_of(network()), iter(widths))
+    assert (3 in options_of(space.tensors["head.weight"], "levels")) == ternary
     for name in ("head.bias", "positions"):
-        assert options_of(menus["tensors"][name], "levels") == [None] * len(widths)
+        assert options_of(space.tensors[name], "levels") == [None] * len(widths)
 
 
-def test_wide_menus_have_wide_scales():
+def test_wide_choices_have_wide_scales():
     """A step of many bits is subnormal in float16, which a wide code can't make up for."""
     measurements = measurements_of(network())
-    menus = default_search_space(measurements, [4, 8, 9, 16, 24])
-    for choices in menus["tensors"].values():
+    space = space_of(measurements, [4, 8, 9, 16, 24])
+    for choices in space.tensors.values():
         for choice in choices:
-            narrow = choice.get("bits", 2) <= 8
-            assert choice["scale_dtype"] == ("float16" if narrow else "float32")
-    parts, values = quantize_choices(measurements, menus), named_tensors(measurements.model)
-    for name, choices in menus["tensors"].items():
+            narrow = (choice.bits or 2) <= 8
+            assert choice.options["scale_dtype"] == ("float16" if narrow else "float32")
+    quantized, values = quantize_choices(measurements, space), named_tensors(measurements.model)
+    for name, choices in space.tensors.items():
         for choice in choices:
-            if choice.get("bits", 0) > 8:
-                put = parts[choice_key("tensors", name, choice)].dequantize()
+            if (choice.bits or 0) > 8:
+                put = quantized[choice_key("tensors", name, choice)].dequantize()
                 error = (put - values[name]).abs().max() / values[name].abs().max()
-                assert error <= max(1.1 * 2.0 ** -choice["bits"], 1e-7)
+                assert error <= max(1.1 * 2.0**-choice.bits, 1e-7)
 
 
-def test_activations_have_a_menu_of_every_site():
-    menus = default_search_space(measurements_of(network()), [4], iter([3, 8]))
-    assert list(menus["activations"]) == ["enter.weight", "head.weight"]
-    for choices in menus["activations"].values():
+def test_every_activation_has_choices():
+    space = space_of(measurements_of(network()), [4], iter([3, 8]))
+    assert list(space.activations) == ["enter.weight", "head.weight"]
+    for choices in space.activations.values():
         assert options_of(choices, "bits") == [3, 8]
-        assert all(choice["zero_point"] for choice in choices)
+        assert all(choice.options["zero_point"] for choice in choices)
 
 
-def test_menus_of_every_module_can_be_fitted():
+def test_every_module_can_be_quantized_alone():
     """Those of a convolution, an embedding, attention and a norm among them."""
 
     class Mixed(nn.Module):
@@ -389,30 +404,29 @@ def test_menus_of_every_module_can_be_fitted():
     net, codes = Mixed().eval(), torch.randint(7, (300, 5))
     train, val, _ = create_dataloaders(Tensors(codes, codes[:, 0] % 3), batch_size=64)
     measurements = Measurements.start(net, train, val, CRITERION)
-    menus = default_search_space(measurements, [2], [8])
-    parts = quantize_choices(measurements, menus)
-    assert len(parts) == sum(len(c) for menu in menus.values() for c in menu.values())
-    compensated = {key.split()[0] for key in parts if "gptq" in key}
-    assert {f"tensors/{n}" for n in ("table.weight", "mix.weight", "head.weight")} <= compensated
-    assert "tensors/layer.self_attn.in_proj_weight" in compensated
-    table = sensitivities(measurements, menus, parts)
-    assert table["loss_increase"].notna().all()
+    space = space_of(measurements, [2], [8])
+    found = measure_sensitivity(measurements, space)
+    assert len(found.quantized) == sum(len(choices) for *_, choices in space.items())
+    gptq = {key.split()[0] for key in found.quantized if "gptq" in key}
+    assert {f"tensors/{n}" for n in ("table.weight", "mix.weight", "head.weight")} <= gptq
+    assert "tensors/layer.self_attn.in_proj_weight" in gptq
+    assert found.table["loss_increase"].notna().all()
 
 
-def test_menus_of_a_transposed_convolution_can_be_fitted():
+def test_a_transposed_convolution_can_be_quantized_alone():
     net = nn.Sequential(nn.ConvTranspose1d(3, 2, 1), nn.Flatten(), nn.Linear(8, 3))
     measurements = measurements_of(net)
-    assert quantize_choices(measurements, default_search_space(measurements, [2, 8]))
+    assert quantize_choices(measurements, space_of(measurements, [2, 8]))
 
 
-def test_a_parametrized_weight_has_the_menu_of_a_plain_one():
+def test_a_parametrized_weight_has_the_choices_of_a_plain_one():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(12, 5))
     net = nn.Sequential(nn.Flatten(), layer, nn.ReLU(), nn.Linear(5, 3))
-    menus = default_search_space(measurements_of(net), [2])
-    assert menus["tensors"]["1.weight"] == menus["tensors"]["3.weight"]
+    tensors = space_of(measurements_of(net), [2]).tensors
+    assert tensors["1.weight"] == tensors["3.weight"]
 
 
-def test_the_model_and_the_menus_are_left_alone(measured):
+def test_the_model_and_the_search_space_are_left_alone(measured):
     net, measurements = network(), measured[0]
     assert all(
         torch.equal(value, own)
@@ -420,19 +434,38 @@ def test_the_model_and_the_menus_are_left_alone(measured):
             net.state_dict().values(), measurements.model.state_dict().values(), strict=True
         )
     )
-    menus = default_search_space(measurements, [2, 4], [3])
-    assert menus == measured[1]
+    assert space_of(measurements, [2, 4], [3]) == measured[1]
 
 
-def test_parts_are_kept_as_artifacts(tmp_path):
+def test_what_is_quantized_is_kept_packed(tmp_path):
     measurements = measurements_of(network(), folder=tmp_path)
-    menus = {"tensors": {"head.weight": [{"scheme": "uniform", "bits": 3}]}, "activations": {}}
-    ((key, part),) = quantize_choices(measurements, menus).items()
-    back = artifact.unpack(*measurements.store.get(f"part {key}")).tensors["head.weight"]
-    assert torch.equal(back.dequantize(), part.dequantize())
+    space = SearchSpace({"head.weight": [{"scheme": "uniform", "bits": 3}]})
+    ((key, quantized),) = quantize_choices(measurements, space).items()
+    kept = artifact.unpack(*measurements.store.get(f"quantized {key}"))
+    assert torch.equal(kept.tensors["head.weight"].dequantize(), quantized.dequantize())
 
 
-def test_no_rise_is_not_taken_for_granted():
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"tensors": {"nope": [{"scheme": "uniform", "bits": 3}]}}, "unknown tensor nope"),
+        ({"tensors": {"head.weight": [{"scheme": "unifrom"}]}}, "head.weight: unknown 'unifrom'"),
+        (
+            {
+                "tensors": {"head.weight": [{"scheme": "uniform", "bits": 3}]},
+                "activations": {"nope": [{"scheme": "uniform", "bits": 3}]},
+            },
+            "activations nope: a pass has no values there",
+        ),
+    ],
+)
+def test_a_search_space_of_something_else_is_refused(space, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        measure_sensitivity(measurements_of(network()), SearchSpace(**space))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_no_increase_is_not_taken_for_granted():
     """Before it has been seen on a good number of examples."""
     few, many = np.zeros(UNCHANGED - 1), np.zeros(UNCHANGED)
     assert not _precise({"divergence": few}, 0.25)

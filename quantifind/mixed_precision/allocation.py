@@ -265,7 +265,8 @@ def _solve(
     """The programme with loss increases in units of ``scale``, those above it left out."""
     allowed, most = increases <= scale, max(budget, costs.max()) or 1.0
     one_each = sparse.block_diag([sparse.coo_array(np.ones((1, n))) for n in np.diff(starts)])
-    # unlike scipy's milp, it tells HiGHS to be silent: test_the_solver_says_nothing
+    # without presolve, whose undoing HiGHS speaks of whatever it is told; and unlike scipy's milp, it
+    # tells HiGHS to be silent: test_the_solver_says_nothing
     solved = optimize.linprog(
         np.where(allowed, increases / (scale or 1.0), 0.0),
         A_ub=costs[None] / most,
@@ -274,7 +275,7 @@ def _solve(
         b_eq=np.ones(len(starts) - 1),
         bounds=np.column_stack([np.zeros(len(costs)), allowed]),
         integrality=np.ones(len(costs)),
-        options={"mip_rel_gap": 0},
+        options={"mip_rel_gap": 0, "presolve": False},
     )
     if solved.x is None:
         return None

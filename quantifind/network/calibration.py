@@ -3,6 +3,7 @@ and what the float network makes of it."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -196,12 +197,15 @@ def _uses(
         if product.weight != name:
             return product.compute(*product.operands)
         products.append(product)
-        last = len(products) == uses
-        if compute_last or not last:
-            results.append(product.compute(*product.operands))
-        if last:
+        if len(products) == uses:
+            if compute_last:
+                results.append(product.compute(*product.operands))
             raise _LastUse
-        return results[-1]
+        # what follows may work in place on both: test_what_changes_in_place_is_taken_before
+        products[-1] = replace(product, operands=tuple(o.clone() for o in product.operands))
+        result = product.compute(*product.operands)
+        results.append(result.clone())
+        return result
 
     try:
         with evaluating(model), visiting(model, visit):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantifind.network.modules import own_tensors, run
+from quantifind.network.modules import own_tensors, plain_copy, run
 from quantifind.network.products import Product, visiting
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
@@ -132,7 +132,7 @@ def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
     convolution weight 288.0
     """
     summed: dict[Any, ProductFacts] = {}
-    for product in trace(model, inputs):
+    for product in trace(plain_copy(model), inputs):
         if math.isnan(product.macs):
             raise ValueError(f"{product.activations[0]}: a {product.kind} of unknown MACs")
         same = replace(product, macs=0.0)
