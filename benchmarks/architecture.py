@@ -27,7 +27,7 @@ PLACES: dict[str, tuple[float, str]] = {
     "mixed_precision": (1.8, "which tensor\ngets which bits"),
     "learning": (1.85, "codes and\nscales trained"),
     "quantize": (1.25, "a network by\na strategy"),
-    "runtime": (3.9, "how passes\nare run"),
+    "runtime": (4.05, "how passes\nare run"),
     "costs": (-0.4, "plug-ins: bytes,\nenergy, …"),
     "strategy": (1.25, "a choice for\neach tensor"),
     "network": (1.25, "what walks\nan nn.Module"),
