@@ -13,12 +13,12 @@ test: .venv/installed
 deps: .venv/installed
 	$(ACTIVATE) && python -m stages.deps
 
-# The README's table: all four networks, from the cache where they ran before.
+# The table of docs/results.md: all four networks, from the cache where they ran before.
 table: .venv/installed
 	$(ACTIVATE) && python -m benchmarks.table
 
-# Every table and figure of the README; hours. Best on a machine with nothing else to do.
-BENCHMARKS = names table rounding_speed speed grids search coverage peers
+# Every table and figure of README.md and docs/; hours. Best on a machine with nothing else to do.
+BENCHMARKS = table names rounding_speed speed grids search coverage peers readme architecture
 bench: .venv/installed
 	$(ACTIVATE) && for name in $(BENCHMARKS); do python -m benchmarks.$$name || exit; done
 

@@ -1,11 +1,11 @@
 """How often the certificate's bound is below the truth, on losses of real networks.
 
-    python benchmarks/coverage.py [--network NAME]
+    python -m benchmarks.coverage [--network NAME]
 
 The test split's pairs of losses, of a network and of it at a uniform bit depth, stand for all there
 are, so that their criterion ratio is known. Samples as large as the split are drawn from them with
 replacement; the bound of 95% confidence should be below that ratio in 5% of the draws. Writes
-benchmarks/results/coverage.csv, and of all four networks what stands between README.md's markers.
+benchmarks/results/coverage.csv and, of all four networks, the table of docs/results.md.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from quantifind.runtime.evaluator import Evaluator
 from quantifind.strategy import uniform_strategy
 
 RESULTS = grids.ROOT / "benchmarks/results/coverage.csv"
-MARKERS = grids.markers("python benchmarks/coverage.py")
+MARKERS = grids.markers("python -m benchmarks.coverage")
 DEPTHS = (8, 6, 5, 4, 3, 2)
 DRAWS = 2_000
 
@@ -61,7 +61,7 @@ def main() -> None:
     measured = [row for name in chosen for row in measure(name)]
     results = grids.write_rows(RESULTS, pd.DataFrame(measured))
     if set(results["network"]) == set(grids.NETWORKS):
-        grids.write_readme(MARKERS, markdown(results))
+        grids.write_table(MARKERS, markdown(results))
     print(markdown(results))
 
 

@@ -1,11 +1,11 @@
 """What each way of putting a network on few levels costs, all its tensors at the same width.
 
-    python benchmarks/grids.py [--network NAME]
+    python -m benchmarks.grids [--network NAME]
 
 Each network is trained as the pipeline trains it (a DVC experiment, from the cache where it ran
 before). Scales, codes and rounding come from train data alone; one number is fitted on validation
-data, the temperature of the learned rows (see README). Each row is judged once on test data. Writes
-benchmarks/results/grids.csv and, of all four networks, what stands between README.md's two markers.
+data, the temperature of the learned rows (docs/method.md). Each row is judged once on test data.
+Writes benchmarks/results/grids.csv and, of all four networks, the table of docs/results.md.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
-from quantifind.learning import calibrating_temperature, learn
+from quantifind.learning import fit_temperature, learn
 from quantifind.metrics import outcome
-from quantifind.quantize import mean_bits, quantize, with_quantized
+from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
@@ -41,23 +42,23 @@ NETWORKS = ("dense_mnist", "conv_mnist", "language_transformer", "simple_dense")
 
 
 def markers(command: str) -> re.Pattern[str]:
-    """Finds what stands in README.md after the marker with a command, up to the next end."""
+    """Finds what stands in a page after the marker with a command, up to the next end."""
     return re.compile(rf"(?<=<!-- {re.escape(command)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
-MARKERS = markers("python benchmarks/grids.py")
+MARKERS = markers("python -m benchmarks.grids")
 CALIBRATION_BATCHES = 64
 NEAREST = {"axis": 0, "scale_dtype": "float16"}
-COMPENSATED = NEAREST | {"rounding": "gptq", "scale": "output_mse"}
+GPTQ = NEAREST | {"rounding": "gptq", "scale": "output_mse"}
 # by row: a choice for all tensors, the bits of activations, epochs of learning
 ROWS: dict[str, tuple[dict[str, Any], int | None, int | None]] = {
-    "per channel + compensated, 3 bits": (COMPENSATED | {"bits": 3}, None, None),
-    "per channel + compensated, 2 bits": (COMPENSATED | {"bits": 2}, None, None),
-    "learned, 2 bits, 2 epochs": (COMPENSATED | {"bits": 2, "half_integer": True}, None, 2),
-    "learned, ternary, 2 epochs": (COMPENSATED | {"levels": 3}, None, 2),
-    "learned, binary, 4 epochs": (COMPENSATED | {"bits": 1}, None, 4),
+    "per channel + GPTQ, 3 bits": (GPTQ | {"bits": 3}, None, None),
+    "per channel + GPTQ, 2 bits": (GPTQ | {"bits": 2}, None, None),
+    "learned, 2 bits, 2 epochs": (GPTQ | {"bits": 2, "half_integer": True}, None, 2),
+    "learned, ternary, 2 epochs": (GPTQ | {"levels": 3}, None, 2),
+    "learned, binary, 4 epochs": (GPTQ | {"bits": 1}, None, 4),
     "8-bit weights and activations": (NEAREST | {"bits": 8}, 8, None),
-    "4-bit weights (compensated) and activations": (COMPENSATED | {"bits": 4}, 4, None),
+    "4-bit weights (GPTQ) and activations": (GPTQ | {"bits": 4}, 4, None),
 }
 
 
@@ -95,16 +96,16 @@ def measure(network: str) -> list[dict[str, Any]]:
     """A row of the table for each of `ROWS`."""
     net, criterion = trained(network)
     _, val, test = loaders(network)
-    softening = calibrating_temperature(net, val)
-    print(f"{network}: temperature {softening:.3f}, fitted on validation data")
+    temperature = fit_temperature(net, val)
+    print(f"{network}: temperature {temperature:.3f}, fitted on validation data")
     original = outcome(net, test, criterion)
     rows = []
     for row, (choice, activation_bits, epochs) in ROWS.items():
         train, *_ = loaders(network)  # anew, so that no row depends on those before it
         started = time.monotonic()
-        quantized = put_on(net, train, choice, activation_bits, epochs, softening)
+        quantized = put_on(net, train, choice, activation_bits, epochs, temperature)
         seconds = time.monotonic() - started
-        judged = compare(outcome(with_quantized(net, quantized), test, criterion), original)
+        judged = compare(outcome(quantize_model(net, quantized), test, criterion), original)
         rows.append(
             {
                 "network": network,
@@ -126,18 +127,19 @@ def put_on(
     choice: dict[str, Any],
     activation_bits: int | None,
     epochs: int | None,
-    softening: float,
+    temperature: float,
 ) -> Quantized:
     """The network with every tensor as ``choice`` says."""
     calibration = list(islice(train, CALIBRATION_BATCHES))
     strategy = uniform_strategy(net, **choice)
     if activation_bits is not None:
         options = {"bits": activation_bits, "scale": "mse"}
-        sites = uniform_activations(net, calibration, **options)
-        strategy = Strategy(strategy.tensors, sites)
+        strategy = Strategy(strategy.tensors, uniform_activations(net, calibration, **options))
     if epochs is None:
         return quantize(net, strategy, calibration)
-    return learn(net, strategy, train, epochs=epochs, calibration=calibration, softening=softening)
+    return learn(
+        net, strategy, train, epochs=epochs, calibration=calibration, temperature=temperature
+    )
 
 
 def markdown(results: pd.DataFrame) -> str:
@@ -147,14 +149,16 @@ def markdown(results: pd.DataFrame) -> str:
     lines.append("|---" * (1 + len(networks)) + "|")
     for row, of_row in results.groupby("row", sort=False):
         cells = {
-            one[
-                "network"
-            ]: f"{one['criterion_ratio']:#.4g} [{one['low']:#.4g}, {one['high']:#.4g}], "
-            f"{one['mean_bits']:.3f}"
+            one["network"]: f"{ratio(one)}, {one['mean_bits']:.3f}"
             for one in of_row.to_dict("records")
         }
         lines.append(f"| {row} | {' | '.join(cells.get(name, '–') for name in networks)} |")
     return "\n".join(lines) + "\n"
+
+
+def ratio(row: Mapping[str, Any]) -> str:
+    """A criterion ratio with its interval, of a row with `low` and `high`."""
+    return f"{row['criterion_ratio']:#.4g} [{row['low']:#.4g}, {row['high']:#.4g}]"
 
 
 def write_rows(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
@@ -169,11 +173,16 @@ def write_rows(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def write_readme(place: re.Pattern[str], table: str) -> None:
-    """Put a table between README.md's markers."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(place.sub(lambda _: table, text, count=1), encoding="utf-8")
+def write_table(place: re.Pattern[str], table: str) -> None:
+    """Put a table between the markers of the page that has them."""
+    (page,) = (page for page in pages() if place.search(page.read_text(encoding="utf-8")))
+    text = page.read_text(encoding="utf-8")
+    page.write_text(place.sub(lambda _: table, text, count=1), encoding="utf-8")
+
+
+def pages() -> list[Path]:
+    """README.md and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def chosen_networks(description: str | None) -> list[str]:
@@ -193,7 +202,7 @@ def main() -> None:
     results = write_rows(RESULTS, pd.DataFrame(measured))
     results = results[results["row"].isin(ROWS)]
     if set(results["network"]) == set(NETWORKS):
-        write_readme(MARKERS, markdown(results))
+        write_table(MARKERS, markdown(results))
     print(markdown(results))
 
 

@@ -3,10 +3,9 @@
     python -m benchmarks.names
 
 after `make table`, whose experiment language_transformer it reads. Both learn from the same names
-and are judged on the same test names. Writes benchmarks/results/names.csv.
+and are judged on the same test names. Writes benchmarks/results/names.csv and the table of
+docs/results.md.
 """
-
-from pathlib import Path
 
 import dvc.api
 import pandas as pd
@@ -14,12 +13,20 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from benchmarks.grids import ROOT, markers, write_table
 from quantifind.data import language_names
 from quantifind.utils.loaders import whole_split
 from quantifind.utils.name_archive import alphabet, read_names
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/names.csv"
+MARKERS = markers("python -m benchmarks.names")
+
+
+def markdown(results: pd.DataFrame) -> str:
+    """The table, a line per classifier."""
+    rows = zip(results["classifier"], results["test_accuracy"], strict=True)
+    lines = [f"| {classifier} | {accuracy:.2%} |" for classifier, accuracy in rows]
+    return "\n".join(["| classifier | accuracy on test |", "|---|---|", *lines]) + "\n"
 
 
 def main() -> None:
@@ -41,6 +48,7 @@ def main() -> None:
     rows.append({"classifier": "language_transformer", "test_accuracy": accuracy})
     results = pd.DataFrame(rows)
     results.to_csv(RESULTS, index=False)
+    write_table(MARKERS, markdown(results))
     print(results.to_string(index=False))
 
 

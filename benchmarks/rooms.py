@@ -2,8 +2,8 @@
 
 The two take turns, and each has the least seconds of several rounds. The gain is how much longer
 the work takes without: 0.05 is 5%. What gains less than that on every network is not kept. Networks
-have random weights, which changes no time. Part of `python benchmarks/speed.py --parts rooms`,
-which writes benchmarks/results/rooms.csv.
+have random weights, which changes no time. Part of `python -m benchmarks.speed --parts rooms`,
+which writes benchmarks/results/rooms.csv and the table of docs/speed.md.
 """
 
 import time
@@ -29,6 +29,7 @@ from quantifind.tensor.quantized import Quantized
 from quantifind.utils.devices import device
 
 RESULTS = grids.ROOT / "benchmarks/results/rooms.csv"
+MARKERS = grids.markers("python -m benchmarks.speed --parts rooms")
 WORTH = 0.05
 ROUNDS, REPLAY_ROUNDS = 25, 3
 NETWORKS = ("conv_mnist", "dense_mnist", "language_transformer")
@@ -138,6 +139,19 @@ def replays(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def markdown(results: pd.DataFrame) -> str:
+    """The table, a line for each device and network."""
+    lines = [
+        "| | network | seconds with it | without it | gain | kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results.to_dict("records"):
+        times = f"{row['with_seconds']:#.3g} | {row['without_seconds']:#.3g} | {row['gain']:.0%}"
+        kept = "yes" if row["kept"] else "no"
+        lines.append(f"| {row['what']} | {row['network']} | {times} | {kept} |")
+    return "\n".join(lines) + "\n"
+
+
 def rooms() -> list[dict[str, Any]]:
     """Writes its own table, in which what is gone (weights prepacked for oneDNN, layout and batch
     timed, max pooling by slices) keeps the rows that were measured last."""
@@ -151,5 +165,6 @@ def rooms() -> list[dict[str, Any]]:
     table["kept"] = table.groupby("what")["gain"].transform("max") >= WORTH
     table = table.sort_values(["what", "network"])
     table.to_csv(RESULTS, index=False, float_format="%.4g")
+    grids.write_table(MARKERS, markdown(pd.read_csv(RESULTS)))
     print(table.to_string(index=False), flush=True)
     return []

@@ -1,11 +1,11 @@
 """How fast rounding and packing are on this machine, beside what it could do at best.
 
-    python benchmarks/rounding_speed.py
+    python -m benchmarks.rounding_speed
 
 Each row is the best of several calls. At best: codes packed as fast as they are copied, weights
-rounded as fast as they are copied, compensated rounding at the peak of float64 matrix products of
-2,048 × 2,048, counting its own multiply-adds. Untrained networks, since speed does not depend on
-the weights. Writes benchmarks/results/rounding_speed.csv.
+rounded as fast as they are copied, GPTQ at the peak of float64 matrix products of 2,048 × 2,048,
+counting its own multiply-adds. Untrained networks, since speed does not depend on the weights.
+Writes benchmarks/results/rounding_speed.csv and the table of docs/speed.md.
 """
 
 import resource
@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from benchmarks.grids import markers, write_table
 from quantifind.data import mnist_data
 from quantifind.quantize import quantize
 from quantifind.schemes import uniform
@@ -28,9 +29,10 @@ from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.utils import plugins
 
 RESULTS = Path(__file__).parent / "results/rounding_speed.csv"
+MARKERS = markers("python -m benchmarks.rounding_speed")
 CODES = 2**24
 SIZE = 4096
-COMPENSATED = {"axis": 0, "rounding": "gptq", "scale": "output_mse"}
+GPTQ = {"axis": 0, "rounding": "gptq", "scale": "output_mse"}
 
 
 def best(call: Callable[[], Any], repeats: int) -> float:
@@ -75,9 +77,9 @@ def network_rows() -> list[dict[str, Any]]:
             copied = 1000 * best(lambda w=weights: [weight.clone() for weight in w], 7)
             name = "round to nearest, all of dense_mnist, 4 bits"
             rows.append(row(name, milliseconds, "ms", 25, copied, copied / milliseconds))
-        strategy = uniform_strategy(net, 3, **COMPENSATED)
+        strategy = uniform_strategy(net, 3, **GPTQ)
         seconds = best(lambda net=net, s=strategy: quantize(net, s, calibration), 2)
-        name = f"compensated rounding of all of {network}, 4,096 examples"
+        name = f"GPTQ of all of {network}, 4,096 examples"
         rows.append(row(name, seconds, "s", limit, None, None))
     return rows
 
@@ -91,18 +93,16 @@ def large_layer_row() -> list[dict[str, Any]]:
     hessian = (inputs.T @ inputs).double()
     del inputs
     nearest: QuantizedTensor = uniform.quantize(weight, 4, axis=0, scale="mse")
-    levels = RowParams.of(nearest, slice(None))
+    qparams = RowParams.of(nearest, slice(None))
     target = weight.double()
     del weight
-    seconds = best(lambda: gptq(target, hessian, levels, nearest.codes), 1)
+    seconds = best(lambda: gptq(target, hessian, qparams, nearest.codes), 1)
     # factor of the inverse; errors before and after; columns in turn; slopes and sweeps
     products = (1 / 3 + 2 / 3 + 1 / 3) + 2 * 2 + 1 + 2 + 2 * SWEEPS
     at_best = products * SIZE**3 / flops
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return [
-        row(
-            f"compensated rounding of {SIZE} × {SIZE}", seconds, "s", 60, at_best, at_best / seconds
-        ),
+        row(f"GPTQ of {SIZE} × {SIZE}", seconds, "s", 60, at_best, at_best / seconds),
         row(f"peak memory of the process with {SIZE} × {SIZE}", megabytes, "MB", 2000, None, None),
     ]
 
@@ -120,11 +120,24 @@ def row(
     }
 
 
+def markdown(results: pd.DataFrame) -> str:
+    """The table, a line for each row of it."""
+    lines = ["| | measured | at best | share of best |", "|---|---|---|---|"]
+    for one in results.to_dict("records"):
+        best_cell = "–" if pd.isna(one["at_best"]) else f"{one['at_best']:.4g}"
+        share = "–" if pd.isna(one["share_of_best"]) else f"{one['share_of_best']:.0%}"
+        lines.append(
+            f"| {one['what']} | {one['measured']:.4g} {one['unit']} | {best_cell} | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     # the large layer first: the peak memory is the whole process's so far
     results = pd.DataFrame([*large_layer_row(), *network_rows(), *packing_rows()])
     RESULTS.parent.mkdir(exist_ok=True)
     results.to_csv(RESULTS, index=False, float_format="%.4g")
+    write_table(MARKERS, markdown(pd.read_csv(RESULTS)))
     print(results.to_string(index=False, float_format="{:.4g}".format))
 
 

@@ -1,26 +1,25 @@
-"""The README's table and picture, from a run of all four networks (cached ones cost nothing).
+"""Four networks at uniform depths, from a run of the pipeline for each (cached ones cost nothing).
 
     make table
 
 Each network runs as a DVC experiment of its own name, in a folder of its own, so that afterwards
 `dvc plots diff dense_mnist conv_mnist` compares them. Writes benchmarks/results/networks.csv,
-docs/criterion_ratio.png, and what stands between README.md's two markers.
+docs/criterion_ratio.png, and the table of docs/results.md.
 """
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import dvc.api
 import pandas as pd
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.grids import ROOT, markers, write_table
+
 RESULTS = ROOT / "benchmarks/results/networks.csv"
 PICTURE = ROOT / "docs/criterion_ratio.png"
 NETWORKS = ("conv_mnist", "dense_mnist", "language_transformer", "simple_dense")
-MARKERS = re.compile(r"(?<=<!-- make table -->\n).*?(?=<!-- end -->)", re.DOTALL)
+MARKERS = markers("make table")
 
 
 def run(network: str) -> dict[str, Any]:
@@ -78,9 +77,7 @@ def main() -> None:
     PICTURE.write_bytes(
         dvc.api.read("plots/criterion_ratio.png", repo=str(ROOT), rev="conv_mnist", mode="rb")
     )
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(MARKERS.sub(lambda _: markdown(results), text), encoding="utf-8")
+    write_table(MARKERS, markdown(results))
     print(markdown(results))
 
 

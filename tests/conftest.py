@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import importlib
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from quantifind.utils.loaders import Tensors, create_dataloaders
+from quantifind.utils.loaders import Tensors, create_dataloaders, split_loaders, whole_split
 from quantifind.utils.memory import keep_freed_memory
 
 matplotlib.use("Agg")
@@ -41,3 +43,25 @@ def tracked_files() -> list[str]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return [file for file in listed.stdout.splitlines() if (ROOT / file).exists()]
+
+
+def run_block(block: str, monkeypatch) -> dict:
+    """Execute a notebook block with the data cut to a few hundred examples."""
+    data = re.search(r"from quantifind\.data import (\w+)", block)
+    assert data is not None
+    module = importlib.import_module(f"quantifind.data.{data[1]}")
+    create = module.create_dataloaders
+
+    def create_few(**options):
+        parts = [
+            Tensors(*(tensor[:count] for tensor in whole_split(loader)))
+            for loader, count in zip(create(**options), (384, 64, 128), strict=True)
+        ]
+        return split_loaders(*parts, batch_size=32)
+
+    monkeypatch.setattr(module, "create_dataloaders", create_few)
+    torch.manual_seed(0)
+    names: dict = {}
+    lines = block.strip().splitlines()
+    exec("\n".join([*lines[:-1], f"result = {lines[-1]}"]), names)
+    return names

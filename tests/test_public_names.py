@@ -1,14 +1,15 @@
-"""The names people use: their signatures, and the notebook blocks for all four pairs."""
+"""The names people use: the face, their signatures, and the notebook blocks for all four pairs."""
 
 import importlib
 import inspect
-import re
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import pytest
-import torch
+from conftest import ROOT, run_block
 
-from quantifind.utils.loaders import Tensors, split_loaders, whole_split
+import quantifind
 
 PAIRS = {
     "simple_dense": "simple_dense_data",
@@ -69,28 +70,6 @@ def test_signature(name):
     assert " ".join(positional) == SIGNATURES[name]
 
 
-def run_block(block: str, monkeypatch) -> dict:
-    """Execute a notebook block with the data cut to a few hundred examples."""
-    data = re.search(r"from quantifind\.data import (\w+)", block)
-    assert data is not None
-    module = importlib.import_module(f"quantifind.data.{data[1]}")
-    create = module.create_dataloaders
-
-    def create_few(**options):
-        parts = [
-            Tensors(*(tensor[:count] for tensor in whole_split(loader)))
-            for loader, count in zip(create(**options), (384, 64, 128), strict=True)
-        ]
-        return split_loaders(*parts, batch_size=32)
-
-    monkeypatch.setattr(module, "create_dataloaders", create_few)
-    torch.manual_seed(0)
-    names: dict = {}
-    lines = block.strip().splitlines()
-    exec("\n".join([*lines[:-1], f"result = {lines[-1]}"]), names)
-    return names
-
-
 @pytest.mark.parametrize("model", PAIRS)
 def test_notebook_block(model, monkeypatch):
     names = run_block(BLOCK.format(data=PAIRS[model], model=model), monkeypatch)
@@ -98,24 +77,22 @@ def test_notebook_block(model, monkeypatch):
     plt.close("all")
 
 
-def test_notebook_block_of_the_readme(root, monkeypatch):
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    search, block, rounding = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
-    names = run_block(block, monkeypatch)
-    assert names["result"]
-    plt.close("all")
-    exec(search, names)  # goes on with the network and the loaders of the notebook
-    assert names["candidates"]["chosen"].sum() == 1
-    exec(rounding, names)
-    assert 1.6 < names["bits"] < 1.65
-    assert len(names["small_net"][0][0].weight[0].unique()) <= 3
+@pytest.mark.parametrize("name", quantifind.__all__)
+def test_every_name_of_the_face_is_there(name):
+    assert name in dir(quantifind)
+    assert name in str(quantifind.__doc__)
+    assert getattr(quantifind, name).__name__ == name
 
 
-def test_model_of_the_readme(root):
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert block is not None
-    names: dict = {}
-    exec(block[1], names)
-    net, _, _ = names["create_model_context"](classes=7)
-    assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'quantifind' has no attribute 'nothing'"):
+        _ = quantifind.nothing
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import quantifind, sys; dir(quantifind); print(sorted(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "'quantifind'" in result.stdout
+    assert not {"'torch'", "'numpy'", "'pandas'"} & set(result.stdout.strip("[]\n").split(", "))

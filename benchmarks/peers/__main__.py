@@ -6,7 +6,8 @@ Each network is trained as the pipeline trains it. Each peer gets the same check
 examples and validation examples, runs its own search in an environment of its own, on one thread of
 the CPU, and answers with networks, whose codes, scales, zero points and float32 values are counted
 one way. Those are judged here, on validation and on test data, which the peers never see. Writes
-benchmarks/results/peers.csv; its columns, for each limit of the criterion ratio CR:
+benchmarks/results/peers.csv, and the table of docs/peers.md. Its columns, for each limit of the
+criterion ratio CR:
 
 - best_bits, best_ratio: the fewest mean bits whose CR on test is within the limit, and that CR:
   what the peer could have found had it known the test data;
@@ -91,7 +92,7 @@ def ask(network: nn.Module, name: str) -> Path:
 def asked(peer: str, question: Path) -> Path:
     """Have a peer answer; the folder of its answer.
 
-    Errors: RuntimeError with a line that says why it could not be installed or did not answer.
+    Raises: RuntimeError with a line that says why it could not be installed or did not answer.
     """
     folder = question.parent / peer
     shutil.rmtree(folder, ignore_errors=True)
@@ -115,11 +116,11 @@ def asked(peer: str, question: Path) -> Path:
                 timeout=MOST_SECONDS,
                 check=True,
             )
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"did not end within {MOST_SECONDS} seconds") from None
-        except subprocess.CalledProcessError:
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"did not end within {MOST_SECONDS} seconds") from error
+        except subprocess.CalledProcessError as error:
             lines = (folder / "log.txt").read_text(encoding="utf-8").split("\n")
-            raise RuntimeError(next(filter(str.strip, reversed(lines)), "said nothing")) from None
+            raise RuntimeError(next(filter(str.strip, reversed(lines)), "said nothing")) from error
     return folder
 
 
@@ -220,7 +221,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     results.to_csv(RESULTS, index=False)
     if set(results["network"]) == set(NETWORKS):
-        grids.write_readme(MARKERS, markdown(results))
+        grids.write_table(MARKERS, markdown(results))
     show(results)
 
 

@@ -25,7 +25,7 @@ def python_of(peer: str, environments: Path) -> Path:
 
     Packages of the project's environment are seen from it, behind its own: torch is installed once
     more only for a peer whose requirements rule out the project's.
-    Errors: RuntimeError with the last line of what pip said, if it could not install the peer.
+    Raises: RuntimeError with the last line of what pip said, if it could not install the peer.
     """
     folder = environments / peer
     python = folder / "bin" / "python"

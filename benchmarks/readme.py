@@ -1,0 +1,100 @@
+"""What README.md shows of results: a table of four networks, what `make repro` leaves, an example.
+
+    python -m benchmarks.readme [--example]
+
+The table is made from benchmarks/results/, the first lines of metrics/recommendation.md are as the
+last run of the pipeline left them. With --example the first block of Python runs on `NETWORK`,
+trained as the pipeline trains it, and what it prints is put below it.
+"""
+
+import argparse
+import io
+import re
+from contextlib import redirect_stdout
+
+import pandas as pd
+
+from benchmarks import grids, search, table
+from benchmarks.peers import __main__ as peers
+
+README = grids.ROOT / "README.md"
+RECOMMENDATION = grids.ROOT / "metrics/recommendation.md"
+SUMMARY_MARKERS = grids.markers("python -m benchmarks.readme")
+RECOMMENDATION_MARKERS = grids.markers("metrics/recommendation.md")
+EXAMPLE_MARKERS = grids.markers("python -m benchmarks.readme --example")
+BLOCK = re.compile(r"```py\n(.*?)```", re.DOTALL)
+NETWORK, LIMIT = "dense_mnist", 1.01
+# lines of metrics/recommendation.md: from below the title to the second tensor of its table
+FIRST, LAST = 2, 10
+
+
+def summary(found: pd.DataFrame, of_peers: pd.DataFrame, networks: pd.DataFrame) -> str:
+    """The table of what is certified, a line per network.
+
+    found: benchmarks/results/search.csv. of_peers: peers.csv. networks: networks.csv.
+    """
+    lines = [
+        f"| network | certified bits at CR ≤ {LIMIT} | its CR on test | one depth for all "
+        "| best peer |",
+        "|---|---|---|---|---|",
+    ]
+    learned = found[(found["limit"] == LIMIT) & (found["learn"] > 0)].set_index("network")
+    depths = networks.set_index("network")[f"certified_{LIMIT}"]
+    for name in networks["network"]:
+        row, depth = learned.loc[name].to_dict(), depths[name]
+        bits = "none" if pd.isna(row["mean_bits"]) else f"**{row['mean_bits']:.3f}**"
+        cr = "–" if pd.isna(row["mean_bits"]) else grids.ratio(row)
+        uniform = "none" if pd.isna(depth) else f"{depth:.0f}"
+        lines.append(f"| {name} | {bits} | {cr} | {uniform} | {best_peer(of_peers, name)} |")
+    return "\n".join(lines) + "\n"
+
+
+def best_peer(of_peers: pd.DataFrame, network: str) -> str:
+    """The fewest bits that any peer has within the limit, picked on test data, and whose."""
+    rows = of_peers[(of_peers["network"] == network) & (of_peers["limit"] == LIMIT)]
+    if not rows["best_bits"].notna().any():
+        return "–"
+    best = rows.loc[rows["best_bits"].idxmin()]
+    return f"{best['best_bits']:.3f} ({best['peer']})"
+
+
+def recommendation(text: str) -> str:
+    """The first lines of a recommendation, as a quotation."""
+    lines = text.splitlines()
+    cut = ["| … | … |"] if len(lines) > LAST else []
+    return "".join(f"> {line}".rstrip() + "\n" for line in lines[FIRST:LAST] + cut)
+
+
+def example(block: str) -> str:
+    """What a block of Python prints, which has a trained network, its loss and its loaders."""
+    net, crit = grids.trained(NETWORK)
+    train_loader, val_loader, _ = grids.loaders(NETWORK)
+    names = {"net": net, "crit": crit, "train_loader": train_loader, "val_loader": val_loader}
+    return printed(block, names)
+
+
+def printed(block: str, names: dict[str, object]) -> str:
+    """What a block of Python prints, as a block of text."""
+    with redirect_stdout(io.StringIO()) as output:
+        exec(block, names)
+    return f"```text\n{output.getvalue().rstrip()}\n```\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--example", action="store_true", help="run the first block of Python too")
+    results = (pd.read_csv(one.RESULTS) for one in (search, peers, table))
+    grids.write_table(SUMMARY_MARKERS, summary(*results))
+    if RECOMMENDATION.is_file():
+        text = RECOMMENDATION.read_text(encoding="utf-8")
+        grids.write_table(RECOMMENDATION_MARKERS, recommendation(text))
+    if parser.parse_args().example:
+        block = BLOCK.search(README.read_text(encoding="utf-8"))
+        assert block is not None
+        grids.write_table(EXAMPLE_MARKERS, example(block[1]))
+
+
+if __name__ == "__main__":
+    main()
