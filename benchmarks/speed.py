@@ -1,6 +1,6 @@
 """How fast candidates are measured, beside a naive loop and beside what this machine can do.
 
-    python benchmarks/speed.py [--parts NAME …]
+    python -m benchmarks.speed [--parts NAME …]
 
 The naive loop: a deep copy of the network per candidate, batches of 32 put together from single
 items of a data set of tensors, the default layout, four threads over the candidates. Peak: float32
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -30,7 +31,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from quantifind.network.macs import multiply_adds
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -39,14 +39,11 @@ from benchmarks.rooms import rooms
 from quantifind.data import mnist_data
 from quantifind.metrics import losses, outcome
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.mixed_precision.sensitivity import (
-    NEAREST,
-    PER_TENSOR,
-    quantized_parts,
-    sensitivities,
-)
+from quantifind.mixed_precision.search_space import NEAREST, PER_TENSOR, SearchSpace
+from quantifind.mixed_precision.sensitivity import measure_sensitivity
 from quantifind.network.modules import named_tensors
-from quantifind.quantize import mean_bits, quantize, with_quantized
+from quantifind.network.trace import macs
+from quantifind.quantize import mean_bits, quantize_model
 from quantifind.search import find_strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
@@ -60,7 +57,7 @@ from quantifind.workflow.train_workflow import train_network
 RESULTS = grids.ROOT / "benchmarks/results/speed.csv"
 GROWTH = grids.ROOT / "benchmarks/results/speed_growth.csv"
 PICTURE = grids.ROOT / "docs/speed_growth.png"
-MARKERS = grids.markers("python benchmarks/speed.py")
+MARKERS = grids.markers("python -m benchmarks.speed")
 NAIVE_BATCH, NAIVE_THREADS = 32, 4
 WIDTHS = range(2, 17)
 TRAINED_EXAMPLES, EPOCHS = 12_800, 4
@@ -102,7 +99,7 @@ def row(what: str, ours: float, naive: float, *, work: float = 0.0) -> dict[str,
 def pass_work(net: nn.Module, inputs: torch.Tensor) -> float:
     """Multiply-adds of one example's pass."""
     some = inputs[:2].to(device())
-    return sum(product.multiply_adds for product in multiply_adds(net, some))
+    return sum(product.macs for product in macs(net, some))
 
 
 def naive_losses(net: nn.Module, data: TensorDataset, criterion: Any) -> float:
@@ -146,40 +143,45 @@ def sensitivity(network: str) -> list[dict[str, Any]]:
     """Every tensor alone at 15 widths on the validation split."""
     net, criterion = grids.trained(network)
     train, val, _ = grids.loaders(network)
-    menus = {
-        "tensors": {
-            name: [(NEAREST if t.dim() > 1 else PER_TENSOR) | {"bits": bits} for bits in WIDTHS]
+    space = SearchSpace(
+        {
+            name: [replace(NEAREST if t.dim() > 1 else PER_TENSOR, bits=bits) for bits in WIDTHS]
             for name, t in named_tensors(net).items()
-        },
-        "activations": {},
-    }
-    measurements = Measurements(net, train, val, criterion)
-    parts = quantized_parts(measurements, menus)
+        }
+    )
+    measurements = Measurements.start(net, train, val, criterion)
 
-    def measure(precision: float) -> None:
-        measurements.store.entries.clear()
-        sensitivities(measurements, menus, parts, precision=precision)
+    def measure(precision: float) -> Any:
+        forget(measurements)
+        return measure_sensitivity(measurements, space, precision=precision)
 
-    alone = [Quantized({key.split("/", 1)[1].split(" ")[0]: part}) for key, part in parts.items()]
+    rounded = measure(0.5).quantized
+    alone = [Quantized({key.split("/", 1)[1].split(" ")[0]: one}) for key, one in rounded.items()]
 
     def whole_passes() -> None:
         for quantized in alone:
             measurements.evaluator.outcome(quantized)
 
-    what = f"sensitivity, {len(menus['tensors'])} tensors at 15 widths, {network}"
-    measure(0.5)
+    what = f"sensitivity, {len(space.tensors)} tensors at 15 widths, {network}"
     ours, naive = side_by_side(lambda: measure(0), whole_passes)
     rows = [row(f"{what}: beside whole passes", ours, naive)]
     data = TensorDataset(*val.dataset.tensors)
     if network == "conv_mnist":
         # a third of the candidates, since each takes as long
-        candidates = [lambda copied, q=q: with_quantized(copied, q) for q in alone[::3]]
+        candidates = [lambda copied, q=q: quantize_model(copied, q) for q in alone[::3]]
         few = seconds(lambda: naively(net, candidates, data, criterion))
         naive = few * len(alone) / len(candidates)
         rows.append(row(f"{what}: beside the naive loop", ours, naive))
         early = seconds(lambda: measure(0.25))
         rows.append(row(f"{what}: stopped early, beside the naive loop", early, naive))
     return rows
+
+
+def forget(measurements: Measurements) -> None:
+    """What was measured, but not what was quantized."""
+    entries = measurements.store.entries
+    for key in [key for key in entries if key.startswith("alone ")]:
+        del entries[key]
 
 
 def search_rate() -> list[dict[str, Any]]:
@@ -202,13 +204,13 @@ def search_rate() -> list[dict[str, Any]]:
                 {
                     precision: find_strategy(
                         net, train, val, criterion, limit=1.01, precision=precision
-                    )[0]
+                    )
                 }
             )
         )
         number[precision] = sum(judged)
-    bits = {p: mean_bits(net, quantize(net, strategy)) for p, strategy in found.items()}
-    same = "the same" if found[0.25].choices == found[0.0].choices else "another"
+    bits = {precision: mean_bits(net, one.quantized) for precision, one in found.items()}
+    same = "the same" if found[0.25].strategy == found[0.0].strategy else "another"
     inputs, targets = val.dataset.tensors
     plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
     naive = seconds(lambda: naive_losses(plain, TensorDataset(inputs, targets), criterion))
@@ -318,10 +320,10 @@ def cluster() -> list[dict[str, Any]]:
             how = {"engine": "dask", "scheduler": local.scheduler_address}
             took[workers] = seconds(
                 lambda how=how, workers=workers: found.update(
-                    {workers: find_strategy(net, train, val, criterion, limit=1.01, **how)[0]}
+                    {workers: find_strategy(net, train, val, criterion, limit=1.01, **how)}
                 )
             )
-    same = "the same" if found[1].choices == found[2].choices else "another"
+    same = "the same" if found[1].strategy == found[2].strategy else "another"
     print(f"two workers find {same} strategy", flush=True)
     return [row("search of conv_mnist by two Dask workers, beside one", took[2], took[1])]
 
@@ -338,21 +340,19 @@ def growth() -> list[dict[str, Any]]:
         torch.manual_seed(0)
         body = [part for _ in range(layers) for part in (nn.Linear(width, width), nn.ReLU())]
         net = nn.Sequential(*body, nn.Linear(width, 10)).eval()
-        menus = {
-            "tensors": {
-                name: [PER_TENSOR | {"bits": bits} for bits in range(2, 8)]
+        space = SearchSpace(
+            {
+                name: [replace(PER_TENSOR, bits=bits) for bits in range(2, 8)]
                 for name, t in named_tensors(net).items()
                 if t.dim() > 1
-            },
-            "activations": {},
-        }
-        measurements = Measurements(net, train, val, nn.CrossEntropyLoss())
+            }
+        )
+        measurements = Measurements.start(net, train, val, nn.CrossEntropyLoss())
         measurements.evaluator.replayable = False  # each candidate is a whole pass
 
         def once() -> None:
             measurements.store.entries.clear()
-            parts = quantized_parts(measurements, menus)
-            sensitivities(measurements, menus, parts, precision=0)
+            measure_sensitivity(measurements, space, precision=0)
 
         return min(seconds(once) for _ in range(3))
 
@@ -439,7 +439,7 @@ def main() -> None:
     kept = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame({"what": []})
     for name in arguments.parts:
         print(name, flush=True)
-        command = [sys.executable, sys.argv[0], "--part", name]
+        command = [sys.executable, "-m", "benchmarks.speed", "--part", name]
         # this folder's modules, whatever is installed
         environment = {**os.environ, "PYTHONPATH": str(grids.ROOT)}
         done = subprocess.run(
@@ -452,7 +452,7 @@ def main() -> None:
             print(rows.to_string(index=False), flush=True)
             kept = pd.concat([kept[~kept["what"].isin(rows["what"])], rows], ignore_index=True)
             kept.to_csv(RESULTS, index=False)
-            grids.write_readme(MARKERS, markdown(pd.read_csv(RESULTS)))
+            grids.write_table(MARKERS, markdown(pd.read_csv(RESULTS)))
 
 
 if __name__ == "__main__":

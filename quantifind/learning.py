@@ -1,6 +1,5 @@
-"""Quantization-aware training by distillation: codes, scales and tables are trained until the
-network's outputs follow the float network's (straight-through estimation, arXiv:1308.3432; LSQ,
-arXiv:1902.08153; distillation, arXiv:1503.02531)."""
+"""Quantization-aware training by distillation: codes, scales and tables learn to follow the float
+network's outputs (arXiv:1308.3432; LSQ, arXiv:1902.08153; distillation, arXiv:1503.02531)."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -66,9 +65,8 @@ def learn(
 
     The outputs of the quantized network are held to those of ``model``: where targets are class
     labels, by the Kullback-Leibler divergence, else by the squared error. Where inputs are floating
-    point, half of each batch are blends of two examples (mixup, arXiv:1710.09412), so that the two
-    networks agree between the examples too. Dropout is off and norms keep their statistics,
-    activations their parameters, and what stays in float its values.
+    point, half of each batch are blends of two examples (mixup, arXiv:1710.09412). Dropout is off,
+    norms keep their statistics, activations their parameters, and what stays in float its values.
 
     strategy: to begin with; or what is already quantized.
     loader: training data, batches [inputs, targets].
@@ -149,8 +147,7 @@ def fit_temperature(model: nn.Module, loader: Iterable) -> float:
 
 
 def _check_number(name: str, value: Any, *, zero: bool = False) -> None:
-    number = isinstance(value, int | float) and value < math.inf
-    if not number or not (value > 0 or (zero and value == 0)):
+    if not isinstance(value, int | float) or not (0 < value < math.inf or (zero and value == 0)):
         least = "of 0 or more" if zero else "above 0"
         raise ValueError(f"{name} is {value!r}: a number {least} is needed")
 

@@ -46,8 +46,8 @@ def weight_errors(model: nn.Module, strategies: Sequence[Strategy]) -> pd.DataFr
     """How far quantized values are from the float ones.
 
     strategies: such as `quantifind.strategy.uniform_strategy` gives them.
-    Returns: a row for each strategy and tensor: ``tensor``, ``bit_depth`` of a code, ``values``, and
-        those of `quantifind.metrics.weight_error`.
+    Returns: a row for each strategy and tensor: ``tensor``, ``bit_depth`` of a code, ``values``,
+        and those of `quantifind.metrics.weight_error`.
     """
     values = named_tensors(model)
     rows = []

@@ -126,14 +126,8 @@ def test_a_network_of_one_option_each():
 def test_what_no_other_beats_is_kept(unit):
     kept = pareto(unit)
     assert kept == sorted(kept, key=lambda o: -o.cost)
-    front = {
-        (o.cost, o.loss_increase)
-        for o in unit
-        if not any(
-            p.cost <= o.cost and p.loss_increase <= o.loss_increase and (p.cost, p.loss_increase) != (o.cost, o.loss_increase)
-            for p in unit
-        )
-    }  # fmt: skip
+    points = {(o.cost, o.loss_increase) for o in unit}
+    front = {(a, b) for a, b in points if not any(c <= a and d <= b for c, d in points - {(a, b)})}
     assert [(o.cost, o.loss_increase) for o in kept] == sorted(front, reverse=True)
     assert all(any(o is given for given in unit) for o in kept)
     assert pareto(kept) == kept

@@ -321,48 +321,6 @@ def test_rows_of_their_own_power_are_never_worse():
     assert torch.equal(codes[-1], start.codes[-1])  # look-ups are all that counts there
 
 
-def test_corrected_biases_keep_the_means_of_the_outputs():
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv1d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 3)
-    )
-    x = torch.rand(200, 3, 7)
-    weights = {"scheme": "uniform", "bits": 3}
-    biases = {"scheme": "uniform", "bits": 12}
-
-    def shift(rounding):
-        choices = {
-            name: weights if p.dim() > 1 else biases | {"rounding": rounding}
-            for name, p in net.named_parameters()
-        }
-        rounded = quantize_model(net, Strategy(choices), [(x,)])
-        return (rounded(x) - net(x)).mean(0).norm()
-
-    assert shift("corrected") < 0.05 * shift("nearest")
-
-
-def test_biases_are_corrected_behind_embeddings_attention_and_plain_products():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(12, 8)
-            self.mix = nn.Parameter(torch.randn(8, 4))
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-            self.head = nn.Linear(4, 3)
-
-        def forward(self, codes):
-            x = self.embedding(codes) @ self.mix
-            return self.head(x + self.attention(x[:, :1], x, x)[0])
-
-    torch.manual_seed(0)
-    net, codes = Net(), some_codes()
-    coarse = {"scheme": "uniform", "bits": 3}
-    fine = {"scheme": "uniform", "bits": 12, "rounding": "corrected"}
-    choices = {n: fine if "bias" in n else coarse for n, _ in net.named_parameters()}
-    rounded = quantize_model(net, Strategy(choices), [(codes,)])
-    assert (rounded(codes) - net(codes)).mean((0, 1)).abs().max() < 1e-3
-
-
 @pytest.mark.parametrize(
     ("net", "message"),
     [

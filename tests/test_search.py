@@ -146,7 +146,7 @@ def test_what_is_found_needs_no_calibration_and_is_what_was_measured(small):
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     criterion = nn.CrossEntropyLoss()
     found = find_strategy(net, train, val, criterion, limit=1.05)
-    strategy, table = found.strategy, found.candidates
+    table = found.candidates
     replica = quantize_model(net, found.quantized)
     measured = compare(outcome(replica, val, criterion), outcome(net, val, criterion))
     chosen = table[table["chosen"]].iloc[0]

@@ -324,7 +324,7 @@ def test_codes_of_another_network_are_refused():
     with pytest.raises(ValueError, match=message):
         quantize(narrow, quantized)
     more = Quantized(quantized.tensors | {"more": quantized.tensors["0.bias"]})
-    with pytest.raises(ValueError, match="quantized tensors more: the network has 0.weight, "):
+    with pytest.raises(ValueError, match=r"quantized tensors more: the network has 0\.weight, "):
         quantize(net, more)
 
 

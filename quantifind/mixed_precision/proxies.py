@@ -64,7 +64,7 @@ def hessian_traces(
 
 
 def hessian_increase(mean_trace: float, values: Tensor, quantized: Tensor) -> float:
-    """½ · trace(H)/elements · ‖quantized − values‖²: the increase, for a change in a random direction.
+    """½ · trace(H)/elements · ‖quantized − values‖²: for a change of random direction.
 
     mean_trace: of `hessian_traces`.
 

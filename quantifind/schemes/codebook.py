@@ -46,7 +46,8 @@ def quantize(
         squared gradients.
     table_dtype: what k-means centres are stored in, "float32" (default; float64 for float64 values)
         or "float16".
-    options: for "normal", `scale` and `scale_dtype`, as `quantifind.tensor.scales.quantize_to_grid` has them.
+    options: for "normal", `scale` and `scale_dtype`, as
+        `quantifind.tensor.scales.quantize_to_grid` has them.
     Raises: ValueError naming the option that is out of range, and as `quantize_to_grid`.
 
     >>> quantize(torch.tensor([0.1, 0.2, 0.9, 5.0]), levels=3).dequantize().tolist()

@@ -366,9 +366,9 @@ def test_no_examples():
     inputs, targets = splits()[1].dataset.tensors
     refused("no examples", val=[(inputs[:0], targets[:0])])
     _, val = splits()
+    empty = batch_loader(Tensors(inputs[:0], targets[:0]), **ORDERED)
     with pytest.raises(ValueError, match="no examples"):
-        Measurements.start(network(), batch_loader(Tensors(inputs[:0], targets[:0]), **ORDERED), val,
-                     CRITERION)  # fmt: skip
+        Measurements.start(network(), empty, val, CRITERION)
 
 
 def test_inputs_of_different_shapes():
