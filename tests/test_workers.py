@@ -359,12 +359,12 @@ def test_a_search_finds_the_same(classifier, how, engine):
             net, train, val, criterion, limit=1.5, widths=[2, 4], learn=0, **options
         )
 
-    strategy, table = found()
-    other_strategy, other_table = found(**how(engine))
-    assert other_strategy.choices == strategy.choices
-    for name, fitted in strategy.fitted.tensors.items():
-        assert torch.equal(other_strategy.fitted.tensors[name].codes, fitted.codes)
-    columns = [name for name in table if name != "strategy"]
+    one, other = found(), found(**how(engine))
+    assert other.strategy == one.strategy
+    for name, quantized in one.quantized.tensors.items():
+        assert torch.equal(other.quantized.tensors[name].codes, quantized.codes)
+    table, other_table = one.candidates, other.candidates
+    columns = [name for name in table if name not in ("strategy", "quantized")]
     pd.testing.assert_frame_equal(other_table[columns], table[columns], check_exact=True)
 
 

@@ -265,8 +265,8 @@ def _solve(
     """The programme with loss increases in units of ``scale``, those above it left out."""
     allowed, most = increases <= scale, max(budget, costs.max()) or 1.0
     one_each = sparse.block_diag([sparse.coo_array(np.ones((1, n))) for n in np.diff(starts)])
-    # without presolve, in whose undoing HiGHS prints unasked; nor by scipy's milp, which does not tell
-    # it to be silent: test_the_solver_says_nothing
+    # without presolve, in whose undoing HiGHS prints unasked; not by milp, which can not tell it
+    # to be silent: test_the_solver_says_nothing
     solved = optimize.linprog(
         np.where(allowed, increases / (scale or 1.0), 0.0),
         A_ub=costs[None] / most,
