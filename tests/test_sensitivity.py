@@ -455,7 +455,7 @@ def test_what_is_quantized_is_kept_packed(tmp_path):
                 "tensors": {"head.weight": [{"scheme": "uniform", "bits": 3}]},
                 "activations": {"nope": [{"scheme": "uniform", "bits": 3}]},
             },
-            "activations nope: a pass has no values there",
+            "unknown activation nope: the network has enter.weight, head.weight",
         ),
     ],
 )

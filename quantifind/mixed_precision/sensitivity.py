@@ -23,6 +23,7 @@ from quantifind.mixed_precision.proxies import (
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.network.activations import fit_activations
 from quantifind.network.modules import named_tensors, plain_copy
+from quantifind.network.trace import activation_names
 from quantifind.quantize import quantize_alone
 from quantifind.storage import artifact
 from quantifind.tensor.choice import ActivationChoice, Choice
@@ -103,7 +104,16 @@ def quantize_choices(
     """Every tensor and activation by each of its choices, the rest in float, by `choice_key`.
 
     What is in the store is taken from it.
+
+    Raises: ValueError naming a tensor or an activation that the network hasn't, or whose choice
+        can't be.
     """
+    own = dict(measurements.model.named_buffers()) | named_tensors(measurements.model)
+    if unknown := space.tensors.keys() - own.keys():
+        raise ValueError(f"unknown tensor {min(unknown)}: the network has {', '.join(own)}")
+    met = activation_names(measurements.facts) if space.activations else []
+    if unknown := space.activations.keys() - set(met):
+        raise ValueError(f"unknown activation {min(unknown)}: the network has {', '.join(met)}")
     found: dict[str, QuantizedTensor | QParams] = {}
     tasks: list[tuple[str, str, Sequence[Choice]]] = []
     for kind, name, choices in space.items():
@@ -120,7 +130,6 @@ def quantize_choices(
         together = [missing] if kind == "tensors" and missing else [[c] for c in missing]
         tasks += [(kind, name, some) for some in together]
     # so that no worker is left with a large tensor in the end: test_large_tensors_are_rounded_first
-    own = dict(measurements.model.named_buffers()) | named_tensors(measurements.model)
     sizes = {name: tensor.numel() for name, tensor in own.items()}
     tasks.sort(key=lambda task: (task[0] != "tensors", -sizes.get(task[1], 0)))
     with progress("rounding", total=len(tasks)) as step:
