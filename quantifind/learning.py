@@ -134,7 +134,7 @@ def fit_temperature(model: nn.Module, loader: Iterable) -> float:
     Returns: 0.1 to 10; 1 where targets are not class labels.
     """
     batches = list(loader)
-    labels = torch.cat([targets for _, targets in batches])
+    labels = torch.cat([targets for _, targets in batches]).cpu()
     if labels.is_floating_point():
         return 1.0
     logits = outcome(model, batches, nn.CrossEntropyLoss())["outputs"].double()
@@ -223,9 +223,9 @@ class _Student:
                 tensor = start.tensors[name]
                 self.latents[name] = _latent(parameter, tensor).requires_grad_()
                 scale, table = tensor.qparams.scale, tensor.qparams.grid.table
-                unit = table if scale is None else scale
-                assert unit is not None
-                factor = torch.zeros(unit.shape, device=parameter.device)
+                trained = table if scale is None else scale
+                assert trained is not None
+                factor = torch.zeros(trained.shape, device=parameter.device)
                 self.log_factors[name] = factor.requires_grad_()
         if not self.latents:
             raise ValueError("the strategy leaves every parameter in float: nothing can be learned")

@@ -91,7 +91,7 @@ def paired(
 
 
 def divergence(quantized: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> np.ndarray:
-    """How much the loss of each example would rise if the original's outputs were the truth.
+    """How much the loss of each example would increase if the original's outputs were the truth.
 
     Two outcomes, as `paired` takes them. Returns: (examples,) float64, the Kullback-Leibler
     divergence of the classes' probabilities from the original's (nats), or without classes the mean

@@ -119,7 +119,7 @@ def _gptq_sequentially(
     done: Mapping[str, QuantizedTensor],
     activations: Mapping[str, QParams],
 ) -> dict[str, QuantizedTensor]:
-    """Weights layer by layer, each compensated for what those before it have lost."""
+    """Weights layer by layer, each making up for what those before it lost."""
     work = plain_copy(network.model)
     put_values(work, done)
     rounded = QuantizedActivations(work, activations).rounded

@@ -135,6 +135,11 @@ def find_strategy(
     goal = Goal.of(limit, budget)
     activation_bits = list(activation_bits)
     _check(goal, learn, confidence, activation_bits)
+    if search_space is not None and not isinstance(search_space, SearchSpace):
+        if not {"tensors"} <= search_space.keys() <= {"tensors", "activations"}:
+            named = ", ".join(search_space) or "nothing"
+            raise ValueError(f"search_space has {named}: tensors, and perhaps activations")
+        search_space = SearchSpace(**search_space)
     with Workers(engine, scheduler=scheduler) as workers:
         measurements = Measurements.start(
             model, train_loader, val_loader, criterion, folder=folder, seed=seed, workers=workers
@@ -148,14 +153,16 @@ def find_strategy(
             sweep_budgets(candidates)
             if candidates.best() is not None:
                 break
+        table = sensitivity.table
+        if proxies:
+            table = predict_sensitivity(measurements, sensitivity)
         try_neighbours(candidates)
         gptq_sequentially(candidates)
         add_safer_allocations(candidates)
         if learn:
             learn_allocations(candidates, learn)
-        best, table = _chosen(candidates)
-        alone = predict_sensitivity(measurements, sensitivity) if proxies else sensitivity.table
-        return Found(best["strategy"], best["quantized"], table, alone)
+        best, rows = _chosen(candidates)
+        return Found(best["strategy"], best["quantized"], rows, table)
 
 
 def _check(goal: Goal, learn: float, confidence: float, activation_bits: Sequence[int]) -> None:
@@ -174,11 +181,11 @@ def _spaces(
     measurements: Measurements,
     widths: Iterable[int] | None,
     activation_bits: Sequence[int],
-    given: SearchSpace | Mapping[str, Any] | None,
+    given: SearchSpace | None,
 ) -> Iterator[SearchSpace]:
     """The search space that is given; or the default one, and a wider one where it is too small."""
     if given is not None:
-        yield given if isinstance(given, SearchSpace) else SearchSpace(**given)
+        yield given
         return
     for tried in (WIDTHS, WIDER) if widths is None else (list(widths) or WIDTHS,):
         yield default_search_space(measurements.model, measurements.facts, tried, activation_bits)

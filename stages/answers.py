@@ -136,7 +136,7 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
         "| tensor | becomes |",
         "|---|---|",
         *(f"| {tensor} | {words} |" for tensor, words in answer["tensors"].items()),
-        *(f"| input of {site} | {words} |" for site, words in answer["activations"].items()),
+        *(f"| input of {name} | {words} |" for name, words in answer["activations"].items()),
     ]
     return "\n".join(lines) + "\n"
 

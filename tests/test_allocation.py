@@ -1,6 +1,7 @@
 """Allocations beside a look at every one there is."""
 
 import itertools
+import math
 
 import hypothesis.strategies as st
 import numpy as np
@@ -136,6 +137,14 @@ def test_what_no_other_beats_is_kept(unit):
 @given(units=UNITS, budget=st.floats(1, 200))
 def test_nothing_is_lost_with_what_is_beaten(units, budget):
     assert least_rise([pareto(unit) for unit in units], budget) == least_rise(units, budget)
+
+
+def test_what_is_no_number_is_left():
+    """An option that gave NaN or infinity, unless there is no other."""
+    cheap, dear = Option({}, {}, 2.0, math.inf), Option({}, {}, 8.0, 0.1)
+    assert pareto([cheap, dear]) == [dear]
+    assert pareto([cheap]) == [cheap]
+    assert allocate([[dear], [cheap]], 10.0) == (0, 0)
 
 
 def test_nothing_of_nothing():

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import Goal
 from quantifind.metrics import outcome
 from quantifind.mixed_precision import measurements as measuring
 from quantifind.mixed_precision import refinement as refining
-from quantifind.mixed_precision.allocation import Allocation
+from quantifind.mixed_precision.allocation import Allocation, Option
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import SearchSpace
@@ -20,6 +21,7 @@ from quantifind.mixed_precision.sensitivity import measure_sensitivity
 from quantifind.network.trace import macs
 from quantifind.quantize import mean_bits, quantize_model
 from quantifind.search import find_strategy
+from quantifind.tensor.choice import Choice
 from quantifind.utils import plugins
 from quantifind.utils.loaders import Tensors, batch_loader, random_split
 from quantifind.workflow.evaluation_workflow import compare
@@ -458,3 +460,46 @@ def test_too_few_examples_say_how_many_it_would_take(small):
     }
     with pytest.raises(ValueError, match=r"on 12 validation examples.*about [0-9,]+ examples"):
         find_strategy(net, train, few, nn.CrossEntropyLoss(), limit=1.003, search_space=space)
+
+
+def test_the_sensitivities_are_those_of_the_widths_that_were_needed():
+    """A regression to float32 precision, which 16 bits are too few for."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    inputs = torch.randn(600, 4)
+    with torch.no_grad():
+        targets = net(inputs) + 1e-6 * torch.randn(600, 3)
+    parts = random_split(Tensors(inputs, targets), [200, 200, 200])
+    train, val, _ = (batch_loader(p, batch_size=50, shuffle=False, seed=0) for p in parts)
+    found = find_strategy(net, train, val, nn.MSELoss(), limit=1.05)
+    assert found.strategy.tensors["weight"].bits > 16
+    assert found.sensitivity["bits"].max() == 32
+    safe = minimum_safe_bits(found.sensitivity, 1.05)
+    assert all(bits is not None for bits in safe.values())
+    assert safe["weight"] > 16
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_codes_are_learned_of_weights_by_their_shape(small, axis):
+    """However their scales are shared."""
+    net, train, val, _ = small
+    candidates = all_candidates(net, train, val, Goal.of(2.0, None))
+
+    def learnable(**choice):
+        weight = Choice("uniform", axis=axis, **choice)
+        return refining._learnable(candidates, Option({"0.weight": weight}, {}, 1.0, 0.0))
+
+    assert learnable(bits=2, rounding="gptq")
+    assert not learnable(bits=2)
+    assert not learnable(bits=8, rounding="gptq")
+
+
+def test_every_scheme_can_be_searched(small):
+    net, train, val, _ = small
+    choices = [{"scheme": scheme, "bits": 4} for scheme in plugins.names("schemes")]
+    space = {"tensors": {name: choices for name, _ in net.named_parameters()}}
+    found = find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.5, search_space=space)
+    assert set(found.sensitivity["scheme"]) == set(plugins.names("schemes"))
+    uniform = found.candidates[found.candidates["origin"] == "uniform"]
+    tried = {strategy.tensors["0.weight"].scheme for strategy in uniform["strategy"]}
+    assert tried == set(plugins.names("schemes"))

@@ -248,6 +248,13 @@ def test_equal_copies_have_the_same_fingerprint():
     assert fingerprint(net, *others) != same
 
 
+def test_tensors_by_name_are_told_apart_by_every_value():
+    one = {"codes": torch.zeros(5_000), "scale": torch.ones(1)}
+    other = one | {"codes": one["codes"].index_fill(0, torch.tensor([2_500]), 1e-7)}
+    assert fingerprint(one) == fingerprint(dict(one)) != fingerprint(other)
+    assert fingerprint(one) != fingerprint({"scale": one["scale"], "code": one["codes"]})
+
+
 def test_another_process_has_the_same_fingerprint():
     code = "from test_store import *; print(fingerprint(*things(), 'end'))"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -16,7 +16,7 @@ from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.mixed_precision.sensitivity import Sensitivity
 from quantifind.network.modules import named_tensors
-from quantifind.network.trace import ProductFacts, macs
+from quantifind.network.trace import ProductFacts, activation_names, macs
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.qparams import QParams
@@ -106,7 +106,8 @@ class Allocation:
         """Names of tensors and of activations that are chosen together, since one's cost depends on
         the other's width."""
         own, met = self.space.tensors, self.space.activations
-        pairs = {p.activations for p in self.products if p.weight is None} if met else set()
+        products = (p.activations for p in self.products if p.weight is None)
+        pairs = {names for names in products if not met.keys().isdisjoint(names)}
         paired = {name for pair in pairs for name in pair}
         for name in self.values:
             inputs = [name] if name in met and name not in paired else []
@@ -119,7 +120,7 @@ class Allocation:
         for name in tensors:
             tried.append([(name, choice) for choice in self.space.tensors[name]])
         for name in activations:
-            tried.append([(name, None), *((name, c) for c in self.space.activations[name])])
+            tried.append([(name, None), *((name, c) for c in self.space.activations.get(name, ()))])
         options = []
         for chosen in combinations(*tried):
             own, met = dict(chosen[: len(tensors)]), dict(chosen[len(tensors) :])
@@ -185,7 +186,7 @@ class Allocation:
     ) -> Strategy:
         """The choices of an assignment."""
         tensors: dict[str, Any] = dict.fromkeys(self.values)
-        activations: dict[str, Any] = dict.fromkeys(self.space.activations)
+        activations: dict[str, Any] = dict.fromkeys(activation_names(self.products))
         for group, index in zip(groups or self.groups, assignment, strict=True):
             tensors |= group[index].tensors
             activations |= group[index].activations
@@ -197,23 +198,21 @@ class Allocation:
         own = self.space.tensors
         weights = [name for name in own if self.values[name].dim() > 1]
         for choice in own[weights[0]] if weights else []:
-            bits = _bits(choice)
+            bits = choice.width
             if bits <= UNIFORM_BITS and all(choice in own[name] for name in weights):
                 tensors: dict[str, Choice | None] = dict.fromkeys(self.values)
                 for name, choices in own.items():
-                    nearest = min(choices, key=lambda c: abs(_bits(c) - bits))
+                    nearest = min(choices, key=lambda c: abs(c.width - bits))
                     tensors[name] = choice if name in weights else nearest
                 yield Strategy(tensors)
 
 
-def _bits(choice: Choice) -> int:
-    return 2 if choice.bits is None else choice.bits
-
-
 def pareto(options: Sequence[Option]) -> list[Option]:
     """Those that no other beats in both cost and loss increase, from the costliest down."""
+    # one that gave NaN or infinity is taken where there is no other: test_what_is_no_number_is_left
+    finite = [option for option in options if math.isfinite(option.loss_increase)] or options
     kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.cost, o.loss_increase)):
+    for option in sorted(finite, key=lambda o: (o.cost, o.loss_increase)):
         if not kept or option.loss_increase < kept[-1].loss_increase:
             kept.append(option)
     return kept[::-1]
@@ -236,7 +235,7 @@ def allocate(groups: Sequence[Sequence[Option]], budget: float) -> Assignment | 
     cheapest = tuple(index for *_, index in least)
     if total_cost(groups, cheapest) > budget:
         return None
-    scale, slack = increases.max(), 0.0
+    scale, slack = increases[np.isfinite(increases)].max(initial=0.0), 0.0
     while True:
         chosen = _solve(costs, increases, starts, budget, scale, slack)
         if chosen is None:

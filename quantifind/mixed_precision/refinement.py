@@ -129,7 +129,7 @@ def _learnable(candidates: Candidates, option: Option) -> bool:
     for name, choice in option.tensors.items():
         is_weight = candidates.allocation.values[name].dim() > 1
         most = LEARNABLE if is_weight else BESIDE
-        if choice is None or (2 if choice.bits is None else choice.bits) > most:
+        if choice is None or choice.width > most:
             return False
         if is_weight and choice.rounding != "gptq":
             return False

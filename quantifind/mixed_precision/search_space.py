@@ -48,6 +48,8 @@ class SearchSpace:
                     raise ValueError(f"{name}: the search space has no choice for it")
                 with naming(name):
                     typed[name] = [c if isinstance(c, make) else make.of(c) for c in choices]
+                    if any("importance" in choice.options for choice in typed[name]):
+                        raise ValueError("importance: a search takes it from training data")
             object.__setattr__(self, kind, typed)
 
     def items(self) -> Iterator[tuple[str, str, Sequence[Choice]]]:

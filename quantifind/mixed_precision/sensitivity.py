@@ -108,7 +108,7 @@ def quantize_choices(
     Raises: ValueError naming a tensor or an activation that the network hasn't, or whose choice
         can't be.
     """
-    own = dict(measurements.model.named_buffers()) | named_tensors(measurements.model)
+    own = named_tensors(measurements.model)
     if unknown := space.tensors.keys() - own.keys():
         raise ValueError(f"unknown tensor {min(unknown)}: the network has {', '.join(own)}")
     met = activation_names(measurements.facts) if space.activations else []
@@ -174,7 +174,7 @@ def _row(
     kind: str, name: str, choice: Choice, quantized: QuantizedTensor | QParams, columns: Columns
 ) -> dict[str, Any]:
     noise, signal = (columns[c].mean() for c in ("squared_error", "squared_norm"))
-    is_tensor = isinstance(quantized, QuantizedTensor)
+    is_tensor, increase = isinstance(quantized, QuantizedTensor), columns["divergence"].mean()
     return {
         "kind": kind,
         "name": name,
@@ -183,7 +183,7 @@ def _row(
         "bits": quantized.bits,
         "stored_bits": quantized.stored_bits if is_tensor else 0,
         "original_criterion": columns["original_loss"].mean(),
-        "loss_increase": max(columns["divergence"].mean(), 0.0),
+        "loss_increase": max(increase, 0.0) if math.isfinite(increase) else math.inf,
         **degradation(columns),
         "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,
         "examples": len(columns["loss"]),

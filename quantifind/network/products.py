@@ -81,15 +81,12 @@ Visit = Callable[[Product], Tensor]
 
 
 @contextmanager
-def visiting(
-    model: nn.Module, visit: Visit, tensors: Mapping[str, Tensor] | None = None
-) -> Iterator[None]:
+def visiting(model: nn.Module, visit: Visit) -> Iterator[None]:
     """Within it, each product of a pass through ``model`` is what ``visit`` returns for it.
 
     visit: Product → result, as ``product.compute(*product.operands)`` gives it.
-    tensors: what stands for the model's parameters and buffers by name, its own by default.
     """
-    named = own_tensors(model) if tensors is None else tensors
+    named = own_tensors(model)
     # modules entered and not yet left, by name
     path: list[str] = []
     names = {module: name for name, module in model.named_modules()}

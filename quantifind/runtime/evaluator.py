@@ -3,7 +3,6 @@ in place."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,6 +50,8 @@ class Evaluator:
         self.replayable = True
         # tensors of which a replayed pass was compared with a whole one
         self.compared: set[str] = set()
+        # before what is put there counts as changed: test_a_layout_that_fails_is_left
+        self.stateful, self.edits_inputs = self._side_effects()
         self.layout, self.batch = CONTIGUOUS, 0
         self.inputs = self.targets = torch.empty(0)
         if len({(inputs.shape[1:], targets.shape[1:]) for inputs, targets in self.given}) == 1:
@@ -58,11 +59,10 @@ class Evaluator:
             self.given = []
             self._lay_out(*layout_and_batch(self.work, self.inputs))
 
-    @cached_property
-    def side_effects(self) -> tuple[set[str], bool]:
+    def _side_effects(self) -> tuple[set[str], bool]:
         """The tensors that a pass changes, such as running means, and whether it changes its inputs
         (test_what_a_pass_changes_is_put_back)."""
-        some = (self.given[0][0] if self.given else self.inputs)[:2].to(self.device)
+        some = self.given[0][0][:2].to(self.device)
         inputs = some.clone()
         # what it can't take is said by the pass that is asked for
         with evaluating(self.work), suppress(RuntimeError):
@@ -79,7 +79,6 @@ class Evaluator:
         self.layout, self.batch = layout, batch
         # where a pass failed, it may get further
         self.replayable = True
-        self.__dict__.pop("side_effects", None)
         to_layout(self.work, layout)
         self.inputs = _on(self.device, in_layout(self.inputs, layout))
         self.targets = _on(self.device, self.targets)
@@ -92,9 +91,8 @@ class Evaluator:
             last = self.examples if last is None else last
             spans = [(i, min(i + self.batch, last)) for i in range(first, last, self.batch)]
             batches = ((self.inputs[i:j], self.targets[i:j]) for i, j in spans)
-        _, edits_inputs = self.side_effects
         for inputs, targets in batches:
-            yield inputs.clone() if edits_inputs else inputs, targets
+            yield inputs.clone() if self.edits_inputs else inputs, targets
 
     def outcome(
         self, quantized: Quantized | None = None, first: int = 0, last: int | None = None
@@ -163,9 +161,8 @@ class Evaluator:
     @torch.no_grad()
     def _put(self, tensors: Mapping[str, QuantizedTensor]) -> None:
         """The working copy's tensors on their levels; those not named have their float values."""
-        stateful, _ = self.side_effects
         own = _own(self.work)
-        for name in (self.changed | stateful) - tensors.keys():
+        for name in (self.changed | self.stateful) - tensors.keys():
             own[name].copy_(self.values[name])
         # first, so that a put that fails is undone: test_what_fails_leaves_nothing_behind
         self.changed = tensors.keys() & own.keys()

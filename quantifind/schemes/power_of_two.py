@@ -20,7 +20,7 @@ def quantize(values: Tensor, bits: int, *, terms: int = 1, **options: Any) -> Qu
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, as
         `quantifind.tensor.scales.quantize_to_grid` has them.
     Returns: at most 2^bits − 1 distinct values for each scale, 0 among them.
-    Errors: ValueError for a number of bits or terms that can't be, and as `quantize_to_grid`.
+    Raises: ValueError for a number of bits or terms that can't be, and as `quantize_to_grid`.
 
     >>> quantize(torch.tensor([1.0, 0.4, -0.2, 0.1]), 3).dequantize().tolist()
     [1.0, 0.5, -0.25, 0.0]

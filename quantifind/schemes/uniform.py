@@ -29,10 +29,10 @@ def quantize(
         alone, where whole numbers would leave none above 0.
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, `zero_point`, as
         `quantifind.tensor.scales.quantize_to_grid` has them.
-    Returns: at most so many distinct values for each scale. With ``scale`` "largest" each value is
+    Returns: at most so many distinct values for each scale. With ``scale`` "max_abs" each value is
     at most half a step and one unit in the last place of its dtype from the original, and a
     constant tensor keeps its value.
-    Errors: ValueError for a number of levels that can't be, and as `quantize_to_grid`.
+    Raises: ValueError for a number of levels that can't be, and as `quantize_to_grid`.
 
     >>> import torch
     >>> quantize(torch.tensor([0.0, 0.3, -0.3, 0.75]), bits=3).codes.tolist()

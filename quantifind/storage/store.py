@@ -54,11 +54,13 @@ class Store:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A digest of plain values, tensors, and the tensors of networks."""
+    """A digest of plain values, tensors, tensors by name, and those of networks."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
-            for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+            part = dict([*part.named_parameters(), *part.named_buffers()])
+        if isinstance(part, dict) and any(isinstance(value, Tensor) for value in part.values()):
+            for name, tensor in part.items():
                 digest.update(name.encode())
                 digest.update(_bytes(tensor))
         elif isinstance(part, Tensor):

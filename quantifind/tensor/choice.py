@@ -44,6 +44,9 @@ class Choice:
     SHARED: ClassVar = ("bits", "levels", "axis", "group")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "options", dict(self.options))
+        if twice := self.options.keys() & {f.name for f in fields(self)}:
+            raise ValueError(f"{min(twice)} stands among the options: it is a field of its own")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is {self.rounding!r}: {', '.join(ROUNDINGS)} are allowed")
         taken = _arguments(plugins.load("schemes", self.scheme, "quantize"))
@@ -65,7 +68,7 @@ class Choice:
         {'scale': 'mse'}
         """
         values = given.plain() if isinstance(given, Choice) else given
-        if "scheme" not in values:
+        if not isinstance(values, Mapping) or "scheme" not in values:
             raise ValueError(f"a choice needs a scheme: {', '.join(plugins.names('schemes'))}")
         own = {f.name for f in fields(cls)} - {"options"}
         return cls(
@@ -83,6 +86,11 @@ class Choice:
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self.plain().items())
         return f"{type(self).__name__}({given})"
+
+    @property
+    def width(self) -> int:
+        """Whole bits that tell its levels apart: 2 for three of them."""
+        return ((self.levels or 2) - 1).bit_length() if self.bits is None else self.bits
 
     @property
     def needs(self) -> str | None:

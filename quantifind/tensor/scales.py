@@ -23,7 +23,7 @@ def level_count(scheme: str, bits: Any, levels: Any, *, low: int, high: int) -> 
     """How many levels ``bits`` or ``levels`` ask for.
 
     low, high: the widths the scheme has, in bits.
-    Errors: ValueError unless exactly one is given, a whole number that the scheme has.
+    Raises: ValueError unless exactly one is given, a whole number that the scheme has.
     """
     if (bits is None) == (levels is None):
         raise ValueError(f"{scheme} takes either bits or levels, not bits={bits}, levels={levels}")
@@ -71,7 +71,7 @@ def importance_rows(
 ) -> Tensor:
     """The importance of each value, float64, as `to_rows` has them; 0 for what fills up a group.
 
-    Errors: ValueError where there is none, or it can't broadcast, or is negative, NaN or infinite.
+    Raises: ValueError where there is none, or it can't broadcast, or is negative, NaN or infinite.
     """
     if importance is None:
         raise ValueError("weighted errors need the importance of each value: calibration inputs")
@@ -104,7 +104,7 @@ def quantize_to_grid(
     `quantifind.tensor.qparams.to_rows`: the tensor by default, a channel, or a group of its inputs.
     scale: "max_abs", which reaches the row's largest magnitude; "mse", with the least sum
         of squared errors among those tried, never more than that of "max_abs";
-        "weighted_squared_error", each error weighted with ``importance``; or the scale itself, a
+        "weighted_mse", each error weighted with ``importance``; or the scale itself, a
         number.
     importance: not negative, broadcasts against ``values``: the inputs' second moments.
     scale_dtype: what the scale is stored in: "float32" (default; float64 for float64 values),
@@ -112,7 +112,7 @@ def quantize_to_grid(
     zero_point: shift the levels by a whole number of codes, so that they span the row's lowest to
         its largest value, and 0 (Jacob et al. 2018, arXiv:1712.05877); of a given ``scale``, as far
         as it reaches from the lowest.
-    Errors: ValueError naming the option that is out of range, for values that are not floating
+    Raises: ValueError naming the option that is out of range, for values that are not floating
     point, and for NaN or infinity, saying how many there are.
     """
     check_values(values)

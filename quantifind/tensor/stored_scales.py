@@ -22,7 +22,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype, *, up: bool = False) -> Tens
     """Positive scales in the dtype they are stored in, to nearest or ``up``, never to 0.
 
     The nearest to one above the largest that can be stored is that.
-    Errors: ValueError for such a one when it is to go ``up``.
+    Raises: ValueError for such a one when it is to go ``up``.
     """
     if up:
         check_storable(scale, dtype)

@@ -86,6 +86,9 @@ def evaluate_strategies(
     strategies = list(strategies)
     given = strategies if quantized is None else list(quantized)
     tasks = list(zip(strategies, given, strict=True))
+    for number, (strategy, known) in enumerate(tasks):
+        if isinstance(known, Quantized) and not _belongs(known, strategy):
+            raise ValueError(f"quantized {number} is not what strategy {number} names")
     with Workers(engine, scheduler=scheduler) as workers:
         evaluator = Evaluator(model, loader, criterion)
         batches = None if calibration is None else list(calibration)
@@ -96,6 +99,17 @@ def evaluate_strategies(
                 rows.append(row)
                 step(f"{row['mean_bits']:.4g} bits CR {row['criterion_ratio']:.4f}")
     return pd.DataFrame(rows)
+
+
+def _belongs(quantized: Quantized, strategy: Strategy) -> bool:
+    pairs = (
+        (quantized.tensors, strategy.tensors),
+        (quantized.activations, strategy.activations),
+    )
+    return all(
+        have.keys() == {name for name, choice in named.items() if choice is not None}
+        for have, named in pairs
+    )
 
 
 @dataclass(frozen=True)
