@@ -83,9 +83,9 @@ def test_a_value_of_another_type_is_named():
         choice.quantize(torch.ones(3))
     with pytest.raises(ValueError, match="bits stands among the options"):
         Choice("uniform", 4, options={"bits": 8})
-    for given in (None, 4, "uniform"):
+    for wrong in (None, 4, "uniform"):
         with pytest.raises(ValueError, match="a choice needs a scheme"):
-            Choice.of(given)
+            Choice.of(wrong)
 
 
 def test_an_error_keeps_its_cause():
