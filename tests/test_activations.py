@@ -271,3 +271,18 @@ def test_activations_that_are_not_finite_are_named():
     choices = {"1.weight": CHOICE}
     with pytest.raises(ValueError, match=r"activations of 1.weight: 2 values are NaN or infinite"):
         fitted(net, choices, [(torch.full((2, 1), 9.0),)])
+
+
+def test_ranges_are_of_values_before_they_change():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y + x.mul_(100)
+
+    choice, x = ActivationChoice("uniform", 8), torch.randn(9, 4)
+    fit = fit_activations(InPlace(), {"layer.weight": choice}, [(x,)])["layer.weight"]
+    assert fit.scale == choice.quantize(x).qparams.scale

@@ -163,3 +163,12 @@ def test_an_option_out_of_range_is_refused(wrong, message):
 def test_importance_that_cannot_weigh_is_refused(importance, message):
     with pytest.raises(ValueError, match=message):
         uniform.quantize(SAMPLE, 4, scale="weighted_mse", importance=importance)
+
+
+def test_importance_may_be_plain_values():
+    """As JSON has them."""
+    one, other = (
+        uniform.quantize(SAMPLE, 3, axis=1, scale="weighted_mse", importance=importance)
+        for importance in (torch.arange(1.0, 41), list(range(1, 41)))
+    )
+    assert torch.equal(one.dequantize(), other.dequantize())

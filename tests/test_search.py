@@ -23,7 +23,7 @@ from quantifind.quantize import mean_bits, quantize_model
 from quantifind.search import find_strategy
 from quantifind.tensor.choice import Choice
 from quantifind.utils import plugins
-from quantifind.utils.loaders import Tensors, batch_loader, random_split
+from quantifind.utils.loaders import Tensors, batch_loader, create_dataloaders, random_split
 from quantifind.workflow.evaluation_workflow import compare
 
 PLAIN = {"scheme": "uniform", "axis": 0, "scale_dtype": "float16"}
@@ -503,3 +503,34 @@ def test_every_scheme_can_be_searched(small):
     uniform = found.candidates[found.candidates["origin"] == "uniform"]
     tried = {strategy.tensors["0.weight"].scheme for strategy in uniform["strategy"]}
     assert tried == set(plugins.names("schemes"))
+
+
+def test_activations_that_are_not_named_stay_in_float():
+    """Of a weight beside others, and of a product beside its other operand."""
+
+    class Attentive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    torch.manual_seed(0)
+    net, inputs = Attentive().eval(), torch.randn(400, 5, 8)
+    data = Tensors(inputs, inputs[:, 0, :3].argmax(1))
+    train, val, _ = create_dataloaders(data, batch_size=64)
+    named = ["head.weight", "attention.product.0.right"]
+    given = {
+        "tensors": {"head.weight": [PLAIN | {"bits": 4, "rounding": "gptq"}]},
+        "activations": {name: [{"scheme": "uniform", "bits": 8}] for name in named},
+    }
+    # little more than the least that there is
+    budget = {"bit_operations": 0.899 * every_cost(net, train, val, "bit_operations")}
+    found = find_strategy(net, train, val, nn.CrossEntropyLoss(), budget=budget, search_space=given)
+    assert {name for name, choice in found.strategy.activations.items() if choice} == set(named)
+    assert set(found.quantized.activations) == set(named)
+    assert "sequential" in set(found.candidates["origin"])
+    (chosen,) = found.candidates[found.candidates["chosen"]].to_dict("records")
+    assert chosen["bit_operations"] <= budget["bit_operations"]

@@ -88,11 +88,9 @@ def test_half_integer_levels_are_half_a_step_near(values, bits):
     result = quantized.dequantize()
     error = (result.double() - values.double()).abs()
     assert (error <= quantized.qparams.scale.double() / 2 * (1 + 1e-9) + unit_of(result)).all()
-    if values.any():
-        nothing = torch.zeros((), dtype=values.dtype)
-        smallest = nothing.nextafter(torch.ones_like(nothing)).double()
-        half_a_step = quantized.qparams.scale.double().max() / 2
-        assert not (result == 0).any() or half_a_step <= smallest
+    half_a_step = quantized.qparams.scale.double() / 2
+    smallest = torch.nextafter(torch.zeros(1, dtype=values.dtype), values.new_ones(1)).double()
+    assert (result != 0).all() or half_a_step <= smallest / 2
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -91,8 +91,10 @@ class Allocation:
             "loss_increases": sensitivity.loss_increases,
         }
         bare = cls(**given, groups=[], fixed=0.0)
-        groups = [pareto(bare._options(*names)) for names in bare._group_names()]
-        named = {*space.tensors, *space.activations}
+        names = list(bare._group_names())
+        groups = [pareto(bare._options(*one)) for one in names]
+        # both operands of a product: test_activations_that_are_not_named_stay_in_float
+        named = {name for one in names for kind in one for name in kind}
         fixed = bare.cost(Quantized()) - bare.cost(Quantized(), named)
         cheapest = fixed + sum(group[-1].cost for group in groups)
         if goal.budget is not None and goal.budget < cheapest:

@@ -49,6 +49,9 @@ class Choice:
             raise ValueError(f"{min(twice)} stands among the options: it is a field of its own")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is {self.rounding!r}: {', '.join(ROUNDINGS)} are allowed")
+        if not isinstance(self.scheme, str):
+            allowed = ", ".join(plugins.names("schemes"))
+            raise ValueError(f"scheme is {self.scheme!r}: {allowed}, or a dotted path, are allowed")
         taken = _arguments(plugins.load("schemes", self.scheme, "quantize"))
         if unknown := self._scheme_options().keys() - set(taken):
             raise ValueError(
@@ -128,7 +131,7 @@ class Choice:
         try:
             return put(values.detach(), **options)
         except TypeError as error:
-            raise ValueError(f"{options} has a value of another type: {error}") from error
+            raise ValueError(f"{self.plain()} can't be: {error}") from error
 
     def _scheme_options(self) -> dict[str, Any]:
         shared = {name: getattr(self, name) for name in self.SHARED}
