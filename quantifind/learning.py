@@ -91,8 +91,7 @@ def learn(
     if len(loader) == 0:
         raise ValueError("the loader has no batches")
     given = artifact.pack(strategy) if isinstance(strategy, Quantized) else [strategy.choices]
-    options = [epochs, temperature, label_weight, learning_rate, seed]
-    work = fingerprint(model, options, *given)
+    work = fingerprint(model, [epochs, temperature, label_weight, learning_rate, seed], *given)
     kept = _kept(checkpoints, work)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)

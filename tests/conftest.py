@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import importlib
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from quantifind.runtime.evaluator import Evaluator
 from quantifind.utils.loaders import Tensors, create_dataloaders, split_loaders, whole_split
 from quantifind.utils.memory import keep_freed_memory
 
@@ -37,6 +39,31 @@ def classifier():
     inputs = torch.randn(400, 6)
     data = Tensors(inputs, inputs[:, :3].argmax(1))
     return net, nn.CrossEntropyLoss(), create_dataloaders(data, batch_size=32)
+
+
+def count_measured(monkeypatch, stop_after=math.inf):
+    """(Tensor that alone is quantized or None, first example, last) of each candidate that is
+    measured from here on, until a kill."""
+    seen: list[tuple] = []
+    outcome, one_tensor = Evaluator.outcome, Evaluator.one_tensor
+
+    def note(what, count):
+        if len(seen) >= stop_after:
+            raise KeyboardInterrupt
+        seen.extend([what] * count)
+
+    def noted(evaluator, quantized=None, *span):
+        if quantized is not None:  # which the float network isn't
+            note((None, *span), 1)
+        return outcome(evaluator, quantized, *span)
+
+    def noted_alone(evaluator, name, values, *span):
+        note((name, *span), len(values))
+        return one_tensor(evaluator, name, values, *span)
+
+    monkeypatch.setattr(Evaluator, "outcome", noted)
+    monkeypatch.setattr(Evaluator, "one_tensor", noted_alone)
+    return seen
 
 
 def tracked_files() -> list[str]:

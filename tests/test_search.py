@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
+from conftest import count_measured
 from torch import nn
 
 from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import Goal
 from quantifind.metrics import outcome
-from quantifind.mixed_precision import measurements as measuring
 from quantifind.mixed_precision import refinement as refining
 from quantifind.mixed_precision.allocation import Allocation, Option
 from quantifind.mixed_precision.candidates import Candidates
@@ -64,10 +64,10 @@ def space(net):
     return {"tensors": {name: CHOICES for name, _ in net.named_parameters()}, "activations": {}}
 
 
-def all_candidates(net, train, val, goal):
+def all_candidates(net, train, val, goal, given=None):
     """None measured yet."""
     measurements = Measurements.start(net, train, val, nn.CrossEntropyLoss())
-    choices = SearchSpace(**space(net))
+    choices = SearchSpace(**(given or space(net)))
     sensitivity = measure_sensitivity(measurements, choices)
     allocation = Allocation.of(measurements, choices, sensitivity, goal)
     return Candidates(measurements, allocation, 0.95)
@@ -284,38 +284,19 @@ def test_learning_goes_below_what_rounding_reaches():
     assert outcome(quantize_model(net, found.quantized), val, criterion)["loss"].isfinite().all()
 
 
-def count_measured(monkeypatch, stop_after=math.inf):
-    """The spans of examples that candidates are measured on, from here on, until a kill."""
-    seen, measure = [], measuring._measure
-
-    def counted(measurements, task):
-        if len(seen) >= stop_after:
-            raise KeyboardInterrupt
-        candidates, *span = task
-        seen.extend([span] * len(candidates))
-        return measure(measurements, task)
-
-    monkeypatch.setattr(measuring, "_measure", counted)
-    return seen
-
-
 def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
-    seen, alone = count_measured(monkeypatch), []
-    known = measuring.Evaluator.one_tensor
-    monkeypatch.setattr(
-        measuring.Evaluator, "one_tensor", lambda *given: alone.append(given) or known(*given)
-    )
+    seen = count_measured(monkeypatch)
     first = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
-    count, tensors = len(seen), len(alone)
+    count = len(seen)
     again = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
     assert len(seen) == count  # nothing is measured again
     assert first.strategy == again.strategy
     assert plain(first).equals(plain(again))
     find_strategy(net, train, val, criterion, limit=1.03, folder=tmp_path)
     # neither single tensors nor most of the candidates
-    assert len(alone) == tensors
+    assert all(name is None for name, *_ in seen[count:])
     assert len(seen) - count < 0.6 * count
     find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05)
     assert len(seen) > 2 * count - 2  # without a folder all is
@@ -492,6 +473,9 @@ def test_codes_are_learned_of_weights_by_their_shape(small, axis):
     assert learnable(bits=2, rounding="gptq")
     assert not learnable(bits=2)
     assert not learnable(bits=8, rounding="gptq")
+    assert not learnable(bits=8)
+    for levels, few in ((3, True), (9, True), (17, False), (200, False)):
+        assert learnable(levels=levels, rounding="gptq") == few
 
 
 def test_every_scheme_can_be_searched(small):
@@ -503,6 +487,11 @@ def test_every_scheme_can_be_searched(small):
     uniform = found.candidates[found.candidates["origin"] == "uniform"]
     tried = {strategy.tensors["0.weight"].scheme for strategy in uniform["strategy"]}
     assert tried == set(plugins.names("schemes"))
+    for choice in choices:  # each is allocated where it alone is allowed
+        alone = {"tensors": {name: [choice] for name in space["tensors"]}}
+        allocation = all_candidates(net, train, val, Goal.of(1.5, None), alone).allocation
+        strategy = allocation.strategy(allocation.solve(allocation.total((0, 0))))
+        assert {one.scheme for one in strategy.tensors.values()} == {choice["scheme"]}
 
 
 def test_activations_that_are_not_named_stay_in_float():

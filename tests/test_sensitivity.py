@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import count_measured
 from torch import nn
 
 from quantifind.metrics import divergence, outcome, weight_error
@@ -32,9 +33,9 @@ from quantifind.mixed_precision.sensitivity import (
     quantize_choices,
     rank_correlations,
 )
+from quantifind.network.activations import fit_activations
 from quantifind.network.modules import named_tensors
-from quantifind.quantize import quantize, quantize_model
-from quantifind.runtime.workers import Workers
+from quantifind.quantize import quantize, quantize_alone, quantize_model
 from quantifind.storage import artifact
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
@@ -90,18 +91,6 @@ def measured():
     return measurements, space, found.quantized, found.table
 
 
-class Counting(Workers):
-    """The sequential workers, and the tasks that they were given."""
-
-    def __init__(self):
-        super().__init__()
-        self.tasks = []
-
-    def map(self, function, shared, items):
-        self.tasks += items
-        return super().map(function, shared, items)
-
-
 def strategy_of(net, measurements, row):
     """The one tensor, or activation, of a row on its levels, all else in float."""
     tensors = dict.fromkeys(named_tensors(net))
@@ -137,18 +126,33 @@ def same(one, other):
         assert all(map(torch.equal, values_of(one[key]), values_of(other[key])))
 
 
-def test_large_tensors_are_rounded_first(measured):
+def count_rounded(monkeypatch):
+    """(Name, choices) of what is rounded together from here on."""
+    seen = []
+
+    def rounded(model, name, choices, batches):
+        seen.append((name, choices))
+        return quantize_alone(model, name, choices, batches)
+
+    def fitted(model, choices, batches):
+        seen.extend((name, [choice]) for name, choice in choices.items())
+        return fit_activations(model, choices, batches)
+
+    monkeypatch.setattr(sensitivity, "quantize_alone", rounded)
+    monkeypatch.setattr(sensitivity, "fit_activations", fitted)
+    return seen
+
+
+def test_large_tensors_are_rounded_first(measured, monkeypatch):
     """All missing choices of a tensor together, those of an activation each by itself."""
     _, space, quantized, _ = measured
-    workers = Counting()
-    same(quantize_choices(measurements_of(network(), workers=workers), space), quantized)
-    names = [name for _, name, *_ in workers.tasks]
+    rounded = count_rounded(monkeypatch)
+    same(quantize_choices(measurements_of(network()), space), quantized)
     count = len(space.tensors)
-    assert set(names[:count]) == set(space.tensors)
-    assert set(names[count:]) == set(space.activations)
-    sizes = [named_tensors(network())[name].numel() for name in names[:count]]
+    assert dict(rounded[:count]) == space.tensors
+    assert rounded[count:] == [(n, [c]) for n, some in space.activations.items() for c in some]
+    sizes = [named_tensors(network())[name].numel() for name, _ in rounded[:count]]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(workers.tasks) == count + sum(map(len, space.activations.values()))
 
 
 def test_rows_are_those_of_a_plain_evaluation(measured):
@@ -181,17 +185,16 @@ def test_fewer_bits_are_worse(measured):
     assert (by_width[2] > by_width[4]).all()
 
 
-def test_what_is_in_the_folder_is_not_measured_again(tmp_path):
+def test_what_is_in_the_folder_is_not_measured_again(tmp_path, monkeypatch):
     def run():
-        workers = Counting()
-        measurements = measurements_of(network(), folder=tmp_path, workers=workers)
-        space = space_of(measurements, [2, 3], [4])
-        return measure_sensitivity(measurements, space), workers
+        measurements = measurements_of(network(), folder=tmp_path)
+        return measure_sensitivity(measurements, space_of(measurements, [2, 3], [4]))
 
-    first, worked = run()
-    assert worked.tasks
-    second, idle = run()
-    assert not idle.tasks
+    rounded, seen = count_rounded(monkeypatch), count_measured(monkeypatch)
+    first, work = run(), (len(rounded), len(seen))
+    assert min(work) > 0
+    second = run()
+    assert (len(rounded), len(seen)) == work
     pd.testing.assert_frame_equal(first.table, second.table)
     same(first.quantized, second.quantized)
 
@@ -199,15 +202,12 @@ def test_what_is_in_the_folder_is_not_measured_again(tmp_path):
 @pytest.mark.parametrize("precision", [0, 0.2, 0.5, 10])
 def test_examples_are_measured_until_the_increase_is_precise(monkeypatch, precision):
     monkeypatch.setattr(sensitivity, "EXAMPLES", 8)
-    workers = Counting()
-    measurements = measurements_of(network(), workers=workers)
+    seen, measurements = count_measured(monkeypatch), measurements_of(network())
     space = space_of(measurements, [2, 4], [3])
-    quantize_choices(measurements, space)
-    workers.tasks.clear()
     table = measure_sensitivity(measurements, space, precision=precision).table
 
     def measured():
-        return sum(len(candidates) * (last - first) for candidates, first, last in workers.tasks)
+        return sum(last - first for _, first, last in seen)
 
     assert measured() == table["examples"].sum()
     measure_sensitivity(measurements, space, precision=0)
@@ -448,7 +448,10 @@ def test_what_is_quantized_is_kept_packed(tmp_path):
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"tensors": {"nope": [{"scheme": "uniform", "bits": 3}]}}, "unknown tensor nope"),
+        (
+            {"tensors": {name: [Choice("uniform", 3)] for name in ("head.weight", "nope")}},
+            "unknown tensor nope: the network has positions, order, empty, enter.weight",
+        ),
         ({"tensors": {"head.weight": [{"scheme": "unifrom"}]}}, "head.weight: unknown 'unifrom'"),
         (
             {
@@ -459,10 +462,13 @@ def test_what_is_quantized_is_kept_packed(tmp_path):
         ),
     ],
 )
-def test_a_search_space_of_something_else_is_refused(space, message):
+def test_a_search_space_of_something_else_is_refused(space, message, monkeypatch):
+    """Before anything is rounded or measured."""
+    rounded, seen = count_rounded(monkeypatch), count_measured(monkeypatch)
     with pytest.raises(ValueError, match=message) as caught:
         measure_sensitivity(measurements_of(network()), SearchSpace(**space))
     assert len(str(caught.value).splitlines()) == 1
+    assert rounded == seen == []
 
 
 def test_no_increase_is_not_taken_for_granted():
