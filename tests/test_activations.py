@@ -1,4 +1,4 @@
-"""What goes into each product is on few levels, with widths and ranges of each site's own."""
+"""What goes into each product is on few levels, with widths and ranges of each activation's own."""
 
 import copy
 
@@ -8,14 +8,16 @@ from torch import nn
 
 from quantifind.network.activations import (
     QuantizedActivations,
-    activation_sites,
     fit_activations,
-    round_through,
 )
+from quantifind.network.modules import plain_copy
 from quantifind.network.products import visiting
+from quantifind.network.trace import activation_names, trace
 from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.strategy import Strategy, uniform_activations
-from quantifind.tensor.quantized import Grid
+from quantifind.tensor.choice import ActivationChoice
+from quantifind.tensor.qparams import Grid, QParams
+from quantifind.tensor.ste import round_through
 from quantifind.utils import plugins
 
 SCHEMES = plugins.names("schemes")
@@ -38,7 +40,8 @@ class Net(nn.Module):
 
 
 ATTENTION = "layer.self_attn"
-SITES = [
+CHOICE = {"scheme": "uniform", "bits": 4}
+NAMES = [
     "enter.weight",
     f"{ATTENTION}.in_proj_weight",
     *(f"{ATTENTION}.product.{i}.{side}" for i in (0, 1) for side in ("left", "right")),
@@ -63,17 +66,21 @@ def batches():
     return [(torch.randn(4, 5, 6, generator=generator) + 1,) for _ in range(3)]
 
 
+def names_of(net, batches):
+    return activation_names(trace(plain_copy(net), batches[0][0]))
+
+
 def floats(net):
     return dict.fromkeys(dict(net.named_parameters()))
 
 
 def operands_seen(model, inputs):
-    """By site, what the products of a pass through rounded activations are computed of."""
+    """By activation, what the products of a pass through rounded activations are computed of."""
     seen = {}
 
     def visit(product):
         rounded = model.rounded(product)
-        seen.update(zip(rounded.sites, rounded.operands, strict=True))
+        seen.update(zip(rounded.activations, rounded.operands, strict=True))
         return rounded.compute(*rounded.operands)
 
     with torch.no_grad(), visiting(model.model, visit):
@@ -82,41 +89,41 @@ def operands_seen(model, inputs):
     return seen
 
 
-def test_sites_are_those_of_linear_maps_convolutions_and_attention_in_order(net, batches):
-    assert activation_sites(net, batches) == SITES
+def test_activations_are_those_of_linear_maps_convolutions_and_attention_in_order(net, batches):
+    assert names_of(net, batches) == NAMES
 
 
-def test_the_language_network_has_sites_inside_its_attention():
+def test_the_language_network_has_activations_inside_its_attention():
     create = plugins.load("models", "language_transformer_model", "create_model_context")
     net, *_ = create(classes=3, vocabulary=9, width=8, layers=2, heads=2)
-    sites = activation_sites(net, [(torch.tensor([[1, 2, 3], [4, 8, 0]]),)])
+    names = names_of(net, [(torch.tensor([[1, 2, 3], [4, 8, 0]]),)])
     for layer in (0, 1):
         for product in (0, 1):
             for side in ("left", "right"):
                 name = f"encoder.layers.{layer}.self_attn.product.{product}.{side}"
-                assert name in sites
-    assert "embedding.weight" not in sites
-    assert {"neighbours.weight", "head.weight"} <= set(sites)
+                assert name in names
+    assert "embedding.weight" not in names
+    assert {"neighbours.weight", "head.weight"} <= set(names)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("scale", ["max_abs", "mse"])
 def test_every_operand_has_few_values(net, batches, scheme, scale):
-    widths = {site: 3 + index % 4 for index, site in enumerate(SITES)}
+    widths = {name: 3 + index % 4 for index, name in enumerate(NAMES)}
     options = {} if scheme == "codebook" else {"scale": scale}
-    choices = {site: {"scheme": scheme, "bits": b} | options for site, b in widths.items()}
+    choices = {name: {"scheme": scheme, "bits": b} | options for name, b in widths.items()}
     rounded = quantize_model(net, Strategy(floats(net), choices), batches)
     seen = operands_seen(rounded, torch.randn(7, 5, 6))
-    assert list(seen) == SITES
-    for site, operand in seen.items():
-        assert 1 < len(operand.unique()) <= 2 ** widths[site]
+    assert list(seen) == NAMES
+    for name, operand in seen.items():
+        assert 1 < len(operand.unique()) <= 2 ** widths[name]
 
 
-def test_only_named_sites_are_rounded(net, batches):
-    choices = dict.fromkeys(SITES) | {"mix.weight": {"scheme": "uniform", "bits": 2}}
+def test_only_named_activations_are_rounded(net, batches):
+    choices = dict.fromkeys(NAMES) | {"mix.weight": {"scheme": "uniform", "bits": 2}}
     rounded = quantize_model(net, Strategy(floats(net), choices), batches)
     x = torch.randn(7, 5, 6)
-    counts = {site: len(values.unique()) for site, values in operands_seen(rounded, x).items()}
+    counts = {name: len(values.unique()) for name, values in operands_seen(rounded, x).items()}
     assert counts.pop("mix.weight") <= 4
     assert min(counts.values()) > 4
 
@@ -125,7 +132,7 @@ def test_only_named_sites_are_rounded(net, batches):
 def test_16_bits_are_near_float(net, batches, dtype):
     net, batches = net.to(dtype), [(x.to(dtype),) for x, *_ in batches]
     choices = uniform_activations(net, batches, 16)
-    assert list(choices) == SITES
+    assert list(choices) == NAMES
     rounded = quantize_model(net, Strategy(floats(net), choices), batches)
     (x,) = batches[0]
     wanted, found = net(x), rounded(x)
@@ -133,18 +140,18 @@ def test_16_bits_are_near_float(net, batches, dtype):
     assert (found - wanted).norm() < (2e-2 if dtype == torch.bfloat16 else 1e-3) * wanted.norm()
 
 
-def test_every_batch_has_its_say_at_every_site(net, batches):
+def test_every_batch_has_its_say_in_every_activation(net, batches):
     """Products too, the range of which is that over all batches."""
     few, many = batches[:1], [*batches, (10 * batches[0][0],)]
     choices = uniform_activations(net, few, 8)
     narrow, wide = (fit_activations(net, choices, b) for b in (few, many))
-    for site in (
+    for name in (
         "product.0.left",
         "product.0.right",
         f"{ATTENTION}.product.0.left",
         "enter.weight",
     ):
-        assert wide[site].scale > narrow[site].scale
+        assert wide[name].scale > narrow[name].scale
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -154,32 +161,57 @@ def test_ranges_by_largest_percentile_and_squared_error(sign):
     values[-1] = 50 * sign
 
     def fit(**options):
-        choice = {"scheme": "uniform", "bits": 4, "zero_point": True} | options
+        choice = ActivationChoice.of(CHOICE | {"zero_point": True} | options)
         return fit_activations(net, {"weight": choice}, [(values,)])["weight"]
+
+    def error(qparams):
+        rows = values.double().T
+        return (qparams.values(qparams.nearest(rows)) - rows).square().sum()
 
     largest, cut, least = fit(), fit(percentile=99.9), fit(scale="mse")
     assert largest.scale == pytest.approx(50 / 15)
     assert cut.scale == pytest.approx(0.999 / 15, rel=1e-2)
     assert least.scale == largest.scale  # so far out, the one value counts most
     values[-1] = 2 * sign
-    error = [(q.dequantize() - values.flatten()).square().sum() for q in (fit(), fit(scale="mse"))]
-    assert error[1] < 0.9 * error[0]
+    assert error(fit(scale="mse")) < 0.9 * error(fit())
 
 
 def test_a_sample_stands_for_many_values(monkeypatch):
     monkeypatch.setattr("quantifind.network.activations.SAMPLE", 1000)
-    net, choice = nn.Linear(10, 1), {"scheme": "uniform", "bits": 4}
+    seen, fit_grid = [], ActivationChoice.quantize
+
+    def note(choice, sample):
+        seen.append(len(sample))
+        return fit_grid(choice, sample)
+
+    monkeypatch.setattr(ActivationChoice, "quantize", note)
+    net, choice = nn.Linear(10, 1), ActivationChoice("uniform", 4)
     batches = [(torch.rand(300, 10),) for _ in range(10)]
     batches[7][0][5] = 9.0
     fit = fit_activations(net, {"weight": choice}, batches)["weight"]
-    assert len(fit.codes) == 1000 + 2 * 10
+    assert seen == [1000 + 2 * 10]
     assert fit.scale == pytest.approx(9 / 7.5)  # the largest of all is seen
+
+
+def test_ranges_are_of_values_before_they_change():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y + x.mul_(100)
+
+    choice, x = ActivationChoice("uniform", 8), torch.randn(9, 4)
+    fit = fit_activations(InPlace(), {"layer.weight": choice}, [(x,)])["layer.weight"]
+    assert fit.scale == choice.quantize(x).qparams.scale
 
 
 def test_gradients_pass_to_what_lies_within_the_levels():
     values = torch.tensor([-3.0, -0.6, 0.2, 0.7, 5.0], requires_grad=True)
     scale = torch.tensor(0.5, requires_grad=True)
-    result = round_through(values, Grid(4), scale, 0)  # -1, -½, 0, ½
+    result = round_through(values, QParams(Grid(4), scale))  # -1, -½, 0, ½
     assert result.tolist() == [-1, -0.5, 0, 0.5, 0.5]
     result.sum().backward()
     # ½ is the highest level
@@ -217,12 +249,9 @@ def test_ranges_are_saved_with_the_network_and_counted(net, batches):
     strategy = Strategy(floats(net), uniform_activations(net, batches, 8))
     quantized = quantize(net, strategy, batches)
     rounded = QuantizedActivations(net, quantized.activations)
-    assert len(rounded.state_dict()["scales"]) == len(SITES)
+    assert len(rounded.state_dict()["scales"]) == len(NAMES)
     size = sum(p.numel() for p in net.parameters())
-    assert mean_bits(net, quantized) == 32 + len(SITES) * (32 + 8) / size
-
-
-CHOICE = {"scheme": "uniform", "bits": 4}
+    assert mean_bits(net, quantized) == 32 + len(NAMES) * (32 + 8) / size
 
 
 @pytest.mark.parametrize(
@@ -233,8 +262,8 @@ CHOICE = {"scheme": "uniform", "bits": 4}
         ({"mix.weight": CHOICE | {"axis": 0}}, "mix.weight: axis: activations have one scale"),
         ({"mix.weight": CHOICE | {"percentile": 20}}, "mix.weight: percentile is 20: 50 to 100"),
         (
-            {"mix.weight": CHOICE | {"rounding": "nearest"}},
-            "mix.weight: unknown option rounding: u",
+            {"mix.weight": CHOICE | {"rounding": "gptq"}},
+            "mix.weight: rounding is 'gptq': activations are rounded to nearest",
         ),
         ({"mix.weight": CHOICE | {"bits": 40}}, "mix.weight: bits is 40"),
         ({"mix.weight": {"bits": 4}}, "mix.weight: a choice needs a scheme: codebook, "),
@@ -242,20 +271,26 @@ CHOICE = {"scheme": "uniform", "bits": 4}
         ({"mix.weight": CHOICE | {"scale": None}}, "mix.weight: scale is None"),
     ],
 )
-def test_errors_name_the_site(net, batches, change, message):
-    choices = {k: v for k, v in (dict.fromkeys(SITES) | change).items() if v is not ...}
+def test_errors_name_the_activation(net, batches, change, message):
+    choices = {k: v for k, v in (dict.fromkeys(NAMES) | change).items() if v is not ...}
     with pytest.raises(ValueError, match=message):
         quantize(net, Strategy(floats(net), choices), batches)
 
 
+def test_an_activation_that_no_pass_has_is_named(net, batches):
+    choices = {"mxi": ActivationChoice("uniform", 4)}
+    with pytest.raises(ValueError, match="activations mxi: a pass has no values there"):
+        fit_activations(net, choices, batches)
+
+
 def test_activations_need_calibration(net):
     with pytest.raises(ValueError, match="activations: calibration has no examples"):
-        quantize(net, Strategy(floats(net), dict.fromkeys(SITES)))
+        quantize(net, Strategy(floats(net), dict.fromkeys(NAMES)))
 
 
 def test_activations_that_are_not_finite_are_named():
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
     net[0].weight.data[:] = 3e38
-    choices = {"0.weight": None, "1.weight": CHOICE}
+    choices = {"1.weight": ActivationChoice.of(CHOICE)}
     with pytest.raises(ValueError, match=r"activations of 1.weight: 2 values are NaN or infinite"):
         fit_activations(net, choices, [(torch.full((2, 1), 9.0),)])

@@ -11,11 +11,10 @@ from quantifind.network.calibration import (
     calibration_batches,
     input_rows,
     layer_moments,
-    mean_shift,
     second_moments,
-    weight_uses,
 )
 from quantifind.network.products import visiting
+from quantifind.network.trace import gptq_weights, trace, weight_uses
 
 SETTINGS = [
     {},
@@ -28,14 +27,6 @@ SETTINGS = [
     {"padding": "same", "padding_mode": "circular"},
 ]
 CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
-
-
-def as_it_is(product):
-    return product
-
-
-def all_moments(net, name, batches, uses=1):
-    return layer_moments(net, net, name, batches, uses, as_it_is)
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS)
@@ -74,7 +65,7 @@ def test_moments_of_a_convolution_are_those_of_torch_unfold(settings, groups):
     torch.manual_seed(0)
     net = nn.Conv2d(4, 6, 3, groups=groups, **settings).double()
     batches = [(torch.randn(n, 4, 8, 7, dtype=torch.double),) for n in (3, 2)]
-    moments = all_moments(net, "weight", batches)
+    moments = layer_moments(net, "weight", batches, 1)
     patches = torch.cat(
         [F.unfold(x, 3, **settings).movedim(1, -1).flatten(0, 1) for x, *_ in batches]
     ).unflatten(1, (groups, -1))
@@ -90,9 +81,9 @@ def test_moments_of_a_convolution_are_those_of_torch_unfold(settings, groups):
 def test_chunks_add_up(monkeypatch):
     torch.manual_seed(0)
     net, batches = nn.Conv1d(2, 3, 2), [(torch.randn(7, 2, 6),)]
-    (whole,) = all_moments(net, "weight", batches).values()
+    (whole,) = layer_moments(net, "weight", batches, 1).values()
     monkeypatch.setattr("quantifind.network.calibration.CHUNK", 50)
-    (parts,) = all_moments(net, "weight", batches).values()
+    (parts,) = layer_moments(net, "weight", batches, 1).values()
     torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts.outputs, whole.outputs, rtol=1e-6, atol=1e-6)
     assert parts.positions == whole.positions
@@ -102,7 +93,7 @@ def test_moments_of_a_linear_map_used_twice_are_of_both_uses():
     torch.manual_seed(0)
     layer = nn.Linear(3, 3).double()
     net, x = nn.Sequential(layer, layer), torch.randn(5, 3, dtype=torch.double)
-    (found,) = all_moments(net, "0.weight", [(x,)], uses=2).values()
+    (found,) = layer_moments(net, "0.weight", [(x,)], 2).values()
     inputs = torch.cat([x, layer(x).detach()])
     torch.testing.assert_close(found.inputs, inputs.T @ inputs)
     assert found.positions == 10
@@ -111,16 +102,17 @@ def test_moments_of_a_linear_map_used_twice_are_of_both_uses():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_full(dtype):
     net = nn.Linear(2, 2).to(dtype)
-    (found,) = all_moments(net, "weight", [(torch.full((40_000, 2), 3.0, dtype=dtype),)]).values()
+    batches = [(torch.full((40_000, 2), 3.0, dtype=dtype),)]
+    (found,) = layer_moments(net, "weight", batches, 1).values()
     assert (found.inputs == 360_000).all()
 
 
 class Cross(nn.Module):
     """Attention from the first letters to all of them."""
 
-    def __init__(self, batch_first=True):
+    def __init__(self):
         super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
 
     def forward(self, x):
         return self.attention(x[:, :2], x, x.clone())[0]
@@ -129,28 +121,13 @@ class Cross(nn.Module):
 def test_packed_projections_have_moments_by_their_rows():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 4)
-    moments = all_moments(Cross(), "attention.in_proj_weight", [(x,)], uses=3)
+    moments = layer_moments(Cross(), "attention.in_proj_weight", [(x,)], 3)
     letters = {"query": x[:, :2], "key": x, "value": x}
     assert list(moments) == [(0, 4), (4, 8), (8, 12)]
     for found, seen in zip(moments.values(), letters.values(), strict=True):
         rows = seen.reshape(-1, 4).double()
         torch.testing.assert_close(found.inputs, rows.T @ rows, rtol=1e-6, atol=1e-5)
         assert found.positions == len(rows)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_a_shift_of_packed_biases_is_found(batch_first):
-    """Queries are fewer than keys, so that a mean over the wrong number would not give it."""
-    torch.manual_seed(0)
-    net, shift = Cross(batch_first), torch.randn(12)
-    work = Cross(batch_first)
-    work.load_state_dict(net.state_dict())
-    work.attention.in_proj_bias.data -= shift
-    name, found = mean_shift(
-        net, work, "attention.in_proj_weight", [(torch.randn(3, 5, 4),)], 3, as_it_is
-    )
-    assert name == "attention.in_proj_bias"
-    torch.testing.assert_close(found.float(), shift, rtol=1e-5, atol=1e-6)
 
 
 def test_second_moments_broadcast_against_their_weights():
@@ -168,10 +145,25 @@ def test_second_moments_broadcast_against_their_weights():
 def test_uses_are_in_the_order_of_the_pass():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net = nn.Sequential(net[1], net[0], net[1])
-    assert list(weight_uses(net, [(torch.randn(1, 2),)]).items()) == [
-        ("0.weight", 2),
-        ("1.weight", 1),
-    ]
+    uses = weight_uses(trace(net, torch.randn(1, 2)))
+    assert list(uses.items()) == [("0.weight", 2), ("1.weight", 1)]
+
+
+def test_weights_that_gptq_can_round_are_those_of_its_kinds_in_all_their_uses():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 4)
+            self.up = nn.ConvTranspose1d(4, 4, 1)
+            self.both, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, codes):
+            x = self.both(self.head(self.table(codes))) @ self.both.weight.T
+            return self.up(x.transpose(1, 2))
+
+    facts = trace(Net(), torch.tensor([[1, 2]]))
+    assert gptq_weights(facts) == {"table.weight", "head.weight"}
+    assert set(weight_uses(facts)) - gptq_weights(facts) == {"both.weight", "up.weight"}
 
 
 @pytest.mark.parametrize(
@@ -198,11 +190,11 @@ def test_empty_batches_among_others_are_left_out():
 @pytest.mark.parametrize("net", [nn.Linear(3, 2), nn.Conv2d(3, 2, 3), nn.Embedding(3, 2)])
 def test_inputs_that_do_not_fit_are_named(net):
     with pytest.raises(ValueError, match=r"calibration inputs of shape \[\d, 7\] do not fit"):
-        weight_uses(net, [(torch.full((4, 7), 3),)])
+        trace(net, torch.full((4, 7), 3))
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-def test_results_are_taken_before_what_they_were_made_of_changes(rounded):
+def test_moments_are_of_values_before_they_change(rounded):
     class Again(nn.Module):
         def __init__(self):
             super().__init__()
@@ -211,7 +203,7 @@ def test_results_are_taken_before_what_they_were_made_of_changes(rounded):
         def forward(self, x):
             x = x + 0
             for _ in range(2):
-                x += self.layer(x).tanh()
+                x += self.layer(x).tanh_()
             return x
 
     torch.manual_seed(0)
@@ -220,11 +212,13 @@ def test_results_are_taken_before_what_they_were_made_of_changes(rounded):
     if rounded:
         with torch.no_grad():
             work.layer.weight.mul_(4).round_().div_(4)
-    name, found = mean_shift(net, work, "layer.weight", [(inputs,)], 2, lambda product: product)
-    assert name == "layer.bias"
+    (found,) = layer_moments(net, "layer.weight", [(inputs,)], 2, work=work).values()
     with torch.no_grad():
-        shifts, x, y = [], inputs, inputs
+        seen, wanted, x, y = [], [], inputs, inputs
         for _ in range(2):
-            shifts.append(net.layer(x) - work.layer(y))
+            wanted.append(net.layer(x) - work.layer.bias)
+            seen.append(y)
             x, y = x + net.layer(x).tanh(), y + work.layer(y).tanh()
-    torch.testing.assert_close(found, torch.cat(shifts).double().mean(0), rtol=1e-5, atol=1e-7)
+        first, target = torch.cat(seen).double(), torch.cat(wanted).double()
+    torch.testing.assert_close(found.inputs, first.T @ first, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.outputs, target.T @ first, rtol=1e-5, atol=1e-4)

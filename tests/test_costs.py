@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantifind import multiply_adds as counting
 from quantifind.costs import bit_operations, energy_picojoules, model_bytes
-from quantifind.network.macs import multiply_adds
+from quantifind.network import trace
 from quantifind.network.modules import named_tensors
+from quantifind.network.trace import macs
 from quantifind.quantize import mean_bits, quantize
 from quantifind.schemes import codebook, uniform
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
@@ -88,11 +88,15 @@ def changed(before, after):
 @for_every_model
 def test_every_parameter_has_a_cost_that_is_not_negative(measure, name):
     model, inputs = network(name)
-    products = multiply_adds(model, inputs)
+    products = macs(model, inputs)
     for quantized in (FLOAT, on_levels(model, inputs, 3)):
         cost = measure(model, quantized, products)
         own = set(named_tensors(model))
-        assert own <= cost.keys() <= own | {site for p in products for site in p.sites}
+        assert (
+            own
+            <= cost.keys()
+            <= own | {activation for p in products for activation in p.activations}
+        )
         assert all(type(value) is float and 0 <= value < math.inf for value in cost.values())
 
 
@@ -101,7 +105,7 @@ def test_every_parameter_has_a_cost_that_is_not_negative(measure, name):
 def test_fewer_bits_never_cost_more(measure, scheme, net):
     """Of parameters on any grid, of activations, and more in float than at 8 bits."""
     module = importlib.import_module(f"quantifind.schemes.{scheme}")
-    products = multiply_adds(net, CODES)
+    products = macs(net, CODES)
     widths = range(module.MIN_BITS, min(module.MAX_BITS, 8) + 1)
     steps = [on_levels(net, CODES, bits, scheme) for bits in widths]
     steps += [on_levels(net, CODES, widths[-1], scheme, bits) for bits in (9, 12, 16)]
@@ -114,7 +118,7 @@ def test_fewer_bits_never_cost_more(measure, scheme, net):
 
 @for_every_cost
 def test_a_parameter_has_a_say_in_its_own_entry_alone(measure, net):
-    products = multiply_adds(net, CODES)
+    products = macs(net, CODES)
     few, many = on_levels(net, CODES, 2), on_levels(net, CODES, 7)
     whole = measure(net, many, products)
     for name in few.tensors:
@@ -128,19 +132,21 @@ def test_a_parameter_has_a_say_in_its_own_entry_alone(measure, net):
 
 @for_every_cost
 def test_an_activation_has_a_say_in_what_it_meets_alone(measure, net):
-    products = multiply_adds(net, CODES)
+    products = macs(net, CODES)
     few, many = (on_levels(net, CODES, 4, activation_bits=bits) for bits in (2, 7))
     whole = measure(net, many, products)
-    for site, levels in few.activations.items():
-        meets = {product.name for product in products if site in product.sites}
-        cost = measure(net, Quantized(many.tensors, many.activations | {site: levels}), products)
+    for activation, levels in few.activations.items():
+        meets = {product.name for product in products if activation in product.activations}
+        cost = measure(
+            net, Quantized(many.tensors, many.activations | {activation: levels}), products
+        )
         assert changed(whole, cost) <= meets
 
 
 @for_every_cost
 def test_the_network_costs_what_its_parts_do(measure, net):
     """A mixed network, from entries of networks at one width, as an integer programme does it."""
-    products = multiply_adds(net, CODES)
+    products = macs(net, CODES)
     by_bits = {bits: on_levels(net, CODES, bits) for bits in (2, 3, 5)}
     entries = {bits: measure(net, quantized, products) for bits, quantized in by_bits.items()}
     widths = {name: (2, 3, 5)[index % 3] for index, name in enumerate(by_bits[2].tensors)}
@@ -153,7 +159,7 @@ def test_the_network_costs_what_its_parts_do(measure, net):
 def test_nothing_passed_in_is_changed(measure, net):
     net.train()
     before = copy.deepcopy(net.state_dict())
-    measure(net, on_levels(net, CODES, 3), multiply_adds(net, CODES))
+    measure(net, on_levels(net, CODES, 3), macs(net, CODES))
     assert net.training
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -186,12 +192,12 @@ def test_model_bytes_are_mean_bits(net):
 
 def levels(bits=None, **options):
     """Of activations: a scale of 4 bytes, no zero point."""
-    return uniform.quantize(torch.linspace(-1, 1, 7), bits, **options)
+    return uniform.quantize(torch.linspace(-1, 1, 7), bits, **options).qparams
 
 
-# 5 → 3: 15 multiply-adds
+# 5 → 3: 15 MACs
 LINEAR = nn.Linear(5, 3)
-# (4, 9, 9) → (6, 5, 5), each from 2 channels of 3 × 3: 150 · 18 = 2,700 multiply-adds
+# (4, 9, 9) → (6, 5, 5), each from 2 channels of 3 × 3: 150 · 18 = 2,700 MACs
 CONV = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.ReLU())
 COUNTS = [
     (LINEAR, torch.zeros(7, 5), "weight", "bias", 15),
@@ -202,7 +208,7 @@ by_hand = pytest.mark.parametrize(("model", "inputs", "weight", "bias", "count")
 
 @by_hand
 def test_costs_of_a_float_network_by_hand(model, inputs, weight, bias, count):
-    products = multiply_adds(model, inputs)
+    products = macs(model, inputs)
     values, biases = (named_tensors(model)[name].numel() for name in (weight, bias))
     assert model_bytes.measure(model, FLOAT, products) == {weight: 4 * values, bias: 4 * biases}
     assert bit_operations.measure(model, FLOAT, products) == {weight: count * 32 * 32, bias: 0}
@@ -210,7 +216,7 @@ def test_costs_of_a_float_network_by_hand(model, inputs, weight, bias, count):
         {weight: count * (3.7 + 0.9) + values * 640, bias: biases * 640}
     )
     halves = copy.deepcopy(model).half()
-    products = multiply_adds(halves, inputs.half())
+    products = macs(halves, inputs.half())
     assert bit_operations.measure(halves, FLOAT, products) == {weight: count * 16 * 16, bias: 0}
     assert model_bytes.measure(halves, FLOAT, products) == {weight: 2 * values, bias: 2 * biases}
 
@@ -218,7 +224,7 @@ def test_costs_of_a_float_network_by_hand(model, inputs, weight, bias, count):
 @by_hand
 def test_costs_of_whole_numbers_by_hand(model, inputs, weight, bias, count):
     """Weights of 4 bits, or ternary, packed five in a byte, each tensor with a scale of 4 bytes."""
-    products = multiply_adds(model, inputs)
+    products = macs(model, inputs)
     parameters = named_tensors(model)
     values, biases = parameters[weight].numel(), parameters[bias].numel()
     eight = {weight: levels(8)}
@@ -246,15 +252,15 @@ def test_costs_of_whole_numbers_by_hand(model, inputs, weight, bias, count):
 def test_a_stored_codebook_multiplies_floats():
     tensors = {"weight": codebook.quantize(LINEAR.weight.detach(), 2)}
     quantized = Quantized(tensors, {"weight": levels(8)})
-    products = multiply_adds(LINEAR, torch.zeros(1, 5))
+    products = macs(LINEAR, torch.zeros(1, 5))
     cost = energy_picojoules.measure(LINEAR, quantized, products)
     assert cost["weight"] == pytest.approx(15 * 4.6 + 20 * tensors["weight"].stored_bits)
     assert bit_operations.measure(LINEAR, quantized, products)["weight"] == 15 * 2 * 8
 
 
-def test_a_product_of_two_activations_is_entered_at_its_left_site(net):
+def test_a_product_of_two_activations_is_entered_at_its_left_activation(net):
     left, right = "product.0.left", "product.0.right"
-    products = multiply_adds(net, CODES)
+    products = macs(net, CODES)
     quantized = Quantized({}, {left: levels(4), right: levels(3)})
     count = 5 * 5 * 8
     cost = bit_operations.measure(net, quantized, products)
@@ -274,9 +280,9 @@ def test_published_energies():
     assert 0 < multiply(1, 1) < multiply(1, 2) == multiply(2, 1) < multiply(2, 2)
 
 
-def test_multiply_adds_by_hand(net):
+def test_macs_by_hand(net):
     """Length 5, width 8, 2 heads of 4, 9 characters; the tied weight at both its uses."""
-    counted = {(p.kind, p.name): p.multiply_adds for p in multiply_adds(net, CODES)}
+    counted = {(p.kind, p.name): p.macs for p in macs(net, CODES)}
     assert counted == {
         ("embedding", "embedding.weight"): 0,
         ("linear", "attention.in_proj_weight"): 5 * 8 * 24,
@@ -326,30 +332,30 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize(("function", "count"), FUNCTIONS)
-def test_multiply_adds_of_functional_products(function, count):
+def test_macs_of_functional_products(function, count):
     """With a weight, and of two activations; both for a batch of 2."""
     for net in (Calls(function, 3, 4), Calls(lambda x, _: function(x, RIGHT), 1)):
-        (product,) = multiply_adds(net, torch.randn(2, 3))
-        assert product.multiply_adds == count / 2
+        (product,) = macs(net, torch.randn(2, 3))
+        assert product.macs == count / 2
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_multiply_adds_of_convolutions(axes, transposed, groups):
+def test_macs_of_convolutions(axes, transposed, groups):
     """Of what is not padded each value of one side meets the kernel and the other's channels."""
     layer = getattr(nn, f"Conv{'Transpose' * transposed}{axes}d")
     net = layer(4, 6, 3, stride=2, groups=groups)
     inputs = torch.randn(5, 4, *(7,) * axes)
     with torch.no_grad():
         moved = inputs if transposed else net(inputs)
-    (product,) = multiply_adds(net, inputs)
+    (product,) = macs(net, inputs)
     others = 6 if transposed else 4
-    assert product.multiply_adds == moved[0].numel() * 3**axes * others // groups
+    assert product.macs == moved[0].numel() * 3**axes * others // groups
 
 
 @for_every_model
-def test_multiply_adds_are_those_of_torchs_own_counter(name):
+def test_macs_are_those_of_torchs_own_counter(name):
     """Of the whole pass, without the fused attention that it doesn't see into."""
     model, inputs = network(name)
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -359,35 +365,33 @@ def test_multiply_adds_are_those_of_torchs_own_counter(name):
             model(inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    products = multiply_adds(model, inputs)
-    each = sum(product.multiply_adds for product in products)
+    products = macs(model, inputs)
+    each = sum(product.macs for product in products)
     assert each > 0
     assert 2 * each * len(inputs) == pytest.approx(flops.get_total_flops(), rel=1e-12)
-    assert multiply_adds(model, inputs[:1].repeat(4, *(1,) * (inputs.dim() - 1))) == multiply_adds(
-        model, inputs[:1]
-    )
+    assert macs(model, inputs[:1].repeat(4, *(1,) * (inputs.dim() - 1))) == macs(model, inputs[:1])
 
 
 def test_uses_of_a_weight_add_up():
     layer = nn.Linear(4, 4)
-    (product,) = multiply_adds(nn.Sequential(layer, nn.ReLU(), layer), torch.zeros(3, 4))
-    assert (product.weight, product.multiply_adds) == ("0.weight", 32)
+    (product,) = macs(nn.Sequential(layer, nn.ReLU(), layer), torch.zeros(3, 4))
+    assert (product.weight, product.macs) == ("0.weight", 32)
 
 
 def test_a_parametrized_weight_has_the_name_that_strategies_give_it():
     net = parametrizations.weight_norm(nn.Linear(4, 2))
-    products = multiply_adds(net, torch.zeros(3, 4))
+    products = macs(net, torch.zeros(3, 4))
     assert [product.name for product in products] == ["weight"]
     assert bit_operations.measure(net, FLOAT, products) == {"weight": 8 * 32 * 32, "bias": 0}
 
 
 def test_inputs_that_cannot_be_counted_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"shape \[0, 5\] have no example"):
-        multiply_adds(LINEAR, torch.zeros(0, 5))
+        macs(LINEAR, torch.zeros(0, 5))
     with pytest.raises(ValueError, match=r"shape \[2, 4\] do not fit the network"):
-        multiply_adds(LINEAR, torch.zeros(2, 4))
-    monkeypatch.setattr(counting, "_ALSO_COUNTED", {})
-    with pytest.raises(ValueError, match=r"weight: a matrix_product of unknown multiply-adds"):
-        multiply_adds(Calls(lambda x, w: x @ w, 5), torch.ones(2, 5))
-    (product,) = multiply_adds(Calls(lambda x, w: x @ w, 0, 3), torch.ones(2, 0))
-    assert product.multiply_adds == 0
+        macs(LINEAR, torch.zeros(2, 4))
+    monkeypatch.setattr(trace, "_ALSO_COUNTED", {})
+    with pytest.raises(ValueError, match=r"weight: a matrix_product of unknown MACs"):
+        macs(Calls(lambda x, w: x @ w, 5), torch.ones(2, 5))
+    (product,) = macs(Calls(lambda x, w: x @ w, 0, 3), torch.ones(2, 0))
+    assert product.macs == 0

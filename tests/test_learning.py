@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantifind.learning import learn
-from quantifind.quantize import quantize, quantize_model, with_quantized
+from quantifind.quantize import quantize, quantize_model
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
 from quantifind.tensor.scales import scaled
 from quantifind.utils import plugins
@@ -78,7 +78,7 @@ def test_outputs_of_unseen_inputs_come_nearer_on_every_grid(choice):
     strategy, loader = weights_on(net, choice), training()
     start = quantize_model(net, strategy, list(training()))
     quantized = learn(net, strategy, loader, epochs=6)
-    assert distance(net, with_quantized(net, quantized), unseen) < distance(net, start, unseen)
+    assert distance(net, quantize_model(net, quantized), unseen) < distance(net, start, unseen)
     for name, tensor in quantized.tensors.items():
         assert tensor.codes.dtype == torch.int32
         assert tensor.grid.lowest_code <= tensor.codes.min()
@@ -88,7 +88,7 @@ def test_outputs_of_unseen_inputs_come_nearer_on_every_grid(choice):
                 assert len(row.unique()) <= tensor.grid.levels
         if "group" not in choice and "axis" not in choice:
             assert len(tensor.dequantize().unique()) <= tensor.grid.levels
-        assert torch.equal(with_quantized(net, quantized).get_parameter(name), tensor.dequantize())
+        assert torch.equal(quantize_model(net, quantized).get_parameter(name), tensor.dequantize())
         unit = tensor.grid.table if tensor.scale is None else tensor.scale
         wanted = {"float16": torch.float16, "power_of_two": torch.float8_e8m0fnu}
         stored = choice.get("scale_dtype") or choice.get("table_dtype")
@@ -109,7 +109,7 @@ def test_everything_in_the_strategy_is_learned_biases_and_activations_included()
     strategy = Strategy(choices, uniform_activations(net, list(training()), 4))
     start = quantize_model(net, strategy, list(training()))
     quantized = learn(net, strategy, training(), epochs=6)
-    assert distance(net, with_quantized(net, quantized), unseen) < distance(net, start, unseen)
+    assert distance(net, quantize_model(net, quantized), unseen) < distance(net, start, unseen)
     assert quantized.activations.keys() == strategy.activations.keys()
 
 
@@ -118,7 +118,7 @@ def test_regression():
     strategy, far = weights_on(net, {"scheme": "uniform", "bits": 3}), {"classes": False}
     quantized = learn(net, strategy, training(**far), epochs=6)
     start = quantize_model(net, strategy)
-    learned = with_quantized(net, quantized)
+    learned = quantize_model(net, quantized)
     assert distance(net, learned, unseen, **far) < 0.7 * distance(net, start, unseen, **far)
 
 
@@ -129,7 +129,7 @@ def test_other_precisions(dtype):
     loader = batch_loader(data, batch_size=32, shuffle=True, seed=2)
     strategy = weights_on(net, {"scheme": "uniform", "bits": 3})
     quantized = learn(net, strategy, loader, epochs=6)
-    learned, unseen = with_quantized(net, quantized), examples(9).tensors[0].to(dtype)
+    learned, unseen = quantize_model(net, quantized), examples(9).tensors[0].to(dtype)
     assert learned[0].weight.dtype == dtype
     assert distance(net, learned, unseen) < distance(net, quantize_model(net, strategy), unseen)
 
@@ -149,7 +149,7 @@ def test_whole_numbers_go_into_an_embedding_tied_to_the_head():
     loader = batch_loader(Tensors(codes, codes[:, 0]), batch_size=32, shuffle=True, seed=0)
     strategy = uniform_strategy(net, 3, rounding="gptq")
     start = quantize_model(net, strategy, list(loader))
-    learned = with_quantized(net, learn(net, strategy, loader, epochs=8))
+    learned = quantize_model(net, learn(net, strategy, loader, epochs=8))
     assert learned.head.weight is learned.embedding.weight
     unseen = torch.randint(0, 12, (256, 4))
     assert distance(net, learned, unseen) < distance(net, start, unseen)
@@ -159,7 +159,7 @@ def test_parameters_over_the_same_memory_are_learned_as_one():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False))
     net[2].weight = nn.Parameter(net[0].weight.detach())
-    learned = with_quantized(net, learn(net, uniform_strategy(net, 3), training(), epochs=1))
+    learned = quantize_model(net, learn(net, uniform_strategy(net, 3), training(), epochs=1))
     assert torch.equal(learned[0].weight, learned[2].weight)
 
 
@@ -177,7 +177,7 @@ def test_buffers_take_part_with_their_quantized_values():
     net, coarse = Scaled(), {"scheme": "uniform", "bits": 3}
     strategy = Strategy({"head.weight": coarse, "head.bias": coarse, "gain": coarse})
     quantized, (unseen, _) = learn(net, strategy, training(), epochs=4), examples(9).tensors
-    learned = with_quantized(net, quantized)
+    learned = quantize_model(net, quantized)
     assert len(learned.gain.unique()) < 6
     assert distance(net, learned, unseen) < distance(net, quantize_model(net, strategy), unseen)
 
@@ -310,7 +310,7 @@ def learned_with(net, classes=True, **options):
     """A network with 2-bit weights, learned for some epochs."""
     strategy = weights_on(net, {"scheme": "uniform", "bits": 2, "half_integer": True})
     quantized = learn(net, strategy, training(classes=classes), epochs=8, rate=3e-3, **options)
-    return with_quantized(net, quantized)
+    return quantize_model(net, quantized)
 
 
 @pytest.mark.parametrize("classes", [True, False])
@@ -350,7 +350,7 @@ def test_labels_of_a_regression_have_any_shape(shape):
     options = {"epochs": 8, "rate": 3e-2}
     losses = [
         label_loss(
-            with_quantized(net, learn(net, strategy, loader, labels=labels, **options)),
+            quantize_model(net, learn(net, strategy, loader, labels=labels, **options)),
             data,
             classes=False,
         )
@@ -375,7 +375,7 @@ def test_a_larger_rate_moves_further():
     start = quantize_model(net, strategy)
     moved = []
     for rate in (1e-6, 3e-3):
-        learned = with_quantized(net, learn(net, strategy, training(), epochs=2, rate=rate))
+        learned = quantize_model(net, learn(net, strategy, training(), epochs=2, rate=rate))
         moved.append((learned[4].weight - start[4].weight).norm().item())
     assert moved[0] < moved[1]
 

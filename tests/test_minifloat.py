@@ -92,8 +92,8 @@ def test_mx_blocks_share_a_power_of_two(bits):
     quantized = quantize(values, bits, axis=0, group=32, scale_dtype="power_of_two")
     assert quantized.stored_bits == 8 * (3 * 80 * bits // 8) + 9 * 8
     blocks = torch.nn.functional.pad(values, (0, 16)).reshape(9, 32)
-    scale = quantized.scale.double().flatten()
-    reached = scale * quantized.grid.reach
+    scale = quantized.qparams.scale.double().flatten()
+    reached = scale * quantized.qparams.grid.reach
     assert (blocks.abs().amax(1) <= reached).all()
     assert (blocks.abs().amax(1) > reached / 2).all()
     assert torch.equal(scale.log2(), scale.log2().round())

@@ -38,7 +38,7 @@ def test_levels_are_sums_of_one_power_for_each_term(bits, terms):
 @given(values=tensors(dtypes=(torch.float64,)), bits=st.integers(2, 8), terms=st.integers(1, 7))
 def test_each_value_has_its_nearest_level(values, bits, terms):
     quantized = quantize(values, bits, terms=min(terms, bits - 1))
-    table = quantized.grid.table * quantized.scale.double()
+    table = quantized.qparams.grid.table * quantized.qparams.scale.double()
     nearest = (values.flatten().unsqueeze(1) - table).abs().amin(1)
     error = (values - quantized.dequantize()).abs().flatten()
     assert (error <= nearest * (1 + 1e-9) + 1e-15 * table.max()).all()

@@ -29,7 +29,7 @@ def check_the_same(model, *inputs, **options):
     torch.testing.assert_close(seen_output, plain, rtol=1e-5, atol=1e-6)
     assert seen
     for product in seen:
-        assert len(product.operands) == len(product.sites)
+        assert len(product.operands) == len(product.activations)
     return seen
 
 
@@ -87,7 +87,7 @@ def test_transformer_encoder_is_seen_inside_its_fast_path_too(training, norm_fir
     net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
     padding = torch.tensor([[False, False, True], [False, False, False]])
     seen = check_the_same(net, torch.randn(2, 3, 8), src_key_padding_mask=padding)
-    assert [site for p in seen for site in p.sites][:7] == [
+    assert [name for p in seen for name in p.activations][:7] == [
         "layers.0.self_attn.in_proj_weight",
         *(f"layers.0.self_attn.product.{i}.{side}" for i in (0, 1) for side in ("left", "right")),
         "layers.0.self_attn.out_proj.weight",
@@ -135,7 +135,7 @@ def test_convolutions(layer, transposed):
 def test_a_weight_that_was_computed_is_an_operand():
     net = Calls(lambda x, w: F.conv1d(x, w.tanh()), 2, 3, 2)
     (product,) = check_the_same(net, torch.randn(2, 3, 4))
-    assert product.sites == ("product.0.left", "product.0.right")
+    assert product.activations == ("product.0.left", "product.0.right")
     assert product.weight is None
 
 
@@ -170,10 +170,10 @@ SQUARE = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
 def test_functional_products(function):
     """With a weight one operand is left, named like it; without, there are two."""
     (product,) = check_the_same(Calls(function, 3, 3), torch.randn(3, 3))
-    assert (product.weight, product.sites) == ("weight", ("weight",))
+    assert (product.weight, product.activations) == ("weight", ("weight",))
     free = Calls(lambda x, _: function(x, SQUARE), 1)
     (product,) = check_the_same(free, torch.randn(3, 3))
-    assert product.sites == ("product.0.left", "product.0.right")
+    assert product.activations == ("product.0.left", "product.0.right")
 
 
 def test_doubling_an_operand_doubles_the_product():
@@ -231,7 +231,7 @@ def test_a_module_used_twice_numbers_its_products():
             return self.inner(self.inner(x)) @ x
 
     seen = check_the_same(Twice(), torch.randn(3, 3))
-    assert [p.sites[0] for p in seen] == [
+    assert [p.activations[0] for p in seen] == [
         "inner.product.0.left",
         "inner.product.1.left",
         "product.0.left",
@@ -242,7 +242,7 @@ def test_each_pass_counts_its_products_from_0():
     net, seen = Calls(lambda x, _: x @ x, 1), []
 
     def visit(product):
-        seen.append(product.sites[0])
+        seen.append(product.activations[0])
         return product.compute(*product.operands)
 
     with visiting(net, visit):

@@ -15,7 +15,6 @@ from quantifind.mixed_precision.proxies import (
     hessian_increase,
     hessian_traces,
     output_fisher_increases,
-    output_sqnr_db,
 )
 from quantifind.network.modules import named_tensors
 from quantifind.utils import plugins
@@ -371,11 +370,3 @@ def test_numbers_and_candidates_are_checked():
         output_fisher_increases(net, CROSS_ENTROPY, batches, {"9.bias": []})
     with pytest.raises(ValueError, match=r"4\.bias: a candidate is \[1\], the tensor \[3\]"):
         output_fisher_increases(net, CROSS_ENTROPY, batches, {"4.bias": [torch.zeros(1)]})
-
-
-def test_sqnr_of_outputs_is_in_decibels():
-    outputs = torch.tensor([[3.0, -4.0], [0.0, 5.0]])
-    noise = torch.tensor([[0.3, 0.0], [0.4, 0.0]])
-    # power 50, of the noise 0.25
-    assert output_sqnr_db(outputs + noise, outputs) == pytest.approx(10 * math.log10(200), rel=1e-5)
-    assert output_sqnr_db(outputs, outputs) == math.inf

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 
 from quantifind.schemes import minifloat, uniform
-from quantifind.tensor.scales import POWER_OF_TWO, check_values, stored_scale
+from quantifind.tensor.qparams import POWER_OF_TWO
+from quantifind.tensor.scales import check_values
+from quantifind.tensor.stored_scales import stored_scale
 
 DTYPES = [torch.float16, torch.float32, torch.float64, POWER_OF_TWO]
 SAMPLE = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
@@ -73,8 +75,8 @@ def test_scales_near_the_largest_that_can_be_stored_are_found(zero_point):
     """Of those tried, larger ones than the one that reaches all can't be stored."""
     values = torch.tensor([6.5e4 * 3 / 2, -9e4]) if not zero_point else torch.tensor([1.9e5, 1e3])
     options = {"scale_dtype": "float16", "zero_point": zero_point}
-    assert uniform.quantize(values, 2, **options).scale > 6e4
-    assert uniform.quantize(values, 2, scale="mse", **options).scale.isfinite().all()
+    assert uniform.quantize(values, 2, **options).qparams.scale > 6e4
+    assert uniform.quantize(values, 2, scale="mse", **options).qparams.scale.isfinite().all()
 
 
 @pytest.mark.parametrize("exponent", range(1, 9))
@@ -96,7 +98,7 @@ def test_squared_error_is_near_the_least_of_all_scales(bits):
         def error(scale, row=row):
             return (uniform.quantize(row, bits, scale=scale).dequantize() - row).square().sum()
 
-        largest = uniform.quantize(row, bits).scale.item()
+        largest = uniform.quantize(row, bits).qparams.scale.item()
         best = min(error(largest * share / 300) for share in range(10, 400, 1))
         assert error("mse") <= 1.05 * best
 
@@ -129,13 +131,15 @@ def test_extreme_scales_are_found_as_others_are(fit, magnitude):
         uniform.quantize(SAMPLE.double() * m, 3, axis=0, scale=fit, importance=importance)
         for m in (1.0, magnitude)
     )
-    torch.testing.assert_close(one.scale * magnitude, other.scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        one.qparams.scale * magnitude, other.qparams.scale, rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"scale": "biggest"}, "scale is 'biggest': .*number.*, largest, squared_error, weighted"),
+        ({"scale": "biggest"}, "scale is 'biggest': .*number.*, max_abs, mse, weighted_mse"),
         ({"scale": -1.0}, "scale is -1.0"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"scale": float("inf")}, "scale is inf"),

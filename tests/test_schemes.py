@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from quantifind.tensor.quantized import from_rows, to_rows
+from quantifind.tensor.qparams import from_rows, to_rows
+from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.utils import plugins
 
 MODULES = [importlib.import_module(f"quantifind.schemes.{n}") for n in plugins.names("schemes")]
@@ -80,8 +81,15 @@ def arguments(draw, module, values, options, fits=("max_abs", "mse")):
     return chosen
 
 
+def unpack(quantized):
+    """What its bytes are the codes of."""
+    return QuantizedTensor.unpack(
+        quantized.pack(), quantized.codes.shape, quantized.qparams, quantized.dtype
+    )
+
+
 def rows_of(tensor, quantized):
-    return to_rows(tensor, quantized.axis, quantized.group)
+    return to_rows(tensor, quantized.qparams.axis, quantized.qparams.group)
 
 
 def real_rows(quantized):
@@ -96,10 +104,10 @@ def test_shape_dtype_finite_and_number_of_levels(module, options, data):
     result = quantized.dequantize()
     assert (result.shape, result.dtype) == (values.shape, values.dtype)
     assert result.isfinite().all()
-    assert quantized.grid.levels <= 2**bits
+    assert quantized.qparams.grid.levels <= 2**bits
     rows, real = rows_of(result, quantized), real_rows(quantized)
     assert all(
-        len(row[there].unique()) <= quantized.grid.levels
+        len(row[there].unique()) <= quantized.qparams.grid.levels
         for row, there in zip(rows, real, strict=True)
     )
 
@@ -126,11 +134,11 @@ def test_pack_and_unpack_and_what_is_stored(module, options, data):
     values, bits = data.draw(tensors()), data.draw(widths(module))
     quantized = module.quantize(values, bits, **data.draw(arguments(module, values, options)))
     packed = quantized.pack()
-    unpacked = quantized.unpack(packed)
+    unpacked = unpack(quantized)
     assert torch.equal(unpacked.codes, quantized.codes)
     assert unpacked.codes.dtype == quantized.codes.dtype
-    beside = [quantized.scale, quantized.zero_point]
-    beside += [quantized.grid.table] if quantized.grid.stored else []
+    beside = [quantized.qparams.scale, quantized.qparams.zero_point]
+    beside += [quantized.qparams.grid.table] if quantized.qparams.grid.stored else []
     tables = sum(t.numel() * t.element_size() for t in beside if t is not None)
     assert packed.dtype == torch.uint8
     assert quantized.stored_bits == 8 * (packed.numel() + tables)
@@ -199,8 +207,8 @@ def test_sign_symmetric_where_the_levels_are(module, options, data):
     if not has_scale(module, options) or "zero_point" in options:
         return
     one = module.quantize(values, bits, **shared)
-    low, high = one.grid.ends
-    table = one.grid.table
+    low, high = one.qparams.grid.ends
+    table = one.qparams.grid.table
     if low == -high and (table is None or torch.equal(table, -table.flip(0))):
         other = module.quantize(-values, bits, **shared)
         # 0 is a tie between half-integer levels
@@ -264,7 +272,7 @@ def test_an_empty_tensor_stays_as_it_is(module, options, shape, axis, group):
         if has_scale(module, options) or not scale:
             quantized = module.quantize(empty, 4, **shared, **scale)
             assert torch.equal(quantized.dequantize(), empty)
-            assert torch.equal(quantized.unpack(quantized.pack()).codes, quantized.codes)
+            assert torch.equal(unpack(quantized).codes, quantized.codes)
 
 
 @for_every_case

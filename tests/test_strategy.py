@@ -14,7 +14,6 @@ from quantifind.quantize import (
     quantize,
     quantize_alone,
     quantize_model,
-    quantize_tensors,
 )
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
 from quantifind.tensor.quantized import Quantized
@@ -37,7 +36,7 @@ def test_every_model_is_quantized_on_a_copy(name):
     assert quantized.training
     for parameter in quantized.parameters():
         assert len(parameter.unique()) <= 8
-    assert 3 < mean_bits(net, quantize_tensors(net, strategy)) < 3.2
+    assert 3 < mean_bits(net, quantize(net, strategy)) < 3.2
 
 
 def test_what_is_named_none_stays_in_float_and_is_counted():
@@ -46,7 +45,7 @@ def test_what_is_named_none_stays_in_float_and_is_counted():
     quantized = quantize_model(net, strategy)
     assert torch.equal(quantized.bias, net.bias)
     assert strategy.bit_depth == 4
-    assert mean_bits(net, quantize_tensors(net, strategy)) == (6 * 4 + 32 + 2 * 32) / 8
+    assert mean_bits(net, quantize(net, strategy)) == (6 * 4 + 32 + 2 * 32) / 8
 
 
 def test_tied_weights_are_counted_once_and_stay_tied():
@@ -56,7 +55,7 @@ def test_tied_weights_are_counted_once_and_stay_tied():
     quantized = quantize_model(net, strategy)
     assert list(strategy.tensors) == ["0.weight"]
     assert quantized[1].weight is quantized[0].weight
-    assert mean_bits(net, quantize_tensors(net, strategy)) == (16 * 4 + 32) / 16
+    assert mean_bits(net, quantize(net, strategy)) == (16 * 4 + 32) / 16
 
 
 def test_widths_may_differ():
@@ -156,7 +155,7 @@ def test_buffers_are_quantized_where_they_are_named(zoo):
     strategy = Strategy(choices | {"shift": {"scheme": "uniform", "bits": 2}})
     quantized = intact(zoo, lambda: quantize_model(zoo, strategy))
     assert len(quantized.shift.unique()) <= 4
-    assert mean_bits(zoo, quantize_tensors(zoo, strategy)) > 30
+    assert mean_bits(zoo, quantize(zoo, strategy)) > 30
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -183,7 +182,7 @@ def test_parameters_over_the_same_memory_are_one(rounding):
     assert list(strategy.tensors) == ["0.weight"]
     assert torch.equal(quantized[0].weight, quantized[2].weight)
     assert len(quantized[2].weight.unique()) <= 16
-    assert mean_bits(net, quantize_tensors(net, strategy, [(x,)])) == (16 * 4 + 32) / 16
+    assert mean_bits(net, quantize(net, strategy, [(x,)])) == (16 * 4 + 32) / 16
 
 
 def test_a_network_without_parameters_stays():
@@ -395,7 +394,7 @@ def test_one_tensor_alone_is_as_in_a_strategy_with_the_rest_in_float(name):
     found = intact(net, lambda: quantize_alone(net, name, ALONE, iter(batches)))
     for choice, tensor in zip(ALONE, found, strict=True):
         alone = Strategy(dict.fromkeys(named_tensors(net)) | {name: choice})
-        wanted = quantize_tensors(net, alone, batches)[name]
+        wanted = quantize(net, alone, batches).tensors[name]
         assert torch.equal(tensor.codes, wanted.codes)
         assert torch.equal(tensor.dequantize(), wanted.dequantize())
         (single,) = quantize_alone(net, name, [choice], batches)
@@ -408,7 +407,7 @@ def test_a_bias_or_a_buffer_alone(name):
     net, choice = Varied(), {"scheme": "uniform", "bits": 3}
     alone = Strategy(dict.fromkeys(named_tensors(net)) | {name: choice})
     (tensor,) = quantize_alone(net, name, [choice])
-    assert torch.equal(tensor.dequantize(), quantize_tensors(net, alone)[name].dequantize())
+    assert torch.equal(tensor.dequantize(), quantize(net, alone).tensors[name].dequantize())
     assert quantize_alone(net, name, []) == []
 
 
@@ -459,6 +458,6 @@ def test_a_parametrized_weight_alone(options):
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 3))
     batches, choice = [(torch.randn(30, 4),)], WEIGHT | {"axis": 0} | options
     alone = Strategy(dict.fromkeys(named_tensors(net)) | {"0.weight": choice})
-    wanted = quantize_tensors(net, alone, batches)["0.weight"]
+    wanted = quantize(net, alone, batches).tensors["0.weight"]
     (tensor,) = quantize_alone(net, "0.weight", [choice], batches)
     assert torch.equal(tensor.dequantize(), wanted.dequantize())

@@ -3,6 +3,7 @@ and what the float network makes of it."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -195,13 +196,17 @@ def _uses(
         product = rounded(product)
         if product.weight != name:
             return product.compute(*product.operands)
+        last = len(products) + 1 == uses
+        if not last:
+            # what follows may work in place: test_moments_are_of_values_before_they_change
+            operands = tuple(operand.clone() for operand in product.operands)
+            product = replace(product, operands=operands)
         products.append(product)
-        last = len(products) == uses
         if compute_last or not last:
             results.append(product.compute(*product.operands))
         if last:
             raise _LastUse
-        return results[-1]
+        return results[-1].clone()
 
     try:
         with evaluating(model), visiting(model, visit):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantifind.network.modules import own_tensors, run
+from quantifind.network.modules import own_tensors, plain_copy, run
 from quantifind.network.products import Product, visiting
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
@@ -124,6 +124,7 @@ def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
     axis that it sums over. Those with padding count; a bias, and the look-ups of an embedding, have
     none.
 
+    model: any; weights that are parametrized have the names that strategies give them.
     inputs: (examples, …), as ``model`` takes them.
     Raises: ValueError as `trace`, and for a product of which torch doesn't say what it computes.
 
@@ -132,7 +133,7 @@ def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
     convolution weight 288.0
     """
     summed: dict[Any, ProductFacts] = {}
-    for product in trace(model, inputs):
+    for product in trace(plain_copy(model), inputs):
         if math.isnan(product.macs):
             raise ValueError(f"{product.activations[0]}: a {product.kind} of unknown MACs")
         same = replace(product, macs=0.0)
