@@ -113,6 +113,15 @@ def test_weighted_error_is_less_where_importance_is():
     assert weighted.sum() < plain.sum()
 
 
+def test_importance_may_be_plain_values():
+    """As JSON has them."""
+    one, other = (
+        uniform.quantize(SAMPLE, 3, axis=1, scale="weighted_mse", importance=importance)
+        for importance in (torch.arange(1.0, 41), list(range(1, 41)))
+    )
+    assert torch.equal(one.dequantize(), other.dequantize())
+
+
 @pytest.mark.parametrize("factor", [1e-60, 1e60])
 def test_weights_matter_by_their_ratios(factor):
     importance = torch.logspace(-3, 3, 40, dtype=torch.float64)

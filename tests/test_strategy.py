@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from quantifind.quantize import (
     quantize_model,
 )
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
+from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
 
@@ -65,7 +65,7 @@ def test_widths_may_differ():
 
 def test_json_round_trip(classifier):
     strategy = uniform_strategy(classifier[0], 5)
-    assert Strategy(**json.loads(json.dumps(asdict(strategy)))) == strategy
+    assert Strategy(**json.loads(json.dumps(strategy.choices))) == strategy
 
 
 def intact(net, act):
@@ -219,19 +219,18 @@ GOOD = [(torch.ones(2, 2),)]
         (
             WEIGHT | {"scale": "output_mse"},
             GOOD,
-            "weight: scale 'output_error' needs rounding 'com",
+            "weight: scale 'output_mse' needs rounding 'gptq' and axis 0, not 'nearest' and axis N",
         ),
-        (WEIGHT | {"rounding": "up"}, None, "weight: rounding is 'up': nearest, compensated, corr"),
-        (WEIGHT | {"rounding": "corrected"}, GOOD, "weight: rounding 'corrected' is for biases"),
+        (WEIGHT | {"rounding": "up"}, None, "weight: rounding is 'up': nearest, gptq, learned are"),
         (
             WEIGHT | {"rounding": "gptq"},
             None,
-            "weight: rounding 'compensated': calibration h",
+            "weight: rounding 'gptq': calibration has no ex",
         ),
         (
             WEIGHT | {"rounding": "gptq"},
             [],
-            "weight: rounding 'compensated': calibration has",
+            "weight: rounding 'gptq': calibration has no ex",
         ),
         (
             WEIGHT | {"rounding": "gptq"},
@@ -241,7 +240,7 @@ GOOD = [(torch.ones(2, 2),)]
         (
             WEIGHT | {"scale": "weighted_mse"},
             None,
-            "weight: scale 'weighted_squared_error'",
+            "weight: scale 'weighted_mse': calibration has no",
         ),
         ({"scheme": "minifloat", "bits": 4, "exponent": 9}, None, "weight: exponent is 9"),
         ({"scheme": "power_of_two", "bits": 4, "terms": 9}, None, "weight: terms is 9"),
@@ -250,9 +249,11 @@ GOOD = [(torch.ones(2, 2),)]
 )
 def test_errors_name_the_tensor_and_the_option(choice, calibration, message):
     net = nn.Linear(2, 2)
-    strategy = Strategy({"weight": choice, "bias": None})
     with pytest.raises(ValueError, match=message) as caught:
-        intact(net, lambda: quantize_model(net, strategy, calibration))
+        intact(
+            net,
+            lambda: quantize_model(net, Strategy({"weight": choice, "bias": None}), calibration),
+        )
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -301,61 +302,38 @@ def small():
     return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
-def test_fitted_codes_are_taken_as_they_are():
+def test_known_codes_are_taken_as_they_are():
     net, x = small(), torch.randn(40, 5)
     strategy = uniform_strategy(net, 3, axis=0, rounding="gptq")
-    fitted = quantize(net, strategy, [(x,)])
-    known = replace(strategy, fitted=fitted)
-    assert quantize(net, known) is fitted  # without calibration
+    known = quantize(net, strategy, [(x,)])
+    assert quantize(net, known) is known  # without calibration
     wanted = quantize_model(net, strategy, [(x,)])
     assert torch.equal(quantize_model(net, known)(x), wanted(x))
-    assert known == strategy
-    assert known.choices == strategy.choices
-    assert "fitted" not in repr(known)
-    learned = {name: {**choice, "rounding": "learned"} for name, choice in strategy.tensors.items()}
-    assert quantize(net, Strategy(learned, fitted=fitted)) is fitted
-    levels = uniform_activations(net, [(x,)], 4)
-    both = Strategy(strategy.tensors, levels)
-    both = replace(both, fitted=quantize(net, both, [(x,)]))
-    assert torch.equal(quantize_model(net, both)(x), quantize_model(net, both, [(x,)])(x))
+    both = Strategy(strategy.tensors, uniform_activations(net, [(x,)], 4))
+    known = quantize(net, both, [(x,)])
+    assert torch.equal(quantize_model(net, known)(x), quantize_model(net, both, [(x,)])(x))
+    some = Quantized({"0.weight": known.tensors["0.weight"]})
+    assert torch.equal(quantize_model(net, some)[2].weight, net[2].weight)
 
 
-def test_fitted_codes_of_something_else_are_refused():
+def test_known_codes_of_something_else_are_refused():
     net, narrow = small(), nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
-    strategy = uniform_strategy(net, 3)
-    fitted = quantize(net, strategy)
-    tensors = dict(fitted.tensors)
-    less, more = tensors.copy(), tensors | {"more": tensors["0.bias"]}
-    del less["0.bias"]
-    for other in (less, more, {}):
-        with pytest.raises(ValueError, match="fitted tensors are not those that it puts on a grid"):
-            quantize(net, replace(strategy, fitted=Quantized(other)))
-    some = Strategy(dict(strategy.tensors) | {"0.bias": None}, fitted=fitted)
-    with pytest.raises(ValueError, match="fitted tensors are not those that it puts on a grid"):
-        quantize(net, some)
-    assert quantize(net, replace(some, fitted=Quantized(less))).tensors is less
+    known = quantize(net, uniform_strategy(net, 3))
+    more = Quantized(known.tensors | {"nope": known.tensors["0.bias"]})
+    with pytest.raises(ValueError, match=r"quantized tensors nope: the network has 0.weight, "):
+        quantize(net, more)
     with pytest.raises(
-        ValueError, match=r"0.weight: fitted codes of shape \[6, 5\], the network's are \[4, 5\]"
+        ValueError, match=r"0.weight: codes of shape \[6, 5\], the network's are \[4, 5\]"
     ):
-        quantize(narrow, replace(strategy, fitted=fitted))
-    with pytest.raises(ValueError, match="names tensors nope: the network has"):
-        quantize(net, Strategy(dict(strategy.tensors) | {"nope": None}, fitted=fitted))
-
-
-def test_fitted_activations_of_something_else_are_refused():
-    net, x = small(), torch.randn(40, 5)
-    strategy = uniform_strategy(net, 3)
-    levels = uniform_activations(net, [(x,)], 4)
-    with pytest.raises(ValueError, match="activations"):
-        quantize(net, Strategy(strategy.tensors, levels, fitted=quantize(net, strategy)))
+        quantize(narrow, known)
 
 
 def test_learned_codes_have_to_be_there():
     net = small()
-    with pytest.raises(ValueError, match=r"0.weight: rounding 'learned' without the codes: quan"):
+    with pytest.raises(ValueError, match=r"0.weight: rounding 'learned' without codes: quantif"):
         quantize(net, uniform_strategy(net, 3, rounding="learned"), [(torch.randn(40, 5),)])
-    with pytest.raises(ValueError, match=r"0.weight: rounding 'learned' without the codes"):
-        quantize_alone(net, "0.weight", [WEIGHT | {"rounding": "learned"}])
+    with pytest.raises(ValueError, match=r"0.weight: rounding 'learned' without codes"):
+        quantize_alone(net, "0.weight", [Choice.of(WEIGHT | {"rounding": "learned"})])
 
 
 ALONE = [
@@ -391,8 +369,9 @@ def test_one_tensor_alone_is_as_in_a_strategy_with_the_rest_in_float(name):
     torch.manual_seed(0)
     net = Varied()
     batches = [(torch.randint(9, (30, 4)),), (torch.randint(9, (20, 4)),)]
-    found = intact(net, lambda: quantize_alone(net, name, ALONE, iter(batches)))
-    for choice, tensor in zip(ALONE, found, strict=True):
+    choices = [Choice.of(choice) for choice in ALONE]
+    found = intact(net, lambda: quantize_alone(net, name, choices, iter(batches)))
+    for choice, tensor in zip(choices, found, strict=True):
         alone = Strategy(dict.fromkeys(named_tensors(net)) | {name: choice})
         wanted = quantize(net, alone, batches).tensors[name]
         assert torch.equal(tensor.codes, wanted.codes)
@@ -404,7 +383,7 @@ def test_one_tensor_alone_is_as_in_a_strategy_with_the_rest_in_float(name):
 @pytest.mark.parametrize("name", ["head.bias", "norm.weight", "gain"])
 def test_a_bias_or_a_buffer_alone(name):
     torch.manual_seed(0)
-    net, choice = Varied(), {"scheme": "uniform", "bits": 3}
+    net, choice = Varied(), Choice("uniform", 3)
     alone = Strategy(dict.fromkeys(named_tensors(net)) | {name: choice})
     (tensor,) = quantize_alone(net, name, [choice])
     assert torch.equal(tensor.dequantize(), quantize(net, alone).tensors[name].dequantize())
@@ -415,27 +394,27 @@ def test_a_bias_or_a_buffer_alone(name):
     ("choice", "message"),
     [
         (WEIGHT | {"bits": 40}, "head.weight: bits is 40"),
-        (WEIGHT | {"rounding": "up"}, "head.weight: rounding is 'up'"),
-        (WEIGHT | {"rounding": "corrected"}, "head.weight: rounding 'corrected' is for biases"),
-        (WEIGHT | {"axsi": 0}, "head.weight: unknown option axsi"),
+        (WEIGHT | {"axis": 2}, r"head.weight: axis is 2: the tensor's shape is \[6, 6\]"),
+        (WEIGHT | {"rounding": "learned"}, "head.weight: rounding 'learned' without codes"),
+        (WEIGHT | {"scale": "output_mse"}, "head.weight: scale 'output_mse' needs rounding 'gptq'"),
     ],
 )
 def test_errors_of_one_tensor_alone(choice, message):
+    batches, gptq = [(torch.randint(9, (3, 4)),)], Choice.of(WEIGHT | {"rounding": "gptq"})
     with pytest.raises(ValueError, match=message):
-        quantize_alone(Varied(), "head.weight", [choice], [(torch.randint(9, (3, 4)),)])
-    with pytest.raises(ValueError, match="calibration has no examples"):
-        quantize_alone(Varied(), "head.weight", [WEIGHT | {"rounding": "gptq"}])
-    with pytest.raises(ValueError, match=r"head.bias: rounding 'corrected' is for a bias"):
-        quantize_alone(Varied(), "head.bias", [WEIGHT | {"rounding": "corrected"}],
-                       [(torch.randint(9, (3, 4)),)])  # fmt: skip
-    with pytest.raises(ValueError, match="gain: rounding 'compensated' is for weights"):
-        quantize_alone(Varied(), "gain", [WEIGHT | {"rounding": "gptq"}],
-                       [(torch.randint(9, (3, 4)),)])  # fmt: skip
+        quantize_alone(Varied(), "head.weight", [Choice.of(choice)], batches)
+    with pytest.raises(
+        ValueError, match=r"head.weight: rounding 'gptq': calibration has no examples"
+    ):
+        quantize_alone(Varied(), "head.weight", [gptq])
+    for name in ("head.bias", "gain"):
+        with pytest.raises(ValueError, match=rf"{name}: rounding 'gptq' is for weights"):
+            quantize_alone(Varied(), name, [gptq], batches)
 
 
 def test_an_unknown_tensor_alone_is_named():
     with pytest.raises(ValueError, match="nope"):
-        quantize_alone(small(), "nope", [WEIGHT])
+        quantize_alone(small(), "nope", [Choice.of(WEIGHT)])
 
 
 def test_a_tensor_alone_that_no_product_uses_is_named():
@@ -447,7 +426,7 @@ def test_a_tensor_alone_that_no_product_uses_is_named():
         def forward(self, x):
             return self.head(x + self.positions)
 
-    choice = WEIGHT | {"scale": "weighted_mse"}
+    choice = Choice.of(WEIGHT | {"scale": "weighted_mse"})
     with pytest.raises(ValueError, match=r"positions: .*: no linear or convolution or embedding"):
         quantize_alone(Positions(), "positions", [choice], [(torch.randn(4, 3, 2),)])
 
@@ -456,7 +435,7 @@ def test_a_tensor_alone_that_no_product_uses_is_named():
 def test_a_parametrized_weight_alone(options):
     torch.manual_seed(0)
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 3))
-    batches, choice = [(torch.randn(30, 4),)], WEIGHT | {"axis": 0} | options
+    batches, choice = [(torch.randn(30, 4),)], Choice.of(WEIGHT | {"axis": 0} | options)
     alone = Strategy(dict.fromkeys(named_tensors(net)) | {"0.weight": choice})
     wanted = quantize(net, alone, batches).tensors["0.weight"]
     (tensor,) = quantize_alone(net, "0.weight", [choice], batches)

@@ -46,6 +46,9 @@ class Choice:
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is {self.rounding!r}: {', '.join(ROUNDINGS)} are allowed")
+        if not isinstance(self.scheme, str):
+            allowed = ", ".join(plugins.names("schemes"))
+            raise ValueError(f"scheme is {self.scheme!r}: {allowed}, or a dotted path, are allowed")
         taken = _arguments(plugins.load("schemes", self.scheme, "quantize"))
         if unknown := self._scheme_options().keys() - set(taken):
             raise ValueError(
@@ -65,7 +68,7 @@ class Choice:
         {'scale': 'mse'}
         """
         values = given.plain() if isinstance(given, Choice) else given
-        if "scheme" not in values:
+        if not isinstance(values, Mapping) or "scheme" not in values:
             raise ValueError(f"a choice needs a scheme: {', '.join(plugins.names('schemes'))}")
         own = {f.name for f in fields(cls)} - {"options"}
         return cls(
@@ -116,7 +119,7 @@ class Choice:
         try:
             return put(values.detach(), **options)
         except TypeError as error:
-            raise ValueError(f"{options} has a value of another type: {error}") from error
+            raise ValueError(f"{self.plain()} can't be: {error}") from error
 
     def _scheme_options(self) -> dict[str, Any]:
         shared = {name: getattr(self, name) for name in self.SHARED}

@@ -75,13 +75,15 @@ def importance_rows(
     """
     if importance is None:
         raise ValueError("weighted errors need the importance of each value: calibration inputs")
+    # a strategy that was plain values has a number or a list: test_importance_may_be_plain_values
+    each = torch.as_tensor(importance, dtype=torch.float64, device=values.device)
     try:
-        each = importance.to(values.device).double().expand_as(values)
-    except RuntimeError:
+        each = each.expand_as(values)
+    except RuntimeError as error:
         raise ValueError(
-            f"importance has shape {list(importance.shape)}: {list(values.shape)}, or what "
+            f"importance has shape {list(each.shape)}: {list(values.shape)}, or what "
             "broadcasts to it, is allowed"
-        ) from None
+        ) from error
     if bad := int((~((importance >= 0) & importance.isfinite())).sum()):
         raise ValueError(f"{bad} values of importance are negative, NaN or infinite")
     return to_rows(each, axis, group)
