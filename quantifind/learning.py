@@ -149,8 +149,8 @@ def fit_temperature(model: nn.Module, loader: Iterable) -> float:
 
 
 def _check_number(name: str, value: Any, *, zero: bool = False) -> None:
-    number = isinstance(value, int | float) and value < math.inf
-    if not number or not (value > 0 or (zero and value == 0)):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (0 < value < math.inf or (zero and value == 0)):
         least = "of 0 or more" if zero else "above 0"
         raise ValueError(f"{name} is {value!r}: a number {least} is needed")
 

@@ -76,15 +76,15 @@ def importance_rows(
     if importance is None:
         raise ValueError("weighted errors need the importance of each value: calibration inputs")
     # a strategy that was plain values has a number or a list: test_importance_may_be_plain_values
-    each = torch.as_tensor(importance, dtype=torch.float64, device=values.device)
+    given = torch.as_tensor(importance, dtype=torch.float64, device=values.device)
     try:
-        each = each.expand_as(values)
+        each = given.expand_as(values)
     except RuntimeError as error:
         raise ValueError(
-            f"importance has shape {list(each.shape)}: {list(values.shape)}, or what "
+            f"importance has shape {list(given.shape)}: {list(values.shape)}, or what "
             "broadcasts to it, is allowed"
         ) from error
-    if bad := int((~((importance >= 0) & importance.isfinite())).sum()):
+    if bad := int((~((given >= 0) & given.isfinite())).sum()):
         raise ValueError(f"{bad} values of importance are negative, NaN or infinite")
     return to_rows(each, axis, group)
 
