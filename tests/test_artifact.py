@@ -19,6 +19,7 @@ from quantifind.quantize import mean_bits, quantize
 from quantifind.storage.artifact import pack, unpack
 from quantifind.storage.store import Store
 from quantifind.strategy import Strategy, uniform_strategy
+from quantifind.tensor.choice import ActivationChoice
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
 from quantifind.utils.loaders import Tensors, batch_loader
@@ -67,7 +68,13 @@ def assert_same(one, other):
     assert one.codes.shape == other.codes.shape
     assert one.codes.dtype == other.codes.dtype
     assert torch.equal(one.codes, other.codes)
-    for part in ("dtype", "axis", "group", "bits", "stored_bits"):
+    assert one.dtype == other.dtype
+    assert_same_parameters(one.qparams, other.qparams)
+    assert bits_of(one.dequantize()) == bits_of(other.dequantize())
+
+
+def assert_same_parameters(one, other):
+    for part in ("axis", "group", "bits", "stored_bits"):
         assert getattr(one, part) == getattr(other, part)
     for part in ("levels", "offset", "stored", "lowest_code"):
         assert getattr(one.grid, part) == getattr(other.grid, part)
@@ -77,7 +84,6 @@ def assert_same(one, other):
         if a is not None:
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
             assert bits_of(a) == bits_of(b)
-    assert bits_of(one.dequantize()) == bits_of(other.dequantize())
 
 
 @for_every_case
@@ -118,20 +124,21 @@ def test_bytes_kept_are_those_counted():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_levels_of_activations_come_back_without_the_sample(scheme):
+def test_parameters_of_activations_come_back(scheme):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(50, 6)
     choices = {
         "0.weight": {"scheme": scheme, "bits": 4},
         "2.weight": UNIFORM | {"zero_point": True},
     }
-    levels = fit_activations(net, choices, [(x,)])
-    tensors, _ = pack(Quantized({}, levels))
-    assert not any(tensor.numel() for name, tensor in tensors.items() if name.endswith("codes"))
+    made = {name: ActivationChoice.of(choice) for name, choice in choices.items()}
+    levels = fit_activations(net, made, [(x,)])
     back = round_trip(Quantized({}, levels))
     assert not back.tensors
     assert list(back.activations) == list(levels)
-    assert all(fit.codes.numel() for fit in levels.values())  # what was given is as it was
+    for name, fit in levels.items():
+        assert_same_parameters(back.activations[name], fit)
+        assert_same_parameters(pickle.loads(pickle.dumps(fit)), fit)
     wanted = QuantizedActivations(net, levels)(x)
     assert torch.equal(QuantizedActivations(net, back.activations)(x), wanted)
     assert not torch.equal(net(x), wanted)
@@ -172,8 +179,10 @@ def test_packing_mutates_nothing():
     net = nn.Linear(4, 3)
     quantized = quantize(net, uniform_strategy(net, 3, axis=0))
     tensor = quantized.tensors["weight"]
-    before = [tensor.codes.clone(), tensor.scale.clone(), tensor.dequantize()]
+    before = [tensor.codes.clone(), tensor.qparams.scale.clone(), tensor.dequantize()]
     tensors, _ = pack(quantized)
     assert tensors["tensors/weight/codes"].numel() == math.ceil(12 * 3 / 8)
-    for was, now in zip(before, (tensor.codes, tensor.scale, tensor.dequantize()), strict=True):
+    for was, now in zip(
+        before, (tensor.codes, tensor.qparams.scale, tensor.dequantize()), strict=True
+    ):
         assert torch.equal(was, now)

@@ -20,8 +20,8 @@ def measure(
     has its own.
 
     products: as `quantifind.network.trace.macs` returns them.
-    Returns: by name of a parameter or buffer that is a weight, or of the left operand of a product of
-    two activations; 0 for parameters in no product, such as biases.
+    Returns: by name of a parameter or buffer that is a weight, or of the left operand of a product
+        of two activations; 0 for parameters in no product, such as biases.
 
     >>> import torch
     >>> from quantifind.network.trace import macs

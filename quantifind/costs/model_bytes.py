@@ -16,7 +16,8 @@ def measure(
     """Bytes of each parameter, with the scale and zero point of the activations that meet it.
 
     products: not needed.
-    Returns: by name of a parameter, a quantized buffer, or the left operand of a product of two activations.
+    Returns: by name of a parameter, a quantized buffer, or the left operand of a product of two
+        activations.
 
     >>> measure(nn.Linear(3, 2), Quantized({}), [])
     {'weight': 24.0, 'bias': 8.0}

@@ -60,7 +60,8 @@ def _sample(model: nn.Module, batches: Batches, names: set[str], seed: int) -> d
         for name, operand in zip(product.activations, operands, strict=False):
             if name not in names or not operand.numel():
                 continue
-            # a copy, since what follows may work in place: test_ranges_are_of_values_before_they_change
+            # a copy, since what follows may work in place:
+            # test_ranges_are_of_values_before_they_change
             values = operand.detach().to("cpu", torch.float32, copy=True).flatten()
             if bad := int((~values.isfinite()).sum()):
                 raise ValueError(f"activations of {name}: {bad} values are NaN or infinite")

@@ -37,7 +37,8 @@ def quantize(
 ) -> QuantizedTensor:
     """Round to the nearest entry of a table.
 
-    bits: 1 to 8. levels: instead of bits, how many entries, 2 to 256.
+    bits: 1 to 8.
+    levels: instead of bits, how many entries, 2 to 256.
     centres: "k_means", the entries with the least squared error, stored with the tensor;
         "weighted_k_means", each error weighted with ``importance``; "normal", equally likely
         quantiles of the normal distribution, times a scale: NF4 is 4 bits in groups of 64.
@@ -46,8 +47,9 @@ def quantize(
         squared gradients.
     table_dtype: what k-means centres are stored in, "float32" (default; float64 for float64 values)
         or "float16".
-    options: for "normal", `scale` and `scale_dtype`, as `quantifind.tensor.scales.quantize_to_grid` has them.
-    Errors: ValueError naming the option that is out of range, and as `quantize_to_grid`.
+    options: for "normal", `scale` and `scale_dtype`, as
+        `quantifind.tensor.scales.quantize_to_grid` has them.
+    Raises: ValueError naming the option that is out of range, and as `quantize_to_grid`.
 
     >>> quantize(torch.tensor([0.1, 0.2, 0.9, 5.0]), levels=3).dequantize().tolist()
     [0.15000000596046448, 0.15000000596046448, 0.8999999761581421, 5.0]

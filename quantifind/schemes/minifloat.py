@@ -33,7 +33,7 @@ def quantize(
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, as
         `quantifind.tensor.scales.quantize_to_grid` has them. MX is ``axis=0``, ``group=32`` and
         ``scale_dtype="power_of_two"``; the format itself, as a processor has it, ``scale=1.0``.
-    Errors: ValueError for a format that can't be, and as `quantize_to_grid`.
+    Raises: ValueError for a format that can't be, and as `quantize_to_grid`.
 
     >>> quantize(torch.tensor([0.2, -1.6, 2.4, 7.0]), 4, scale=1.0).dequantize().tolist()
     [0.0, -1.5, 2.0, 6.0]
@@ -51,7 +51,8 @@ def levels(exponent: int, mantissa: int, specials: str | None = None) -> Tensor:
     """The finite values of a format in rising order, 0 once, float64; the exponent's bias is
     2^(exponent − 1) − 1.
 
-    exponent, mantissa: their bits. specials: as in `quantize`.
+    exponent, mantissa: their bits.
+    specials: as in `quantize`.
 
     >>> levels(2, 1).tolist()[7:]
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

@@ -24,15 +24,16 @@ def quantize(
 
     By default, of b bits: levels from −2^(b−1) to 2^(b−1)−1 times 2·max|x| / (2^b − 1).
 
-    bits: 1 to 32. levels: instead of bits, how many there are, 2 to 2^32; 3 for ternary, −1, 0, 1.
+    bits: 1 to 32.
+    levels: instead of bits, how many there are, 2 to 2^32; 3 for ternary, −1, 0, 1.
     half_integer: whether the levels are ±½, ±1½, …, for an even number of them; by default at 1 bit
         alone, where whole numbers would leave none above 0.
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, `zero_point`, as
         `quantifind.tensor.scales.quantize_to_grid` has them.
-    Returns: at most so many distinct values for each scale. With ``scale`` "largest" each value is
-    at most half a step and one unit in the last place of its dtype from the original, and a
-    constant tensor keeps its value.
-    Errors: ValueError for a number of levels that can't be, and as `quantize_to_grid`.
+    Returns: at most so many distinct values for each scale. With ``scale`` "max_abs" each value is
+        at most half a step and one unit in the last place of its dtype from the original, and a
+        constant tensor keeps its value.
+    Raises: ValueError for a number of levels that can't be, and as `quantize_to_grid`.
 
     >>> import torch
     >>> quantize(torch.tensor([0.0, 0.3, -0.3, 0.75]), bits=3).codes.tolist()

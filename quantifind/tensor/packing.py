@@ -57,8 +57,7 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     """The first ``count`` codes, (count,), of what `pack` made.
 
     Returns: uint8 up to 256 levels, int32 up to 2^31, else int64.
-
-    Errors: ValueError when the number of bytes is not that of so many codes.
+    Raises: ValueError when the number of bytes is not that of so many codes.
 
     >>> unpack(torch.tensor([177], dtype=torch.uint8), 4, 4).tolist()
     [1, 0, 3, 2]
