@@ -18,7 +18,7 @@ READ_DRAM_BIT = 640 / 32
 def measure(
     model: nn.Module, quantized: Quantized, products: Sequence[ProductFacts]
 ) -> dict[str, float]:
-    """Picojoules of each parameter: its multiply-adds, and reading its stored bits once from DRAM.
+    """Picojoules of each parameter: its MACs, and reading its stored bits once from DRAM.
 
     Where both operands are on levels, a multiply-add multiplies integers of the widths of their
     codes and adds to an integer of 32 bits; a grid that is no integer's, such as a minifloat or
@@ -28,7 +28,7 @@ def measure(
 
     products: as `quantifind.network.trace.macs` returns them.
     Returns: by name of a parameter, a quantized buffer, a buffer that is a weight, or the left
-    operand of a product of two activations.
+        operand of a product of two activations.
     """
     stored = {
         name: 8 * value.numel() * value.element_size()

@@ -124,6 +124,7 @@ def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
     axis that it sums over. Those with padding count; a bias, and the look-ups of an embedding, have
     none.
 
+    model: any; weights that are parametrized have the names that strategies give them.
     inputs: (examples, …), as ``model`` takes them.
     Raises: ValueError as `trace`, and for a product of which torch doesn't say what it computes.
 

@@ -37,7 +37,8 @@ def quantize(
 ) -> QuantizedTensor:
     """Round to the nearest entry of a table.
 
-    bits: 1 to 8. levels: instead of bits, how many entries, 2 to 256.
+    bits: 1 to 8.
+    levels: instead of bits, how many entries, 2 to 256.
     centres: "k_means", the entries with the least squared error, stored with the tensor;
         "weighted_k_means", each error weighted with ``importance``; "normal", equally likely
         quantiles of the normal distribution, times a scale: NF4 is 4 bits in groups of 64.

@@ -51,7 +51,8 @@ def levels(exponent: int, mantissa: int, specials: str | None = None) -> Tensor:
     """The finite values of a format in rising order, 0 once, float64; the exponent's bias is
     2^(exponent − 1) − 1.
 
-    exponent, mantissa: their bits. specials: as in `quantize`.
+    exponent, mantissa: their bits.
+    specials: as in `quantize`.
 
     >>> levels(2, 1).tolist()[7:]
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

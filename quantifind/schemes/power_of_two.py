@@ -15,8 +15,8 @@ MIN_BITS, MAX_BITS = 2, 8
 def quantize(values: Tensor, bits: int, *, terms: int = 1, **options: Any) -> QuantizedTensor:
     """Round to nearest on 0 and ± sums of ``terms`` powers of two, times a scale.
 
-    bits: 2 to 8, the sign included. terms: 1 to bits − 1, among which the other bits are divided,
-        the first taking what is over.
+    bits: 2 to 8, the sign included.
+    terms: 1 to bits − 1, among which the other bits are divided, the first taking what is over.
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, as
         `quantifind.tensor.scales.quantize_to_grid` has them.
     Returns: at most 2^bits − 1 distinct values for each scale, 0 among them.

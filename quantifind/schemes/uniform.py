@@ -24,7 +24,8 @@ def quantize(
 
     By default, of b bits: levels from −2^(b−1) to 2^(b−1)−1 times 2·max|x| / (2^b − 1).
 
-    bits: 1 to 32. levels: instead of bits, how many there are, 2 to 2^32; 3 for ternary, −1, 0, 1.
+    bits: 1 to 32.
+    levels: instead of bits, how many there are, 2 to 2^32; 3 for ternary, −1, 0, 1.
     half_integer: whether the levels are ±½, ±1½, …, for an even number of them; by default at 1 bit
         alone, where whole numbers would leave none above 0.
     options: `axis`, `group`, `scale`, `importance`, `scale_dtype`, `zero_point`, as

@@ -26,9 +26,12 @@ SHARES = (1.0, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2,
 class Moments:
     """Sums over the positions at which some rows of a weight, (rows, inputs), meet an input x.
 
-    inputs: Σ x xᵀ, (inputs, inputs). outputs: Σ y xᵀ, (rows, inputs), where y is what the float
-    network has there less the bias that is added here. positions: how many. counts: how often
-    each row is an embedding's output too, (rows,), None where the weight is no embedding.
+    inputs: Σ x xᵀ, (inputs, inputs).
+    outputs: Σ y xᵀ, (rows, inputs), where y is what the float network has there less the bias that
+        is added here.
+    positions: how many.
+    counts: how often each row is an embedding's output too, (rows,); None where the weight is no
+        embedding.
     """
 
     inputs: Tensor
@@ -174,9 +177,13 @@ def gptq(
 ) -> tuple[Tensor, Tensor]:
     """Codes that keep (target − rounded) · hessian · (target − rounded)ᵀ of each row small.
 
-    target: (rows, inputs) float64. hessian: Σ x xᵀ, (inputs, inputs) float64. nearest: codes to
-    start from, than which no row becomes worse. shares: of the scales, those to try. own: what each
-    row adds to the diagonal of the hessian, (rows,), for a row that is an embedding's output too.
+    target: (rows, inputs) float64.
+    hessian: Σ x xᵀ, (inputs, inputs) float64.
+    levels: what codes of the rows stand for.
+    nearest: codes to start from, than which no row becomes worse.
+    shares: of the scales, those to try.
+    own: what each row adds to the diagonal of the hessian, (rows,), for a row that is an
+        embedding's output too.
     Returns: codes (rows, inputs), and the share of its scales that each row takes, (rows, 1).
     """
     share = torch.ones_like(target[:, :1])

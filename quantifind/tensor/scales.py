@@ -1,6 +1,7 @@
 """Values on a grid: the scale of each row, and the codes (OMSE, arXiv:1902.06822)."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, overload
 
@@ -22,6 +23,8 @@ REFINEMENTS = 6
 def level_count(scheme: str, bits: Any, levels: Any, *, low: int, high: int) -> int:
     """How many levels ``bits`` or ``levels`` ask for.
 
+    scheme: its name, for the error.
+    bits, levels: one of them, the other None.
     low, high: the widths the scheme has, in bits.
     Raises: ValueError unless exactly one is given, a whole number that the scheme has.
     """
@@ -34,7 +37,12 @@ def level_count(scheme: str, bits: Any, levels: Any, *, low: int, high: int) -> 
 
 
 def whole_number(name: str, given: Any, takes: str, low: int, high: int) -> int:
-    """The option ``given``; ValueError unless it is a whole number, ``low`` to ``high``."""
+    """An option as an int.
+
+    name: of the option.
+    takes: who allows ``low`` to ``high``, for the error: "uniform takes".
+    Raises: ValueError unless ``given`` is a whole number in that range.
+    """
     whole = isinstance(given, Integral) and not isinstance(given, bool)
     if not whole or not low <= given <= high:
         raise ValueError(f"{name} is {given!r}: {takes} whole numbers {low} to {high}")
@@ -201,57 +209,85 @@ def _least_error(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Of the scales tried, each row's with the least (weighted) sum of squared errors."""
-    # in units of the largest scale squares neither overflow nor vanish: test_extreme_scales_...
-    unit = torch.where(largest.double() > 0, largest.double(), 1.0)
-    exact = rows / unit
-    if weights is not None:
-        weights = weights / weights.amax(1, keepdim=True).clamp(min=2**-1022)
+    exact = _Errors.of(rows, grid, largest, weights)
     # squares of the levels of 7 exponent bits are beyond float32:
     # test_squared_error_is_less_for_every_exponent
     precise = grid.levels > 2**16 or grid.reach > 2**32
+    errors = exact if precise else exact.in_float32()
+    best = _Best(largest, zero, *errors(largest, zero))
+    for step, shift in _candidates(rows, grid, dtype, largest, zero):
+        best.try_also(step, shift, *errors(step, shift))
+    for _ in range(REFINEMENTS if dtype != POWER_OF_TWO else 0):
+        step = stored_scale(torch.where(best.refined > 0, best.refined, best.step.double()), dtype)
+        if not best.try_also(step, best.zero, *errors(step, best.zero)):
+            break
+    if precise:
+        return best.step, best.zero
+    # what float32 took for better may not be
+    better = exact(best.step, best.zero)[0] < exact(largest, zero)[0]
+    return _where(better, best.step, largest), _where(better, best.zero, zero)
 
-    def error(
-        step: Tensor, shift: Tensor | None, values: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+
+@dataclass(frozen=True)
+class _Errors:
+    """What rounding makes of rows, (rows, length), by scale and zero point.
+
+    unit: of the values, (rows, 1): the largest scale, so that squares neither overflow nor vanish
+        (test_extreme_scales_are_found_as_others_are).
+    weights: of the squared errors, at most 1 in each row.
+    """
+
+    grid: Grid
+    values: Tensor
+    unit: Tensor
+    weights: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, grid: Grid, largest: Tensor, weights: Tensor | None) -> "_Errors":
+        unit = torch.where(largest.double() > 0, largest.double(), 1.0)
+        if weights is not None:
+            weights = weights / weights.amax(1, keepdim=True).clamp(min=2**-1022)
+        return cls(grid, rows / unit, unit, weights)
+
+    def in_float32(self) -> "_Errors":
+        weights = None if self.weights is None else self.weights.float()
+        return replace(self, values=self.values.float(), weights=weights)
+
+    def __call__(self, step: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Each row's error, and its best scale for the codes that ``step`` gives."""
-        step = (step.double() / unit).to(values.dtype)
+        values, weights = self.values, self.weights
+        step = (step.double() / self.unit).to(values.dtype)
         scaled = values / step
-        codes = grid.codes(scaled if shift is None else scaled + shift)
-        levels = grid.values(codes).to(values.dtype)
+        codes = self.grid.codes(scaled if shift is None else scaled + shift)
+        levels = self.grid.values(codes).to(values.dtype)
         levels = levels if shift is None else levels - shift
         weighted = levels if weights is None else levels * weights
         power = (weighted * levels).sum(1, keepdim=True)
         product = (weighted * values).sum(1, keepdim=True)
         residual = (values - step * levels).square_()
         residual = residual if weights is None else residual.mul_(weights)
-        best = torch.where(power > 0, product / power, step).double() * unit
+        best = torch.where(power > 0, product / power, step).double() * self.unit
         return residual.sum(1, keepdim=True), best
 
-    dtypes = torch.float64 if precise else torch.float32
-    some = exact.to(dtypes), None if weights is None else weights.to(dtypes)
-    best, best_zero = largest, zero
-    least, refined = error(largest, zero, *some)
-    for step, shift in _candidates(rows, grid, dtype, largest, zero):
-        tried, own_best = error(step, shift, *some)
-        better = tried < least
-        least = torch.where(better, tried, least)
-        refined = torch.where(better, own_best, refined)
-        best = _where(better, step, best)
-        best_zero = _where(better, shift, best_zero)
-    for _ in range(REFINEMENTS if dtype != POWER_OF_TWO else 0):
-        step = stored_scale(torch.where(refined > 0, refined, best.double()), dtype)
-        tried, own_best = error(step, best_zero, *some)
-        better = tried < least
-        if not better.any():
-            break
-        least = torch.where(better, tried, least)
-        refined = torch.where(better, own_best, refined)
-        best = _where(better, step, best)
-    if precise:
-        return best, best_zero
-    # what float32 took for better may not be
-    was, now = error(largest, zero, exact, weights)[0], error(best, best_zero, exact, weights)[0]
-    return _where(now < was, best, largest), _where(now < was, best_zero, zero)
+
+@dataclass
+class _Best:
+    """Of what was tried for each row: scale, zero point, error, and the best scale for its codes;
+    (rows, 1) each."""
+
+    step: Tensor
+    zero: Tensor | None
+    error: Tensor
+    refined: Tensor
+
+    def try_also(self, step: Tensor, zero: Tensor | None, error: Tensor, refined: Tensor) -> bool:
+        """Keep what is better; whether it is for any row."""
+        better = error < self.error
+        self.step = _where(better, step, self.step)
+        self.zero = _where(better, zero, self.zero)
+        self.error = torch.where(better, error, self.error)
+        self.refined = torch.where(better, refined, self.refined)
+        return bool(better.any())
 
 
 def _candidates(

@@ -9,7 +9,12 @@ SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "power_of_tw
 
 
 def storage_dtype(option: str, name: str | None, values: torch.dtype) -> torch.dtype:
-    """What scales or tables are stored in: by default float32, of float64 ``values`` float64."""
+    """What scales or tables are stored in.
+
+    option: its name, "scale_dtype" or "table_dtype".
+    name: what it is given as; None for float32, or float64 where ``values`` are.
+    Raises: ValueError for a name that is none of `SCALE_DTYPES`, or of a table "power_of_two".
+    """
     allowed = [n for n in SCALE_DTYPES if option == "scale_dtype" or n != "power_of_two"]
     if name is None:
         return torch.promote_types(values, torch.float32)
@@ -43,6 +48,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype, *, up: bool = False) -> Tens
 
 
 def check_storable(scale: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError where a scale is larger than the dtype's largest value."""
     largest = torch.finfo(dtype).max
     if (scale > largest).any():
         name = next((n for n, kept in SCALE_DTYPES.items() if kept == dtype), "float64")
