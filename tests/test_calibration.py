@@ -69,7 +69,7 @@ def test_moments_of_a_convolution_are_those_of_torch_unfold(settings, groups):
     torch.manual_seed(0)
     net = nn.Conv2d(4, 6, 3, groups=groups, **settings).double()
     batches = [(torch.randn(n, 4, 8, 7, dtype=torch.double),) for n in (3, 2)]
-    moments = layer_moments(net, "weight", batches, 1)
+    moments = all_moments(net, "weight", batches)
     patches = torch.cat(
         [F.unfold(x, 3, **settings).movedim(1, -1).flatten(0, 1) for x, *_ in batches]
     ).unflatten(1, (groups, -1))
@@ -85,9 +85,9 @@ def test_moments_of_a_convolution_are_those_of_torch_unfold(settings, groups):
 def test_chunks_add_up(monkeypatch):
     torch.manual_seed(0)
     net, batches = nn.Conv1d(2, 3, 2), [(torch.randn(7, 2, 6),)]
-    (whole,) = layer_moments(net, "weight", batches, 1).values()
+    (whole,) = all_moments(net, "weight", batches).values()
     monkeypatch.setattr("quantifind.network.calibration.CHUNK", 50)
-    (parts,) = layer_moments(net, "weight", batches, 1).values()
+    (parts,) = all_moments(net, "weight", batches).values()
     torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts.outputs, whole.outputs, rtol=1e-6, atol=1e-6)
     assert parts.positions == whole.positions
@@ -97,7 +97,7 @@ def test_moments_of_a_linear_map_used_twice_are_of_both_uses():
     torch.manual_seed(0)
     layer = nn.Linear(3, 3).double()
     net, x = nn.Sequential(layer, layer), torch.randn(5, 3, dtype=torch.double)
-    (found,) = layer_moments(net, "0.weight", [(x,)], 2).values()
+    (found,) = all_moments(net, "0.weight", [(x,)], uses=2).values()
     inputs = torch.cat([x, layer(x).detach()])
     torch.testing.assert_close(found.inputs, inputs.T @ inputs)
     assert found.positions == 10
@@ -106,17 +106,16 @@ def test_moments_of_a_linear_map_used_twice_are_of_both_uses():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_full(dtype):
     net = nn.Linear(2, 2).to(dtype)
-    batches = [(torch.full((40_000, 2), 3.0, dtype=dtype),)]
-    (found,) = layer_moments(net, "weight", batches, 1).values()
+    (found,) = all_moments(net, "weight", [(torch.full((40_000, 2), 3.0, dtype=dtype),)]).values()
     assert (found.inputs == 360_000).all()
 
 
 class Cross(nn.Module):
     """Attention from the first letters to all of them."""
 
-    def __init__(self):
+    def __init__(self, batch_first=True):
         super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
 
     def forward(self, x):
         return self.attention(x[:, :2], x, x.clone())[0]
@@ -125,7 +124,7 @@ class Cross(nn.Module):
 def test_packed_projections_have_moments_by_their_rows():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 4)
-    moments = layer_moments(Cross(), "attention.in_proj_weight", [(x,)], 3)
+    moments = all_moments(Cross(), "attention.in_proj_weight", [(x,)], uses=3)
     letters = {"query": x[:, :2], "key": x, "value": x}
     assert list(moments) == [(0, 4), (4, 8), (8, 12)]
     for found, seen in zip(moments.values(), letters.values(), strict=True):

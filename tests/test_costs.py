@@ -252,7 +252,7 @@ def test_a_stored_codebook_multiplies_floats():
     assert bit_operations.measure(LINEAR, quantized, products)["weight"] == 15 * 2 * 8
 
 
-def test_a_product_of_two_activations_is_entered_at_its_left_activation(net):
+def test_a_product_of_two_activations_is_entered_at_its_left_site(net):
     left, right = "product.0.left", "product.0.right"
     products = macs(net, CODES)
     quantized = Quantized({}, {left: levels(4), right: levels(3)})

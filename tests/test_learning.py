@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantifind import learning
 from quantifind.learning import learn
 from quantifind.quantize import quantize, quantize_model
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
@@ -348,7 +347,7 @@ def test_labels_of_a_regression_have_any_shape(shape):
             data,
             classes=False,
         )
-        for weight in (0, 10)
+        for labels in (0, 10)
     ]
     assert losses[1] < losses[0]
 
@@ -356,12 +355,8 @@ def test_labels_of_a_regression_have_any_shape(shape):
 def test_labels_of_several_positions():
     """They are followed at each of them, as those of one position are."""
     torch.manual_seed(0)
-    x = torch.randn(64, 6, 5)
-    return nn.Conv1d(6, 4, 1), Tensors(x, x[:, :4].argmax(1))
-
-
-def test_labels_of_several_positions():
-    net, data = positions()
+    net, x = nn.Conv1d(6, 4, 1), torch.randn(64, 6, 5)
+    data = Tensors(x, x[:, :4].argmax(1))
     loader = batch_loader(data, batch_size=32, shuffle=True, seed=2)
     strategy = weights_on(net, {"scheme": "uniform", "bits": 3})
     options = {"epochs": 30, "learning_rate": 3e-2}

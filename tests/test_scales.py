@@ -6,9 +6,7 @@ import torch
 from hypothesis import given
 
 from quantifind.schemes import minifloat, uniform
-from quantifind.tensor.qparams import POWER_OF_TWO
-from quantifind.tensor.scales import check_values
-from quantifind.tensor.stored_scales import stored_scale
+from quantifind.tensor.scales import POWER_OF_TWO, check_values, stored_scale
 
 DTYPES = [torch.float16, torch.float32, torch.float64, POWER_OF_TWO]
 SAMPLE = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
@@ -111,15 +109,6 @@ def test_weighted_error_is_less_where_importance_is():
     ]
     plain, weighted = ((r - SAMPLE).square() * importance for r in results)
     assert weighted.sum() < plain.sum()
-
-
-def test_importance_may_be_plain_values():
-    """As JSON has them."""
-    one, other = (
-        uniform.quantize(SAMPLE, 3, axis=1, scale="weighted_mse", importance=importance)
-        for importance in (torch.arange(1.0, 41), list(range(1, 41)))
-    )
-    assert torch.equal(one.dequantize(), other.dequantize())
 
 
 @pytest.mark.parametrize("factor", [1e-60, 1e60])

@@ -80,13 +80,6 @@ def arguments(draw, module, values, options, fits=("max_abs", "mse")):
     return chosen
 
 
-def unpack(quantized):
-    """What its bytes are the codes of."""
-    return QuantizedTensor.unpack(
-        quantized.pack(), quantized.codes.shape, quantized.qparams, quantized.dtype
-    )
-
-
 def rows_of(tensor, quantized):
     return to_rows(tensor, quantized.qparams.axis, quantized.qparams.group)
 

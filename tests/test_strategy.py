@@ -370,9 +370,8 @@ def test_one_tensor_alone_is_as_in_a_strategy_with_the_rest_in_float(name):
     torch.manual_seed(0)
     net = Varied()
     batches = [(torch.randint(9, (30, 4)),), (torch.randint(9, (20, 4)),)]
-    choices = [Choice.of(choice) for choice in ALONE]
-    found = intact(net, lambda: quantize_alone(net, name, choices, iter(batches)))
-    for choice, tensor in zip(choices, found, strict=True):
+    found = intact(net, lambda: quantize_alone(net, name, ALONE, iter(batches)))
+    for choice, tensor in zip(ALONE, found, strict=True):
         alone = Strategy(dict.fromkeys(named_tensors(net)) | {name: choice})
         wanted = quantize(net, alone, batches).tensors[name]
         assert torch.equal(tensor.codes, wanted.codes)

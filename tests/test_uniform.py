@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from test_schemes import BITS, DTYPES, SCALE_DTYPES, sharing, tensors
 
 from quantifind.schemes.uniform import quantize
-from quantifind.tensor.qparams import to_rows
+from quantifind.tensor.quantized import to_rows
 
 LEVELS = st.sampled_from([2, 3, 4, 5, 6, 100, 255, 2**20 + 1, 2**32 - 1, 2**32])
 

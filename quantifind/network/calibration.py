@@ -196,11 +196,6 @@ def _uses(
         product = rounded(product)
         if product.weight != name:
             return product.compute(*product.operands)
-        last = len(products) + 1 == uses
-        if not last:
-            # what follows may work in place: test_moments_are_of_values_before_they_change
-            operands = tuple(operand.clone() for operand in product.operands)
-            product = replace(product, operands=operands)
         products.append(product)
         if len(products) == uses:
             if compute_last:
