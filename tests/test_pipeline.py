@@ -208,22 +208,22 @@ def test_a_new_model_file_leaves_trained_models_standing(project):
 
 def test_a_new_search_trains_nothing_again(project):
     """Nor does another grid: the stages that a change would run are those that use it."""
-    rooms = {
-        "search.py": {"quantize"},
-        "mixed_precision/sensitivity.py": {"quantize"},
-        "mixed_precision/new.py": {"quantize"},
-        "tensor/gptq.py": {"quantize", "evaluate"},
-        "schemes/uniform.py": {"quantize", "evaluate"},
-        "workflow/search_figures.py": {"plot"},
-        "workflow/train_workflow.py": {"train"},
-        "metrics.py": {"train", "quantize", "evaluate"},
+    files = {
+        "quantifind/search.py": {"quantize"},
+        "quantifind/mixed_precision/sensitivity.py": {"quantize"},
+        "quantifind/mixed_precision/new.py": {"quantize"},
+        "quantifind/tensor/gptq.py": {"quantize", "evaluate"},
+        "quantifind/schemes/uniform.py": {"quantize", "evaluate"},
+        "stages/figures.py": {"plot"},
+        "quantifind/workflow/train_workflow.py": {"train"},
+        "quantifind/metrics.py": {"train", "quantize", "evaluate"},
     }
-    for room, stages in rooms.items():
-        path = project.folder / "quantifind" / room
+    for file, stages in files.items():
+        path = project.folder / file
         source = path.read_bytes() if path.exists() else None
         path.write_bytes((source or b"") + b"\n# changed\n")
         status = json.loads(project.run("dvc", "status", "--json").stdout)
-        assert status.keys() == stages, room
+        assert status.keys() == stages, file
         path.unlink() if source is None else path.write_bytes(source)
     assert project.dvc("repro") == []
 
