@@ -13,6 +13,7 @@ Quantize
     mean_bits            bits per parameter, everything counted
     learn                train the codes of a strategy
 Judge
+    certify              what a search found, on test data
     evaluate_strategies  strategies beside the float network on a loader's examples
 
 Names are imported when first used: `import quantifind` imports no torch. Data sets, models,
@@ -28,6 +29,7 @@ _HOMES = {
     "Found": "search",
     "SearchSpace": "mixed_precision.search_space",
     "Strategy": "strategy",
+    "certify": "workflow.evaluation_workflow",
     "evaluate_strategies": "workflow.evaluation_workflow",
     "find_strategy": "search",
     "learn": "learning",

@@ -28,14 +28,17 @@ from quantifind.tensor.gptq import Moments, gptq_layer
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.scales import check_values
+from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
 
 class Calibration:
     """A network and batches of its inputs; what is asked of them is computed once."""
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
-        self._given, self._batches = model, batches
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any] | None, forward: Forward | None = None
+    ) -> None:
+        self._given, self._batches, self._forward = model, batches, forward
         self._moments: dict[str, dict[tuple[int, int], Moments]] = {}
         plain = plain_copy(model) if is_parametrized(model) else model
         self.parameters, self.buffers = named_tensors(plain), dict(plain.named_buffers())
@@ -49,12 +52,12 @@ class Calibration:
     @cached_property
     def batches(self) -> Batches:
         """Raises: ValueError where there are none."""
-        return calibration_batches(self._batches)
+        return calibration_batches(self._batches, self._given, self._forward)
 
     @cached_property
     def facts(self) -> list[ProductFacts]:
         """Of a pass of the first batch."""
-        return trace(self.model, self.batches[0][0])
+        return trace(self.model, self.batches[0])
 
     @cached_property
     def uses(self) -> Mapping[str, int]:
@@ -85,16 +88,19 @@ def quantize(
     model: nn.Module,
     strategy: Strategy | Quantized,
     calibration: Iterable[Any] | None = None,
+    *,
+    forward: Forward | None = None,
 ) -> Quantized:
     """The tensors, and the parameters of activations, that a strategy names.
 
     strategy: what is already quantized is checked, and returned as it is.
-    calibration: batches (inputs, …) of training data, where a choice asks for them: GPTQ, weighted
-        scales or centres, and activations.
+    calibration: batches of training data, where a choice asks for them: GPTQ, weighted scales or
+        centres, and activations.
+    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     Raises: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
         be quantized so, with the option and what is allowed.
     """
-    network = Calibration(model, calibration)
+    network = Calibration(model, calibration, forward)
     if isinstance(strategy, Quantized):
         _check_fits(strategy, network.tensors)
         return strategy
@@ -175,12 +181,14 @@ def quantize_model(
     model: nn.Module,
     strategy: Strategy | Quantized,
     calibration: Iterable[Any] | None = None,
+    *,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """A copy of ``model`` with the values of a strategy, which rounds its activations, if any.
 
     The original is intact. Arguments and errors are those of `quantize`.
     """
-    quantized = quantize(model, strategy, calibration)
+    quantized = quantize(model, strategy, calibration, forward=forward)
     replica = plain_copy(model)
     put_values(replica, quantized.tensors)
     if not quantized.activations:

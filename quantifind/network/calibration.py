@@ -14,9 +14,10 @@ from quantifind.network.modules import own_tensors, run
 from quantifind.network.products import Product, visiting
 from quantifind.network.trace import GPTQ_KINDS
 from quantifind.tensor.gptq import Moments
+from quantifind.utils.batches import Batch, Forward, batches_of, kept, tensors_of
 from quantifind.utils.devices import evaluating
 
-Batches = Sequence[Any]
+Batches = Sequence[Batch]
 # elements of an unfolded input held at a time
 CHUNK = 2**24
 Round = Callable[[Product], Product]
@@ -26,26 +27,22 @@ def _as_it_is(product: Product) -> Product:
     return product
 
 
-def calibration_batches(batches: Iterable[Any] | None) -> Batches:
-    """Batches (inputs, …) kept, so that every pass sees the same.
+def calibration_batches(
+    batches: Iterable[Any] | None, model: nn.Module, forward: Forward | None = None
+) -> Batches:
+    """Batches kept, so that every pass sees the same.
 
-    Raises: ValueError where there is none, none with an example, for a batch that is not (inputs,
-    …), and for inputs that are not finite.
+    batches: of any kind that `quantifind.utils.batches.batches_of` takes, with a model and forward.
+    Raises: ValueError where there is none, none with an example, and for inputs with NaN.
     """
-    kept = list(batches) if batches is not None else []
-    for batch in kept:
-        # the first example of bare inputs would pass for a batch
-        if not (isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor)):
-            raise ValueError(
-                f"a calibration batch is a {type(batch).__name__}: (inputs, …), a tuple or list "
-                "with a tensor of inputs, is needed"
-            )
-        if bad := int((~batch[0].isfinite()).sum()):
+    given = kept(batches_of([] if batches is None else batches, model, forward=forward))
+    for batch in given:
+        first = tensors_of(batch.data)[:1]
+        if bad := sum(int((~tensor.isfinite()).sum()) for tensor in first):
             raise ValueError(f"calibration inputs: {bad} are NaN or infinite")
-    kept = [batch for batch in kept if len(batch[0])]
-    if not kept:
-        raise ValueError("calibration has no examples: give batches (inputs, …) of training data")
-    return kept
+    if not given:
+        raise ValueError("calibration has no examples: give batches of training data")
+    return given
 
 
 def second_moments(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
@@ -82,8 +79,8 @@ def second_moments(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
         return product.compute(*product.operands)
 
     with evaluating(model), visiting(model, visit):
-        for inputs, *_ in batches:
-            run(model, inputs)
+        for batch in batches:
+            run(model, batch)
     return {name: total / total.mean().clamp(min=1e-300) for name, total in sums.items()}
 
 
@@ -172,17 +169,17 @@ def _paired_uses(
     rounded: Round,
 ) -> Iterator[tuple[Product, Tensor]]:
     """Each product with the weight in ``work``, and the float network's result."""
-    for inputs, *_ in batches:
-        products, targets = _uses(model, name, inputs, uses, _as_it_is)
+    for batch in batches:
+        products, targets = _uses(model, name, batch, uses, _as_it_is)
         if work is not None:
-            products, _ = _uses(work, name, inputs, uses, rounded, compute_last=False)
+            products, _ = _uses(work, name, batch, uses, rounded, compute_last=False)
         yield from zip(products, targets, strict=True)
 
 
 def _uses(
     model: nn.Module,
     name: str,
-    inputs: Tensor,
+    batch: Batch,
     uses: int,
     rounded: Round,
     *,
@@ -209,7 +206,7 @@ def _uses(
 
     try:
         with evaluating(model), visiting(model, visit):
-            run(model, inputs)
+            run(model, batch)
     except _LastUse:
         pass
     return products, results

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from quantifind.tensor.quantized import QuantizedTensor
-from quantifind.utils.devices import device_of
+from quantifind.utils.batches import Batch, BatchError
+
+# what a pass raises where the network's own code does
+PASS_FAILS = (RuntimeError, LookupError, AssertionError, TypeError, AttributeError, ValueError)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -80,15 +83,16 @@ def put_values(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> None
             own[name].copy_(tensor.dequantize())
 
 
-def run(model: nn.Module, inputs: Tensor) -> None:
-    """One pass; a shape that does not fit is a ValueError."""
+def run(model: nn.Module, batch: Batch) -> tuple[Any, ...]:
+    """One pass of a batch, which stays as it is: what the criterion gets of it.
+
+    Raises: ValueError for a batch that the network does not take.
+    """
     try:
         # a copy, since a network may work on its inputs in place
-        model(inputs.to(device_of(model), copy=True))
-    except torch.OutOfMemoryError:
+        return batch.clone().run(model)
+    except (torch.OutOfMemoryError, BatchError):
         raise
-    except (RuntimeError, IndexError, AssertionError) as error:
+    except PASS_FAILS as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"calibration inputs of shape {list(inputs.shape)} do not fit the network: {reason}"
-        ) from error
+        raise ValueError(f"the network does not take {batch}: {reason}") from error

@@ -14,6 +14,7 @@ from quantifind.network.modules import own_tensors, plain_copy, run
 from quantifind.network.products import Product, visiting
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import Batch, rows_of
 from quantifind.utils.devices import evaluating
 
 # kinds of products whose weights GPTQ can round
@@ -57,17 +58,17 @@ class ProductFacts:
         ]
 
 
-def trace(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
+def trace(model: nn.Module, batch: Batch) -> list[ProductFacts]:
     """The products of a pass, in their order.
 
     Products that `quantifind.network.products` doesn't see are left out.
 
     model: without parametrizations (`quantifind.network.modules.plain_copy`).
-    inputs: (examples, …), as ``model`` takes them.
-    Raises: ValueError for inputs that are no example or don't fit.
+    batch: as ``model`` takes it.
+    Raises: ValueError for a batch without examples or that doesn't fit.
     """
-    if not len(inputs):
-        raise ValueError(f"inputs of shape {list(inputs.shape)} have no example")
+    if rows_of(batch.data) == 0:
+        raise ValueError(f"{batch} has no example")
     tensors = own_tensors(model)
     facts: list[ProductFacts] = []
 
@@ -85,13 +86,13 @@ def trace(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
                 product.weight,
                 product.activations,
                 (left, right),
-                flops // 2 / len(inputs) if known else math.nan,
+                flops // 2 / len(batch) if known else math.nan,
             )
         )
         return result
 
     with evaluating(model), visiting(model, visit):
-        run(model, inputs)
+        run(model, batch)
     return facts
 
 
@@ -117,7 +118,7 @@ def activation_names(facts: Sequence[ProductFacts]) -> list[str]:
     return list(dict.fromkeys(name for product in products for name in product.activations))
 
 
-def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
+def macs(model: nn.Module, inputs: Any) -> list[ProductFacts]:
     """The products of `trace`, one entry for all uses of a weight in the same kind of product.
 
     A product has as many multiply-adds (MACs) as its result has values, times the length of the
@@ -125,7 +126,7 @@ def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
     none.
 
     model: any; weights that are parametrized have the names that strategies give them.
-    inputs: (examples, …), as ``model`` takes them.
+    inputs: a tensor (examples, …), or a tuple of what ``model`` takes.
     Raises: ValueError as `trace`, and for a product of which torch doesn't say what it computes.
 
     >>> for product in macs(nn.Conv1d(2, 6, 3), torch.zeros(5, 2, 10)):
@@ -133,7 +134,8 @@ def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
     convolution weight 288.0
     """
     summed: dict[Any, ProductFacts] = {}
-    for product in trace(plain_copy(model), inputs):
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    for product in trace(plain_copy(model), Batch(given, lambda net, data: net(*data))):
         if math.isnan(product.macs):
             raise ValueError(f"{product.activations[0]}: a {product.kind} of unknown MACs")
         same = replace(product, macs=0.0)

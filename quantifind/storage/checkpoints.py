@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
@@ -56,7 +55,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return max(numbered, key=_number, default=None)
 
 
-def random_state(loader: DataLoader) -> dict[str, Any]:
+def random_state(loader: Any) -> dict[str, Any]:
     """Of torch, of each CUDA device, and of a loader's own generator."""
     generator = getattr(loader, "generator", None)
     return {
@@ -66,7 +65,7 @@ def random_state(loader: DataLoader) -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any], loader: DataLoader) -> None:
+def set_random_state(state: dict[str, Any], loader: Any) -> None:
     """Go on from `random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():

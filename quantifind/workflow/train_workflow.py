@@ -1,7 +1,7 @@
 """Train a network; save and load what training needs to go on."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ from quantifind.storage.checkpoints import (
     save_checkpoint,
     set_random_state,
 )
+from quantifind.utils.batches import Batch, Forward, batches_of
 from quantifind.utils.console import progress
+from quantifind.utils.criteria import aligned
 from quantifind.utils.devices import device_of
+from quantifind.utils.loaders import length_of
 
 CHECK_EVERY = 50
 
@@ -39,6 +42,7 @@ def train_network(
     *,
     decay: bool = False,
     checkpoints: Path | str | None = None,
+    forward: Forward | None = None,
 ) -> pd.DataFrame:
     """Train ``net`` in place, on the device it is on, and leave it in eval mode.
 
@@ -52,6 +56,7 @@ def train_network(
         the optimizer then gets back the one it had.
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that
         finds one goes on from it, with the same random numbers, to the same result.
+    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     Returns: a row per epoch: ``epoch``, ``train_loss`` (over the epoch, while the weights change),
     ``val_loss`` and, for a classifier, ``val_accuracy``; losses are means over examples.
     Raises: ValueError for epochs below 1, a loader without batches, checkpoints that are not this
@@ -59,7 +64,8 @@ def train_network(
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}, at least 1 is needed")
-    if len(train_loader) == 0:
+    length = length_of(train_loader)
+    if length == 0:
         raise ValueError("the train loader has no batches")
     history: list[dict[str, float]] = []
     if checkpoints is not None and latest_checkpoint(Path(checkpoints)) is not None:
@@ -68,23 +74,30 @@ def train_network(
             raise ValueError(f"{checkpoints}: its checkpoint is not one of train_network()")
         history = extra["history"]
         set_random_state(extra["random_state"], train_loader)
-    schedule, batches = None, epochs * len(train_loader)
+    schedule, batches = None, epochs * length
     if decay:
-        done = len(history) * len(train_loader)
+        done = len(history) * length
         schedule = LambdaLR(optimizer, lambda batch: 1 - batch / batches, last_epoch=done - 1)
     with progress("training", total=batches) as step:
-        step(steps=len(history) * len(train_loader))
+        step(steps=len(history) * length)
         for epoch in range(len(history) + 1, epochs + 1):
             row: dict[str, float] = {"epoch": epoch}
             with pooling_first(net):
                 row["train_loss"] = _train_epoch(
-                    net, criterion, optimizer, schedule, train_loader, epoch, step
+                    net,
+                    criterion,
+                    optimizer,
+                    schedule,
+                    batches_of(train_loader, net, criterion, forward),
+                    length,
+                    epoch,
+                    step,
                 )
-            validation = outcome(net, val_loader, criterion)
-            row["val_loss"] = validation["loss"].mean().item()
+            validation = outcome(net, val_loader, criterion, forward)
+            row["val_loss"] = validation.criterion
             _check_finite(row["val_loss"], f"after epoch {epoch}, on validation data")
             if is_classification(validation):
-                row["val_accuracy"] = validation["correct"].double().mean().item()
+                row["val_accuracy"] = validation.accuracy
             history.append(row)
             if checkpoints is not None:
                 extra = {"history": history, "random_state": random_state(train_loader)}
@@ -101,30 +114,30 @@ def _train_epoch(
     criterion: nn.Module,
     optimizer: Optimizer,
     schedule: LambdaLR | None,
-    loader: DataLoader,
+    batches: Iterable[Batch],
+    length: int,
     epoch: int,
     step: Callable[..., None],
 ) -> float:
     net.train()
-    device = device_of(net)
-    total, examples = torch.zeros((), dtype=torch.float64, device=device), 0
-    for batch, (inputs, targets) in enumerate(loader, start=1):
-        inputs = inputs.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
+    total, examples = torch.zeros((), dtype=torch.float64, device=device_of(net)), 0
+    for number, batch in enumerate(batches, start=1):
         optimizer.zero_grad()
-        loss = criterion(net(inputs), targets)
+        outputs, *given = batch.run(net)
+        outputs, targets = aligned(criterion, outputs, given)
+        loss = criterion(outputs, *targets)
         loss.backward()
         optimizer.step()
         if schedule is not None:
             schedule.step()
         summed = getattr(criterion, "reduction", "mean") == "sum"
-        total += loss.detach().double() * (1 if summed else len(targets))
-        examples += len(targets)
+        total += loss.detach().double() * (1 if summed else len(batch))
+        examples += len(batch)
         # reading a loss waits for the device, so not at every batch
-        if batch % CHECK_EVERY == 0 or batch == len(loader):
+        if number % CHECK_EVERY == 0 or number == length:
             mean = total.item() / examples
-            _check_finite(mean, f"in epoch {epoch} by batch {batch}")
-            step(f"epoch {epoch} loss {mean:.4f}", steps=batch % CHECK_EVERY or CHECK_EVERY)
+            _check_finite(mean, f"in epoch {epoch} by batch {number}")
+            step(f"epoch {epoch} loss {mean:.4f}", steps=number % CHECK_EVERY or CHECK_EVERY)
     return total.item() / examples
 
 
