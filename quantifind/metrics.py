@@ -129,7 +129,7 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
         cut = {nn.BCEWithLogitsLoss: 0.0, nn.BCELoss: 0.5}.get(type(criterion))
         single = cut is not None and values.numel() == len(values)
         # as classes, not as shares: test_one_logit_has_two_classes
-        if single and ((labels == 0) | (labels == 1)).all():
+        if cut is not None and single and ((labels == 0) | (labels == 1)).all():
             part["correct"] = ((values > cut) == (labels > 0.5)).flatten()
     return Outcome([part], classes)
 

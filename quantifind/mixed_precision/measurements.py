@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantifind.metrics import Outcome, divergence, paired
+from quantifind.metrics import Outcome, divergence, outcome, paired
 from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.modules import PASS_FAILS, plain_copy, run
@@ -24,10 +24,11 @@ from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.storage.store import Store, fingerprint
 from quantifind.tensor.quantized import Quantized
-from quantifind.utils.batches import Batch, Forward, tensors_of
+from quantifind.utils.batches import Batch, Forward, rows_of, tensors_of
 from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import evaluating
 from quantifind.utils.loaders import sample
+from quantifind.utils.naming import naming
 
 # examples of training data, and of validation data whose outputs name the folder
 CALIBRATION, KEYED = 4_096, 64
@@ -88,7 +89,8 @@ class Measurements:
             not finite.
         """
         plain = plain_copy(model)
-        evaluator = Evaluator(model, val_loader, criterion, forward=forward, seed=seed)
+        with naming("validation data"):
+            evaluator = Evaluator(model, val_loader, criterion, forward=forward, seed=seed)
         calibration = calibration_batches(
             sample(train_loader, CALIBRATION, seed=seed), model, forward
         )
@@ -99,9 +101,10 @@ class Measurements:
         pace = (time.perf_counter() - started) / evaluator.examples
         # outputs and losses tell of a network's code and a criterion's options what their names
         # don't: test_other_options_have_a_folder_of_their_own
-        some = original.span(0, KEYED)
-        made = [values for part in some.parts for values in part.values()]
-        data = [t for batch in (*evaluator.batches(), *calibration) for t in tensors_of(batch.data)]
+        given = evaluator.given_batches()
+        some = given[0] if rows_of(given[0].data) is None else given[0][:KEYED]
+        made = outcome(plain_copy(plain), [some], criterion).parts[0].values()
+        data = [t for batch in (*given, *calibration) for t in tensors_of(batch.data)]
         key = fingerprint(plain, str(plain), seed, *made, *data)
         store = Store(None if folder is None else Path(folder) / key[:16])
         return cls(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from quantifind.tensor.quantized import QuantizedTensor
-from quantifind.utils.batches import Batch, BatchError
+from quantifind.utils.batches import BatchError, as_batch
 
 # what a pass raises where the network's own code does
 PASS_FAILS = (RuntimeError, LookupError, AssertionError, TypeError, AttributeError, ValueError)
@@ -83,11 +83,13 @@ def put_values(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> None
             own[name].copy_(tensor.dequantize())
 
 
-def run(model: nn.Module, batch: Batch) -> tuple[Any, ...]:
+def run(model: nn.Module, batch: Any) -> tuple[Any, ...]:
     """One pass of a batch, which stays as it is: what the criterion gets of it.
 
+    batch: a `quantifind.utils.batches.Batch`, or what its `DefaultForward` takes.
     Raises: ValueError for a batch that the network does not take.
     """
+    batch = as_batch(batch, model)
     try:
         # a copy, since a network may work on its inputs in place
         return batch.clone().run(model)

@@ -14,7 +14,7 @@ from quantifind.network.modules import own_tensors, plain_copy, run
 from quantifind.network.products import Product, visiting
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
-from quantifind.utils.batches import Batch, rows_of
+from quantifind.utils.batches import Batch, as_batch, rows_of
 from quantifind.utils.devices import evaluating
 
 # kinds of products whose weights GPTQ can round
@@ -58,15 +58,16 @@ class ProductFacts:
         ]
 
 
-def trace(model: nn.Module, batch: Batch) -> list[ProductFacts]:
+def trace(model: nn.Module, batch: Any) -> list[ProductFacts]:
     """The products of a pass, in their order.
 
     Products that `quantifind.network.products` doesn't see are left out.
 
     model: without parametrizations (`quantifind.network.modules.plain_copy`).
-    batch: as ``model`` takes it.
+    batch: as `quantifind.network.modules.run` takes it.
     Raises: ValueError for a batch without examples or that doesn't fit.
     """
+    batch = as_batch(batch, model)
     if rows_of(batch.data) == 0:
         raise ValueError(f"{batch} has no example")
     tensors = own_tensors(model)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from quantifind.network.modules import own_tensors
-from quantifind.utils.batches import Batch
+from quantifind.utils.batches import as_batch
 
 # what such an operation returns may be of another kind for other values
 VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -69,13 +69,14 @@ class Replay:
     on no tensor of the network, such as a mask, is a constant.
 
     name: of the network's tensor that changes.
+    batch: a `quantifind.utils.batches.Batch`, or what its `DefaultForward` takes.
     targets: of the batch, as its forward gives them.
     Raises: NotReplayable for a pass whose course depends on values of the network's tensors, that
         draws at random, or that works in place on shared memory. Not seen is what leaves torch by
         ``tolist`` or ``numpy``.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, name: str) -> None:
+    def __init__(self, model: nn.Module, batch: Any, name: str) -> None:
         recording = _record(model, batch, name)
         self.own, self.place = recording.own[name], recording.own_places[name]
         self.steps, self.spec = recording.steps_from(self.place), recording.spec
@@ -104,7 +105,7 @@ class Replay:
         return tree_unflatten(leaves, self.spec)
 
 
-def _record(model: nn.Module, batch: Batch, name: str) -> "_Recording":
+def _record(model: nn.Module, batch: Any, name: str) -> "_Recording":
     """A pass in which the fused layer of the tensor is split, where torch can."""
     layer = _fused_layer(model, name)
     if layer is not None:
@@ -165,7 +166,7 @@ def _random_state() -> list[Tensor]:
 class _Recording(TorchDispatchMode):
     """Each operation of a pass that depends on a tensor of the network."""
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.values: list[Tensor] = []
@@ -181,7 +182,7 @@ class _Recording(TorchDispatchMode):
         self.own_places = {name: self._place(tensor) for name, tensor in self.own.items()}
         self.fixed = set(self.dependent)
         with self:
-            outputs, *self.targets = batch.run(model)
+            outputs, *self.targets = as_batch(batch, model).run(model)
         # the outputs' leaves: the places of those that follow from the network, and the others
         leaves, self.spec = tree_flatten(outputs)
         self.leaves = {i: self.places[id(x)] for i, x in enumerate(leaves) if id(x) in self.places}

@@ -73,6 +73,11 @@ def batches_of(
         yield data if isinstance(data, Batch) else Batch(data, given)
 
 
+def as_batch(data: Any, model: nn.Module) -> Batch:
+    """A `Batch`, or what `DefaultForward` takes, as one."""
+    return data if isinstance(data, Batch) else Batch(data, DefaultForward(model))
+
+
 def kept(batches: Iterable[Batch]) -> list[Batch]:
     """All of them that have an example, in memory of their own, since a loader may use its memory
     again (test_a_loader_may_use_its_memory_again)."""

@@ -20,6 +20,10 @@ BY_LOGIT = (nn.BCEWithLogitsLoss,)
 IGNORED = -100
 
 
+class CriterionError(ValueError):
+    """What a criterion is given, or the criterion, can't be."""
+
+
 def aligned(criterion: Any, outputs: Any, targets: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
     """Outputs and targets as one of torch's own criteria wants them: classes in the second axis,
     and labels of 0 and 1 as numbers, of the outputs' shape."""
@@ -59,7 +63,7 @@ def losses(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:
     if values.dim() and len(values) == count:
         if isinstance(outputs, Tensor) and values.numel() > outputs.numel():
             shapes = ", ".join(str(list(t.shape)) for t in tensors_of([outputs, *targets]))
-            raise ValueError(
+            raise CriterionError(
                 f"{name_of(criterion)} compares each with each: outputs and targets have shapes "
                 f"{shapes}; give them the same by forward=lambda model, batch: …"
             )
@@ -96,7 +100,7 @@ def weights(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:
     classes = outputs.shape[1] if outputs.dim() == labels.dim() + 1 else 0
     wrong = labels[kept & ((labels < 0) | (labels >= classes))] if classes else labels[:0]
     if len(wrong):
-        raise ValueError(
+        raise CriterionError(
             f"{len(wrong)} labels are out of range, such as {wrong[0].item()}: "
             f"the network has outputs for 0 to {classes - 1}"
         )
@@ -122,7 +126,7 @@ def check_criterion(criterion: Criterion | None, outputs: Any, *targets: Any) ->
     found = [(single.sum() / share.sum()).item(), single.sum().item()]
     apart = [not math.isclose(whole.item(), f, rel_tol=1e-3, abs_tol=1e-6) for f in found]
     if all(apart) and math.isfinite(whole.item()):
-        raise ValueError(
+        raise CriterionError(
             f"{name_of(criterion)} is {whole.item():.6g} for a batch, and {found[0]:.6g} in the "
             "mean of its examples: it exists for a whole batch only; one that gives a loss "
             "for each example, of shape (examples,), would do"
@@ -137,7 +141,7 @@ def name_of(criterion: Any) -> str:
 def _count(criterion: Any, outputs: Any) -> int:
     tensors = tensors_of(outputs)
     if not tensors:
-        raise ValueError(
+        raise CriterionError(
             f"the network gives a {type(outputs).__name__}, which has no tensor: "
             "say what the criterion gets by forward=lambda model, batch: (outputs, targets)"
         )
@@ -152,7 +156,7 @@ def values_of(criterion: Any, outputs: Any) -> Tensor:
     alike = [t for t in tensors if t.is_floating_point() and rows_of(t) == count]
     if not alike:
         kinds = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors)
-        raise ValueError(
+        raise CriterionError(
             f"the network gives {kinds}: floats with a row for each example are needed"
         )
     if isinstance(outputs, Tensor):
