@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quantifind.network.memory import blocks
-from quantifind.network.modules import named_tensors, plain, plain_copy
+from quantifind.network.modules import is_plain, named_tensors, plain, plain_copy
 from quantifind.utils.devices import device_of
 from quantifind.utils.naming import naming
 
@@ -62,10 +62,10 @@ def prepared(model: nn.Module, folded: Pairs = ()) -> nn.Module:
 
 
 def prepared_tensors(model: nn.Module, folded: Pairs = ()) -> nn.Module:
-    """What of ``model`` to look at tensors of: itself, where it has folded them all, else
-    `prepared`."""
+    """The network whose tensors are those of `prepared`: itself, where it is plain and has folded
+    them all, since to copy it takes longer than to look at it."""
     model = plain(model)
-    if all(isinstance(_module(model, norm), Folded) for _, norm in folded):
+    if is_plain(model) and all(isinstance(_module(model, norm), Folded) for _, norm in folded):
         return model
     return prepared(model, folded)
 
@@ -237,7 +237,7 @@ class _Watch(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _made(self, name: str, module: nn.Module, _: Any, result: Any) -> None:
+    def _made(self, name: str, module: Any, _: Any, result: Any) -> None:
         self.calls[name] += 1
         if isinstance(result, Tensor) and result.dim() == module.weight.dim():
             self.results[id(result)] = weakref.ref(result), name
@@ -250,8 +250,8 @@ class _Watch(TorchFunctionMode):
 
     def owner(self, tensor: Any) -> str | None:
         """Whose result a tensor is, or None."""
-        ref, name = self.results.get(id(tensor), (lambda: None, None))
-        return name if ref() is tensor else None
+        found = self.results.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -308,10 +308,10 @@ class _Dispatched(TorchDispatchMode):
 def _candidates(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Products and norms by name, that are what torch has them, and share nothing."""
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    every = [*model.named_parameters(remove_duplicate=False)]
-    every += model.named_buffers(remove_duplicate=False)
-    tensors = Counter(id(tensor) for _, tensor in every)
-    apart = {id(dict(every)[block[0]]) for block in blocks(dict(every)) if len(block) == 1}
+    parameters = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
+    every = parameters | dict(model.named_buffers(remove_duplicate=False))
+    tensors = Counter(map(id, every.values()))
+    apart = {id(every[block[0]]) for block in blocks(every) if len(block) == 1}
 
     def able(module: nn.Module) -> bool:
         own = _tensors(module)

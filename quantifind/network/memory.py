@@ -2,7 +2,6 @@
 
 import bisect
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quantifind.tensor.parts import is_dense, stored_bytes
+from quantifind.tensor.parts import is_strided, stored_bytes
 
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether it has values in memory that others may share."""
-    narrow = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    narrow = narrow and not tensor.is_nested and not tensor.is_quantized
-    return (narrow or is_dense(tensor)) and tensor.numel() > 0
+    return is_strided(tensor) and tensor.numel() > 0
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
@@ -190,18 +187,15 @@ class Copies(TorchFunctionMode):
 
     def _parameter(self, tensor: nn.Parameter) -> Any:
         placed = self._view(tensor)
-        if placed is None and (type(tensor) is not nn.Parameter or not is_dense(tensor)):
-            placed = tensor.detach().clone()
         if placed is None:
-            placed = tensor.detach().clone(memory_format=torch.preserve_format)
-        if type(tensor) is nn.Parameter or not hasattr(tensor, "__dict__"):
+            placed = tensor.detach().clone()
+        if type(tensor) is nn.Parameter:
             made = nn.Parameter(placed, tensor.requires_grad)
-        else:
-            made = copy.deepcopy(tensor)
-            if has_memory(tensor):
-                made.data = placed
-        if vars(tensor) and type(tensor) is nn.Parameter:
             made.__dict__.update(vars(tensor))
+            return made
+        made = copy.deepcopy(tensor)
+        if has_memory(tensor):
+            made.data = placed
         return made
 
     def _view(self, tensor: Tensor) -> Tensor | None:

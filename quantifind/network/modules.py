@@ -70,13 +70,29 @@ def _called(name: str) -> str:
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a plain copy by name, those that are used in several places once.
+    """Parameters and buffers of a plain copy by name, memory that is shared once.
 
     Sparse ones, and others whose values don't lie in memory by strides, are left out: they are
     constants (`quantifind.tensor.parts.is_dense`).
     """
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = _parameters(model) | _buffers(model)
     return {name: tensor for name, tensor in own.items() if is_dense(tensor)}
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those whose memory is no other's."""
+    parameters = dict(model.named_parameters())
+    views = owners(parameters)
+    return {name: p for name, p in parameters.items() if name not in views}
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that share no memory with a parameter, or with a buffer before them."""
+    buffers = dict(model.named_buffers())
+    if not buffers:
+        return {}
+    sizes = own_bytes(dict(model.named_parameters()) | buffers)
+    return {name: b for name, b in buffers.items() if sizes[name] == own_bytes({name: b})[name]}
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -166,27 +182,23 @@ def is_plain(model: nn.Module) -> bool:
     return not any(parametrize.is_parametrized(m) or _wrapped(m) for m in model.modules())
 
 
+def _plain(model: nn.Module) -> nn.Module:
+    """A network to look at: itself, where it is plain."""
+    model = plain(model)
+    return model if is_plain(model) else plain_copy(model)
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, memory that is shared once, parametrized ones as they are used.
 
     Raises: ValueError as `plain_copy`.
     """
-    model = plain(model)
-    if not is_plain(model):
-        model = plain_copy(model)
-    parameters = dict(model.named_parameters())
-    views = owners(parameters)
-    return {name: p.detach() for name, p in parameters.items() if name not in views}
+    return {name: p.detach() for name, p in _parameters(_plain(model)).items()}
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers by name that share no memory with a parameter, or with a buffer before them."""
-    model = plain(model)
-    if not is_plain(model):
-        model = plain_copy(model)
-    buffers = dict(model.named_buffers())
-    sizes = own_bytes(dict(model.named_parameters()) | buffers)
-    return {name: b for name, b in buffers.items() if sizes[name] == own_bytes({name: b})[name]}
+    return _buffers(_plain(model))
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
@@ -200,23 +212,15 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     >>> stored_bytes(nn.BatchNorm1d(3))
     {'weight': 12, 'bias': 12, 'running_mean': 12, 'running_var': 12}
     """
-    model = plain(model)
-    if not is_plain(model):
-        model = plain_copy(model)
-    tensors = dict(model.named_parameters())
-    views = owners(tensors)
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in views}
-    kept = _persistent_buffers(model)
-    tensors |= {
+    model = _plain(model)
+    parameters, kept = _parameters(model), _persistent_buffers(model)
+    buffers = {
         name: buffer
         for name, buffer in model.named_buffers()
-        if buffer.is_floating_point()
-        or buffer.is_complex()
-        or buffer.is_quantized
-        or (name in kept and buffer.dim() > 0)
+        if (name in kept and buffer.dim() > 0)
+        or (buffer.is_floating_point() or buffer.is_complex() or buffer.is_quantized)
     }
-    found = own_bytes(tensors)
-    parameters = tensors.keys() - dict(model.named_buffers()).keys()
+    found = own_bytes({**parameters, **buffers})
     return {name: size for name, size in found.items() if size or name in parameters}
 
 

@@ -12,19 +12,22 @@ _COMPRESSED = {
 }
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether its values lie in memory by their strides, and torch computes with them.
+def is_strided(tensor: Tensor) -> bool:
+    """Whether its values lie in memory by its strides.
 
-    Not so are sparse, nested and torch's quantized tensors, those of subclasses that wrap others,
-    and floats of 8 bits or fewer, which torch can't compare.
+    Those of sparse, nested and torch's quantized tensors, and of what wraps others, don't.
     """
     return (
         tensor.layout == torch.strided
         and not tensor.is_nested
         and not tensor.is_quantized
         and not is_traceable_wrapper_subclass(tensor)
-        and not (tensor.is_floating_point() and tensor.element_size() < 2)
     )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether it is strided, and torch computes with its values, as not with floats of 8 bits."""
+    return is_strided(tensor) and not (tensor.is_floating_point() and tensor.element_size() < 2)
 
 
 def quantizable(tensor: Tensor) -> bool:
@@ -61,6 +64,6 @@ def _scales(tensor: Tensor) -> list[Tensor]:
 
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes of all its parts."""
-    if is_dense(tensor):
+    if is_strided(tensor):
         return tensor.numel() * tensor.element_size()
     return sum(part.numel() * part.element_size() for part in parts(tensor))
