@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quantifind.tensor.parts import is_strided, parts
+
 Entry = tuple[dict[str, Tensor], Any]
 
 
@@ -72,6 +74,9 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    if not is_strided(tensor):
+        inside = b"".join(map(_bytes, parts(tensor)))
+        return f"{tensor.dtype}{tensor.layout}".encode() + inside
     described = f"{tensor.dtype}{list(tensor.shape)}".encode()
     if not tensor.numel():
         return described
