@@ -18,7 +18,8 @@ from torch import nn
 from quantifind.metrics import Outcome, divergence, outcome, paired
 from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
-from quantifind.network.modules import PASS_FAILS, plain_copy, run
+from quantifind.network.folding import Pairs, foldable, prepared
+from quantifind.network.modules import PASS_FAILS, plain, plain_copy, run
 from quantifind.network.trace import ProductFacts, trace
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
@@ -44,7 +45,8 @@ class Measurements:
     examples; and the training data that calibrate them.
 
     train_loader, criterion, forward, seed, workers: as `start` was given them.
-    model: a plain copy of the network.
+    model: a plain copy of the network, with norms folded.
+    folded: pairs of names, of the norms.
     calibration: batches of training data.
     evaluator: of the validation examples.
     original: the float network's outcome on them.
@@ -53,6 +55,7 @@ class Measurements:
     """
 
     model: nn.Module
+    folded: Pairs
     train_loader: Iterable[Any]
     criterion: Criterion | None
     forward: Forward | None
@@ -88,14 +91,16 @@ class Measurements:
             a batch that the network or the criterion does not take, and outputs or a loss that are
             not finite.
         """
-        plain = plain_copy(model)
-        with naming("validation data"):
-            evaluator = Evaluator(model, val_loader, criterion, forward=forward, seed=seed)
+        model = plain(model)
         calibration = calibration_batches(
             sample(train_loader, CALIBRATION, seed=seed), model, forward
         )
-        with evaluating(plain):
-            run(plain_copy(plain), calibration[0])
+        folded = foldable(model, lambda net: run(net, calibration[0]))
+        model = prepared(model, folded)
+        with naming("validation data"):
+            evaluator = Evaluator(model, val_loader, criterion, forward=forward, seed=seed)
+        with evaluating(model), naming("training data"):
+            run(plain_copy(model), calibration[0])
         started = time.perf_counter()
         original = _float_outcome(evaluator)
         pace = (time.perf_counter() - started) / evaluator.examples
@@ -103,12 +108,13 @@ class Measurements:
         # don't: test_other_options_have_a_folder_of_their_own
         given = evaluator.given_batches()
         some = given[0] if rows_of(given[0].data) is None else given[0][:KEYED]
-        made = outcome(plain_copy(plain), [some], criterion).parts[0].values()
+        made = outcome(plain_copy(model), [some], criterion).parts[0].values()
         data = [t for batch in (*given, *calibration) for t in tensors_of(batch.data)]
-        key = fingerprint(plain, str(plain), seed, *made, *data)
+        key = fingerprint(model, str(model), seed, *made, *data)
         store = Store(None if folder is None else Path(folder) / key[:16])
         return cls(
-            model=plain,
+            model=model,
+            folded=folded,
             train_loader=train_loader,
             criterion=criterion,
             forward=forward,

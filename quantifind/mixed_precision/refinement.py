@@ -141,6 +141,7 @@ def _learn(candidates: Candidates, strategy: Strategy, epochs: float) -> Row:
     start = Strategy(
         {name: None if c is None else _to_begin_with(c) for name, c in strategy.tensors.items()},
         strategy.activations,
+        strategy.folded,
     )
     quantized = _learned(measurements, start, epochs)
     learned = Strategy(
@@ -149,6 +150,7 @@ def _learn(candidates: Candidates, strategy: Strategy, epochs: float) -> Row:
             for name, c in start.tensors.items()
         },
         start.activations,
+        start.folded,
     )
     trial = candidates.trial(f"learned {epochs:g} epochs", learned, quantized)
     (row,) = candidates.measure([trial])

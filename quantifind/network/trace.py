@@ -14,7 +14,7 @@ from quantifind.network.modules import own_tensors, plain_copy, run
 from quantifind.network.products import Product, visiting
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
-from quantifind.utils.batches import Batch, as_batch, rows_of
+from quantifind.utils.batches import as_batch, rows_of
 from quantifind.utils.devices import evaluating
 
 # kinds of products whose weights GPTQ can round
@@ -119,7 +119,7 @@ def activation_names(facts: Sequence[ProductFacts]) -> list[str]:
     return list(dict.fromkeys(name for product in products for name in product.activations))
 
 
-def macs(model: nn.Module, inputs: Any) -> list[ProductFacts]:
+def macs(model: nn.Module, batch: Any) -> list[ProductFacts]:
     """The products of `trace`, one entry for all uses of a weight in the same kind of product.
 
     A product has as many multiply-adds (MACs) as its result has values, times the length of the
@@ -127,7 +127,7 @@ def macs(model: nn.Module, inputs: Any) -> list[ProductFacts]:
     none.
 
     model: any; weights that are parametrized have the names that strategies give them.
-    inputs: a tensor (examples, …), or a tuple of what ``model`` takes.
+    batch: as `quantifind.network.modules.run` takes it.
     Raises: ValueError as `trace`, and for a product of which torch doesn't say what it computes.
 
     >>> for product in macs(nn.Conv1d(2, 6, 3), torch.zeros(5, 2, 10)):
@@ -135,8 +135,7 @@ def macs(model: nn.Module, inputs: Any) -> list[ProductFacts]:
     convolution weight 288.0
     """
     summed: dict[Any, ProductFacts] = {}
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    for product in trace(plain_copy(model), Batch(given, lambda net, data: net(*data))):
+    for product in trace(plain_copy(model), as_batch(batch, model)):
         if math.isnan(product.macs):
             raise ValueError(f"{product.activations[0]}: a {product.kind} of unknown MACs")
         same = replace(product, macs=0.0)

@@ -11,7 +11,8 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from quantifind.network.activations import QuantizedActivations
-from quantifind.network.modules import plain_copy, put_values
+from quantifind.network.folding import prepared
+from quantifind.network.modules import put_values
 from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.ste import in_float32, round_through
@@ -41,8 +42,8 @@ class Student:
         self, model: nn.Module, start: Quantized, temperature: float, label_weight: float
     ) -> None:
         self.temperature, self.label_weight = temperature, label_weight
-        self.teacher = plain_copy(model).eval().requires_grad_(False)
-        self.net: nn.Module = plain_copy(model).eval().requires_grad_(False)
+        self.teacher = prepared(model, start.folded).eval().requires_grad_(False)
+        self.net: nn.Module = prepared(model, start.folded).eval().requires_grad_(False)
         self.start, self.prefix = start, ""
         put_values(self.net, start.tensors)  # buffers, which are not learned, among them
         if start.activations:
@@ -153,7 +154,7 @@ class Student:
             elif start.grid.table is not None and qparams.grid.table is not None:
                 qparams = with_table(qparams, qparams.grid.table.to(start.grid.table.dtype))
             tensors[name] = replace(tensors[name], codes=codes, qparams=qparams)
-        return Quantized(tensors, self.start.activations)
+        return replace(self.start, tensors=tensors)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {"latents": self.latents, "log_factors": self.log_factors}

@@ -15,6 +15,7 @@ from quantifind.certification.certificate import certified_steps, degradation
 from quantifind.certification.goal import MEASURES
 from quantifind.metrics import Outcome, is_classification, paired
 from quantifind.network.calibration import calibration_batches
+from quantifind.network.folding import Pairs, prepared
 from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
@@ -113,7 +114,11 @@ def evaluate_strategies(
         batches = None
         if calibration is not None:
             batches = calibration_batches(calibration, model, forward)
-        judge = _Judge(model, evaluator, evaluator.outcome(), batches, confidence)
+        evaluators: dict[Pairs, Evaluator] = {(): evaluator}
+        for pairs in {one.folded for one in given} - {()}:
+            net = prepared(model, pairs)
+            evaluators[pairs] = Evaluator(net, evaluator.given_batches(), criterion)
+        judge = _Judge(model, evaluators, evaluator.outcome(), batches, confidence)
         rows = []
         with progress("judging", total=len(tasks)) as step:
             for row in workers.map(_Judge.row, judge, tasks):
@@ -138,7 +143,7 @@ class _Judge:
     """What it takes to judge strategies, on whichever worker."""
 
     model: nn.Module
-    evaluator: Evaluator
+    evaluators: dict[Pairs, Evaluator]
     original: Outcome
     calibration: Sequence[Batch] | None
     confidence: float
@@ -146,8 +151,9 @@ class _Judge:
     def row(self, task: tuple[Strategy, Strategy | Quantized]) -> dict[str, Any]:
         strategy, given = task
         quantized = quantize(self.model, given, self.calibration)
+        measured = self.evaluators[quantized.folded].outcome(quantized)
         depth, bits = strategy.bit_depth, mean_bits(self.model, quantized)
-        row = compare(self.evaluator.outcome(quantized), self.original, confidence=self.confidence)
+        row = compare(measured, self.original, confidence=self.confidence)
         scr = row["criterion"] / (depth or bits)
         return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
 
