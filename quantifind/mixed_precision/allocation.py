@@ -15,6 +15,7 @@ from quantifind.certification.goal import Goal
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.mixed_precision.sensitivity import Sensitivity
+from quantifind.network.folding import parameter_count
 from quantifind.network.modules import named_tensors
 from quantifind.network.trace import ProductFacts, activation_names, macs
 from quantifind.strategy import Strategy
@@ -157,8 +158,7 @@ class Allocation:
         measure = plugins.load("costs", "model_bytes" if in_bits else self.goal.cost, "measure")
         costs = measure(self.model, quantized, self.products)
         total = float(sum(v for name, v in costs.items() if names is None or name in names))
-        count = sum(tensor.numel() for tensor in self.values.values())
-        return 8 * total / count if in_bits else total
+        return 8 * total / parameter_count(self.model) if in_bits else total
 
     def costs(self, quantized: Quantized) -> dict[str, float]:
         """By each module of `quantifind.costs`."""

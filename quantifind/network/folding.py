@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from quantifind.network.memory import blocks
 from quantifind.network.modules import is_plain, named_tensors, plain, plain_copy
+from quantifind.tensor.parts import value_count
 from quantifind.utils.devices import device_of
 from quantifind.utils.naming import naming
 
@@ -74,7 +75,7 @@ def parameter_count(model: nn.Module) -> int:
     """Parameters of the network as it was given, before norms were folded: those that share memory
     once, parametrized ones as they are used."""
     removed = sum(m.removed for m in model.modules() if isinstance(m, Folded))
-    return removed + sum(tensor.numel() for tensor in named_tensors(model).values())
+    return removed + sum(map(value_count, named_tensors(model).values()))
 
 
 def checked_pairs(given: Any) -> Pairs:

@@ -91,6 +91,25 @@ def owners(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
+def view_places(parameters: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """By name of a parameter whose memory is another's: that other's name, and which of its values,
+    flattened, are the view's, so that a view follows values that are put in its owner's place.
+
+    Raises: ValueError as `owners`, and for a view of another type.
+    """
+    found = {}
+    for name, owner in owners(parameters).items():
+        view, whole = parameters[name], parameters[owner]
+        if view.dtype != whole.dtype:
+            raise ValueError(f"{name} is {view.dtype} over memory of {owner}, {whole.dtype}")
+        places = torch.zeros(1 + (span(whole)[1] - span(whole)[0]) // whole.element_size()).long()
+        own = torch.arange(whole.numel()).reshape(whole.shape)
+        places.as_strided(whole.shape, whole.stride(), 0).copy_(own)
+        start = (view.data_ptr() - whole.data_ptr()) // view.element_size()
+        found[name] = owner, places.as_strided(view.shape, view.stride(), start).clone()
+    return found
+
+
 def own_bytes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes of each tensor that none before it has."""
     order = {name: place for place, name in enumerate(tensors)}
