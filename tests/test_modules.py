@@ -1,9 +1,9 @@
 """Any network is copied as it is, or refused in one line; what inference needs is counted once."""
 
 import copy
-import functools
 import pickle
 import threading
+from functools import partial
 
 import hypothesis.strategies as st
 import numpy as np
@@ -103,8 +103,8 @@ def all_kinds():
         few=torch.quantize_per_tensor(dense[0], 0.1, 0, torch.qint8),
         nested=torch.nested.nested_tensor([dense[0], dense[1, :3]]),
         expanded=parameter(torch.ones(1).expand(8)),
-        half=parameter(dense.half()),
-        bfloat=dense.bfloat16(),
+        short=parameter(dense.half()),
+        rough=dense.bfloat16(),
     )
 
 
@@ -112,25 +112,26 @@ def closing_over():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     first, second = net
     second.act = lambda x: x * second.weight[0]
-    second.acts = {"one": [second.act, functools.partial(lambda y, x: y + first(x), 1.0)]}
+    second.acts = {"one": [second.act, partial(lambda y, x: y + first(x), 0.0)]}
     forward = first.forward
     first.forward = lambda x: second.act(forward(x))
     second.register_forward_hook(lambda m, args, out: out + second.acts["one"][1](args[0]))
-    second.register_forward_pre_hook(functools.partial(lambda w, m, args: (args[0] @ w,), first.weight))
+    second.register_forward_pre_hook(partial(lambda w, m, args: (args[0] @ w,), first.weight))
     return net
 
 
+class Cached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Linear(8, 8), []
+        self.turned = self.layer.weight.t()
+
+    def forward(self, x):
+        self.seen = [self.layer(x)]
+        return x @ self.turned + self.seen[0]
+
+
 def cached():
-    class Cached(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.seen = nn.Linear(8, 8), []
-            self.turned = self.layer.weight.t()
-
-        def forward(self, x):
-            self.seen = [self.layer(x)]
-            return x @ self.turned + self.seen[0]
-
     net = Cached()
     net(torch.ones(1, 8))
     return net
@@ -165,7 +166,6 @@ class Recurrent(nn.Module):
 def normed():
     net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     parametrizations.weight_norm(net[0])
-    parametrizations.spectral_norm(net[0], "bias") if False else None
     net(torch.randn(9, 8))
     return net
 
@@ -186,7 +186,6 @@ KINDS = {
     "compiled": lambda: compiled(nn.Linear(8, 8)),
     "compiled inside": compiled_inside,
     "recurrent": Recurrent,
-    "exported": lambda: torch.export.export(nn.Linear(8, 8), (torch.ones(4, 8),)).module(),
 }
 
 
@@ -214,8 +213,8 @@ def test_a_copy_gives_the_same_and_is_apart(kind):
     before = [dense(tensor).clone() for tensor in pieces(net)]
     replica = plain_copy(net)
     trained = [module.training for module in net.modules()]
-    if kind != "exported":
-        net.eval(), replica.eval()
+    net.eval()
+    replica.eval()
     with torch.no_grad():
         wanted = net(x)
         assert torch.equal(replica(x), wanted)
@@ -225,12 +224,11 @@ def test_a_copy_gives_the_same_and_is_apart(kind):
                 tensor.mul_(0.5)
         assert not torch.equal(replica(x), wanted)
         assert torch.equal(net(x), wanted)
-        again = plain_copy(plain_copy(net))
-        assert torch.equal(again.eval()(x) if kind != "exported" else again(x), wanted)
+        assert torch.equal(plain_copy(plain_copy(net))(x), wanted)
     for was, now in zip(before, pieces(net), strict=True):
         assert torch.equal(was, dense(now))
     assert classes == [type(module) for module in net.modules()]
-    assert trained == [True] * len(classes) or kind == "exported"
+    assert trained == [True] * len(classes)
 
 
 def test_results_of_a_pass_are_no_obstacle():
@@ -283,8 +281,12 @@ def test_whose_memory_it_is(drawn):
     sets = {name: set(places) for name, (_, places) in drawn.items()}
     repeats = {name for name, (_, places) in drawn.items() if len(places) > len(set(places))}
     net = nn.ParameterDict(parameters)
+
     # the largest first, those that repeat nothing before those that do
-    order = sorted(sets, key=lambda name: (-len(sets[name]), name in repeats))
+    def rank(name):
+        return -len(sets[name]), name in repeats, not parameters[name].is_contiguous(), name
+
+    order = sorted(sets, key=rank)
     own, wanted, refused = [], {}, False
     for name in order:
         meets = [other for other in own if sets[name] & sets[other]]
@@ -312,15 +314,16 @@ def test_whose_memory_it_is(drawn):
         for name, owner in wanted.items():
             values = dict(zip(drawn[owner][1], replica[owner].flatten().tolist(), strict=True))
             assert replica[name].flatten().tolist() == [values[p] for p in drawn[name][1]]
-            of, index = places[name]
-            assert of == owner
-            assert torch.equal(replica[owner].flatten()[index], replica[name])
+            if name in places:  # not one with another that is the same view
+                of, index = places[name]
+                assert of == owner
+                assert torch.equal(replica[owner].flatten()[index], replica[name])
 
 
 def test_the_first_of_the_same_is_the_owner():
     memory = torch.randn(4, 4)
-    net = nn.ParameterDict({n: nn.Parameter(memory) for n in "ba"})
-    net["row"], net["turned"] = nn.Parameter(memory[1]), nn.Parameter(memory.t())
+    net = nn.ParameterDict({"turned": nn.Parameter(memory.t())})
+    net["b"], net["a"], net["row"] = map(nn.Parameter, (memory, memory, memory[1]))
     assert owners(dict(net.items())) == {"a": "b", "row": "b", "turned": "b"}
     replica = plain_copy(net)
     assert replica["a"] is replica["b"]
@@ -329,14 +332,15 @@ def test_the_first_of_the_same_is_the_owner():
 
 def test_a_view_follows_its_owner():
     net, x = made("transposed head"), torch.randn(30, 8)
-    for options in ({}, {"axis": 0, "rounding": "gptq"}):
+    for options in ({}, {"axis": 0}):
         strategy = uniform_strategy(net, 3, **options)
         assert list(strategy.tensors) == ["words.weight"]
-        put = intact(net, lambda: quantize_model(net, strategy, [(x,)]))  # noqa: B023
+        put = intact(net, partial(quantize_model, net, strategy))
+        assert not torch.equal(put(x), net(x))
         assert torch.equal(put.head, put.words.weight.t())
         assert len(put.head.unique()) <= (8 if not options else 64)
         bits = 64 * 3 + 32 * (8 if options else 1)
-        assert mean_bits(net, quantize(net, strategy, [(x,)])) == bits / 64
+        assert mean_bits(net, quantize(net, strategy)) == bits / 64
     places = view_places(dict(net.named_parameters()))
     owner, index = places["head"]
     assert torch.equal(dict(net.named_parameters())[owner].flatten()[index], net.head)
@@ -352,7 +356,6 @@ COUNTED = {
     "batch norm without more": nn.BatchNorm1d(5, affine=False),
     "batch norm without statistics": nn.BatchNorm1d(5, track_running_stats=False),
     "instance norm": nn.InstanceNorm2d(5, affine=True, track_running_stats=True),
-    "old weight norm": weight_norm(nn.Linear(3, 4)) if False else nn.Linear(3, 4),
     "positions": Holds(None, weight=parameter(torch.ones(3)), index=torch.arange(9).view(3, 3)),
     "masks": Holds(None, weight=parameter(torch.ones(3)), mask=torch.ones(5) > 0),
     "half": nn.BatchNorm1d(5).half(),
@@ -396,14 +399,16 @@ def test_tensors_of_every_kind():
     net, x = made("all kinds of tensors"), torch.randn(4, 8)
     strategy = uniform_strategy(net, 4)
     on_levels = {name for name, choice in strategy.tensors.items() if choice is not None}
-    assert on_levels == {"single", "empty", "expanded", "half"}
+    assert on_levels == {"single", "empty", "expanded", "short"}
     put = quantize_model(net, strategy)
     for name in strategy.tensors.keys() - on_levels:
         one, other = (dense(dict(n.named_parameters())[name]) for n in (net, put))
         assert torch.equal(one, other)
     assert put(x).shape == net(x).shape
     for name in ("coo", "narrow", "csr"):
-        with pytest.raises(ValueError, match=rf"{name}: values are torch\.\w+ in layout torch") as e:
+        with pytest.raises(
+            ValueError, match=rf"{name}: values are torch\.\w+ in layout torch"
+        ) as e:
             quantize_alone(net, name, [UNIFORM])
         assert len(str(e.value).splitlines()) == 1
     assert fingerprint(net) == fingerprint(plain_copy(net))
@@ -419,11 +424,6 @@ class Locked(nn.Linear):
     def __init__(self):
         super().__init__(2, 2)
         self.kept = {"lock": threading.Lock()}
-
-
-def quietly(make):
-    with pytest.warns() if False else torch.no_grad():
-        return make()
 
 
 def partly():
@@ -460,7 +460,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_network_to_copy_is_refused_in_a_line(kind):
     make, message = REFUSED[kind]
@@ -481,7 +481,9 @@ def test_what_is_no_network_to_copy_is_refused_in_a_line(kind):
         assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, lambda n: nn.DataParallel(compiled(n))])
+@pytest.mark.parametrize(
+    "wrap", [compiled, nn.DataParallel, lambda n: nn.DataParallel(compiled(n))]
+)
 def test_a_wrapped_network_is_the_plain_one(wrap):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(9, 4)
