@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from quantifind.network.memory import blocks
 from quantifind.network.modules import is_plain, named_tensors, plain, plain_copy
+from quantifind.tensor.parts import value_count
 from quantifind.utils.devices import device_of
 from quantifind.utils.naming import naming
 
@@ -65,16 +66,15 @@ def prepared_tensors(model: nn.Module, folded: Pairs = ()) -> nn.Module:
     """The network whose tensors are those of `prepared`: itself, where it is plain and has folded
     them all, since to copy it takes longer than to look at it."""
     model = plain(model)
-    if is_plain(model) and all(isinstance(_module(model, norm), Folded) for _, norm in folded):
-        return model
-    return prepared(model, folded)
+    done = is_plain(model) and all(_is_folded(model, pair) for pair in folded)
+    return model if done else prepared(model, folded)
 
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters of the network as it was given, before norms were folded: those that share memory
     once, parametrized ones as they are used."""
-    removed = sum(m.removed for m in model.modules() if isinstance(m, Folded))
-    return removed + sum(tensor.numel() for tensor in named_tensors(model).values())
+    removed = sum(m.removed for m in plain(model).modules() if isinstance(m, Folded))
+    return removed + sum(map(value_count, named_tensors(model).values()))
 
 
 def checked_pairs(given: Any) -> Pairs:
@@ -99,10 +99,10 @@ def fold(model: nn.Module, pairs: Pairs) -> None:
     Raises: ValueError naming a module that is not there, or of another kind.
     """
     for name, norm_name in pairs:
+        if _is_folded(model, (name, norm_name)):
+            continue
         with naming(f"folded {name}, {norm_name}"):
             product, norm = _module(model, name), _module(model, norm_name)
-            if isinstance(norm, Folded):
-                continue
             _check_pair(product, norm)
             added = 0 if product.bias is not None else norm.num_features
             removed = sum(parameter.numel() for parameter in norm.parameters()) - added
@@ -111,6 +111,12 @@ def fold(model: nn.Module, pairs: Pairs) -> None:
             stand_in.training = norm.training
             where, _, own = norm_name.rpartition(".")
             model.get_submodule(where)._modules[own] = stand_in
+
+
+def _is_folded(model: nn.Module, pair: tuple[str, str]) -> bool:
+    with naming(f"folded {', '.join(pair)}"):
+        _, norm = (_module(model, name) for name in pair)
+    return isinstance(norm, Folded)
 
 
 def _module(model: nn.Module, name: str) -> Any:

@@ -58,19 +58,24 @@ def blocks(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 def owners(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """By name of a parameter whose memory is another's, that other's, which has all of it.
 
-    Of several with the same memory, the first is the owner. Parts of one memory that don't meet,
-    such as cudnn's flattened weights, are owners of their own.
+    Of several with the same memory, the first that is contiguous is the owner. Parts of one memory
+    that don't meet, such as cudnn's flattened weights, are owners of their own.
     Raises: ValueError for parameters that meet in a part of their memory, with none that has it
         all.
     """
-    order = {name: place for place, name in enumerate(parameters)}
+    places = {name: place for place, name in enumerate(parameters)}
     found: dict[str, str] = {}
     for block in blocks(parameters):
         if len(block) == 1:
             continue
         sizes = {name: _size(parameters[name]) for name in block}
+        # test_the_first_of_the_same_is_the_owner
+        ranks = {
+            name: (-sizes[name], _repeats(p := parameters[name]), not p.is_contiguous())
+            for name in block
+        }
         own: list[str] = []
-        for name in sorted(block, key=lambda name: (-sizes[name], _repeats(parameters[name]))):
+        for name in sorted(block, key=lambda name: (*ranks[name], places[name])):
             meets = [other for other in own if _shared(parameters[name], parameters[other])]
             if not meets:
                 own.append(name)
@@ -81,13 +86,26 @@ def owners(parameters: Mapping[str, Tensor]) -> dict[str, str]:
                     f"{name} shares a part of its memory with {', '.join(meets)}, and none has all "
                     "of it: register the whole as a parameter, or give each its own (`.clone()`)"
                 )
-            # the first of those with the same memory: test_the_first_of_the_same_is_the_owner
-            alike = sizes[name] == sizes[owner] and not _repeats(parameters[name])
-            if alike and order[name] < order[owner]:
-                own[own.index(owner)] = name
-                found = {view: name if of == owner else of for view, of in found.items()}
-                owner, name = name, owner
             found[name] = owner
+    return found
+
+
+def view_places(parameters: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """By name of a parameter whose memory is another's: that other's name, and which of its values,
+    flattened, are the view's, so that a view follows values that are put in its owner's place.
+
+    Raises: ValueError as `owners`, and for a view of another type.
+    """
+    found = {}
+    for name, owner in owners(parameters).items():
+        view, whole = parameters[name], parameters[owner]
+        if view.dtype != whole.dtype:
+            raise ValueError(f"{name} is {view.dtype} over memory of {owner}, {whole.dtype}")
+        places = torch.zeros(1 + (span(whole)[1] - span(whole)[0]) // whole.element_size()).long()
+        own = torch.arange(whole.numel()).reshape(whole.shape)
+        places.as_strided(whole.shape, whole.stride(), 0).copy_(own)
+        start = (view.data_ptr() - whole.data_ptr()) // view.element_size()
+        found[name] = owner, places.as_strided(view.shape, view.stride(), start).clone()
     return found
 
 
@@ -221,7 +239,7 @@ class Copies(TorchFunctionMode):
         if id(tensor) not in memo:
             own = type(tensor) is Tensor
             made = self._view(tensor) if own else None
-            if made is None and tensor.is_leaf and not (own and tensor.layout != torch.strided):
+            if made is None and tensor.is_leaf and (not own or is_strided(tensor)):
                 return func(*args)
             # torch copies no results of a pass, which a next one makes anew, and not all layouts:
             # test_results_of_a_pass_are_no_obstacle, test_tensors_of_every_kind

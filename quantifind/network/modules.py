@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from quantifind.network.closures import rebind
 from quantifind.network.memory import Copies, own_bytes, owners
 from quantifind.tensor.parts import is_dense
 from quantifind.tensor.quantized import QuantizedTensor
@@ -138,9 +139,11 @@ def _copied(model: nn.Module) -> nn.Module:
                 for module in reversed(list(model.modules())):
                     if (inner := _wrapped(module)) is not None:
                         memo[id(module)] = copy.deepcopy(inner, memo)
-                return copy.deepcopy(model, memo)
+                replica = copy.deepcopy(model, memo)
             except Exception as error:
                 raise ValueError(_obstacle(model, error)) from error
+    rebind(replica, memo)
+    return replica
 
 
 def _obstacle(model: nn.Module, error: Exception) -> str:

@@ -62,6 +62,12 @@ def _scales(tensor: Tensor) -> list[Tensor]:
     return [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
 
 
+def value_count(tensor: Tensor) -> int:
+    """How many values it has; of a sparse one those that are kept."""
+    sparse = tensor.layout == torch.sparse_coo or tensor.layout in _COMPRESSED
+    return parts(tensor)[-1].numel() if sparse else tensor.numel()
+
+
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes of all its parts."""
     if is_strided(tensor):
