@@ -1,6 +1,8 @@
 """Prepare: the selected data set's splits as tensors, and what a network must know of them."""
 
 import inspect
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,12 @@ from torch import Tensor
 
 from quantifind.utils import plugins
 from quantifind.utils.loaders import whole_split
-from stages import files
+from quantifind.utils.naming import naming
+from quantifind.utils.sources import own_sources
+from stages import files, selection
+from stages.networks import create_network
 from stages.params import Params
+from stages.weights import check_weights, read_weights
 
 
 def main(params: Params) -> None:
@@ -19,21 +25,68 @@ def main(params: Params) -> None:
     Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
     """
     # a wrong name in the parameters is found before anything is trained: test_bad_params
-    entry = params.entry
-    create_model_context = plugins.load("models", entry.network, "create_model_context")
-    plugins.arguments(create_model_context, entry.options, {})
-    plugins.check("schemes", params.quantize.scheme)
-    create_dataloaders = plugins.load("data", entry.data, "create_dataloaders")
-    loaders = create_dataloaders(**plugins.arguments(create_dataloaders, {}, {"seed": params.seed}))
-    splits = {
+    selection.check(params)
+    entry, key = params.entry, f"{files.PARAMS}: models.{params.model}"
+    with naming(f"{key}.network"):
+        create_model_context = plugins.load("models", entry.network, "create_model_context")
+        plugins.arguments(create_model_context, entry.options, {})
+    with naming(f"{key}.data"):
+        create_dataloaders = plugins.load("data", entry.data, "create_dataloaders")
+    with naming(f"{files.PARAMS}: quantize.bit_depths"):
+        check_depths(params.quantize.bit_depths, params.quantize.scheme)
+    if entry.weights is not None:
+        read_weights(Path(entry.weights))
+    splits = create_splits(create_dataloaders, entry.data, params.seed)
+    description = describe(splits)
+    if entry.weights is not None:
+        made = create_network(entry.network, entry.options, description)
+        check_weights(made.net, entry.weights)
+    for name, split in splits.items():
+        files.write_tensors(files.DATA / f"{name}.safetensors", split)
+    files.write_json(files.DESCRIPTION, description)
+    sources = own_sources(entry.network) or [Path(inspect.getfile(create_model_context))]
+    source = b"\n".join(path.read_bytes() for path in sources)
+    files.write(files.NETWORK_SOURCE, lambda path: path.write_bytes(source))
+
+
+def check_depths(depths: Sequence[int], scheme: str) -> None:
+    """Raise ValueError unless a scheme has all the depths.
+
+    depths: bits of a code.
+    scheme: a module of `quantifind.schemes`, or anyone's; one without limits has all.
+    """
+    module = sys.modules[plugins.load("schemes", scheme, "quantize").__module__]
+    low, high = getattr(module, "MIN_BITS", min(depths)), getattr(module, "MAX_BITS", max(depths))
+    if wrong := [bits for bits in depths if not low <= bits <= high]:
+        given = ", ".join(map(str, wrong))
+        raise ValueError(f"scheme {scheme} takes {low} to {high} bits, not {given}")
+
+
+def create_splits(
+    create_dataloaders: Callable[..., Any], data: str, seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """All examples of a data set, by split, then "inputs" and "targets".
+
+    create_dataloaders: gives the three loaders.
+    data: the name that an error has.
+    seed: what it is called with, where it takes one.
+    Raises: ValueError where that fails, or gives something else.
+    """
+    try:
+        loaders = list(
+            create_dataloaders(**plugins.arguments(create_dataloaders, {}, {"seed": seed}))
+        )
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{data}: create_dataloaders(): {plugins.reason(error)}") from error
+    if len(loaders) != len(files.SPLITS):
+        wanted = ", ".join(files.SPLITS)
+        raise ValueError(f"{data}: create_dataloaders() gives {len(loaders)} loaders, not {wanted}")
+    return {
         name: dict(zip(("inputs", "targets"), whole_split(loader), strict=True))
         for name, loader in zip(files.SPLITS, loaders, strict=True)
     }
-    for name, split in splits.items():
-        files.write_tensors(files.DATA / f"{name}.safetensors", split)
-    files.write_json(files.DESCRIPTION, describe(splits))
-    source = Path(inspect.getfile(create_model_context)).read_bytes()
-    files.write(files.NETWORK_SOURCE, lambda path: path.write_bytes(source))
 
 
 def describe(splits: dict[str, dict[str, Tensor]]) -> dict[str, Any]:

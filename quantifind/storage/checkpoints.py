@@ -2,12 +2,10 @@
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
@@ -79,28 +77,3 @@ def set_random_state(state: dict[str, Any], loader: DataLoader) -> None:
 def _number(path: Path) -> int:
     match = NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
-
-
-def check_same_architecture(
-    net: nn.Module, weights: Mapping[str, Tensor], path: Path | str
-) -> None:
-    """Raise ValueError, naming up to three tensors, unless ``weights`` fit ``net``.
-
-    path: the file that the weights come from.
-    """
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
-    different = [
-        f"{name} is {_shape(shapes.get(name))}, not {_shape(expected.get(name))}"
-        for name in sorted(shapes.keys() | expected.keys())
-        if shapes.get(name) != expected.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{path}: a checkpoint of another architecture: {'; '.join(different[:3])}"
-            + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
-        )
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else str(list(shape))

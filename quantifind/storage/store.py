@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quantifind.storage.states import parts_of
+
 Entry = tuple[dict[str, Tensor], Any]
 
 
@@ -54,10 +56,15 @@ class Store:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A digest of plain values, tensors, tensors by name, and those of networks."""
+    """A digest of plain values, tensors, tensors by name, and those of networks, with the state
+    of theirs that is no tensor."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
+            # what an extra state may do to the passes: test_extra_state_is_in_a_fingerprint
+            others = {k: v for k, v in part.state_dict().items() if not isinstance(v, Tensor)}
+            if others:
+                digest.update(repr(others).encode())
             part = dict([*part.named_parameters(), *part.named_buffers()])
         if isinstance(part, dict) and any(isinstance(value, Tensor) for value in part.values()):
             for name, tensor in part.items():
@@ -75,5 +82,7 @@ def _bytes(tensor: Tensor) -> bytes:
     described = f"{tensor.dtype}{list(tensor.shape)}".encode()
     if not tensor.numel():
         return described
-    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return described + values.numpy().tobytes()
+    for part in parts_of(tensor).values():
+        values = part.cpu().contiguous().flatten().view(torch.uint8)
+        described += values.numpy().tobytes()
+    return described
