@@ -30,8 +30,9 @@ PARAMS = Path("params.yaml")
 SPLITS = ("train", "val", "test")
 DATA = Path("out/data")
 DESCRIPTION = DATA / "description.json"
-# what `model` in params.yaml selects, with the digests of the files of one's own
+# the entry that `model` in params.yaml selects, and digests of the files of one's own that it names
 SELECTED = Path("selected/model.json")
+SELECTED_SOURCES = Path("selected/sources.json")
 SELECTED_WEIGHTS = Path("out/weights.json")
 NETWORK_SOURCE = Path("out/network.py")
 WEIGHTS = Path("out/checkpoint/weights.safetensors")

@@ -3,6 +3,8 @@
 DVC can't depend on a file that is named inside params.yaml, nor on an entry whose name has a dot.
 """
 
+from dataclasses import asdict
+
 from stages import files, selection
 from stages.params import Params
 
@@ -14,8 +16,9 @@ def main(params: Params) -> None:
     Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
     """
     selection.check(params)
-    entry, weights = selection.selected(params)
-    files.write_json(files.SELECTED, entry)
+    sources, weights = selection.digests(params)
+    files.write_json(files.SELECTED, asdict(params.entry))
+    files.write_json(files.SELECTED_SOURCES, sources)
     files.write_json(files.SELECTED_WEIGHTS, weights)
 
 

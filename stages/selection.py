@@ -1,7 +1,6 @@
 """What `model` in params.yaml selects: found wrong before anything runs, and which files it is."""
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +45,19 @@ def _check_weights(name: str) -> None:
         raise ValueError(f"no file {name!r}: a path starts where the project does, or is absolute")
 
 
-def selected(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The selected entry with the digests of the files of one's own that the network and the data
-    are made of; and that of the weights.
+def digests(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the files of one's own that the selected network and data are made of; and of the weights.
 
     params: all of params.yaml.
     Raises: ValueError for a module that is not there; OSError for a file that can't be read.
     """
     entry, key = params.entry, f"{files.PARAMS}: models.{params.model}"
-    made_of = {}
+    sources = {}
     for kind in ("network", "data"):
         with naming(f"{key}.{kind}"):
-            sources = own_sources(getattr(entry, kind))
-        made_of[kind] = [digest(path) for path in sources]
+            sources[kind] = [digest(path) for path in own_sources(getattr(entry, kind))]
     weights = None if entry.weights is None else digest(Path(entry.weights))
-    return {"name": params.model, **asdict(entry), "made_of": made_of}, {"weights": weights}
+    return sources, {"weights": weights}
 
 
 def digest(path: Path) -> str:

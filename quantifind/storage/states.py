@@ -70,15 +70,16 @@ def unpack_state(
     for name, facts in sparse.items():
         layout = getattr(torch, facts["layout"])
         try:
-            *places, values = (state.pop(f"{name}/{part}") for part in PARTS[layout])
+            first, *more = (state.pop(f"{name}/{part}") for part in PARTS[layout])
+            shape = facts["shape"]
             if layout == torch.sparse_coo:
                 # its indices are in order and differ, as they were written
                 state[name] = torch.sparse_coo_tensor(
-                    *places, values, facts["shape"], is_coalesced=True, check_invariants=True
+                    first, more[0], shape, is_coalesced=True, check_invariants=True
                 )
             else:
                 state[name] = torch.sparse_compressed_tensor(
-                    *places, values, facts["shape"], layout=layout, check_invariants=True
+                    first, more[0], more[1], shape, layout=layout, check_invariants=True
                 )
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{name}: its sparse parts are not whole ({error})") from error
@@ -138,8 +139,18 @@ def load_state(net: nn.Module, state: Mapping[str, Any], path: Any) -> None:
     Raises: ValueError as `check_same_architecture`, and where the network refuses a value.
     """
     check_same_architecture(net, state, path)
+    own = net.state_dict()
+    # torch copies no other number of values into these
+    compressed = {
+        name: value.to(own[name].device)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.layout not in (torch.strided, torch.sparse_coo)
+    }
+    rest = {name: value for name, value in state.items() if name not in compressed}
     try:
-        net.load_state_dict(state, strict=False)
+        if compressed:
+            net.load_state_dict(compressed, strict=False, assign=True)
+        net.load_state_dict(rest, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: does not fit the network: {reason}") from error

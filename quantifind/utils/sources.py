@@ -35,18 +35,18 @@ def own_sources(name: str, root: Path = Path()) -> list[Path]:
 def _file_of(name: str) -> Path:
     """Without running the packages that it is in, where the usual finder knows them."""
     folders, parts = None, name.split(".")
+    spec = None
     for depth in range(1, len(parts) + 1):
         spec = PathFinder.find_spec(".".join(parts[:depth]), folders)
-        if spec is None:
+        folders = None if spec is None else spec.submodule_search_locations
+        if folders is None and depth < len(parts):
+            spec = None
             break
-        folders = spec.submodule_search_locations
-    else:
-        if spec.origin is not None:
-            return Path(spec.origin)
-    try:
-        spec = find_spec(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from error
+    if spec is None or spec.origin is None:
+        try:
+            spec = find_spec(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from error
     if spec is None or spec.origin is None:
         raise ValueError(f"no module {name!r} can be imported")
     return Path(spec.origin)
