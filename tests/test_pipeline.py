@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import ROOT, tracked_files
+from safetensors.torch import load_file
 
-from stages import deps, files
+from stages import deps, files, prepare, select
+from stages.params import read_params
 
 FEW_DATA = '''"""Noise and digits read off it, for tests."""
 
@@ -79,11 +82,18 @@ class Project:
         )
 
     def dvc(self, *arguments: str) -> list[str]:
-        """Run dvc; the stages that it executed."""
+        """Run dvc; the stages that it executed, but for the one that looks what is selected."""
         result = self.run("dvc", *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
         lines = result.stdout.splitlines()
-        return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+        ran = [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+        return [stage for stage in ran if stage != "select"]
+
+    def changed(self) -> set[str]:
+        """The stages that dvc would execute next, likewise."""
+        assert self.run("stages.select").returncode == 0
+        status = json.loads(self.run("dvc", "status", "--json").stdout)
+        return status.keys() - {"select"}
 
     def metrics(self) -> dict:
         return json.loads((self.folder / "metrics/evaluation.json").read_text())
@@ -222,8 +232,7 @@ def test_a_new_search_trains_nothing_again(project):
         path = project.folder / file
         source = path.read_bytes() if path.exists() else None
         path.write_bytes((source or b"") + b"\n# changed\n")
-        status = json.loads(project.run("dvc", "status", "--json").stdout)
-        assert status.keys() == stages, file
+        assert project.changed() == stages, file
         path.unlink() if source is None else path.write_bytes(source)
     assert project.dvc("repro") == []
 
@@ -236,15 +245,17 @@ def test_dependencies_are_what_a_stage_imports():
     assert deps.updated(without) == text
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["select", *STAGES])
 def test_heavy_imports_are_rare(stage):
-    """torch takes seconds, so the plot stage does without it; and only that one draws."""
+    """torch takes seconds, so the plot stage does without it; and only that one draws. What runs
+    each time does without pandas too."""
     script = f"import sys, stages.{stage}; print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
     )
     modules = set(result.stdout.split())
-    assert ("torch" in modules) == (stage != "plot")
+    assert ("torch" in modules) == (stage not in ("select", "plot"))
+    assert stage != "select" or "pandas" not in modules
     assert "torchvision" not in modules
     assert ("matplotlib.pyplot" in modules) == (stage == "plot")
 
@@ -299,6 +310,140 @@ def test_a_killed_training_is_resumed(project):
         assert not folder.exists()
         results.append([path.read_bytes() for path in left])
     assert results[0] == results[1]
+
+
+OWN = {
+    "nets/my_net.py": """
+import torch
+from blocks import block
+from torch import nn
+
+
+def create_model_context():
+    return nn.Sequential(block(784, 4), nn.Linear(4, 10)), nn.CrossEntropyLoss()
+""",
+    "nets/blocks.py": """
+from torch import nn
+
+
+def block(before, after):
+    return nn.Sequential(nn.Flatten(), nn.Linear(before, after), nn.ReLU())
+""",
+    "make_weights.py": """
+import sys
+
+import torch
+
+sys.path.append("nets")
+from my_net import create_model_context
+from safetensors.torch import save_file
+
+torch.manual_seed(int(sys.argv[1]))
+save_file(create_model_context()[0].state_dict(), "trained.safetensors")
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def own(project):
+    """The project with a network, data and weights of one's own selected, all stages run."""
+    for file, text in {**OWN, "my_data.py": FEW_DATA}.items():
+        (project.folder / file).parent.mkdir(exist_ok=True)
+        (project.folder / file).write_text(text)
+    assert project.run("make_weights", "0").returncode == 0
+    before = project.params()
+    entry = {"network": "nets/my_net.py", "data": "my_data.py", "weights": "trained.safetensors"}
+    params = {**before, "model": "own-v1.5", "models": {**before["models"], "own-v1.5": entry}}
+    params["search"] = {"limit": {"criterion_ratio": 1.2}, "widths": [2, 4, 8]}
+    project.write_params(params)
+    assert project.dvc("repro") == STAGES
+    yield project
+    project.write_params(before)
+    project.dvc("repro")
+
+
+def test_a_network_of_ones_own_with_its_weights(own):
+    """From a file, of a name with a dot; no stage trains, and each copes with that."""
+    assert own.dvc("repro") == []
+    history = pd.read_csv(own.folder / "plots/history.csv")
+    assert list(history) == ["epoch", "train_loss", "val_loss"]
+    assert history.empty
+    written = load_file(own.folder / "out/checkpoint/weights.safetensors")
+    given = load_file(own.folder / "trained.safetensors")
+    assert written.keys() == given.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in given.items())
+    training = json.loads((own.folder / "metrics/training.json").read_text())
+    assert training.keys() == {"val_loss", "val_accuracy"}
+    answer = json.loads((own.folder / "metrics/recommendation.json").read_text())
+    assert set(answer["tensors"]) == given.keys()
+    page = own.folder / "dvc_plots/index.html"
+    own.dvc("plots", "show", "-o", str(page.parent))
+    assert "criterion_ratio" in page.read_text(encoding="utf-8")
+
+
+def test_files_of_ones_own_are_dependencies(own):
+    """Of the stages that read them, and of no others; a file that they import too."""
+    files = {
+        "nets/my_net.py": {"prepare"},
+        "nets/blocks.py": {"prepare"},
+        "my_data.py": {"prepare"},
+        "make_weights.py": set(),
+    }
+    for file, stages in files.items():
+        source = (own.folder / file).read_text()
+        (own.folder / file).write_text(source + "\n# changed\n")
+        assert own.changed() == stages, file
+        (own.folder / file).write_text(source)
+    assert own.changed() == set()
+    assert own.run("make_weights", "1").returncode == 0
+    assert own.changed() == {"train"}
+    assert own.run("make_weights", "0").returncode == 0
+    # data that are the same with another source train nothing again, another network does
+    (own.folder / "my_data.py").write_text(FEW_DATA + "# changed\n")
+    assert own.dvc("repro", "train") == ["prepare"]
+    (own.folder / "nets/blocks.py").write_text(OWN["nets/blocks.py"] + "# changed\n")
+    assert own.dvc("repro", "train") == ["prepare", "train"]
+
+
+def test_a_stage_runs_by_itself_in_a_clone(own):
+    for path in (own.folder / "selected").glob("*.json"):
+        path.unlink()
+    assert own.dvc("repro", "--single-item", "--force", "prepare") == ["prepare"]
+
+
+BAD = {
+    "no file": ({"network": "nets/my_nte.py"}, "network: no file 'nets/my_nte.py'"),
+    "no .py": ({"network": "nets/my_net"}, "network: no file 'nets/my_net': a path ends in .py"),
+    "no data": ({"data": "my_dtaa.py"}, "data: no file 'my_dtaa.py'"),
+    "no module": ({"network": "nets.my_nte"}, "no module 'nets.my_nte' can be imported"),
+    "no weights": ({"weights": "trianed.pt"}, "weights: no file 'trianed.pt'"),
+    "other ending": ({"weights": "my_data.py"}, "weights: 'my_data.py' is not a file of weights"),
+    "limit": (
+        {"search": {"limit": {"criterion": 2}}},
+        "search: limit is {'criterion': 2.0}: a num",
+    ),
+    "engine": ({"engine": "dask"}, "engine 'dask' with scheduler None: dask needs one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_choice_is_found_before_anything_runs(case, tmp_path, monkeypatch):
+    """In the stages that come first, in one line, from the parameters alone."""
+    changed, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    for file in OWN:
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(OWN[file])
+    Path("my_data.py").write_text("raise SystemExit('imported')")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    of_entry = {key: changed.pop(key) for key in ("network", "data", "weights") if key in changed}
+    entry = {"network": "nets/my_net.py", "data": "my_data.py", "epochs": 1} | of_entry
+    params |= {"model": "own", "models": {"own": entry}} | changed
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    for main in (select.main, prepare.main):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            main(read_params())
+        assert "\n" not in str(caught.value)
 
 
 def fails(project, stage: str, message: str) -> None:
