@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from quantifind.storage.states import load_state, pack_state, unpack_state
+from quantifind.storage.states import load_plain, load_state, pack_state, unpack_state
 from quantifind.utils import plugins
 from quantifind.utils.loaders import Tensors, batch_loader
 from stages import files
@@ -80,7 +80,7 @@ def read_network() -> Context:
 
 def _read_others(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, weights_only=True)
+        return load_plain(path)
     except OSError:
         raise
     except Exception as error:

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from quantifind.storage.states import check_same_architecture, load_state
+from quantifind.storage.states import check_same_architecture, load_plain, load_state
 from stages import files
 
 # where a file that holds more than a state dict may have it
@@ -23,7 +22,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(files.read_tensors(path, advice="write it anew"))
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = load_plain(path)
     except OSError:
         raise
     except Exception as error:

@@ -1,5 +1,6 @@
 """All stages in a clone with few examples and one epoch: caching, faults, what a stage imports."""
 
+import datetime
 import json
 import os
 import re
@@ -10,14 +11,21 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis.strategies as st
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import ROOT, tracked_files
+from hypothesis import given
 from safetensors.torch import load_file
 
-from stages import deps, files, prepare, select
+from quantifind.strategy import Strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils import plugins
+from stages import answers, deps, files, ladder, plot, prepare, select
 from stages.params import read_params
 
 FEW_DATA = '''"""Noise and digits read off it, for tests."""
@@ -436,14 +444,97 @@ def test_a_bad_choice_is_found_before_anything_runs(case, tmp_path, monkeypatch)
         Path(file).write_text(OWN[file])
     Path("my_data.py").write_text("raise SystemExit('imported')")
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    of_entry = {key: changed.pop(key) for key in ("network", "data", "weights") if key in changed}
-    entry = {"network": "nets/my_net.py", "data": "my_data.py", "epochs": 1} | of_entry
-    params |= {"model": "own", "models": {"own": entry}} | changed
+    entry = {"network": "nets/my_net.py", "data": "my_data.py", "epochs": 1, "weights": None}
+    entry |= {key: value for key, value in changed.items() if key in entry}
+    beside = {key: value for key, value in changed.items() if key not in entry}
+    params |= {"model": "own", "models": {"own": entry}} | beside
     Path("params.yaml").write_text(yaml.safe_dump(params))
     for main in (select.main, prepare.main):
         with pytest.raises(ValueError, match=re.escape(message)) as caught:
             main(read_params())
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", ["first", "last", "all"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_drawn_as_missing(project, value, rows, monkeypatch):
+    """A depth or a candidate of which nothing could be measured: pictures and numbers cope."""
+    monkeypatch.chdir(project.folder)
+    kept = {"mean_bits", "examples", "values", *plugins.names("costs")}
+    places = {"first": slice(0, 1), "last": slice(-1, None), "all": slice(None)}
+    read = files.read_table
+
+    def harmed(path):
+        table = read(path)
+        for column in table.select_dtypes("float"):
+            if "bit" not in column and column not in kept and not column.startswith("original"):
+                table.loc[table.index[places[rows]], column] = value
+        return table
+
+    monkeypatch.setattr(files, "read_table", harmed)
+    drawn = []
+    monkeypatch.setattr(files, "write_figure", lambda path, figure: drawn.append(figure))
+    plot.main(read_params())
+    assert len(drawn) == 9
+    for figure in drawn:
+        figure.draw_without_rendering()
+    plt.close("all")
+    results = harmed(files.PLOTS / "bit_depths.csv")
+    files.write_json(Path("numbers.json"), answers.summarize(results, [1.05]))
+    written = json.loads(Path("numbers.json").read_text(), parse_constant=pytest.fail)
+    complexity = results["signal_to_complexity"]
+    lowest = complexity.min() if np.isfinite(complexity).any() else None
+    assert written["lowest_scr"]["value"] == (lowest and pytest.approx(lowest))
+
+
+NUMBERS = st.floats() | st.integers() | st.booleans() | st.none() | st.text()
+NUMPY = (
+    st.floats().map(np.float64)
+    | st.floats(width=32).map(np.float32)
+    | st.integers(0, 9).map(np.int64)
+)
+
+
+@given(
+    st.recursive(
+        NUMBERS | NUMPY,
+        lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+        max_leaves=10,
+    )
+)
+def test_what_json_does_not_have_is_null(tmp_path_factory, values):
+    def wanted(value):
+        if isinstance(value, dict):
+            return {key: wanted(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [wanted(part) for part in value]
+        if isinstance(value, float | np.floating) and not np.isfinite(value):
+            return None
+        return value
+
+    path = tmp_path_factory.mktemp("json") / "values.json"
+    files.write_json(path, values)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == wanted(values)
+    assert files.read_json(path) == wanted(values)
+
+
+def test_what_is_no_plain_value_is_no_json(tmp_path):
+    with pytest.raises(ValueError, match=r"values\.json: Object of type date is not JSON"):
+        files.write_json(tmp_path / "values.json", {"when": datetime.date(2020, 1, 1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_none_come_back_as_missing(tmp_path, monkeypatch):
+    """In the facts of a ladder, which JSON has as null, and the evaluate stage as a table."""
+    monkeypatch.chdir(tmp_path)
+    empty = {"strategy": Strategy(), "quantized": Quantized({}, {})}
+    facts = [{"ratio": 1.5, "high": np.inf, "none": np.nan}, {"ratio": np.nan, "high": 2.0}]
+    ladder.write_ladder(pd.DataFrame([{**empty, **row} for row in facts]))
+    *_, read = ladder.read_ladder()
+    assert read.dtypes.astype(str).tolist() == ["float64"] * 3
+    assert read["ratio"].tolist()[0] == 1.5
+    assert read["high"].tolist()[1] == 2.0
+    assert read.isna().to_numpy().tolist() == [[False, True, True], [True, False, True]]
 
 
 def fails(project, stage: str, message: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from quantifind.storage.states import load_plain
+
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
 
@@ -41,7 +43,7 @@ def load_checkpoint(path: Path, keys: tuple[str, ...]) -> list[Any]:
     Raises: ValueError naming the file that can't be read or lacks a key.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
         return [state[key] for key in keys]
     except Exception as error:
         reason = str(error).partition("\n")[0]

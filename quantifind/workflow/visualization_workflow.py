@@ -148,12 +148,13 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
 def _signal_to_complexity(results: pd.DataFrame, certified: Certified) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _depth_axis(axes)
-    best = results.iloc[results["signal_to_complexity"].argmin()]
     _curve(axes, results, "signal_to_complexity", certified)
-    axes.plot(
-        best["bit_depth"], best["signal_to_complexity"], "*", ms=14, color="black",
-        label=f"lowest: {best['bit_depth']:.0f} bits",
-    )  # fmt: skip
+    if results["signal_to_complexity"].notna().any():
+        best = results.iloc[results["signal_to_complexity"].argmin()]
+        axes.plot(
+            best["bit_depth"], best["signal_to_complexity"], "*", ms=14, color="black",
+            label=f"lowest: {best['bit_depth']:.0f} bits",
+        )  # fmt: skip
     log_axis(axes, "criterion per bit (lower is better)")
     axes.legend()
     return figure
