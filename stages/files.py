@@ -144,17 +144,20 @@ def read_table(path: Path) -> "pd.DataFrame":
     return pd.read_csv(path)
 
 
-def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, "Tensor"], facts: dict[str, str] | None = None
+) -> None:
     """Write tensors in the safetensors format.
 
     path: as for `write`.
     tensors: by name.
+    facts: texts that stand beside them.
     """
     from safetensors.torch import save_file
 
     # safetensors refuses tensors that share memory: test_tensors_that_share_memory_are_written
     whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    write(path, lambda partial: save_file(whole, partial))
+    write(path, lambda partial: save_file(whole, partial, facts))
 
 
 def read_tensors(path: Path, *, advice: str = "run dvc repro --force") -> dict[str, "Tensor"]:
@@ -171,6 +174,21 @@ def read_tensors(path: Path, *, advice: str = "run dvc repro --force") -> dict[s
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or altered ({error}); {advice}") from error
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The texts that `write_tensors` put beside the tensors.
+
+    path: the file.
+    Raises: as `read_tensors`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or altered ({error})") from error
 
 
 @contextmanager

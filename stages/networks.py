@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from quantifind.storage.states import load_plain, load_state, pack_state, unpack_state
 from quantifind.utils import plugins
-from quantifind.utils.loaders import Tensors, batch_loader
 from stages import files
+from stages.splits import read_split
 
 
 class Context(NamedTuple):
@@ -40,9 +40,8 @@ def read_loader(split: str, *, batch_size: int, seed: int = 0) -> DataLoader:
     seed: of the shuffling.
     Raises: ValueError naming a file that is not whole; OSError where it can't be read.
     """
-    tensors = files.read_tensors(files.DATA / f"{split}.safetensors")
-    dataset = Tensors(tensors["inputs"], tensors["targets"])
-    return batch_loader(dataset, batch_size=batch_size, shuffle=split == "train", seed=seed)
+    path = files.DATA / f"{split}.safetensors"
+    return read_split(path, batch_size=batch_size, shuffle=split == "train", seed=seed)
 
 
 def write_network(net: nn.Module, network: str, options: Mapping[str, Any]) -> None:
