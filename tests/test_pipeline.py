@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, tracked_files
-from hypothesis import given
+from hypothesis import given, settings
 from safetensors.torch import load_file
 
 from quantifind.strategy import Strategy
@@ -502,6 +502,7 @@ NUMPY = (
         max_leaves=10,
     )
 )
+@settings(max_examples=30)
 def test_what_json_does_not_have_is_null(tmp_path_factory, values):
     def wanted(value):
         if isinstance(value, dict):

@@ -102,7 +102,7 @@ REFUSED = {
     "no axis": ([{"x": A, "rate": torch.tensor(1.0)}], "batch['rate'] has the shapes []"),
     "counts": (
         [(A, B[:3], LABELS)],
-        "the tensors of a batch are not of as many examples each: {'batch[0]': 7, 'batch[1]': 3",
+        "the tensors of a batch are not of as many examples",
     ),
     "kinds": ([{"x": A}, {"y": A}], "batches differ in what they hold"),
     "nothing": ([], "the loader has no batches"),
@@ -123,9 +123,7 @@ def test_a_data_module_that_fails_is_named():
 
     with pytest.raises(ValueError, match=r"own: create_dataloaders\(\): KeyError: 'root' \(test_"):
         create_splits(broken, "own", 0)
-    with pytest.raises(
-        ValueError, match=r"own: create_dataloaders\(\) gives 2 loaders, not train, v"
-    ):
+    with pytest.raises(ValueError, match=r"own: create_dataloaders\(\) gives 2 loaders, not tr"):
         create_splits(lambda: [[], []], "own", 0)
     uneven = [[{"x": A}], [{"x": A}], [{"y": A}]]
     with pytest.raises(ValueError, match="own: batches differ from split to split: train has"):
