@@ -355,12 +355,12 @@ save_file(create_model_context()[0].state_dict(), "trained.safetensors")
 @pytest.fixture(scope="module")
 def own(project):
     """The project with a network, data and weights of one's own selected, all stages run."""
-    for file, text in {**OWN, "my_data.py": FEW_DATA}.items():
+    for file, text in {**OWN, "nets/my_data.py": FEW_DATA}.items():
         (project.folder / file).parent.mkdir(exist_ok=True)
         (project.folder / file).write_text(text)
     assert project.run("make_weights", "0").returncode == 0
     before = project.params()
-    entry = {"network": "nets/my_net.py", "data": "my_data.py", "weights": "trained.safetensors"}
+    entry = {"network": "nets/my_net.py", "data": "nets/my_data.py", "weights": "trained.safetensors"}
     params = {**before, "model": "own-v1.5", "models": {**before["models"], "own-v1.5": entry}}
     params["search"] = {"limit": {"criterion_ratio": 1.2}, "widths": [2, 4, 8]}
     project.write_params(params)
@@ -394,7 +394,7 @@ def test_files_of_ones_own_are_dependencies(own):
     files = {
         "nets/my_net.py": {"prepare"},
         "nets/blocks.py": {"prepare"},
-        "my_data.py": {"prepare"},
+        "nets/my_data.py": {"prepare"},
         "make_weights.py": set(),
     }
     for file, stages in files.items():
@@ -407,7 +407,7 @@ def test_files_of_ones_own_are_dependencies(own):
     assert own.changed() == {"train"}
     assert own.run("make_weights", "0").returncode == 0
     # data that are the same with another source train nothing again, another network does
-    (own.folder / "my_data.py").write_text(FEW_DATA + "# changed\n")
+    (own.folder / "nets/my_data.py").write_text(FEW_DATA + "# changed\n")
     assert own.dvc("repro", "train") == ["prepare"]
     (own.folder / "nets/blocks.py").write_text(OWN["nets/blocks.py"] + "# changed\n")
     assert own.dvc("repro", "train") == ["prepare", "train"]
