@@ -88,16 +88,21 @@ def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
     have drawn is not the whole data set (split that with torch.utils.data.Subset instead).
     """
     dataset: Any = loader.dataset
-    if not _draws_all(loader):
-        raise ValueError(
-            f"a loader draws its examples by a {type(loader.sampler).__name__}: give each split "
-            "a data set of its own, such as torch.utils.data.Subset"
-        )
+    check_draws_all(loader)
     if isinstance(dataset, TensorDataset):
         inputs, targets = dataset.tensors
         return inputs, targets
     batches = list(DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn))
     return torch.cat([inputs for inputs, _ in batches]), torch.cat([t for _, t in batches])
+
+
+def check_draws_all(loader: DataLoader) -> None:
+    """Raise ValueError for a loader whose sampler leaves examples out or repeats them."""
+    if not _draws_all(loader):
+        raise ValueError(
+            f"a loader draws its examples by a {type(loader.sampler).__name__}: give each split "
+            "a data set of its own, such as torch.utils.data.Subset"
+        )
 
 
 def sample(loader: Iterable[Any], examples: int, *, seed: int = 0) -> list[Any]:

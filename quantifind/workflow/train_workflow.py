@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from quantifind.metrics import is_classification, outcome
 from quantifind.runtime.pooling import pooling_first
 from quantifind.storage.checkpoints import (
-    check_same_architecture,
     latest_checkpoint,
     load_checkpoint,
     random_state,
@@ -23,6 +22,7 @@ from quantifind.storage.checkpoints import (
     save_checkpoint,
     set_random_state,
 )
+from quantifind.storage.states import check_plain, check_same_architecture, load_state
 from quantifind.utils.batches import Batch, Forward, batches_of
 from quantifind.utils.console import progress
 from quantifind.utils.criteria import aligned
@@ -60,13 +60,16 @@ def train_network(
     Returns: a row per epoch: ``epoch``, ``train_loss`` (over the epoch, while the weights change),
     ``val_loss`` and, for a classifier, ``val_accuracy``; losses are means over examples.
     Raises: ValueError for epochs below 1, a loader without batches, checkpoints that are not this
-    function's, or naming the epoch and batch by which the loss stopped being finite.
+    function's, naming a module whose extra state can't be kept in one, or the epoch and batch by
+    which the loss stopped being finite.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}, at least 1 is needed")
     length = length_of(train_loader)
     if length == 0:
         raise ValueError("the train loader has no batches")
+    if checkpoints is not None:
+        check_plain(net.state_dict())  # now, since it is written after a whole epoch
     history: list[dict[str, float]] = []
     if checkpoints is not None and latest_checkpoint(Path(checkpoints)) is not None:
         extra = load_train_context(checkpoints, net, optimizer)
@@ -93,11 +96,8 @@ def train_network(
                     epoch,
                     step,
                 )
-            validation = outcome(net, val_loader, criterion, forward)
-            row["val_loss"] = validation.criterion
+            row |= validate(net, criterion, val_loader, forward)
             _check_finite(row["val_loss"], f"after epoch {epoch}, on validation data")
-            if is_classification(validation):
-                row["val_accuracy"] = validation.accuracy
             history.append(row)
             if checkpoints is not None:
                 extra = {"history": history, "random_state": random_state(train_loader)}
@@ -107,6 +107,26 @@ def train_network(
             group["lr"] = group["initial_lr"]
     net.eval()
     return pd.DataFrame(history)
+
+
+def validate(
+    net: nn.Module,
+    criterion: nn.Module,
+    val_loader: Iterable[Any],
+    forward: Forward | None = None,
+) -> dict[str, float]:
+    """``val_loss``, the mean over examples, and for a classifier ``val_accuracy``.
+
+    net: the network.
+    criterion: as for `train_network`.
+    val_loader, forward: likewise.
+    Raises: ValueError for a loader without examples.
+    """
+    validation = outcome(net, val_loader, criterion, forward)
+    row = {"val_loss": validation.criterion}
+    if is_classification(validation):
+        row["val_accuracy"] = validation.accuracy
+    return row
 
 
 def _train_epoch(
@@ -165,12 +185,15 @@ def save_train_context(
     optimizer: whose state to save.
     extra: tensors, numbers, strings, lists and dicts, to come back from `load_train_context`.
     Returns: the path of the checkpoint.
+    Raises: ValueError naming a module whose extra state is not of plain values.
     """
     return save_checkpoint(directory, _state(net, optimizer, extra or {}))
 
 
 def _state(net: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> dict[str, Any]:
-    return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "extra": extra}
+    state = net.state_dict()
+    check_plain(state)
+    return {"net": state, "optimizer": optimizer.state_dict(), "extra": extra}
 
 
 def load_train_context(
@@ -196,5 +219,5 @@ def load_train_context(
         optimizer.load_state_dict(optimizer_state)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: its optimizer is another one ({error})") from error
-    net.load_state_dict(weights)
+    load_state(net, weights, path)
     return extra
