@@ -90,6 +90,6 @@ def uniform_activations(
     options: of `ActivationChoice` and the scheme, such as ``scale`` and ``percentile``.
     """
     given = {"scheme": "uniform", "bits": bits, "zero_point": True, **options}
-    inputs = calibration_batches(calibration)[0][0]
-    names = activation_names(trace(plain_copy(model), inputs))
+    batches = calibration_batches(calibration)
+    names = activation_names(trace(plain_copy(model), batches))
     return {name: ActivationChoice.of(given) for name in names}
