@@ -169,11 +169,8 @@ def test_what_vmap_runs_is_not_seen():
     class Ensemble(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight, self.bias = (
-                nn.Parameter(torch.randn(4, 3, 8)),
-                nn.Parameter(torch.zeros(3)),
-            )
-            self.lstm = nn.LSTM(8, 8)
+            self.weight, self.bias = nn.Parameter(torch.randn(4, 3, 8)), nn.Parameter(torch.ones(3))
+            self.mix = nn.MultiheadAttention(8, 2)
 
         def forward(self, x):
             x = torch.vmap(lambda example: self.mix(example, example, example)[0])(x)

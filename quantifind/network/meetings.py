@@ -56,7 +56,7 @@ def view_of(part: Tensor, whole: Tensor) -> View | None:
         return View(first, tuple(part.shape), part.stride())
     if part.shape == whole.shape and part.stride() == whole.stride():
         return View(0, tuple(part.shape), own)
-    # such as channels_last: test_weights_in_any_order_of_memory
+    # such as channels_last: test_moments_tell_what_a_change_of_the_weight_does
     known = sorted(zip(whole.stride(), whole.shape, own, strict=True), reverse=True)
     known = [axis for axis in known if axis[1] > 1]
     steps = {step: new for step, _, new in known} | {0: 0}

@@ -17,8 +17,8 @@ from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.devices import evaluating
 
-# kinds of products whose weights GPTQ can round, matrix products where the weight is a matrix in it
-GPTQ_KINDS = (*("linear", "convolution", "transposed_convolution", "embedding", "matrix_product"),)
+# what weights GPTQ can round are used in, in words
+GPTQ_KINDS = ("linear", "convolution", "embedding", "other product")
 Shape = Sequence[int]
 
 
@@ -153,8 +153,7 @@ def weight_uses(facts: Sequence[ProductFacts]) -> dict[str, tuple[int, ...]]:
 
 
 def gptq_weights(facts: Sequence[ProductFacts]) -> set[str]:
-    """The weights whose uses are all of `GPTQ_KINDS`, of the same rows of it or of parts that have
-    nothing in common."""
+    """The weights that are matrices in all their uses, the same or parts with nothing in common."""
     return {
         weight
         for weight in weight_uses(facts)

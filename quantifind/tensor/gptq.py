@@ -58,10 +58,8 @@ def gptq_layer(
         channel is chosen among `SHARES` of it, by the error of the channel's outputs, unless a
         channel is of several outputs.
     """
-    # a group that no example reached is rounded to nearest: test_experts_without_a_token
-    moments = {m: part for m, part in moments.items() if part.positions or part.counts is not None}
     target = values.detach().double().clone(memory_format=torch.contiguous_format)
-    importance = torch.zeros_like(target) if moments else torch.ones_like(target)
+    importance = torch.zeros_like(target)
     for matrix, part in moments.items():
         matrix.put(target, best_weights(matrix.of(target)[0], part))
         matrix.put(importance, (part.inputs.diagonal() + _own(part)) / max(part.positions, 1))
