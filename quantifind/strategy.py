@@ -105,5 +105,5 @@ def uniform_activations(
     """
     given = {"scheme": "uniform", "bits": bits, "zero_point": True, **options}
     batches = calibration_batches(calibration, model, forward)
-    names = activation_names(trace(plain_copy(model), batches[0]))
+    names = activation_names(trace(plain_copy(model), batches))
     return {name: ActivationChoice.of(given) for name in names}

@@ -360,7 +360,8 @@ def own(project):
         (project.folder / file).write_text(text)
     assert project.run("make_weights", "0").returncode == 0
     before = project.params()
-    entry = {"network": "nets/my_net.py", "data": "nets/my_data.py", "weights": "trained.safetensors"}
+    entry = {"network": "nets/my_net.py", "data": "nets/my_data.py"}
+    entry["weights"] = "trained.safetensors"
     params = {**before, "model": "own-v1.5", "models": {**before["models"], "own-v1.5": entry}}
     params["search"] = {"limit": {"criterion_ratio": 1.2}, "widths": [2, 4, 8]}
     project.write_params(params)

@@ -129,8 +129,8 @@ class Measurements:
 
     @cached_property
     def facts(self) -> list[ProductFacts]:
-        """The products of a pass of the first calibration batch."""
-        return trace(plain_copy(self.model), self.calibration[0])
+        """The products of a pass of each calibration batch."""
+        return trace(plain_copy(self.model), self.calibration)
 
     @property
     def examples(self) -> int:
