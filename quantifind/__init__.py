@@ -26,7 +26,7 @@ from typing import Any
 
 _HOMES = {
     "Choice": "tensor.choice",
-    "Found": "search",
+    "Found": "mixed_precision.found",
     "SearchSpace": "mixed_precision.search_space",
     "Strategy": "strategy",
     "certify": "workflow.evaluation_workflow",

@@ -14,7 +14,7 @@ from stages import files
 def write_ladder(ladder: pd.DataFrame) -> None:
     """Write each candidate's choices and facts, and the packed codes beside them.
 
-    ladder: rows of `quantifind.search.Found.candidates`, from most bytes to fewest.
+    ladder: rows of `quantifind.mixed_precision.found.Found.candidates`, from most bytes to fewest.
     """
     described = []
     for number, row in enumerate(ladder.to_dict("records")):

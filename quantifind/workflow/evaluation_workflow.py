@@ -14,12 +14,12 @@ from torch import nn
 from quantifind.certification.certificate import certified_steps, degradation
 from quantifind.certification.goal import MEASURES
 from quantifind.metrics import Outcome, is_classification, paired
+from quantifind.mixed_precision.found import Found
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.folding import Pairs, prepared
 from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
-from quantifind.search import Found
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch, Forward
