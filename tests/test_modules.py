@@ -23,6 +23,7 @@ from quantifind.storage.store import fingerprint
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.pickling import dumps
 
 UNIFORM = Choice("uniform", 4)
 
@@ -318,6 +319,21 @@ def test_whose_memory_it_is(drawn):
                 of, index = places[name]
                 assert of == owner
                 assert torch.equal(replica[owner].flatten()[index], replica[name])
+
+
+def test_views_stay_views_on_a_worker():
+    for kind in ("transposed head", "columns", "views in buffers", "recurrent"):
+        net, x = plain_copy(made(kind)).eval(), torch.randn(4, 8)
+        back = pickle.loads(dumps({"net": net, "again": net}))
+        assert back["again"] is back["net"]
+        wanted = net(x)
+        assert torch.equal(back["net"](x), wanted)
+        with torch.no_grad():
+            for model in (net, back["net"]):
+                for tensor in named_tensors(model).values():
+                    tensor.mul_(0.5)
+        assert not torch.equal(net(x), wanted)
+        assert torch.equal(back["net"](x), net(x))
 
 
 def test_the_first_of_the_same_is_the_owner():
