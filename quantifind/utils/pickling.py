@@ -5,7 +5,7 @@ from typing import Any
 
 import cloudpickle
 import torch
-from torch.storage import TypedStorage, UntypedStorage
+from torch.storage import TypedStorage
 
 
 def dumps(given: Any) -> bytes:
@@ -22,16 +22,16 @@ def dumps(given: Any) -> bytes:
 class _Pickler(cloudpickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        # one object for each memory, which a pickle refers to where it meets it again
-        self.memories: dict[int, UntypedStorage] = {}
+        # of each memory the first object, to which the pickle refers where it meets another
+        self.memories: dict[int, TypedStorage] = {}
 
     def reducer_override(self, given: Any) -> Any:
         if type(given) is TypedStorage:
-            memory = given._untyped_storage
-            memory = self.memories.setdefault(memory._cdata, memory)
-            return _typed, (memory, given.dtype)
+            first = self.memories.setdefault(given._untyped_storage._cdata, given)
+            if first is not given:
+                return _typed, (first, given.dtype)
         return super().reducer_override(given)
 
 
-def _typed(memory: UntypedStorage, dtype: torch.dtype) -> TypedStorage:
-    return TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)
+def _typed(first: TypedStorage, dtype: torch.dtype) -> TypedStorage:
+    return TypedStorage(wrap_storage=first._untyped_storage, dtype=dtype, _internal=True)
