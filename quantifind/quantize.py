@@ -26,16 +26,19 @@ from quantifind.network.trace import (
     GPTQ_KINDS,
     ProductFacts,
     activation_names,
+    output_axes,
     trace,
     weight_uses,
 )
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.gptq import Moments, gptq_layer
+from quantifind.tensor.matrices import Matrices
 from quantifind.tensor.parts import quantizable
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.scales import check_values
+from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
 
@@ -43,9 +46,16 @@ class Calibration:
     """A network, with norms folded, and batches of its inputs; what is asked of them is computed
     once."""
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any] | None, folded: Pairs = ()) -> None:
-        self._given, self._batches, self._folded = model, batches, folded
-        self._moments: dict[str, dict[tuple[int, int], Moments]] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None,
+        forward: Forward | None = None,
+        folded: Pairs = (),
+    ) -> None:
+        self._given, self._batches = model, batches
+        self._forward, self._folded = forward, folded
+        self._moments: dict[str, dict[Matrices, Moments]] = {}
         shown = prepared_tensors(model, folded)
         self.parameters, self.buffers = named_tensors(shown), named_buffers(shown)
         self.tensors = self.buffers | self.parameters
@@ -58,16 +68,16 @@ class Calibration:
     @cached_property
     def batches(self) -> Batches:
         """Raises: ValueError where there are none."""
-        return calibration_batches(self._batches)
+        return calibration_batches(self._batches, self._given, self._forward)
 
     @cached_property
     def facts(self) -> list[ProductFacts]:
-        """Of a pass of the first batch."""
-        return trace(self.model, self.batches[0][0])
+        """Of a pass of each batch."""
+        return trace(self.model, self.batches)
 
     @cached_property
-    def uses(self) -> Mapping[str, int]:
-        """The weights in the order of a pass, and how often it uses them."""
+    def uses(self) -> Mapping[str, tuple[int, ...]]:
+        """The weights in the order of a pass, and how often that of each batch uses them."""
         return weight_uses(self.facts)
 
     @cached_property
@@ -80,7 +90,7 @@ class Calibration:
             raise ValueError(_unused())
         return self._importance[name]
 
-    def moments(self, name: str) -> dict[tuple[int, int], Moments]:
+    def moments(self, name: str) -> dict[Matrices, Moments]:
         """Those of a weight in the float network."""
         if name not in self._moments:
             if name not in self.uses:
@@ -94,16 +104,19 @@ def quantize(
     model: nn.Module,
     strategy: Strategy | Quantized,
     calibration: Iterable[Any] | None = None,
+    *,
+    forward: Forward | None = None,
 ) -> Quantized:
     """The tensors, and the parameters of activations, that a strategy names.
 
     strategy: what is already quantized is checked, and returned as it is.
-    calibration: batches (inputs, …) of training data, where a choice asks for them: GPTQ, weighted
-        scales or centres, and activations.
+    calibration: batches of training data, where a choice asks for them: GPTQ, weighted scales or
+        centres, and activations.
+    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     Raises: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
         be quantized so, with the option and what is allowed.
     """
-    network = Calibration(model, calibration, strategy.folded)
+    network = Calibration(model, calibration, forward, strategy.folded)
     if isinstance(strategy, Quantized):
         _check_fits(strategy, network.tensors)
         return strategy
@@ -184,12 +197,14 @@ def quantize_model(
     model: nn.Module,
     strategy: Strategy | Quantized,
     calibration: Iterable[Any] | None = None,
+    *,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """A copy of ``model`` with the values of a strategy, which rounds its activations, if any.
 
     The original is intact. Arguments and errors are those of `quantize`.
     """
-    quantized = quantize(model, strategy, calibration)
+    quantized = quantize(model, strategy, calibration, forward=forward)
     replica = prepared(model, quantized.folded)
     put_values(replica, quantized.tensors)
     if not quantized.activations:
@@ -257,16 +272,18 @@ def _check_choice(name: str, choice: Choice, network: Calibration) -> None:
             raise ValueError("rounding 'learned' without codes: quantifind.learning.learn has them")
         if rounding == "gptq" and values.dim() < 2:
             raise ValueError(f"rounding 'gptq' is for weights, its shape is {list(values.shape)}")
-        if choice.options.get("scale") == "output_mse" and (
-            rounding != "gptq" or choice.axis is None or choice.axis % values.dim()
-        ):
-            raise ValueError(
-                "scale 'output_mse' needs rounding 'gptq' and axis 0, "
-                f"not {rounding!r} and axis {choice.axis}"
-            )
+        if choice.options.get("scale") == "output_mse" and rounding != "gptq":
+            raise ValueError(f"scale 'output_mse' needs rounding 'gptq', not {rounding!r}")
         if choice.needs is not None:
             with naming(choice.needs):
                 _ = network.batches
+        if choice.options.get("scale") == "output_mse":
+            axis = output_axes(network.facts).get(name, 0)
+            if choice.axis is None or choice.axis % values.dim() != axis:
+                raise ValueError(
+                    f"scale 'output_mse' needs the axis of its outputs, {axis}, "
+                    f"not axis {choice.axis}"
+                )
 
 
 def _check_fits(quantized: Quantized, tensors: Mapping[str, Tensor]) -> None:

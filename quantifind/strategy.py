@@ -12,6 +12,7 @@ from quantifind.network.modules import named_tensors, plain_copy
 from quantifind.network.trace import activation_names, trace
 from quantifind.tensor.choice import ActivationChoice, Choice, per_tensor
 from quantifind.tensor.parts import quantizable
+from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
 
@@ -89,14 +90,20 @@ def uniform_strategy(
 
 
 def uniform_activations(
-    model: nn.Module, calibration: Iterable[Any], bits: int, **options: Any
+    model: nn.Module,
+    calibration: Iterable[Any],
+    bits: int,
+    *,
+    forward: Forward | None = None,
+    **options: Any,
 ) -> dict[str, ActivationChoice]:
     """Every activation of a pass on evenly spaced levels of the same width, with a zero point.
 
-    calibration: batches (inputs, …) of training data.
+    calibration: batches of training data.
+    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     options: of `ActivationChoice` and the scheme, such as ``scale`` and ``percentile``.
     """
     given = {"scheme": "uniform", "bits": bits, "zero_point": True, **options}
-    inputs = calibration_batches(calibration)[0][0]
-    names = activation_names(trace(plain_copy(model), inputs))
+    batches = calibration_batches(calibration, model, forward)
+    names = activation_names(trace(plain_copy(model), batches))
     return {name: ActivationChoice.of(given) for name in names}

@@ -66,7 +66,7 @@ def batches():
 
 
 def names_of(net, inputs):
-    return activation_names(trace(plain_copy(net), inputs))
+    return activation_names(trace(plain_copy(net), [(inputs,)]))
 
 
 def fitted(net, choices, batches):

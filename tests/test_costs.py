@@ -381,7 +381,7 @@ def test_a_parametrized_weight_has_the_name_that_strategies_give_it():
 
 
 def test_inputs_that_cannot_be_counted_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"shape \[0, 5\] have no example"):
+    with pytest.raises(ValueError, match=r"\[0, 5\] has no example"):
         macs(LINEAR, torch.zeros(0, 5))
     with pytest.raises(ValueError, match=r"shape \[2, 4\] do not fit the network"):
         macs(LINEAR, torch.zeros(2, 4))

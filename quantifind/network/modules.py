@@ -13,7 +13,10 @@ from quantifind.network.closures import rebind
 from quantifind.network.memory import Copies, blocks, own_bytes, owners
 from quantifind.tensor.parts import is_dense
 from quantifind.tensor.quantized import QuantizedTensor
-from quantifind.utils.devices import device_of
+from quantifind.utils.batches import BatchError, as_batch
+
+# what a pass raises where the network's own code does
+PASS_FAILS = (RuntimeError, LookupError, AssertionError, TypeError, AttributeError, ValueError)
 
 # where torch's modules live whose weights are packed integers
 PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
@@ -255,15 +258,18 @@ def put_values(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> None
             own[name].copy_(tensor.dequantize())
 
 
-def run(model: nn.Module, inputs: Tensor) -> None:
-    """One pass; a shape that does not fit is a ValueError."""
+def run(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    """One pass of a batch, which stays as it is: what the criterion gets of it.
+
+    batch: a `quantifind.utils.batches.Batch`, or what its `DefaultForward` takes.
+    Raises: ValueError for a batch that the network does not take.
+    """
+    batch = as_batch(batch, model)
     try:
         # a copy, since a network may work on its inputs in place
-        model(inputs.to(device_of(model), copy=True))
-    except torch.OutOfMemoryError:
+        return batch.clone().run(model)
+    except (torch.OutOfMemoryError, BatchError):
         raise
-    except (RuntimeError, IndexError, AssertionError) as error:
+    except PASS_FAILS as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"calibration inputs of shape {list(inputs.shape)} do not fit the network: {reason}"
-        ) from error
+        raise ValueError(f"the network does not take {batch}: {reason}") from error
