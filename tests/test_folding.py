@@ -13,7 +13,8 @@ from test_strategy import intact
 from torch import nn
 
 from quantifind.costs import model_bytes
-from quantifind.network.folding import Folded, fold, foldable, parameter_count, prepared
+from quantifind.network.foldable import foldable
+from quantifind.network.folding import Folded, fold, parameter_count, prepared
 from quantifind.network.modules import named_tensors, stored_bytes
 from quantifind.quantize import Calibration, mean_bits, quantize, quantize_model
 from quantifind.strategy import Strategy, uniform_strategy
@@ -120,6 +121,11 @@ def remember(net, x):
     return net.norm(net.kept)
 
 
+def autocast(net, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return net.norm(net.conv(x))
+
+
 def twice(net, x):
     made = net.conv(x)
     return net.norm(made) + made
@@ -174,7 +180,7 @@ DOUBTS = {
     "a hook": with_hook(),
     "another forward": Does(lambda m, x: m.norm(m.conv(x))),
     "half": Does(lambda m, x: m.norm(m.conv(x.bfloat16()))).bfloat16(),
-    "other types": Does(lambda m, x: m.norm(m.conv(x).float())).bfloat16(),
+    "under autocast": Does(autocast),
     "the norm comes first": Does(lambda m, x: m.conv(m.norm(x))),
     "no statistics": Does(lambda m, x: m.norm(m.conv(x))),
     "in training": Does(lambda m, x: m.norm.train()(m.conv(x))),
@@ -185,16 +191,12 @@ DOUBTS = {
     ),
 }
 DOUBTS["another forward"].conv = Scaled(3, 3, 1, bias=False)
-DOUBTS["other types"].norm.float()
 DOUBTS["no statistics"].norm = nn.BatchNorm2d(3, track_running_stats=False)
 
 
 def test_what_is_in_no_doubt_is_found():
     """What each of the doubts below is beside."""
-    net, x = (
-        settle(Does(lambda m, x: m.norm(m.conv(x)) + m.norm.bias.shape[0])),
-        torch.randn(4, 3, 9, 9),
-    )
+    net, x = settle(Does(lambda m, x: m.norm(m.conv(x)) * x.shape[1])), torch.randn(4, 3, 9, 9)
     assert foldable(net, lambda model: model(x)) == (("conv", "norm"),)
 
 
@@ -205,6 +207,8 @@ def test_what_is_in_doubt_stays(kind):
     if kind == "unbatched":
         net, x = net[1:], torch.randn(3, 3)
     assert intact(net, lambda: foldable(net, lambda model: model(x))) == ()
+    # what a pass leaves out may be what tells
+    assert foldable(net, lambda model: (model(x), None)[1]) == ()
 
 
 class Residual(nn.Module):

@@ -19,10 +19,16 @@ from quantifind.costs import model_bytes
 from quantifind.network.memory import owners, view_places
 from quantifind.network.modules import named_buffers, named_tensors, plain_copy, stored_bytes
 from quantifind.quantize import mean_bits, quantize, quantize_alone, quantize_model
+from quantifind.runtime import workers
+from quantifind.runtime.student import Student
 from quantifind.storage.store import fingerprint
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import as_batch
+from quantifind.utils.loaders import Tensors, batch_loader
+from quantifind.utils.pickling import dumps
+from quantifind.workflow.evaluation_workflow import evaluate_strategies
 
 UNIFORM = Choice("uniform", 4)
 
@@ -320,6 +326,21 @@ def test_whose_memory_it_is(drawn):
                 assert torch.equal(replica[owner].flatten()[index], replica[name])
 
 
+def test_views_stay_views_on_a_worker():
+    for kind in ("transposed head", "columns", "views in buffers", "recurrent"):
+        net, x = plain_copy(made(kind)).eval(), torch.randn(4, 8)
+        back = pickle.loads(dumps({"net": net, "again": net}))
+        assert back["again"] is back["net"]
+        wanted = net(x)
+        assert torch.equal(back["net"](x), wanted)
+        with torch.no_grad():
+            for model in (net, back["net"]):
+                for tensor in named_tensors(model).values():
+                    tensor.mul_(0.5)
+        assert not torch.equal(net(x), wanted)
+        assert torch.equal(back["net"](x), net(x))
+
+
 def test_the_first_of_the_same_is_the_owner():
     memory = torch.randn(4, 4)
     net = nn.ParameterDict({"turned": nn.Parameter(memory.t())})
@@ -496,3 +517,36 @@ def test_a_wrapped_network_is_the_plain_one(wrap):
     quantized = quantize(net, strategy, [(x,)])
     assert mean_bits(wrap(net), quantized) == mean_bits(net, quantized)
     assert copy.deepcopy(found)(x).isfinite().all()
+
+
+class Turned(nn.Module):
+    """A convolution whose weight, turned, is another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(6, 6, 3, padding=1)
+        self.second = nn.Parameter(self.first.weight.detach().transpose(0, 1))
+
+    def forward(self, x):
+        return F.conv2d(self.first(x).relu(), self.second).mean((2, 3))
+
+
+def test_views_follow_wherever_they_are_measured():
+    """In another layout, on workers, and while codes are learned."""
+    torch.manual_seed(0)
+    net, x = Turned(), torch.randn(60, 6, 5, 5)
+    targets = torch.randn(60, 6)
+    loader = batch_loader(Tensors(x, targets), batch_size=20, shuffle=False, seed=0)
+    strategies = [uniform_strategy(net, bits) for bits in (2, 4)]
+    put = [quantize_model(net, strategy) for strategy in strategies]
+    with torch.no_grad():
+        wanted = [F.mse_loss(model(x), targets).item() for model in put]
+        far = F.mse_loss(put[0](x[:1]), net(x[:1])).item()
+    table = evaluate_strategies(net, strategies, loader, nn.MSELoss())
+    assert table["criterion"].tolist() == pytest.approx(wanted, rel=1e-5)
+    assert workers.dumps is dumps
+    student = Student(net, quantize(net, strategies[0]), 1.0, 0.0)
+    assert list(student.latents) == ["first.weight", "first.bias"]
+    # one example, since of more some are blended
+    loss = student.loss(as_batch((x[:1], targets[:1]), net))
+    assert loss.item() == pytest.approx(far, rel=1e-4)

@@ -236,7 +236,7 @@ GOOD = [(torch.ones(2, 2),)]
         (
             WEIGHT | {"rounding": "gptq"},
             [(torch.ones(2, 5),)],
-            r"calibration inputs of shape \[\d, 5\] do not fit the network",
+            r"the network does not take a batch of \[\d, 5\]: mat1",
         ),
         (
             WEIGHT | {"scale": "weighted_mse"},

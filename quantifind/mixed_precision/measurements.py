@@ -18,7 +18,8 @@ from torch import nn
 from quantifind.metrics import Outcome, divergence, outcome, paired
 from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
-from quantifind.network.folding import Pairs, foldable, prepared
+from quantifind.network.foldable import foldable
+from quantifind.network.folding import Pairs, prepared
 from quantifind.network.modules import PASS_FAILS, plain, plain_copy, run
 from quantifind.network.trace import ProductFacts, trace
 from quantifind.runtime.evaluator import Evaluator

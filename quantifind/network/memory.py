@@ -21,6 +21,8 @@ def has_memory(tensor: Tensor) -> bool:
 def span(tensor: Tensor) -> tuple[int, int]:
     """The addresses, in bytes, of its first value and of the end of its last."""
     first, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.is_contiguous():
+        return first, first + size * tensor.numel()
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + size * (1 + reach)
 
@@ -38,20 +40,19 @@ def fills(tensor: Tensor) -> bool:
 
 def blocks(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """Names of tensors with memory, those whose spans meet together, directly or by others."""
-    starts = sorted(
-        (str(tensor.device), *span(tensor), name)
-        for name, tensor in tensors.items()
-        if has_memory(tensor)
-    )
+    spans: defaultdict[torch.device, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if has_memory(tensor):
+            spans[tensor.device].append((*span(tensor), name))
     found: list[list[str]] = []
-    where, end = "", 0
-    for device, first, last, name in starts:
-        if device == where and first < end:
-            found[-1].append(name)
+    for on_device in spans.values():
+        end = 0
+        for first, last, name in sorted(on_device):
+            if first < end:
+                found[-1].append(name)
+            else:
+                found.append([name])
             end = max(end, last)
-        else:
-            found.append([name])
-            where, end = device, last
     return found
 
 

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from quantifind.network.closures import rebind
-from quantifind.network.memory import Copies, own_bytes, owners
+from quantifind.network.memory import Copies, blocks, own_bytes, owners
 from quantifind.tensor.parts import is_dense
 from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.utils.batches import BatchError, as_batch
@@ -46,18 +46,23 @@ def plain(model: nn.Module) -> nn.Module:
                 f"{_called(name)} is quantized already ({type(module).__module__}): give the float "
                 "network that it was made from"
             )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise ValueError(
-                f"{name} has no shape yet: pass one batch through the network first, which makes "
-                "its lazy modules"
-            )
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device, without values: give the network memory by "
-                "`to_empty`, and load its state dict"
-            )
+        for own, tensor in (module._parameters | module._buffers).items():
+            if tensor is not None:
+                _check_values(f"{name}.{own}".lstrip("."), tensor)
     return model
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{name} has no shape yet: pass one batch through the network first, which makes its "
+            "lazy modules"
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device, without values: give the network memory by `to_empty`, "
+            "and load its state dict"
+        )
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
@@ -95,8 +100,14 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     buffers = dict(model.named_buffers())
     if not buffers:
         return {}
-    sizes = own_bytes(dict(model.named_parameters()) | buffers)
-    return {name: b for name, b in buffers.items() if sizes[name] == own_bytes({name: b})[name]}
+    tensors = dict(model.named_parameters()) | buffers
+    shared = {name for block in blocks(tensors) if len(block) > 1 for name in block}
+    sizes = own_bytes(tensors) if shared else {}
+    return {
+        name: buffer
+        for name, buffer in buffers.items()
+        if name not in shared or sizes[name] == own_bytes({name: buffer})[name]
+    }
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

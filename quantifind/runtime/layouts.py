@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from quantifind.network.memory import blocks
 from quantifind.network.modules import own_tensors
 from quantifind.utils.batches import Batch, tensors_of
 from quantifind.utils.devices import device_of
@@ -23,9 +24,15 @@ def layout_and_batch(model: nn.Module, examples: Batch) -> tuple[str, int]:
 
 @torch.no_grad()
 def to_layout(model: nn.Module, layout: str) -> None:
-    """Give a network's tensors of convolutions this layout, in place."""
-    for tensor in own_tensors(model).values():
-        if tensor.dim() == 4:
+    """Give a network's tensors of convolutions this layout, in place; but for those that share
+    memory, which they would share no more (test_views_follow_wherever_they_are_measured)."""
+    apart = {
+        block[0]
+        for block in blocks(dict(model.named_parameters()) | dict(model.named_buffers()))
+        if len(block) == 1
+    }
+    for name, tensor in own_tensors(model).items():
+        if tensor.dim() == 4 and name in apart:
             tensor.data = tensor.data.contiguous(memory_format=FORMATS[layout])
 
 

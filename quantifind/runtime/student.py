@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
+from quantifind.network.memory import view_places
 from quantifind.network.modules import put_values
 from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
@@ -45,6 +46,8 @@ class Student:
         self.teacher = prepared(model, start.folded).eval().requires_grad_(False)
         self.net: nn.Module = prepared(model, start.folded).eval().requires_grad_(False)
         self.start, self.prefix = start, ""
+        # whose values follow their owner's: test_views_follow_wherever_they_are_measured
+        self.views = view_places(dict(self.teacher.named_parameters()))
         put_values(self.net, start.tensors)  # buffers, which are not learned, among them
         if start.activations:
             self.net, self.prefix = QuantizedActivations(self.net, start.activations), "model."
@@ -76,7 +79,11 @@ class Student:
         batch, blend = _blended(batch)
         with torch.no_grad():
             wanted, *targets = batch.clone().run(self.teacher)
-        weights = {f"net.{self.prefix}{name}": self._weight(name) for name in self.latents}
+        weights = {name: self._weight(name) for name in self.latents}
+        for name, (owner, places) in self.views.items():
+            if owner in weights:
+                weights[name] = weights[owner].flatten()[places]
+        weights = {f"net.{self.prefix}{name}": weight for name, weight in weights.items()}
         outputs, *_ = functional_call(self.run, weights, (batch,))
         known = class_labels(outputs, targets)
         if known is None:

@@ -17,6 +17,7 @@ from loky import ProcessPoolExecutor, cpu_count
 
 from quantifind.utils.console import console
 from quantifind.utils.memory import keep_freed_memory
+from quantifind.utils.pickling import dumps
 
 ENGINES = ("sequential", "loky", "dask")
 # seconds within which a scheduler must answer, and have a worker
@@ -96,7 +97,7 @@ class Workers:
     def _results(self, function: Any, shared: Any, items: Sequence[Any]) -> Iterator[Any]:
         takers = self._takers()
         if self.sent is None or self.sent[0] is not shared:
-            self.sent = shared, uuid4().hex, self._send(cloudpickle.dumps(shared))
+            self.sent = shared, uuid4().hex, self._send(dumps(shared))
         free, waiting = Semaphore(AHEAD * len(takers)), deque[tuple[int, Any]]()
         try:
             for item in items:

@@ -1,7 +1,7 @@
 """The dense tensors that a tensor of any layout is kept as."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _COMPRESSED = {
@@ -21,7 +21,7 @@ def is_strided(tensor: Tensor) -> bool:
         tensor.layout == torch.strided
         and not tensor.is_nested
         and not tensor.is_quantized
-        and not is_traceable_wrapper_subclass(tensor)
+        and (type(tensor) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(tensor))
     )
 
 
