@@ -163,24 +163,25 @@ def test_uses_are_in_the_order_of_the_pass():
         (None, "no examples"),
         ([], "no examples"),
         ([(torch.zeros(0, 3),)], "no examples"),
-        ([torch.zeros(2, 3)], r"batch is a Tensor: \(inputs, …\)"),
-        ([("text",)], r"batch is a tuple: \(inputs, …\)"),
+        (torch.zeros(2, 3), r"a tensor of shape \[2, 3\]: a list of batches"),
         ([(torch.tensor([[1.0, torch.nan]]),)], "calibration inputs: 1 are NaN or infinite"),
     ],
 )
 def test_batches_that_tell_nothing_are_refused(batches, message):
     with pytest.raises(ValueError, match=message):
-        calibration_batches(batches)
+        calibration_batches(batches, nn.Linear(3, 2))
 
 
 def test_empty_batches_among_others_are_left_out():
-    kept = calibration_batches(iter([(torch.zeros(0, 3),), (torch.zeros(2, 3), 7)]))
-    assert [len(inputs) for inputs, *_ in kept] == [2]
+    kept = calibration_batches(
+        iter([(torch.zeros(0, 3),), (torch.zeros(2, 3), 7)]), nn.Linear(3, 2)
+    )
+    assert [len(batch) for batch in kept] == [2]
 
 
 @pytest.mark.parametrize("net", [nn.Linear(3, 2), nn.Conv2d(3, 2, 3), nn.Embedding(3, 2)])
 def test_inputs_that_do_not_fit_are_named(net):
-    with pytest.raises(ValueError, match=r"calibration inputs of shape \[\d, 7\] do not fit"):
+    with pytest.raises(ValueError, match=r"does not take a batch of \[\d, 7\]: "):
         trace(net, [(torch.full((4, 7), 3),)])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quantifind.network.modules import named_tensors
 from quantifind.network.trace import ProductFacts, activation_names, gptq_weights, output_axes
 from quantifind.tensor.choice import ActivationChoice, Choice
+from quantifind.tensor.parts import quantizable
 from quantifind.utils.naming import naming
 
 # bits tried, and those of a search to which the first are too few
@@ -95,7 +96,7 @@ def default_search_space(
     tensors = {
         name: choices(name, tensor)
         for name, tensor in named_tensors(model).items()
-        if tensor.is_floating_point() and tensor.numel()
+        if quantizable(tensor) and tensor.numel()
     }
     bits = list(activation_bits)
     names = activation_names(facts) if bits else []

@@ -14,9 +14,10 @@ from quantifind.network.products import Product, visiting
 from quantifind.network.trace import together
 from quantifind.tensor.gptq import Moments
 from quantifind.tensor.matrices import Matrices
+from quantifind.utils.batches import Batch, Forward, batches_of, kept, tensors_of
 from quantifind.utils.devices import evaluating
 
-Batches = Sequence[Any]
+Batches = Sequence[Batch]
 Round = Callable[[Product], Product]
 
 
@@ -24,26 +25,22 @@ def _as_it_is(product: Product) -> Product:
     return product
 
 
-def calibration_batches(batches: Iterable[Any] | None) -> Batches:
-    """Batches (inputs, …) kept, so that every pass sees the same.
+def calibration_batches(
+    batches: Iterable[Any] | None, model: nn.Module, forward: Forward | None = None
+) -> Batches:
+    """Batches kept, so that every pass sees the same.
 
-    Raises: ValueError where there is none, none with an example, for a batch that is not (inputs,
-    …), and for inputs that are not finite.
+    batches: of any kind that `quantifind.utils.batches.batches_of` takes, with a model and forward.
+    Raises: ValueError where there is none, none with an example, and for inputs with NaN.
     """
-    kept = list(batches) if batches is not None else []
-    for batch in kept:
-        # the first example of bare inputs would pass for a batch
-        if not (isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor)):
-            raise ValueError(
-                f"a calibration batch is a {type(batch).__name__}: (inputs, …), a tuple or list "
-                "with a tensor of inputs, is needed"
-            )
-        if bad := int((~batch[0].isfinite()).sum()):
+    given = kept(batches_of([] if batches is None else batches, model, forward=forward))
+    for batch in given:
+        first = tensors_of(batch.data)[:1]
+        if bad := sum(int((~tensor.isfinite()).sum()) for tensor in first):
             raise ValueError(f"calibration inputs: {bad} are NaN or infinite")
-    kept = [batch for batch in kept if len(batch[0])]
-    if not kept:
-        raise ValueError("calibration has no examples: give batches (inputs, …) of training data")
-    return kept
+    if not given:
+        raise ValueError("calibration has no examples: give batches of training data")
+    return given
 
 
 def second_moments(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
@@ -69,8 +66,8 @@ def second_moments(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
         return product.compute(*product.operands)
 
     with evaluating(model), visiting(model, visit):
-        for inputs, *_ in batches:
-            run(model, inputs)
+        for batch in batches:
+            run(model, batch)
     totals: dict[str, Tensor] = {}
     for (name, matrices, entries), power in sums.items():
         weight = weights[name]
@@ -226,13 +223,13 @@ def _paired_uses(
     rounded: Round,
 ) -> Iterator[list[tuple[Product, Tensor]]]:
     """By batch, each product with the weight in ``work``, and the float network's result."""
-    for (inputs, *_), count in zip(batches, uses, strict=True):
+    for batch, count in zip(batches, uses, strict=True):
         if not count:
             continue
-        wanted = _uses(model, name, inputs, count, _as_it_is, choices=work is not None)
+        wanted = _uses(model, name, batch, count, _as_it_is, choices=work is not None)
         products = wanted.products
         if work is not None:
-            met = _uses(work, name, inputs, count, rounded, choices=True, compute_last=False)
+            met = _uses(work, name, batch, count, rounded, choices=True, compute_last=False)
             # else its own inputs: test_tokens_that_go_elsewhere_are_not_paired
             paired = wanted.pairs_with(met)
             products = met.products if paired else [rounded(p) for p in wanted.products]
@@ -242,7 +239,7 @@ def _paired_uses(
 def _uses(
     model: nn.Module,
     name: str,
-    inputs: Tensor,
+    batch: Batch,
     count: int,
     rounded: Round,
     *,
@@ -274,7 +271,7 @@ def _uses(
 
     try:
         with evaluating(model), visiting(model, visit, note if choices else None):
-            run(model, inputs)
+            run(model, batch)
     except _LastUse:
         pass
     return found

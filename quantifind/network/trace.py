@@ -15,6 +15,7 @@ from quantifind.network.products import Product, visiting
 from quantifind.tensor.matrices import Matrices, compatible, output_axis
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import as_batch, rows_of
 from quantifind.utils.devices import evaluating
 
 # what weights GPTQ can round are used in, in words
@@ -75,8 +76,8 @@ def trace(model: nn.Module, batches: Sequence[Any]) -> list[ProductFacts]:
     meets: an expert without a token.
 
     model: without parametrizations (`quantifind.network.modules.plain_copy`).
-    batches: (inputs, …) each, inputs (examples, …) as ``model`` takes them.
-    Raises: ValueError for inputs that are no example or don't fit.
+    batches: each as `quantifind.network.modules.run` takes it.
+    Raises: ValueError for a batch without examples or that doesn't fit.
     """
     tensors = own_tensors(model)
     uses: dict[ProductFacts, list[int]] = {}
@@ -105,11 +106,12 @@ def trace(model: nn.Module, batches: Sequence[Any]) -> list[ProductFacts]:
         return result
 
     with evaluating(model), visiting(model, visit):
-        for index, batch in enumerate(batches):  # noqa: B007
-            if not len(batch[0]):
-                raise ValueError(f"inputs of shape {list(batch[0].shape)} have no example")
-            examples, place = examples + len(batch[0]), 0
-            run(model, batch[0])
+        for index, given in enumerate(batches):  # noqa: B007
+            batch = as_batch(given, model)
+            if rows_of(batch.data) == 0:
+                raise ValueError(f"{batch} has no example")
+            examples, place = examples + len(batch), 0
+            run(model, batch)
     return [
         replace(
             facts,
@@ -191,7 +193,7 @@ def activation_names(facts: Sequence[ProductFacts]) -> list[str]:
     return list(dict.fromkeys(name for product in products for name in product.activations))
 
 
-def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
+def macs(model: nn.Module, batch: Any) -> list[ProductFacts]:
     """The products of `trace`, all of whose multiply-adds are known.
 
     A product has as many multiply-adds (MACs) as its result has values, times the length of the
@@ -199,14 +201,14 @@ def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
     none.
 
     model: any; weights that are parametrized have the names that strategies give them.
-    inputs: (examples, …), as ``model`` takes them.
+    batch: as `quantifind.network.modules.run` takes it.
     Raises: ValueError as `trace`, and for a product of which torch doesn't say what it computes.
 
     >>> for product in macs(nn.Conv1d(2, 6, 3), torch.zeros(5, 2, 10)):
     ...     print(product.kind, product.weight, product.macs)
     convolution weight 288.0
     """
-    products = trace(plain_copy(model), [(inputs,)])
+    products = trace(plain_copy(model), [batch])
     for product in products:
         if math.isnan(product.macs):
             raise ValueError(f"{product.activations[0]}: a {product.kind} of unknown MACs")
