@@ -150,10 +150,11 @@ def test_second_moments_broadcast_against_their_weights():
 
 def test_uses_are_in_the_order_of_the_pass():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    net = nn.Sequential(net[1], net[0], net[1])
+    net = nn.Sequential(net[1], net[0], net[1], nn.Linear(2, 2))
     assert list(weight_uses(trace(net, [(torch.randn(1, 2),)])).items()) == [
         ("0.weight", (2,)),
         ("1.weight", (1,)),
+        ("3.weight", (1,)),
     ]
 
 

@@ -49,31 +49,37 @@ def second_moments(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     Returns: tensors that broadcast against the weight: of its shape, or (vocabulary, 1), how often
         each entry is looked up, for an embedding.
     """
-    sums: dict[str, Tensor] = {}
     weights = own_tensors(model)
+    # by weight, its matrices, and whether it is an embedding there
+    sums: dict[tuple[str, Matrices, bool], Tensor] = {}
 
     def visit(product: Product) -> Tensor:
-        matrices = product.matrices
+        matrices, entries = product.matrices, product.kind == "embedding"
         if product.weight is not None and matrices is not None and product.used:
-            weight = weights[product.weight]
-            # an embedding's by entry
-            entries = product.kind == "embedding"
-            shape = (len(weight), 1) if entries else weight.shape
-            power = torch.zeros(shape, dtype=torch.float64, device=weight.device)
             if entries:
-                first, count = matrices.offset // weight[0].numel(), matrices.shape[1]
-                power[first : first + count, 0] += _look_ups(product, count)
+                power = _look_ups(product, matrices.shape[1])
             else:
-                chunks = input_rows(product)
-                found = torch.stack([x.double().square().sum(1) for x in chunks]).sum(0)
-                matrices.put(power, found.unsqueeze(1))  # (groups, 1, inputs)
-            sums[product.weight] = sums.get(product.weight, 0) + power
+                chunks = [x.double().square().sum(1) for x in input_rows(product)]
+                power = torch.stack(chunks).sum(0).unsqueeze(1)  # (groups, 1, inputs)
+            key = product.weight, matrices, entries
+            sums[key] = sums.get(key, 0) + power
         return product.compute(*product.operands)
 
     with evaluating(model), visiting(model, visit):
         for batch in batches:
             run(model, batch)
-    return {name: total / total.mean().clamp(min=1e-300) for name, total in sums.items()}
+    totals: dict[str, Tensor] = {}
+    for (name, matrices, entries), power in sums.items():
+        weight = weights[name]
+        shape = (len(weight), 1) if entries else weight.shape
+        spread = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+        if entries:
+            first = matrices.offset // weight[0].numel()
+            spread[first : first + len(power), 0] = power
+        else:
+            matrices.put(spread, power)
+        totals[name] = totals.get(name, 0) + spread
+    return {name: total / total.mean().clamp(min=1e-300) for name, total in totals.items()}
 
 
 @torch.no_grad()

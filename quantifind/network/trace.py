@@ -84,6 +84,7 @@ def trace(model: nn.Module, batches: Sequence[Any]) -> list[ProductFacts]:
     totals: Counter[ProductFacts] = Counter()
     counted: dict[Any, float] = {}
     order: list[ProductFacts] = []
+    places: dict[ProductFacts, int] = {}
     examples, place, index = 0, 0, 0
 
     def visit(product: Product) -> Tensor:
@@ -97,9 +98,10 @@ def trace(model: nn.Module, batches: Sequence[Any]) -> list[ProductFacts]:
         else:
             result, counted[key] = _macs(product)
         totals[facts] += counted[key]  # type: ignore[assignment]
-        if facts not in uses:  # after what came before it: test_what_a_later_batch_meets
+        if facts not in places:  # after what came before it: test_what_a_later_batch_meets
             order.insert(place, facts)
-        place = order.index(facts) + 1
+            places.update((later, at) for at, later in enumerate(order[place:], place))
+        place = max(place, places[facts] + 1)
         of_batches = uses.setdefault(facts, [])
         of_batches += [0] * (index + 1 - len(of_batches))
         of_batches[index] += 1
