@@ -118,7 +118,9 @@ def reason(error: BaseException) -> str:
     "KeyError: 'weight'"
     """
     first = str(error).strip().partition("\n")[0]
-    others = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<frozen")
+    package = Path(__file__).parents[1]
+    ours = (f"{package}/", f"{package.with_name('stages')}/")
+    others = (*ours, sysconfig.get_path("stdlib"), "<frozen")
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
