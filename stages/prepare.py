@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantifind.storage.states import check_plain
 from quantifind.utils import plugins
 from quantifind.utils.naming import naming
 from quantifind.utils.sources import own_sources
@@ -41,12 +42,17 @@ def main(params: Params) -> None:
     with naming(f"{files.PARAMS}: quantize.bit_depths"):
         check_depths(params.quantize.bit_depths, params.quantize.scheme)
     if entry.weights is not None:
-        read_weights(Path(entry.weights))
+        with naming(f"{key}.weights"):
+            read_weights(Path(entry.weights))
     splits = create_splits(create_dataloaders, entry.data, params.seed)
     description = describe({name: tensors for name, (tensors, _) in splits.items()})
+    made = create_network(entry.network, entry.options, description)
+    check_plain(made.net.state_dict())
     if entry.weights is not None:
-        made = create_network(entry.network, entry.options, description)
-        check_weights(made.net, entry.weights)
+        with naming(f"{key}.weights"):
+            check_weights(made.net, entry.weights)
+    elif made.optimizer is None:
+        raise ValueError(f"{key}.network: {entry.network} gives no optimizer: give weights, or one")
     for name, split in splits.items():
         write_split(files.DATA / f"{name}.safetensors", *split)
     files.write_json(files.DESCRIPTION, description)

@@ -3,6 +3,7 @@
 Where weights are given, they take the place of a training.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,8 +41,11 @@ def main(params: Params) -> None:
     check_plain(net.state_dict())
     if entry.weights is not None:
         load_weights(net, entry.weights)
-        net.eval()
-        write(made, entry.network, NO_EPOCH, validate(net, criterion, val))
+        measured = validate(net, criterion, val)
+        if not math.isfinite(measured["val_loss"]):
+            what = f"with weights {entry.weights} the loss on validation data is"
+            raise ValueError(f"{named}: {what} {measured['val_loss']}")
+        write(made, entry.network, NO_EPOCH, measured)
         return
     if made.optimizer is None or entry.epochs is None:
         raise ValueError(f"{named} has no optimizer: it is trained, since no weights are given")

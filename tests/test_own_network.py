@@ -1,5 +1,6 @@
 """A network of one's own, from a file or a module: found, read with its weights, or named."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,12 +9,16 @@ from pathlib import Path
 import cloudpickle
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from safetensors.torch import save_file
 from torch import nn
 
 from quantifind.utils import plugins
 from quantifind.utils.sources import own_sources
-from stages.networks import create_network
+from stages import files, prepare, train
+from stages.networks import create_network, read_network
+from stages.params import read_params
 from stages.weights import load_weights, read_weights
 
 NETWORK = """
@@ -60,10 +65,10 @@ def test_the_files_of_a_module_are_those_it_imports():
         "conv_mnist_model": set(),
         "quantifind.models.conv_mnist_model": set(),
     }
-    for name, files in wanted.items():
+    for name, paths in wanted.items():
         found = own_sources(name)
-        assert {path.resolve() for path in found} == {Path(f).resolve() for f in files}, name
-        assert len(found) == len(files)
+        assert {path.resolve() for path in found} == {Path(f).resolve() for f in paths}, name
+        assert len(found) == len(paths)
     assert own_sources("nets/net.py")[0] == Path("nets/net.py")
     assert own_sources("json.decoder")[0].name == "decoder.py"
 
@@ -79,14 +84,20 @@ def test_a_file_may_be_called_as_a_module_of_python(name):
 
 
 def test_a_network_of_a_file_reaches_other_processes():
-    source = "import beside\ndef create():\n    return helped()\ndef helped():\n    return 7"
-    write({"far/net.py": source, "far/beside.py": ""})
+    source = "import beside\ndef create():\n    return helped() * beside.Seven().value()\n"
+    source += "def helped():\n    return 2"
+    write(
+        {
+            "far/net.py": source,
+            "far/beside.py": "class Seven:\n    def value(self):\n        return 7",
+        }
+    )
     packed = cloudpickle.dumps(plugins.load("models", "far/net.py", "create"))
     script = "import pickle, sys; print(pickle.load(sys.stdin.buffer)())"
     there = subprocess.run(
         [sys.executable, "-c", script], input=packed, cwd="/", capture_output=True, check=True
     )
-    assert there.stdout.strip() == b"7"
+    assert there.stdout.strip() == b"14"
 
 
 def test_a_module_may_say_what_a_batch_is():
@@ -170,3 +181,48 @@ def test_weights_that_are_none_are_named():
         assert torch.equal(net.weight, before)
     with pytest.raises(OSError, match=r"gone\.pt"):
         read_weights(Path("gone.pt"))
+
+
+DATA = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+def create_dataloaders():
+    x = torch.ones(8, 3)
+    return [DataLoader(TensorDataset(x, x[:, :2]), batch_size=4)] * 3
+"""
+
+
+def test_weights_are_judged_before_anything_is_written():
+    """By the first stage that reads them; and by the next what they give."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    entry = {"network": "net.py", "data": "data.py", "weights": "w.safetensors"}
+    params |= {"model": "v1.5", "models": {"v1.5": entry}}
+    write({"net.py": NETWORK, "data.py": DATA, "params.yaml": yaml.safe_dump(params)})
+    save_file({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors: .*weight is \[2, 4\], not \[2, 3\]"):
+        prepare.main(read_params())
+    assert not Path("out").exists()
+    save_file({"weight": torch.full((2, 3), torch.nan), "bias": torch.zeros(2)}, "w.safetensors")
+    prepare.main(read_params())
+    with pytest.raises(
+        ValueError, match=r"weights w\.safetensors the loss on validation data is n"
+    ):
+        train.main(read_params())
+    assert not files.WEIGHTS.exists()
+    save_file({"weight": torch.zeros(2, 3), "bias": torch.ones(2)}, "w.safetensors")
+    train.main(read_params())
+    assert json.loads((files.METRICS / "training.json").read_text()) == {"val_loss": 0.0}
+    read = read_network()
+    assert torch.equal(read.net.bias, torch.ones(2))
+    assert not read.net.training
+
+
+def test_what_is_trained_needs_an_optimizer():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    entry = {"network": "net.py", "data": "data.py", "epochs": 1}
+    params |= {"model": "own", "models": {"own": entry}}
+    write({"net.py": NETWORK, "data.py": DATA, "params.yaml": yaml.safe_dump(params)})
+    with pytest.raises(ValueError, match=r"models\.own\.network: .* no optimizer: give weights"):
+        prepare.main(read_params())
+    assert not Path("out").exists()

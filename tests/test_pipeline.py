@@ -148,7 +148,9 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
 
 def test_test_data_are_read_by_no_stage_that_chooses(project):
     stages = yaml.safe_load((project.folder / "dvc.yaml").read_text())["stages"]
-    readers = {name for name, s in stages.items() if any("test.safe" in d for d in s["deps"])}
+    readers = {
+        name for name, s in stages.items() if any("test.safe" in d for d in s.get("deps", []))
+    }
     assert readers == {"evaluate"}
     assert "out/data" not in stages["train"]["deps"] + stages["quantize"]["deps"]
 
@@ -322,8 +324,7 @@ def test_a_killed_training_is_resumed(project):
 
 OWN = {
     "nets/my_net.py": """
-import torch
-from blocks import block
+import torch; from blocks import block
 from torch import nn
 
 
@@ -342,8 +343,7 @@ import sys
 
 import torch
 
-sys.path.append("nets")
-from my_net import create_model_context
+sys.path.append("nets"); from my_net import create_model_context
 from safetensors.torch import save_file
 
 torch.manual_seed(int(sys.argv[1]))
@@ -360,15 +360,16 @@ def own(project):
         (project.folder / file).write_text(text)
     assert project.run("make_weights", "0").returncode == 0
     before = project.params()
-    entry = {"network": "nets/my_net.py", "data": "nets/my_data.py"}
-    entry["weights"] = "trained.safetensors"
+    entry = {
+        "network": "nets/my_net.py",
+        "data": "nets/my_data.py",
+        "weights": "trained.safetensors",
+    }
     params = {**before, "model": "own-v1.5", "models": {**before["models"], "own-v1.5": entry}}
     params["search"] = {"limit": {"criterion_ratio": 1.2}, "widths": [2, 4, 8]}
     project.write_params(params)
     assert project.dvc("repro") == STAGES
-    yield project
-    project.write_params(before)
-    project.dvc("repro")
+    return project
 
 
 def test_a_network_of_ones_own_with_its_weights(own):

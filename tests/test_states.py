@@ -94,6 +94,27 @@ def test_a_written_network_is_read_as_it_was(kind, tmp_path, monkeypatch):
     assert plain(dict(written.state_dict())) == before
 
 
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal", "nothing"])
+def test_a_parametrized_network_is_read_as_it_was(kind, tmp_path, monkeypatch):
+    """From a state in training mode, which moves with each look at a weight, as in eval mode."""
+    monkeypatch.chdir(tmp_path)
+    wrap = getattr(nn.utils.parametrizations, kind, lambda layer: layer)
+
+    def made(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(wrap(nn.Linear(4, 4)), nn.BatchNorm1d(4), wrap(nn.Linear(4, 4)))
+
+    written, fresh = made(1), made(2)
+    inputs = torch.linspace(-1, 1, 20).reshape(5, 4)
+    written(inputs)
+    networks.write_network(written, "own", {})
+    monkeypatch.setattr(
+        networks, "create_network", lambda *_: networks.Context(fresh, None, None, None, {})
+    )
+    read = networks.read_network().net
+    assert torch.equal(read(inputs), written.eval()(inputs))
+
+
 def test_a_csr_buffer_of_another_number_of_values_is_read():
     net = network(torch.zeros(2, 4).to_sparse_csr())
     load_state(net, network(VALUES.to_sparse_csr()).state_dict(), "file")

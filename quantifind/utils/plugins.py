@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from quantifind.utils.sources import is_file, own_sources
+
 
 def names(package: str) -> list[str]:
     """The plug-ins in ``quantifind/<package>/``, sorted.
@@ -23,11 +25,6 @@ def names(package: str) -> list[str]:
     """
     folder = importlib.import_module(f"quantifind.{package}")
     return sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
-
-
-def is_file(name: str) -> bool:
-    """Whether a name is the path of a file, such as ``nets/my_net.py``."""
-    return name.endswith(".py") or "/" in name
 
 
 def check(package: str, name: str) -> None:
@@ -93,7 +90,7 @@ def _of_file(path: Path) -> ModuleType:
     name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -106,8 +103,11 @@ def _of_file(path: Path) -> ModuleType:
         raise
     import cloudpickle
 
-    # no other process finds it by its name: test_a_network_of_a_file_reaches_other_processes
-    cloudpickle.register_pickle_by_value(module)
+    # no other process finds them by their names: test_a_network_of_a_file_reaches_other_processes
+    sources = set(map(str, own_sources(str(path.resolve()))))
+    for found in list(sys.modules.values()):
+        if getattr(found, "__file__", None) in sources:
+            cloudpickle.register_pickle_by_value(found)
     return module
 
 
@@ -118,7 +118,9 @@ def reason(error: BaseException) -> str:
     "KeyError: 'weight'"
     """
     first = str(error).strip().partition("\n")[0]
-    others = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<frozen")
+    package = Path(__file__).parents[1]
+    ours = (f"{package}/", f"{package.with_name('stages')}/")
+    others = (*ours, sysconfig.get_path("stdlib"), "<frozen")
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

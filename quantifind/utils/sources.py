@@ -6,7 +6,10 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-from quantifind.utils.plugins import is_file
+
+def is_file(name: str) -> bool:
+    """Whether a name is the path of a file, such as ``nets/my_net.py``."""
+    return name.endswith(".py") or "/" in name
 
 
 def own_sources(name: str, root: Path = Path()) -> list[Path]:
