@@ -12,7 +12,7 @@ benchmarks/results/strangers.csv, and the table of README.md. Its columns:
 - parameters, tensors: of the network;
 - limit: of the criterion ratio (CR), or of the relative error of the outputs where there are no
   labels;
-- mean_bits, value, bytes: of the certified strategy, the measure on test data, and its size;
+- mean_bits, criterion_ratio, relative_error, bytes: of the certified strategy, on test data;
 - uniform_bits: the certified depth where every tensor has the same, of `DEPTHS`;
 - float_bytes: of the network as it is;
 - seconds, peak_megabytes: of the search, and of its whole process;
@@ -35,19 +35,29 @@ import pandas as pd
 import torch
 
 from benchmarks import grids
-from benchmarks.stranger_networks import STRANGERS, Stranger
-from quantifind import evaluate_strategies, find_strategy, uniform_strategy
+from benchmarks.stranger_networks import STRANGERS
+from quantifind import certify, find_strategy
 from quantifind.certification.certificate import certified_steps
 from quantifind.costs import model_bytes
 from quantifind.tensor.quantized import Quantized
+from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 
 RESULTS = grids.ROOT / "benchmarks/results/strangers.csv"
 MARKERS = grids.markers("python -m benchmarks.strangers")
 # of the same width for all tensors, from most bits to fewest
 DEPTHS = range(12, 1, -1)
 MOST_SECONDS = 1_800
-COLUMNS = ["network", "kind", "parameters", "tensors", "measure", "limit", "mean_bits", "value"]
-COLUMNS += ["uniform_bits", "bytes", "float_bytes", "seconds", "peak_megabytes", "adapter_lines"]
+COLUMNS = ["network", "kind", "parameters", "tensors", "measure", "limit", "mean_bits"]
+COLUMNS += [
+    "criterion_ratio",
+    "relative_error",
+    "uniform_bits",
+    "bytes",
+    "float_bytes",
+    "seconds",
+    "peak_megabytes",
+    "adapter_lines",
+]
 COLUMNS += ["note"]
 
 
@@ -84,44 +94,36 @@ def searched(name: str) -> dict[str, Any]:
     kind, make = STRANGERS[name]
     stranger = make()
     net = stranger.net
-    ((measured, limit),) = stranger.limit.items()
+    ((measured, bound),) = stranger.limit.items()
     started = time.monotonic()
-    train, val, _ = stranger.loaders
+    train, val, test = stranger.loaders
+    forward, limit = stranger.forward, stranger.limit
     found = find_strategy(
-        net, train, val, stranger.criterion, limit=stranger.limit, **stranger.search
+        net, train, val, stranger.criterion, forward=forward, limit=limit, **stranger.search
     )
     seconds = time.monotonic() - started
-    ladder = found.ladder
-    steps, judged = walked(stranger, ladder["strategy"], ladder["quantized"])
-    depths, _ = walked(stranger, [uniform_strategy(net, depth) for depth in DEPTHS], None)
+    certificate = certify(net, found, test)
+    uniform = evaluate_bit_depths(net, test, stranger.criterion, DEPTHS, forward=forward)
+    depths = certified_steps(uniform[f"{measured}_bound"].tolist(), bound)
     row = {
         "network": name,
         "kind": kind,
         "parameters": sum(p.numel() for p in net.parameters()),
         "tensors": len(net.state_dict()),
         "measure": measured,
-        "limit": limit,
+        "limit": bound,
         "uniform_bits": DEPTHS[depths - 1] if depths else None,
         "float_bytes": sum(model_bytes.measure(net, Quantized({}), []).values()),
         "seconds": seconds,
         "adapter_lines": stranger.adapter_lines,
         "note": stranger.note,
     }
-    if steps:
-        row |= {"mean_bits": judged["mean_bits"].iloc[steps - 1]}
-        row |= {"value": judged[measured].iloc[steps - 1]}
-        row |= {"bytes": ladder["model_bytes"].iloc[steps - 1]}
+    if certificate.quantized is not None:
+        last = certificate.steps[certificate.steps["certified"]].iloc[-1]
+        row |= last[["mean_bits", "criterion_ratio", "relative_error"]].to_dict()
+        row["bytes"] = sum(model_bytes.measure(net, certificate.quantized, []).values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return row | {"peak_megabytes": peak / (1e6 if sys.platform == "darwin" else 1e3)}
-
-
-def walked(stranger: Stranger, strategies: Any, quantized: Any) -> tuple[int, pd.DataFrame]:
-    """How many strategies are certified on test data, from most bits to fewest, and all judged."""
-    ((measured, limit),) = stranger.limit.items()
-    judged = evaluate_strategies(
-        stranger.net, strategies, stranger.loaders[2], stranger.criterion, quantized=quantized
-    )
-    return certified_steps(judged[f"{measured}_bound"].tolist(), limit), judged
 
 
 def markdown(results: pd.DataFrame) -> str:
