@@ -93,7 +93,7 @@ def large_layer_row() -> list[dict[str, Any]]:
     hessian = (inputs.T @ inputs).double()
     del inputs
     nearest: QuantizedTensor = uniform.quantize(weight, 4, axis=0, scale="mse")
-    qparams = RowParams.of(nearest, slice(None))
+    qparams = RowParams.of(nearest)
     target = weight.double()
     del weight
     seconds = best(lambda: gptq(target, hessian, qparams, nearest.codes), 1)

@@ -13,6 +13,7 @@ Quantize
     mean_bits            bits per parameter, everything counted
     learn                train the codes of a strategy
 Judge
+    certify              what a search found, on test data
     evaluate_strategies  strategies beside the float network on a loader's examples
 
 Names are imported when first used: `import quantifind` imports no torch. Data sets, models,
@@ -25,9 +26,10 @@ from typing import Any
 
 _HOMES = {
     "Choice": "tensor.choice",
-    "Found": "search",
+    "Found": "mixed_precision.found",
     "SearchSpace": "mixed_precision.search_space",
     "Strategy": "strategy",
+    "certify": "workflow.evaluation_workflow",
     "evaluate_strategies": "workflow.evaluation_workflow",
     "find_strategy": "search",
     "learn": "learning",

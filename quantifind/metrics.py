@@ -1,107 +1,217 @@
 """What quantization costs: loss per example, criterion ratio, accuracy and flips, weight error."""
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantifind.utils.devices import device_of, evaluating
+from quantifind.utils.batches import Forward, batches_of
+from quantifind.utils.criteria import (
+    BY_CLASS,
+    BY_LOGIT,
+    Criterion,
+    aligned,
+    by_example,
+    losses,
+    values_of,
+    weights,
+)
+from quantifind.utils.devices import evaluating
 
-# examples whose losses are computed at a time
-SPAN = 1024
-Criterion = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass
+class Outcome:
+    """What a network makes of examples, on the CPU.
+
+    parts: of examples that are alike in shape: ``outputs`` (examples, ...); ``loss`` (examples,)
+        float64; ``weight`` (examples, ...), what an example, or each of its positions, counts; and,
+        where targets are class labels, ``correct`` (examples,) bool. An example of outputs in
+        several tensors is all of them in a row.
+    classes: "softmax" where outputs (examples, classes, ...) are logits of classes, "sigmoid" where
+        each is one of its own, else None.
+    """
+
+    parts: list[dict[str, Tensor]]
+    classes: str | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        """All examples' values."""
+        if len(self.parts) == 1:
+            return self.parts[0][name]
+        return torch.cat([part[name] for part in self.parts])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.parts[0]
+
+    def __len__(self) -> int:
+        return sum(len(part["loss"]) for part in self.parts)
+
+    def span(self, first: int, last: int) -> "Outcome":
+        """That of some of the examples."""
+        parts, start = [], 0
+        for part in self.parts:
+            low, high = max(first - start, 0), min(last - start, len(part["loss"]))
+            if low < high:
+                parts.append({name: values[low:high] for name, values in part.items()})
+            start += len(part["loss"])
+        return Outcome(parts, self.classes)
+
+    @property
+    def criterion(self) -> float:
+        """The mean loss, by weight."""
+        weight = torch.cat([by_example(part["weight"]) for part in self.parts])
+        return (self["loss"].sum() / weight.sum()).item()
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers, less what is ignored."""
+        judged = torch.cat([by_example(part["weight"]) for part in self.parts]) > 0
+        return self["correct"][judged].double().mean().item()
 
 
-def outcome(model: nn.Module, loader: Iterable, criterion: Criterion) -> dict[str, Tensor]:
+def outcome(
+    model: nn.Module,
+    loader: Iterable[Any],
+    criterion: Criterion | None,
+    forward: Forward | None = None,
+) -> Outcome:
     """What ``model`` makes of a loader's examples, in eval mode, on the model's device.
 
-    Returns, on the CPU: ``outputs`` (examples, ...), ``loss`` (examples,) float64 and, where
-    targets are class labels, ``correct`` (examples,) bool.
+    forward: as `quantifind.utils.batches.batches_of` takes it.
     Raises: ValueError for a loader without examples.
     """
-    device = device_of(model)
-    parts: list[tuple[Tensor, Tensor]] = []
     with evaluating(model):
-        for inputs, targets in loader:
-            # the copies don't wait for the device: test_no_batch_waits_for_the_device
-            targets = targets.to(device, non_blocking=True)
-            parts.append((model(inputs.to(device, non_blocking=True)), targets))
-        if not parts:
-            raise ValueError("the loader has no examples")
-        outputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
-        parts.clear()
-        return outcome_of(outputs, targets, criterion)
+        batches = batches_of(loader, model, criterion, forward)
+        return gathered(judged(criterion, *batch.run(model)) for batch in batches)
 
 
-def outcome_of(outputs: Tensor, targets: Tensor, criterion: Criterion) -> dict[str, Tensor]:
-    """The `outcome` that has these outputs."""
-    # in spans, whose unreduced values take less memory than the outputs
-    spans = zip(outputs.split(SPAN), targets.split(SPAN), strict=True)
-    loss = torch.cat([losses(criterion, *span).double() for span in spans]).cpu()
-    outputs, targets = outputs.cpu(), targets.cpu()
-    measured = {"outputs": outputs, "loss": loss}
-    if targets.dim() == 1 and outputs.dim() == 2 and not targets.is_floating_point():
-        measured["correct"] = outputs.argmax(1) == targets
-    return measured
+def gathered(batches: Iterable[Outcome]) -> Outcome:
+    """The outcome of several batches' examples."""
+    alike: list[list[dict[str, Tensor]]] = []
+    kinds: set[str | None] = set()
+    for batch in batches:
+        kinds.add(batch.classes)
+        for part in batch.parts:
+            if not alike or _shapes(alike[-1][0]) != _shapes(part):
+                alike.append([])
+            alike[-1].append(part)
+    if not alike:
+        raise ValueError("the loader has no examples")
+    # the copies wait once, in the end: test_no_batch_waits_for_the_device
+    parts = [{n: torch.cat([part[n] for part in same]).cpu() for n in same[0]} for same in alike]
+    return Outcome(parts, kinds.pop() if len(kinds) == 1 else None)
 
 
-def is_classification(measured: Mapping[str, Tensor]) -> bool:
+def _shapes(part: Mapping[str, Tensor]) -> list[tuple[str, torch.Size]]:
+    return [(name, values.shape[1:]) for name, values in part.items()]
+
+
+def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
+    """The outcome of a batch that has these outputs.
+
+    criterion: None where there is nothing but the outputs: their loss is NaN.
+    """
+    outputs, targets = aligned(criterion, outputs, given)
+    weight = weights(criterion, outputs, *targets)
+    loss = losses(criterion, outputs, *targets).double()
+    values = values_of(criterion, outputs)
+    part = {"outputs": values, "loss": loss, "weight": weight}
+    classes, labels = None, targets[0] if len(targets) == 1 else None
+    if isinstance(labels, Tensor) and isinstance(outputs, Tensor):
+        classes = _classes(criterion, outputs, labels)
+        if classes == "softmax" and labels.dim() == 1 and not labels.is_floating_point():
+            part["correct"] = values.argmax(1) == labels
+        cut = {nn.BCEWithLogitsLoss: 0.0, nn.BCELoss: 0.5}.get(type(criterion))
+        single = cut is not None and values.numel() == len(values)
+        # as classes, not as shares: test_one_logit_has_two_classes
+        if cut is not None and single and ((labels == 0) | (labels == 1)).all():
+            part["correct"] = ((values > cut) == (labels > 0.5)).flatten()
+    return Outcome([part], classes)
+
+
+def _classes(criterion: Any, outputs: Tensor, labels: Tensor) -> str | None:
+    if isinstance(criterion, BY_LOGIT):
+        return "sigmoid"
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        return "softmax"
+    whole = not labels.is_floating_point() and outputs.dim() == labels.dim() + 1
+    first = whole and labels.shape == outputs.shape[:1] + outputs.shape[2:]
+    last = whole and labels.shape == outputs.shape[:-1]
+    # a criterion of one's own may have classes in either place: test_classes_in_doubt_are_none
+    sure = isinstance(criterion, BY_CLASS) or outputs.dim() == 2 or not last
+    return "softmax" if first and sure and outputs.shape[1] > 1 else None
+
+
+def is_classification(measured: Outcome) -> bool:
     """Whether an outcome has right and wrong answers."""
     return "correct" in measured
 
 
-def losses(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each example, (examples,): a criterion's mean, or sum, within the example.
-
-    A criterion with a ``reduction`` of 'mean' or 'sum' is asked for its unreduced values (weights
-    it has for classes weigh an example's loss); any other is called on one example at a time.
-    """
-    reduction = getattr(criterion, "reduction", None)
-    if reduction not in ("mean", "sum"):
-        pairs = zip(outputs.split(1), targets.split(1), strict=True)
-        return torch.stack([criterion(*pair).reshape(()) for pair in pairs])
-    unreduced = copy.copy(criterion)
-    unreduced.reduction = "none"  # type: ignore[attr-defined]
-    values = unreduced(outputs, targets).reshape(len(targets), -1)  # (examples, elements)
-    return values.mean(1) if reduction == "mean" else values.sum(1)
-
-
-def paired(
-    quantized: Mapping[str, Tensor], original: Mapping[str, Tensor]
-) -> dict[str, np.ndarray]:
+def paired(quantized: Outcome, original: Outcome) -> dict[str, np.ndarray]:
     """Two outcomes on the same examples as columns, (examples,) each.
 
-    Returns: ``loss`` and ``original_loss``; ``squared_error`` ‖f_b − f‖² and ``squared_norm`` ‖f‖²
-    of an example's outputs; for a classifier ``correct`` and ``original_correct``.
+    Returns: ``loss`` and ``original_loss``; ``weight``; ``squared_error`` ‖f_b − f‖² and
+    ``squared_norm`` ‖f‖² of an example's outputs; for a classifier ``correct`` and
+    ``original_correct``.
     """
-    outputs, wanted = (o["outputs"].flatten(1).double() for o in (quantized, original))
-    columns = {
-        "loss": quantized["loss"],
-        "original_loss": original["loss"],
-        "squared_error": (outputs - wanted).square().sum(1),
-        "squared_norm": wanted.square().sum(1),
+    columns: dict[str, list[Tensor]] = {
+        "loss": [quantized["loss"]],
+        "original_loss": [original["loss"]],
+        "weight": [by_example(part["weight"]) for part in original.parts],
+        "squared_error": [],
+        "squared_norm": [],
     }
+    for outputs, wanted in _pairs(quantized, original):
+        # equal infinities, such as of masked classes, are no change
+        change = torch.where(outputs == wanted, 0.0, outputs - wanted)
+        columns["squared_error"].append(change.flatten(1).square().sum(1))
+        finite = torch.where(wanted.isinf(), 0.0, wanted)
+        columns["squared_norm"].append(finite.flatten(1).square().sum(1))
     if is_classification(quantized) and is_classification(original):
-        columns["correct"] = quantized["correct"]
-        columns["original_correct"] = original["correct"]
-    return {name: column.numpy() for name, column in columns.items()}
+        columns["correct"] = [quantized["correct"]]
+        columns["original_correct"] = [original["correct"]]
+    return {name: torch.cat(column).numpy() for name, column in columns.items()}
 
 
-def divergence(quantized: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> np.ndarray:
+def _pairs(quantized: Outcome, original: Outcome) -> Iterable[tuple[Tensor, Tensor]]:
+    for part, other in zip(quantized.parts, original.parts, strict=True):
+        outputs, wanted = (p["outputs"].double() for p in (part, other))
+        if outputs.dim() == 1:
+            outputs, wanted = outputs[:, None], wanted[:, None]
+        yield outputs, wanted
+
+
+def divergence(quantized: Outcome, original: Outcome) -> np.ndarray:
     """How much the loss of each example would increase if the original's outputs were the truth.
 
     Two outcomes, as `paired` takes them. Returns: (examples,) float64, the Kullback-Leibler
-    divergence of the classes' probabilities from the original's (nats), or without classes the mean
-    squared error of the outputs.
+    divergence of the classes' probabilities from the original's (nats), by weight in the mean over
+    positions; or without classes the mean squared error of the outputs.
     """
-    outputs, wanted = (o["outputs"].flatten(1).double() for o in (quantized, original))
-    if is_classification(quantized) and is_classification(original):
-        log_p, log_q = wanted.log_softmax(1), outputs.log_softmax(1)
-        return (log_p.exp() * (log_p - log_q)).sum(1).numpy()
-    return (outputs - wanted).square().mean(1).numpy()
+    found = []
+    weight = [part["weight"].double() for part in original.parts]
+    for (outputs, wanted), share in zip(_pairs(quantized, original), weight, strict=True):
+        if original.classes == "softmax":
+            apart = _kl(wanted.log_softmax(1), outputs.log_softmax(1)).sum(1)
+            share = share.reshape(*share.shape, *(1,) * (apart.dim() - share.dim()))
+            apart = share * apart
+        elif original.classes == "sigmoid":
+            yes, no = (_kl(F.logsigmoid(s * wanted), F.logsigmoid(s * outputs)) for s in (1, -1))
+            apart = yes + no
+        else:
+            apart = torch.where(outputs == wanted, 0.0, outputs - wanted).square()
+        found.append(apart.flatten(1).mean(1) if apart.dim() > 1 else apart)
+    return torch.cat(found).numpy()
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0)
 
 
 def weight_error(values: Tensor, quantized: Tensor) -> dict[str, float]:

@@ -14,51 +14,70 @@ from quantifind.network.calibration import (
     layer_moments,
     second_moments,
 )
-from quantifind.network.modules import is_parametrized, named_tensors, plain_copy, put_values
+from quantifind.network.folding import Pairs, parameter_count, prepared, prepared_tensors
+from quantifind.network.modules import (
+    named_buffers,
+    named_tensors,
+    plain_copy,
+    put_values,
+    stored_bytes,
+)
 from quantifind.network.trace import (
     GPTQ_KINDS,
     ProductFacts,
     activation_names,
+    output_axes,
     trace,
     weight_uses,
 )
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.gptq import Moments, gptq_layer
+from quantifind.tensor.matrices import Matrices
+from quantifind.tensor.parts import quantizable
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.scales import check_values
+from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
 
 class Calibration:
-    """A network and batches of its inputs; what is asked of them is computed once."""
+    """A network, with norms folded, and batches of its inputs; what is asked of them is computed
+    once."""
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None,
+        forward: Forward | None = None,
+        folded: Pairs = (),
+    ) -> None:
         self._given, self._batches = model, batches
-        self._moments: dict[str, dict[tuple[int, int], Moments]] = {}
-        plain = plain_copy(model) if is_parametrized(model) else model
-        self.parameters, self.buffers = named_tensors(plain), dict(plain.named_buffers())
+        self._forward, self._folded = forward, folded
+        self._moments: dict[str, dict[Matrices, Moments]] = {}
+        shown = prepared_tensors(model, folded)
+        self.parameters, self.buffers = named_tensors(shown), named_buffers(shown)
         self.tensors = self.buffers | self.parameters
 
     @cached_property
     def model(self) -> nn.Module:
         """A plain copy, since what no pass goes through need not be copied."""
-        return plain_copy(self._given)
+        return prepared(self._given, self._folded)
 
     @cached_property
     def batches(self) -> Batches:
         """Raises: ValueError where there are none."""
-        return calibration_batches(self._batches)
+        return calibration_batches(self._batches, self._given, self._forward)
 
     @cached_property
     def facts(self) -> list[ProductFacts]:
-        """Of a pass of the first batch."""
-        return trace(self.model, self.batches[0][0])
+        """Of a pass of each batch."""
+        return trace(self.model, self.batches)
 
     @cached_property
-    def uses(self) -> Mapping[str, int]:
-        """The weights in the order of a pass, and how often it uses them."""
+    def uses(self) -> Mapping[str, tuple[int, ...]]:
+        """The weights in the order of a pass, and how often that of each batch uses them."""
         return weight_uses(self.facts)
 
     @cached_property
@@ -71,7 +90,7 @@ class Calibration:
             raise ValueError(_unused())
         return self._importance[name]
 
-    def moments(self, name: str) -> dict[tuple[int, int], Moments]:
+    def moments(self, name: str) -> dict[Matrices, Moments]:
         """Those of a weight in the float network."""
         if name not in self._moments:
             if name not in self.uses:
@@ -85,16 +104,19 @@ def quantize(
     model: nn.Module,
     strategy: Strategy | Quantized,
     calibration: Iterable[Any] | None = None,
+    *,
+    forward: Forward | None = None,
 ) -> Quantized:
     """The tensors, and the parameters of activations, that a strategy names.
 
     strategy: what is already quantized is checked, and returned as it is.
-    calibration: batches (inputs, …) of training data, where a choice asks for them: GPTQ, weighted
-        scales or centres, and activations.
+    calibration: batches of training data, where a choice asks for them: GPTQ, weighted scales or
+        centres, and activations.
+    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     Raises: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
         be quantized so, with the option and what is allowed.
     """
-    network = Calibration(model, calibration)
+    network = Calibration(model, calibration, forward, strategy.folded)
     if isinstance(strategy, Quantized):
         _check_fits(strategy, network.tensors)
         return strategy
@@ -110,7 +132,7 @@ def quantize(
     }
     if len(tensors) < len(choices):
         tensors |= _gptq_sequentially(network, choices, tensors, activations)
-    return Quantized({name: tensors[name] for name in choices}, activations)
+    return Quantized({name: tensors[name] for name in choices}, activations, strategy.folded)
 
 
 def _gptq_sequentially(
@@ -175,13 +197,15 @@ def quantize_model(
     model: nn.Module,
     strategy: Strategy | Quantized,
     calibration: Iterable[Any] | None = None,
+    *,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """A copy of ``model`` with the values of a strategy, which rounds its activations, if any.
 
     The original is intact. Arguments and errors are those of `quantize`.
     """
-    quantized = quantize(model, strategy, calibration)
-    replica = plain_copy(model)
+    quantized = quantize(model, strategy, calibration, forward=forward)
+    replica = prepared(model, quantized.folded)
     put_values(replica, quantized.tensors)
     if not quantized.activations:
         return replica
@@ -189,19 +213,22 @@ def quantize_model(
 
 
 def mean_bits(model: nn.Module, quantized: Quantized) -> float:
-    """Bits per parameter, everything counted.
+    """Bits per parameter of the network as it is given, everything counted that inference needs.
 
-    That is packed codes, scales, zero points, codebooks, parameters left in float, and the scales
-    and zero points of activations.
+    That is packed codes, scales, zero points, codebooks, parameters left in float, buffers
+    (`quantifind.network.modules.stored_bytes`), and the scales and zero points of activations.
+    Parameters are those before norms are folded, parametrized ones as they are used.
+
+    Raises: ValueError for a network without parameters.
     """
-    tensors, parameters = quantized.tensors, named_tensors(model)
-    counted = parameters | {n: t.codes for n, t in tensors.items() if n not in parameters}
-    stored = [
-        tensors[name].stored_bits if name in tensors else 8 * value.numel() * value.element_size()
-        for name, value in counted.items()
-    ]
+    count = parameter_count(model)
+    if not count:
+        raise ValueError("the network has no parameters: there are no bits of any")
+    stored = stored_bytes(prepared_tensors(model, quantized.folded))
+    bits = {name: 8 * size for name, size in stored.items()}
+    bits |= {name: tensor.stored_bits for name, tensor in quantized.tensors.items()}
     ranges = [qparams.stored_bits for qparams in quantized.activations.values()]
-    return (sum(stored) + sum(ranges)) / sum(value.numel() for value in counted.values())
+    return (sum(bits.values()) + sum(ranges)) / count
 
 
 def _checked(strategy: Strategy, network: Calibration) -> dict[str, Choice]:
@@ -235,21 +262,28 @@ def _check_names(
 def _check_choice(name: str, choice: Choice, network: Calibration) -> None:
     values, rounding = network.tensors[name], choice.rounding
     with naming(name):
+        if values.is_floating_point() and not quantizable(values):
+            raise ValueError(
+                f"values are {values.dtype} in layout {values.layout}: only floating point of 16 "
+                "bits and more, in no sparse or nested layout, can be quantized; None leaves it"
+            )
         check_values(values)
         if rounding == "learned":
             raise ValueError("rounding 'learned' without codes: quantifind.learning.learn has them")
         if rounding == "gptq" and values.dim() < 2:
             raise ValueError(f"rounding 'gptq' is for weights, its shape is {list(values.shape)}")
-        if choice.options.get("scale") == "output_mse" and (
-            rounding != "gptq" or choice.axis is None or choice.axis % values.dim()
-        ):
-            raise ValueError(
-                "scale 'output_mse' needs rounding 'gptq' and axis 0, "
-                f"not {rounding!r} and axis {choice.axis}"
-            )
+        if choice.options.get("scale") == "output_mse" and rounding != "gptq":
+            raise ValueError(f"scale 'output_mse' needs rounding 'gptq', not {rounding!r}")
         if choice.needs is not None:
             with naming(choice.needs):
                 _ = network.batches
+        if choice.options.get("scale") == "output_mse":
+            axis = output_axes(network.facts).get(name, 0)
+            if choice.axis is None or choice.axis % values.dim() != axis:
+                raise ValueError(
+                    f"scale 'output_mse' needs the axis of its outputs, {axis}, "
+                    f"not axis {choice.axis}"
+                )
 
 
 def _check_fits(quantized: Quantized, tensors: Mapping[str, Tensor]) -> None:

@@ -4,19 +4,18 @@ budget."""
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import nn
-from torch.utils.data import DataLoader
 
-from quantifind.certification.goal import Goal, Limit, ladder
-from quantifind.metrics import is_classification
+from quantifind.certification.goal import Goal, Limit
+from quantifind.metrics import Outcome, is_classification
 from quantifind.mixed_precision.allocation import Allocation, Assignment, neighbours, total_cost
-from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
+from quantifind.mixed_precision.candidates import Candidates, choices_key, note
+from quantifind.mixed_precision.found import Found, chosen
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.refinement import (
     add_safer_allocations,
@@ -36,9 +35,9 @@ from quantifind.mixed_precision.sensitivity import (
     predict_sensitivity,
 )
 from quantifind.runtime.workers import Workers
-from quantifind.strategy import Strategy
-from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import Forward
 from quantifind.utils.console import progress
+from quantifind.utils.loaders import length_of
 
 # candidates at most, of a sweep over budgets, and of local moves
 SWEEP, MOVES = 20, 24
@@ -54,36 +53,13 @@ TRIES = 3
 SAVING = 0.003
 
 
-@dataclass(frozen=True)
-class Found:
-    """The answer of a search.
-
-    strategy: the chosen one.
-    quantized: what it has come to for the network.
-    candidates: a row per candidate, largest first; intermediate scale-tuning steps are left out.
-        Columns: ``strategy``, ``quantized``, ``origin``, ``scales_adjusted``, ``mean_bits``, each
-        of `quantifind.costs`, ``predicted_ratio``, the ``examples`` it was measured on, those of
-        `quantifind.certification.certificate.degradation`, ``on_ladder`` and ``chosen``.
-    sensitivity: the table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
-    """
-
-    strategy: Strategy
-    quantized: Quantized
-    candidates: pd.DataFrame
-    sensitivity: pd.DataFrame
-
-    @property
-    def ladder(self) -> pd.DataFrame:
-        """The candidates to judge on test data, largest first."""
-        return self.candidates[self.candidates["on_ladder"]]
-
-
 def find_strategy(
     model: nn.Module,
-    train_loader: DataLoader,
+    train_loader: Iterable[Any],
     val_loader: Iterable[Any],
-    criterion: Any,
+    criterion: Any = None,
     *,
+    forward: Forward | None = None,
     limit: Limit | None = None,
     budget: Limit | None = None,
     learn: float = 0,
@@ -104,10 +80,13 @@ def find_strategy(
     every option and its loss increase measured; an integer program picks a combination as if
     increases added up; whole candidates are then measured and refined.
 
-    model: a trained network, whose outputs are logits; it stays as it is.
-    train_loader: batches (inputs, targets) of training data.
-    val_loader: batches (inputs, targets) of validation data, all inputs of one shape.
-    criterion: the loss, (outputs, targets) → a number, such as `torch.nn.CrossEntropyLoss()`.
+    model: a trained network, whose outputs are logits; what runs is a copy.
+    train_loader: batches of training data; with ``learn``, gone through again and again.
+    val_loader: batches of validation data.
+    criterion: the loss, (outputs, targets) → a number, such as `torch.nn.CrossEntropyLoss()`, or
+        one number an example. None for data without labels: then a limit is of relative_error.
+    forward: (model, batch) → (outputs, targets), what the criterion gets; by default
+        `quantifind.utils.batches.DefaultForward`.
     limit: the criterion ratio, 1 or more, or ``{"criterion_ratio": 1.01}``,
         ``{"accuracy_drop": 0.005}`` or ``{"relative_error": 0.05}``. The candidate's one-sided
         bound on validation data is at most that.
@@ -132,9 +111,11 @@ def find_strategy(
         `quantifind.mixed_precision.measurements.Measurements` can't take; and, naming the nearest,
         for a limit or budget that no candidate keeps.
     """
-    goal = Goal.of(limit, budget)
+    goal = _goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
     _check(goal, learn, confidence, activation_bits)
+    if learn and isinstance(train_loader, Iterator):
+        length_of(train_loader)  # says that it can't be gone through again
     if search_space is not None and not isinstance(search_space, SearchSpace):
         if not {"tensors"} <= search_space.keys() <= {"tensors", "activations"}:
             named = ", ".join(search_space) or "nothing"
@@ -142,10 +123,16 @@ def find_strategy(
         search_space = SearchSpace(**search_space)
     with Workers(engine, scheduler=scheduler) as workers:
         measurements = Measurements.start(
-            model, train_loader, val_loader, criterion, folder=folder, seed=seed, workers=workers
+            model,
+            train_loader,
+            val_loader,
+            criterion,
+            forward=forward,
+            folder=folder,
+            seed=seed,
+            workers=workers,
         )
-        if goal.measure == "accuracy_drop" and not is_classification(measurements.original):
-            raise ValueError("limit accuracy_drop needs targets that are class labels")
+        _check_measure(goal, measurements.original)
         for space in _spaces(measurements, widths, activation_bits, search_space):
             sensitivity = measure_sensitivity(measurements, space, precision=precision)
             allocation = Allocation.of(measurements, space, sensitivity, goal)
@@ -161,8 +148,38 @@ def find_strategy(
         add_safer_allocations(candidates)
         if learn:
             learn_allocations(candidates, learn)
-        best, rows = _chosen(candidates)
-        return Found(best["strategy"], best["quantized"], rows, table)
+        best, rows = chosen(candidates)
+        return Found(
+            best["strategy"], best["quantized"], rows, table, goal, confidence, criterion, forward
+        )
+
+
+def _goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goal:
+    goal = Goal.of(limit, budget)
+    if criterion is not None:
+        return goal
+    if goal.limit is None:
+        return replace(goal, measure="relative_error")
+    if goal.measure != "relative_error":
+        raise ValueError(
+            f"limit {goal.measure} needs a criterion; without one, limit "
+            "{'relative_error': 0.05} holds the outputs to the float network's"
+        )
+    return goal
+
+
+def _check_measure(goal: Goal, original: Outcome) -> None:
+    """Raise ValueError for a measure that the data have not."""
+    if goal.measure == "accuracy_drop" and not is_classification(original):
+        raise ValueError(
+            "limit accuracy_drop needs targets that are class labels, one for each example; "
+            "limit {'relative_error': 0.05} needs none"
+        )
+    if goal.measure == "criterion_ratio" and not original.criterion > 0:
+        raise ValueError(
+            f"the float network's loss on validation data is {original.criterion}: a ratio to it "
+            "needs one above 0; limit {'relative_error': 0.05} needs none"
+        )
 
 
 def _check(goal: Goal, learn: float, confidence: float, activation_bits: Sequence[int]) -> None:
@@ -267,44 +284,3 @@ def _worthwhile(candidates: Candidates, current: Assignment) -> Iterator[Assignm
         if worth and not known and tries[down] < TRIES:
             tries[down] += 1
             yield assignment
-
-
-def _chosen(candidates: Candidates) -> tuple[Row, pd.DataFrame]:
-    """The best candidate, and a table of all of them."""
-    best = candidates.best() or _nearest(candidates)
-    rows = sorted(candidates.rows.values(), key=lambda row: -row["model_bytes"])
-    steps = ladder(candidates.whole(), best, candidates.goal)
-    on_ladder = {row["key"] for row in steps}
-    table = pd.DataFrame(rows)
-    costs = pd.DataFrame([candidates.allocation.costs(row["quantized"]) for row in rows])
-    table = table.join(costs[costs.columns.difference(table.columns)])
-    table["on_ladder"] = table["key"].isin(on_ladder)
-    table["chosen"] = table["key"] == best["key"]
-    return best, table.drop(columns="key")
-
-
-def _nearest(candidates: Candidates) -> Row:
-    """The nearest of candidates that seem not to keep the limit, should it keep it after all.
-
-    Raises: ValueError, naming it, where it doesn't.
-    """
-    measure, limit = candidates.goal.measure, candidates.goal.limit
-    rows = candidates.whole() or [*candidates.rows.values()]
-    if limit is None:
-        raise ValueError(
-            "no candidate within the budget can be measured: all losses are NaN or infinite"
-        )
-    row = candidates.completed(min(rows, key=lambda row: row[f"{measure}_bound"]))
-    value, bound, examples = row[measure], row[f"{measure}_bound"], row["examples"]
-    if candidates.goal.keeps(row):
-        return row
-    text = (
-        f"no candidate keeps {measure} at most {limit:g} with {candidates.confidence:.0%} "
-        f"confidence on {examples} validation examples; the nearest has {value:.6g} (at most "
-        f"{bound:.6g}) at {row['mean_bits']:.4g} bits"
-    )
-    if value < limit and bound < math.inf:
-        # a standard error falls with the root of the number of examples
-        needed = math.ceil(examples * ((bound - value) / (limit - value)) ** 2)
-        text += f"; with about {needed:,} examples it would be certain enough"
-    raise ValueError(text)

@@ -7,9 +7,12 @@ from typing import Any
 from torch import nn
 
 from quantifind.network.calibration import calibration_batches
+from quantifind.network.folding import Pairs, checked_pairs
 from quantifind.network.modules import named_tensors, plain_copy
 from quantifind.network.trace import activation_names, trace
 from quantifind.tensor.choice import ActivationChoice, Choice, per_tensor
+from quantifind.tensor.parts import quantizable
+from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
 
@@ -21,11 +24,14 @@ class Strategy:
         ``{"scheme": "uniform", "bits": 4}`` with further options beside these; None for one that
         stays in float. All parameters are named; buffers need not be.
     activations: by name (`quantifind.network.trace.activation_names`), likewise; empty for none.
+    folded: pairs of names (module, norm): each batch norm that is folded into the convolution or
+        linear map before it, first of all; the tensors named are those of the network folded.
     Raises: ValueError naming the tensor whose choice can't be.
     """
 
     tensors: Mapping[str, Choice | None] = field(default_factory=dict)
     activations: Mapping[str, ActivationChoice | None] = field(default_factory=dict)
+    folded: Pairs = ()
 
     def __post_init__(self) -> None:
         tensors, activations = dict(self.tensors), dict(self.activations)
@@ -39,14 +45,16 @@ class Strategy:
                     activations[name] = ActivationChoice.of(choice)
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "activations", activations)
+        object.__setattr__(self, "folded", checked_pairs(self.folded))
 
     @property
-    def choices(self) -> dict[str, dict[str, dict[str, Any] | None]]:
+    def choices(self) -> dict[str, Any]:
         """The strategy as plain values, from which ``Strategy(**choices)`` makes it again."""
-        return {
+        plain: dict[str, Any] = {
             kind: {name: None if c is None else c.plain() for name, c in named.items()}
             for kind, named in (("tensors", self.tensors), ("activations", self.activations))
         }
+        return plain | ({"folded": [list(pair) for pair in self.folded]} if self.folded else {})
 
     @property
     def bit_depth(self) -> int | None:
@@ -74,7 +82,7 @@ def uniform_strategy(
     return Strategy(
         {
             name: (choice if tensor.dim() > 1 and tensor.numel() else single)
-            if tensor.is_floating_point()
+            if quantizable(tensor)
             else None
             for name, tensor in named_tensors(model).items()
         }
@@ -82,14 +90,20 @@ def uniform_strategy(
 
 
 def uniform_activations(
-    model: nn.Module, calibration: Iterable[Any], bits: int, **options: Any
+    model: nn.Module,
+    calibration: Iterable[Any],
+    bits: int,
+    *,
+    forward: Forward | None = None,
+    **options: Any,
 ) -> dict[str, ActivationChoice]:
     """Every activation of a pass on evenly spaced levels of the same width, with a zero point.
 
-    calibration: batches (inputs, …) of training data.
+    calibration: batches of training data.
+    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     options: of `ActivationChoice` and the scheme, such as ``scale`` and ``percentile``.
     """
     given = {"scheme": "uniform", "bits": bits, "zero_point": True, **options}
-    inputs = calibration_batches(calibration)[0][0]
-    names = activation_names(trace(plain_copy(model), inputs))
+    batches = calibration_batches(calibration, model, forward)
+    names = activation_names(trace(plain_copy(model), batches))
     return {name: ActivationChoice.of(given) for name in names}

@@ -154,21 +154,23 @@ def summarize(results: pd.DataFrame, limits: Iterable[float]) -> dict[str, Any]:
 
     Returns: ``float`` criterion and accuracy; ``certified_depth`` by limit, None where not even the
     first strategy passes; ``lowest_scr``, the lowest signal-to-complexity ratio, and the depth that
-    has it; the ``criterion_ratio`` and ``relative_error`` of the depths 2, 4 and 8.
+    has it, None where none has one; the ``criterion_ratio`` and ``relative_error`` of the depths
+    2, 4 and 8.
     """
     first = results.iloc[0]
     floats = {"criterion": first["original_criterion"]}
     if "original_accuracy" in results:
         floats["accuracy"] = first["original_accuracy"]
-    best = results.iloc[results["signal_to_complexity"].argmin()]
+    complexity = results["signal_to_complexity"]
+    best = results.iloc[complexity.argmin()] if complexity.notna().any() else None
     shown = results[results["bit_depth"].isin([2, 4, 8])].sort_values("bit_depth")
     by_depth = [f"{depth:g}_bits" for depth in shown["bit_depth"]]
     return {
         "float": floats,
         "certified_depth": {f"at_{limit:g}": certified_depth(results, limit) for limit in limits},
         "lowest_scr": {
-            "value": best["signal_to_complexity"],
-            "bit_depth": int(best["bit_depth"]),
+            "value": None if best is None else best["signal_to_complexity"],
+            "bit_depth": None if best is None else int(best["bit_depth"]),
         },
         "criterion_ratio": dict(zip(by_depth, shown["criterion_ratio"], strict=True)),
         "relative_error": dict(zip(by_depth, shown["relative_error"], strict=True)),

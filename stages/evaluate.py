@@ -16,7 +16,7 @@ def main(params: Params) -> None:
     params: all of params.yaml.
     Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
     """
-    net, criterion = networks.read_network()
+    net, criterion, *_ = networks.read_network()
     uniform = [Strategy(**choices) for choices in files.read_json(files.UNIFORM)]
     strategies, quantized, facts = ladder.read_ladder()
     test = networks.read_loader("test", batch_size=files.TEST_BATCH)

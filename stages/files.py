@@ -1,11 +1,14 @@
 """Every path, the reads and writes that all stages share, and a user's mistake in one line.
 
-Files are written under another name and moved, so a kill leaves no half file. torch is imported by
-the functions that need it, since the plot stage does without: test_heavy_imports_are_rare
+Files are written under another name and moved, so a kill leaves no half file. torch and
+pandas are imported by the functions that need them, since some stages do without:
+test_heavy_imports_are_rare
 """
 
 import hashlib
 import json
+import math
+import numbers
 import os
 import shutil
 import sys
@@ -15,12 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from quantifind.utils.memory import keep_freed_memory
 from stages.params import Params, read_params
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -28,8 +30,14 @@ PARAMS = Path("params.yaml")
 SPLITS = ("train", "val", "test")
 DATA = Path("out/data")
 DESCRIPTION = DATA / "description.json"
+# the entry that `model` in params.yaml selects, and digests of the files of one's own that it names
+SELECTED = Path("selected/model.json")
+SELECTED_SOURCES = Path("selected/sources.json")
+SELECTED_WEIGHTS = Path("out/weights.json")
 NETWORK_SOURCE = Path("out/network.py")
 WEIGHTS = Path("out/checkpoint/weights.safetensors")
+# what is no tensor in the network's state, where there is such
+EXTRA = Path("out/checkpoint/extra_state.pt")
 NETWORK = Path("out/checkpoint/network.json")
 RESUME = Path("out/resume")
 UNIFORM = Path("out/strategies/uniform.json")
@@ -81,12 +89,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write plain values.
+    """Write plain values; NaN and infinity, which JSON does not have, as null.
 
     path: as for `write`.
     values: dicts, lists, texts and numbers.
+    Raises: ValueError naming the file, and the kind of a value that is none of these.
     """
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    try:
+        text = json.dumps(_in_json(values), indent=2, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    write_text(path, text + "\n")
+
+
+def _in_json(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _in_json(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_in_json(value) for value in values]
+    if isinstance(values, numbers.Real) and not isinstance(values, numbers.Integral):
+        return float(values) if math.isfinite(values) else None
+    return values.item() if type(values).__module__ == "numpy" else values
 
 
 def read_json(path: Path) -> Any:
@@ -101,7 +124,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON ({error}); run dvc repro") from error
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
+def write_table(path: Path, table: "pd.DataFrame") -> None:
     """Write a table without its index, as CSV.
 
     path: as for `write`.
@@ -110,32 +133,38 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
     write(path, lambda partial: table.to_csv(partial, index=False))
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> "pd.DataFrame":
     """What `write_table` wrote.
 
     path: the file.
     Raises: ValueError where it is no table; OSError where it can't be read.
     """
+    import pandas as pd
+
     return pd.read_csv(path)
 
 
-def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, "Tensor"], facts: dict[str, str] | None = None
+) -> None:
     """Write tensors in the safetensors format.
 
     path: as for `write`.
     tensors: by name.
+    facts: texts that stand beside them.
     """
     from safetensors.torch import save_file
 
     # safetensors refuses tensors that share memory: test_tensors_that_share_memory_are_written
     whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    write(path, lambda partial: save_file(whole, partial))
+    write(path, lambda partial: save_file(whole, partial, facts))
 
 
-def read_tensors(path: Path) -> dict[str, "Tensor"]:
+def read_tensors(path: Path, *, advice: str = "run dvc repro --force") -> dict[str, "Tensor"]:
     """What `write_tensors` wrote, on the CPU.
 
     path: the file.
+    advice: what to do where it is not whole.
     Raises: ValueError naming it where it is not whole; OSError where it can't be read.
     """
     from safetensors import SafetensorError
@@ -144,9 +173,22 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path}: truncated or altered ({error}); run dvc repro --force"
-        ) from error
+        raise ValueError(f"{path}: truncated or altered ({error}); {advice}") from error
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The texts that `write_tensors` put beside the tensors.
+
+    path: the file.
+    Raises: as `read_tensors`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or altered ({error})") from error
 
 
 @contextmanager

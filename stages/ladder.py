@@ -1,5 +1,6 @@
 """The ladder of a search as files: what each strategy chose, its facts, and its packed codes."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from stages import files
 def write_ladder(ladder: pd.DataFrame) -> None:
     """Write each candidate's choices and facts, and the packed codes beside them.
 
-    ladder: rows of `quantifind.search.Found.candidates`, from most bytes to fewest.
+    ladder: rows of `quantifind.mixed_precision.found.Found.candidates`, from most bytes to fewest.
     """
     described = []
     for number, row in enumerate(ladder.to_dict("records")):
@@ -34,7 +35,8 @@ def read_ladder() -> tuple[list[Strategy], list[Quantized], pd.DataFrame]:
         strategies.append(Strategy(step["tensors"], step["activations"]))
         tensors = files.read_tensors(_codes(number))
         quantized.append(artifact.unpack(tensors, step["description"]))
-        facts.append(step["facts"])
+        # what JSON does not have: test_numbers_that_are_none_come_back_as_missing
+        facts.append({k: math.nan if v is None else v for k, v in step["facts"].items()})
     return strategies, quantized, pd.DataFrame(facts)
 
 

@@ -21,7 +21,9 @@ class Model:
 
     network: str
     data: str
-    epochs: Count
+    # not needed where weights, the path of a file, are given: then nothing is trained
+    epochs: Count | None = None
+    weights: Annotated[str, Field(min_length=1)] | None = None
     batch_size: Count = 64
     decay: Annotated[bool, Field(strict=True)] = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +104,9 @@ def read_params(path: Path = Path("params.yaml")) -> Params:
         params = TypeAdapter(Params).validate_python(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {'; '.join(map(_explain, error.errors()))}") from error
+    for name, entry in params.models.items():
+        if entry.epochs is None and entry.weights is None:
+            raise ValueError(f"{path}: models.{name}.epochs: missing; or give weights, a file")
     if params.model not in params.models:
         known = ", ".join(params.models)
         raise ValueError(f"{path}: model: unknown {params.model!r}: models has {known}")

@@ -24,7 +24,7 @@ def main(params: Params) -> None:
     params: all of params.yaml.
     Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
     """
-    net, criterion = networks.read_network()
+    net, criterion, *_ = networks.read_network()
     train = networks.read_loader("train", batch_size=params.entry.batch_size, seed=params.seed)
     val = networks.read_loader("val", batch_size=params.entry.batch_size)
     depths = sorted(set(params.quantize.bit_depths), reverse=True)

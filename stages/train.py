@@ -1,11 +1,26 @@
-"""Train: the selected network on the prepared data; goes on where a killed run stopped."""
+"""Train: the selected network on the prepared data; goes on where a killed run stopped.
 
+Where weights are given, they take the place of a training.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
 import torch
+from torch import nn
 
-from quantifind.workflow.train_workflow import train_network
+from quantifind.metrics import outcome
+from quantifind.storage.states import check_plain
+from quantifind.utils import plugins
+from quantifind.workflow.train_workflow import train_network, validate
 from stages import files, networks
-from stages.networks import check_fit, create_network
+from stages.networks import create_network
 from stages.params import Params
+from stages.weights import load_weights
+
+# the history of weights that were given
+NO_EPOCH = pd.DataFrame(columns=["epoch", "train_loss", "val_loss"])
 
 
 def main(params: Params) -> None:
@@ -18,26 +33,61 @@ def main(params: Params) -> None:
     train = networks.read_loader("train", batch_size=entry.batch_size, seed=params.seed)
     val = networks.read_loader("val", batch_size=entry.batch_size)
     torch.manual_seed(params.seed)
-    net, criterion, optimizer, options = create_network(
-        entry.network, entry.options, files.read_json(files.DESCRIPTION)
-    )
-    named = f"params.yaml: models.{params.model}: network {entry.network}"
+    made = create_network(entry.network, entry.options, files.read_json(files.DESCRIPTION))
+    net, criterion = made.net, made.criterion
+    named = f"{files.PARAMS}: models.{params.model}: network {entry.network}"
     check_fit(net, criterion, val, fault=f"{named} does not fit data {entry.data}")
+    check_plain(net.state_dict())
+    if entry.weights is not None:
+        load_weights(net, entry.weights)
+        net.eval()
+        write(made, entry.network, NO_EPOCH, validate(net, criterion, val))
+        return
+    if made.optimizer is None or entry.epochs is None:
+        raise ValueError(f"{named} has no optimizer: it is trained, since no weights are given")
     with files.resumable(params) as checkpoints:
         history = train_network(
             net,
             criterion,
-            optimizer,
+            made.optimizer,
             train,
             val,
             epochs=entry.epochs,
             decay=entry.decay,
             checkpoints=checkpoints,
         )
-        networks.write_network(net, entry.network, options)
-        files.write_table(files.PLOTS / "history.csv", history)
         last = history.filter(like="val_").to_dict("records")[-1]
-        files.write_json(files.METRICS / "training.json", last)
+        write(made, entry.network, history, last)
+
+
+def write(
+    made: networks.Context, network: str, history: pd.DataFrame, last: dict[Any, Any]
+) -> None:
+    """Write what the stage gives.
+
+    made: whose network is trained.
+    network: the module that made it.
+    history: of the epochs; may be empty.
+    last: what the network does on validation data.
+    """
+    networks.write_network(made.net, network, made.options)
+    files.write_table(files.PLOTS / "history.csv", history)
+    files.write_json(files.METRICS / "training.json", last)
+
+
+def check_fit(net: nn.Module, criterion: nn.Module, loader: Iterable[Any], *, fault: str) -> None:
+    """Run one batch through a network and its criterion.
+
+    net: the network.
+    criterion: what its outputs are judged by.
+    loader: whose first batch is taken.
+    fault: what an error says before its reason.
+    Raises: ValueError where the network or its criterion does not take the batch.
+    """
+    try:
+        outcome(net, [next(iter(loader))], criterion)
+    except Exception as error:
+        raise ValueError(f"{fault}: {plugins.reason(error)}") from error
 
 
 if __name__ == "__main__":

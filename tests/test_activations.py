@@ -66,7 +66,7 @@ def batches():
 
 
 def names_of(net, inputs):
-    return activation_names(trace(plain_copy(net), inputs))
+    return activation_names(trace(plain_copy(net), [(inputs,)]))
 
 
 def fitted(net, choices, batches):
@@ -231,7 +231,9 @@ def test_ranges_are_saved_with_the_network_and_counted(net, batches):
     rounded = QuantizedActivations(net, quantized.activations)
     assert len(rounded.state_dict()["scales"]) == len(NAMES)
     size = sum(p.numel() for p in net.parameters())
-    assert mean_bits(net, quantized) == 32 + len(NAMES) * (32 + 8) / size
+    running = net.norm.running_mean.numel() + net.norm.running_var.numel()
+    stored = 32 * (size + running) + len(NAMES) * (32 + 8)
+    assert mean_bits(net, quantized) == stored / size
 
 
 CHOICE = {"scheme": "uniform", "bits": 4}

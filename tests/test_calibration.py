@@ -15,6 +15,7 @@ from quantifind.network.calibration import (
 )
 from quantifind.network.products import visiting
 from quantifind.network.trace import trace, weight_uses
+from quantifind.tensor.matrices import Matrices
 
 SETTINGS = [
     {},
@@ -30,7 +31,7 @@ CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
 
 
 def all_moments(net, name, batches, uses=1):
-    return layer_moments(net, name, batches, uses)
+    return layer_moments(net, name, batches, [uses] * len(batches))
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS)
@@ -47,7 +48,7 @@ def test_rows_times_the_weight_are_the_convolution(layer, settings, kernel, exam
     seen = []
 
     def visit(product):
-        (chunk,) = input_rows(product, net.weight)  # (groups, positions, inputs)
+        (chunk,) = input_rows(product)  # (groups, positions, inputs)
         groups = len(chunk)
         parts = torch.einsum(
             "gpi,goi->pgo", chunk, net.weight.flatten(1).unflatten(0, (groups, -1))
@@ -73,7 +74,8 @@ def test_moments_of_a_convolution_are_those_of_torch_unfold(settings, groups):
     patches = torch.cat(
         [F.unfold(x, 3, **settings).movedim(1, -1).flatten(0, 1) for x, *_ in batches]
     ).unflatten(1, (groups, -1))
-    assert list(moments) == [(g * 6 // groups, (g + 1) * 6 // groups) for g in range(groups)]
+    rows = [(g * 6 // groups, (g + 1) * 6 // groups) for g in range(groups)]
+    assert list(moments) == [Matrices.rows(net.weight.shape, *ends) for ends in rows]
     for group, found in enumerate(moments.values()):
         x = patches[:, group]
         weight = net.weight.detach().flatten(1).unflatten(0, (groups, -1))[group]
@@ -87,6 +89,7 @@ def test_chunks_add_up(monkeypatch):
     net, batches = nn.Conv1d(2, 3, 2), [(torch.randn(7, 2, 6),)]
     (whole,) = all_moments(net, "weight", batches).values()
     monkeypatch.setattr("quantifind.network.calibration.CHUNK", 50)
+    monkeypatch.setattr("quantifind.network.meetings.CHUNK", 50)
     (parts,) = all_moments(net, "weight", batches).values()
     torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts.outputs, whole.outputs, rtol=1e-6, atol=1e-6)
@@ -126,7 +129,7 @@ def test_packed_projections_have_moments_by_their_rows():
     x = torch.randn(3, 5, 4)
     moments = all_moments(Cross(), "attention.in_proj_weight", [(x,)], uses=3)
     letters = {"query": x[:, :2], "key": x, "value": x}
-    assert list(moments) == [(0, 4), (4, 8), (8, 12)]
+    assert list(moments) == [Matrices.rows((12, 4), first, first + 4) for first in (0, 4, 8)]
     for found, seen in zip(moments.values(), letters.values(), strict=True):
         rows = seen.reshape(-1, 4).double()
         torch.testing.assert_close(found.inputs, rows.T @ rows, rtol=1e-6, atol=1e-5)
@@ -148,9 +151,9 @@ def test_second_moments_broadcast_against_their_weights():
 def test_uses_are_in_the_order_of_the_pass():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net = nn.Sequential(net[1], net[0], net[1])
-    assert list(weight_uses(trace(net, torch.randn(1, 2))).items()) == [
-        ("0.weight", 2),
-        ("1.weight", 1),
+    assert list(weight_uses(trace(net, [(torch.randn(1, 2),)])).items()) == [
+        ("0.weight", (2,)),
+        ("1.weight", (1,)),
     ]
 
 
@@ -160,25 +163,26 @@ def test_uses_are_in_the_order_of_the_pass():
         (None, "no examples"),
         ([], "no examples"),
         ([(torch.zeros(0, 3),)], "no examples"),
-        ([torch.zeros(2, 3)], r"batch is a Tensor: \(inputs, …\)"),
-        ([("text",)], r"batch is a tuple: \(inputs, …\)"),
+        (torch.zeros(2, 3), r"a tensor of shape \[2, 3\]: a list of batches"),
         ([(torch.tensor([[1.0, torch.nan]]),)], "calibration inputs: 1 are NaN or infinite"),
     ],
 )
 def test_batches_that_tell_nothing_are_refused(batches, message):
     with pytest.raises(ValueError, match=message):
-        calibration_batches(batches)
+        calibration_batches(batches, nn.Linear(3, 2))
 
 
 def test_empty_batches_among_others_are_left_out():
-    kept = calibration_batches(iter([(torch.zeros(0, 3),), (torch.zeros(2, 3), 7)]))
-    assert [len(inputs) for inputs, *_ in kept] == [2]
+    kept = calibration_batches(
+        iter([(torch.zeros(0, 3),), (torch.zeros(2, 3), 7)]), nn.Linear(3, 2)
+    )
+    assert [len(batch) for batch in kept] == [2]
 
 
 @pytest.mark.parametrize("net", [nn.Linear(3, 2), nn.Conv2d(3, 2, 3), nn.Embedding(3, 2)])
 def test_inputs_that_do_not_fit_are_named(net):
-    with pytest.raises(ValueError, match=r"calibration inputs of shape \[\d, 7\] do not fit"):
-        trace(net, torch.full((4, 7), 3))
+    with pytest.raises(ValueError, match=r"does not take a batch of \[\d, 7\]: "):
+        trace(net, [(torch.full((4, 7), 3),)])
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -200,7 +204,7 @@ def test_what_changes_in_place_is_taken_before(rounded):
     if rounded:
         with torch.no_grad():
             work.layer.weight.mul_(4).round_().div_(4)
-    (found,) = layer_moments(net, "layer.weight", [(inputs,)], 2, work=work).values()
+    (found,) = layer_moments(net, "layer.weight", [(inputs,)], [2], work=work).values()
     with torch.no_grad():
         wanted, seen, x, y = [], [], inputs, inputs
         for _ in range(2):

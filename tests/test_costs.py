@@ -176,12 +176,13 @@ def test_model_bytes_are_mean_bits(net):
     ):
         quantized = quantize(net, strategy, [(CODES,)])
         cost = model_bytes.measure(net, quantized, [])
+        assert cost["table"] == 40 * 4
         count = sum(tensor.numel() for tensor in named_tensors(net).values())
         assert sum(cost.values()) * 8 / count == pytest.approx(mean_bits(net, quantized))
     quantized = quantize(net, Strategy(mixed, activations), [(CODES,)])
     cost = model_bytes.measure(net, quantized, [])
     assert cost["table"] == 20 + 4
-    assert sum(cost.values()) * 8 / (count + 40) == pytest.approx(mean_bits(net, quantized))
+    assert sum(cost.values()) * 8 / count == pytest.approx(mean_bits(net, quantized))
 
 
 def levels(bits=None, **options):
@@ -380,7 +381,7 @@ def test_a_parametrized_weight_has_the_name_that_strategies_give_it():
 
 
 def test_inputs_that_cannot_be_counted_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"shape \[0, 5\] have no example"):
+    with pytest.raises(ValueError, match=r"\[0, 5\] has no example"):
         macs(LINEAR, torch.zeros(0, 5))
     with pytest.raises(ValueError, match=r"shape \[2, 4\] do not fit the network"):
         macs(LINEAR, torch.zeros(2, 4))

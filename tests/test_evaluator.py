@@ -170,7 +170,7 @@ for bits in (3, 6):
     for name, tensor in quantized.tensors.items():
         outcomes += measured.one_tensor(name, [tensor])
     for outcome in outcomes:
-        for values in outcome.values():
+        for values in outcome.parts[0].values():
             print(hashlib.sha256(values.numpy().tobytes()).hexdigest())
 """
 
@@ -244,9 +244,9 @@ def test_where_memory_runs_out_batches_are_halved(monkeypatch, capsys, most, err
 
 def test_another_error_is_raised_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(evaluator, "layout_and_batch", lambda *_: (layouts.CONTIGUOUS, 512))
-    monkeypatch.setattr(Picky, "most", 0)
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
     measured = Evaluator(Picky(6, 4), data, CRITERION)
+    monkeypatch.setattr(Picky, "most", 0)
     with pytest.raises(RuntimeError, match="no kernel"):
         measured.outcome()
     assert not capsys.readouterr().err
@@ -306,7 +306,7 @@ def test_what_a_pass_changes_is_put_back(examples):
     measured = Evaluator(net, data, CRITERION)
     quantized = quantize(net, uniform_strategy(net, 4))
     plain = [
-        outcome(copied, [(x.clone(), t) for x, t in measured.batches()], CRITERION)
+        outcome(copied, [batch.clone() for batch in measured.batches()], CRITERION)
         for copied in (copy.deepcopy(net), quantize_model(net, quantized))
     ]
     for _ in range(2):
@@ -334,10 +334,10 @@ def test_a_failed_replay_leaves_the_layout(monkeypatch, capsys):
 
 def test_out_of_memory_with_one_example_is_an_error(monkeypatch):
     monkeypatch.setattr(evaluator, "layout_and_batch", lambda *_: (layouts.CONTIGUOUS, 2))
-    monkeypatch.setattr(Picky, "most", 0)
-    monkeypatch.setattr(Picky, "error", torch.OutOfMemoryError("out"))
     data = [(torch.randn(EXAMPLES, 6), torch.randint(4, (EXAMPLES,)))]
     measured = Evaluator(Picky(6, 4), data, CRITERION)
+    monkeypatch.setattr(Picky, "most", 0)
+    monkeypatch.setattr(Picky, "error", torch.OutOfMemoryError("out"))
     with pytest.raises(torch.OutOfMemoryError):
         measured.outcome()
     assert measured.batch == 1

@@ -34,7 +34,7 @@ CHOICES = [
 def faster(monkeypatch):
     """So that a few dozen steps suffice."""
     monkeypatch.setattr("quantifind.learning.LEARNING_RATE", 3e-3)
-    monkeypatch.setattr("quantifind.learning.SCALE_LEARNING_RATE", 1e-2)
+    monkeypatch.setattr("quantifind.runtime.student.SCALE_LEARNING_RATE", 1e-2)
 
 
 def network():

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from quantifind.metrics import divergence, is_classification, losses, outcome, paired, weight_error
+from quantifind.metrics import (
+    Outcome,
+    divergence,
+    is_classification,
+    losses,
+    outcome,
+    paired,
+    weight_error,
+)
 from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.workflow.evaluation_workflow import (
     compare,
@@ -152,7 +160,7 @@ def test_paired_columns_of_a_classifier_are_their_definitions():
     torch.manual_seed(1)
     quantized, original = outcomes_of(nn.CrossEntropyLoss(), torch.randint(5, (40,)))
     columns = paired(quantized, original)
-    names = "loss original_loss squared_error squared_norm correct original_correct"
+    names = "loss original_loss weight squared_error squared_norm correct original_correct"
     assert list(columns) == names.split()
     columns["divergence"] = divergence(quantized, original)
     outputs, wanted = quantized["outputs"].double(), original["outputs"].double()
@@ -183,7 +191,9 @@ def test_divergence_is_the_rise_of_the_loss_if_the_originals_outputs_were_the_tr
     )
     loss_increase = torch.from_numpy(divergence(quantized, original))
     torch.testing.assert_close(loss_increase, loss - least)
-    shifted = dict(quantized, outputs=original["outputs"] + 3.0)  # softmax knows no shift
+    shifted = Outcome(
+        [original.parts[0] | {"outputs": original["outputs"] + 3.0}], "softmax"
+    )  # softmax knows no shift
     assert abs(divergence(shifted, original)).max() < 1e-6
 
 
@@ -194,7 +204,8 @@ def test_paired_columns_of_a_regression():
     outputs, wanted = quantized["outputs"].double(), original["outputs"].double()
     each = nn.functional.mse_loss(outputs, wanted, reduction="none").mean(1)
     torch.testing.assert_close(torch.from_numpy(divergence(quantized, original)), each)
-    shape = {"outputs": torch.randn(7, 2, 3), "loss": torch.ones(7).double()}
+    ones = {"loss": torch.ones(7).double(), "weight": torch.ones(7)}
+    shape = Outcome([{"outputs": torch.randn(7, 2, 3), **ones}])
     columns = paired(shape, shape)
     assert columns["squared_norm"].shape == (7,)
     norms = shape["outputs"].double().square().sum((1, 2))
@@ -209,7 +220,12 @@ def test_columns_stand_in_the_order_of_the_examples(classes):
     targets = torch.randint(5, (40,)) if classes else torch.randn(40, 5)
     quantized, original = outcomes_of(criterion, targets)
     columns, order = paired(quantized, original), torch.randperm(40)
-    moved = paired(*({n: t[order] for n, t in o.items()} for o in (quantized, original)))
+    moved = paired(
+        *(
+            Outcome([{n: t[order] for n, t in o.parts[0].items()}], o.classes)
+            for o in (quantized, original)
+        )
+    )
     assert moved.keys() == columns.keys()
     for name, column in columns.items():
         assert moved[name].tolist() == column[order].tolist()

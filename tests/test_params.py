@@ -39,6 +39,16 @@ def test_original_size_has_an_entry(root):
     assert options["vocabulary"] == 65_535
 
 
+def test_weights_take_the_place_of_epochs(values, tmp_path):
+    entry = values["models"]["conv_mnist"]
+    del entry["epochs"]
+    path = write(tmp_path / "params.yaml", values)
+    with pytest.raises(ValueError, match=r"models\.conv_mnist\.epochs: missing; or give weights"):
+        read_params(path)
+    entry["weights"] = "trained.safetensors"
+    assert read_params(write(path, values)).entry.epochs is None
+
+
 CASES = {
     "unknown model": (["model"], "dense_mnits", "model: unknown 'dense_mnits': models has conv_mn"),
     "unknown key": (["quantise"], {}, "quantise: unknown key; allowed are engine, evaluate, model"),
@@ -95,7 +105,7 @@ def test_plugins_take_their_own_modules():
     assert callable(load("models", "quantifind.models.simple_dense_model"))
     with pytest.raises(ValueError, match=r"no module 'nobodys\.model' can be imported"):
         load("models", "nobodys.model")
-    with pytest.raises(ValueError, match="quantifind/models/ has conv_mnist_model, dense"):
+    with pytest.raises(ValueError, match=r"quantifind/models/ has conv_mnist_model, dense.*\.py"):
         load("models", "conv_mnist")
     with pytest.raises(ValueError, match=r"quantifind\.utils has no function create_model_context"):
         load("models", "quantifind.utils")

@@ -1,5 +1,6 @@
 """All stages in a clone with few examples and one epoch: caching, faults, what a stage imports."""
 
+import datetime
 import json
 import os
 import re
@@ -10,12 +11,22 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis.strategies as st
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import ROOT, tracked_files
+from hypothesis import given, settings
+from safetensors.torch import load_file
 
-from stages import deps, files
+from quantifind.strategy import Strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils import plugins
+from stages import answers, deps, files, ladder, plot, prepare, select
+from stages.params import read_params
 
 FEW_DATA = '''"""Noise and digits read off it, for tests."""
 
@@ -79,11 +90,18 @@ class Project:
         )
 
     def dvc(self, *arguments: str) -> list[str]:
-        """Run dvc; the stages that it executed."""
+        """Run dvc; the stages that it executed, but for the one that looks what is selected."""
         result = self.run("dvc", *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
         lines = result.stdout.splitlines()
-        return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+        ran = [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+        return [stage for stage in ran if stage != "select"]
+
+    def changed(self) -> set[str]:
+        """The stages that dvc would execute next, likewise."""
+        assert self.run("stages.select").returncode == 0
+        status = json.loads(self.run("dvc", "status", "--json").stdout)
+        return status.keys() - {"select"}
 
     def metrics(self) -> dict:
         return json.loads((self.folder / "metrics/evaluation.json").read_text())
@@ -222,8 +240,7 @@ def test_a_new_search_trains_nothing_again(project):
         path = project.folder / file
         source = path.read_bytes() if path.exists() else None
         path.write_bytes((source or b"") + b"\n# changed\n")
-        status = json.loads(project.run("dvc", "status", "--json").stdout)
-        assert status.keys() == stages, file
+        assert project.changed() == stages, file
         path.unlink() if source is None else path.write_bytes(source)
     assert project.dvc("repro") == []
 
@@ -236,15 +253,17 @@ def test_dependencies_are_what_a_stage_imports():
     assert deps.updated(without) == text
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["select", *STAGES])
 def test_heavy_imports_are_rare(stage):
-    """torch takes seconds, so the plot stage does without it; and only that one draws."""
+    """torch takes seconds, so the plot stage does without it; and only that one draws. What runs
+    each time does without pandas too."""
     script = f"import sys, stages.{stage}; print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
     )
     modules = set(result.stdout.split())
-    assert ("torch" in modules) == (stage != "plot")
+    assert ("torch" in modules) == (stage not in ("select", "plot"))
+    assert stage != "select" or "pandas" not in modules
     assert "torchvision" not in modules
     assert ("matplotlib.pyplot" in modules) == (stage == "plot")
 
@@ -299,6 +318,225 @@ def test_a_killed_training_is_resumed(project):
         assert not folder.exists()
         results.append([path.read_bytes() for path in left])
     assert results[0] == results[1]
+
+
+OWN = {
+    "nets/my_net.py": """
+import torch
+from blocks import block
+from torch import nn
+
+
+def create_model_context():
+    return nn.Sequential(block(784, 4), nn.Linear(4, 10)), nn.CrossEntropyLoss()
+""",
+    "nets/blocks.py": """
+from torch import nn
+
+
+def block(before, after):
+    return nn.Sequential(nn.Flatten(), nn.Linear(before, after), nn.ReLU())
+""",
+    "make_weights.py": """
+import sys
+
+import torch
+
+sys.path.append("nets")
+from my_net import create_model_context
+from safetensors.torch import save_file
+
+torch.manual_seed(int(sys.argv[1]))
+save_file(create_model_context()[0].state_dict(), "trained.safetensors")
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def own(project):
+    """The project with a network, data and weights of one's own selected, all stages run."""
+    for file, text in {**OWN, "nets/my_data.py": FEW_DATA}.items():
+        (project.folder / file).parent.mkdir(exist_ok=True)
+        (project.folder / file).write_text(text)
+    assert project.run("make_weights", "0").returncode == 0
+    before = project.params()
+    entry = {"network": "nets/my_net.py", "data": "nets/my_data.py"}
+    entry["weights"] = "trained.safetensors"
+    params = {**before, "model": "own-v1.5", "models": {**before["models"], "own-v1.5": entry}}
+    params["search"] = {"limit": {"criterion_ratio": 1.2}, "widths": [2, 4, 8]}
+    project.write_params(params)
+    assert project.dvc("repro") == STAGES
+    yield project
+    project.write_params(before)
+    project.dvc("repro")
+
+
+def test_a_network_of_ones_own_with_its_weights(own):
+    """From a file, of a name with a dot; no stage trains, and each copes with that."""
+    assert own.dvc("repro") == []
+    history = pd.read_csv(own.folder / "plots/history.csv")
+    assert list(history) == ["epoch", "train_loss", "val_loss"]
+    assert history.empty
+    written = load_file(own.folder / "out/checkpoint/weights.safetensors")
+    given = load_file(own.folder / "trained.safetensors")
+    assert written.keys() == given.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in given.items())
+    training = json.loads((own.folder / "metrics/training.json").read_text())
+    assert training.keys() == {"val_loss", "val_accuracy"}
+    answer = json.loads((own.folder / "metrics/recommendation.json").read_text())
+    assert set(answer["tensors"]) == given.keys()
+    page = own.folder / "dvc_plots/index.html"
+    own.dvc("plots", "show", "-o", str(page.parent))
+    assert "criterion_ratio" in page.read_text(encoding="utf-8")
+
+
+def test_files_of_ones_own_are_dependencies(own):
+    """Of the stages that read them, and of no others; a file that they import too."""
+    files = {
+        "nets/my_net.py": {"prepare"},
+        "nets/blocks.py": {"prepare"},
+        "nets/my_data.py": {"prepare"},
+        "make_weights.py": set(),
+    }
+    for file, stages in files.items():
+        source = (own.folder / file).read_text()
+        (own.folder / file).write_text(source + "\n# changed\n")
+        assert own.changed() == stages, file
+        (own.folder / file).write_text(source)
+    assert own.changed() == set()
+    assert own.run("make_weights", "1").returncode == 0
+    assert own.changed() == {"train"}
+    assert own.run("make_weights", "0").returncode == 0
+    # data that are the same with another source train nothing again, another network does
+    (own.folder / "nets/my_data.py").write_text(FEW_DATA + "# changed\n")
+    assert own.dvc("repro", "train") == ["prepare"]
+    (own.folder / "nets/blocks.py").write_text(OWN["nets/blocks.py"] + "# changed\n")
+    assert own.dvc("repro", "train") == ["prepare", "train"]
+
+
+def test_a_stage_runs_by_itself_in_a_clone(own):
+    for path in (own.folder / "selected").glob("*.json"):
+        path.unlink()
+    assert own.dvc("repro", "--single-item", "--force", "prepare") == ["prepare"]
+
+
+BAD = {
+    "no file": ({"network": "nets/my_nte.py"}, "network: no file 'nets/my_nte.py'"),
+    "no .py": ({"network": "nets/my_net"}, "network: no file 'nets/my_net': a path ends in .py"),
+    "no data": ({"data": "my_dtaa.py"}, "data: no file 'my_dtaa.py'"),
+    "no module": ({"network": "nets.my_nte"}, "no module 'nets.my_nte' can be imported"),
+    "no weights": ({"weights": "trianed.pt"}, "weights: no file 'trianed.pt'"),
+    "other ending": ({"weights": "my_data.py"}, "weights: 'my_data.py' is not a file of weights"),
+    "limit": (
+        {"search": {"limit": {"criterion": 2}}},
+        "search: limit is {'criterion': 2.0}: a num",
+    ),
+    "engine": ({"engine": "dask"}, "engine 'dask' with scheduler None: dask needs one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_choice_is_found_before_anything_runs(case, tmp_path, monkeypatch):
+    """In the stages that come first, in one line, from the parameters alone."""
+    changed, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    for file in OWN:
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(OWN[file])
+    Path("my_data.py").write_text("raise SystemExit('imported')")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    entry = {"network": "nets/my_net.py", "data": "my_data.py", "epochs": 1, "weights": None}
+    entry |= {key: value for key, value in changed.items() if key in entry}
+    beside = {key: value for key, value in changed.items() if key not in entry}
+    params |= {"model": "own", "models": {"own": entry}} | beside
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    for main in (select.main, prepare.main):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            main(read_params())
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", ["first", "last", "all"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_drawn_as_missing(project, value, rows, monkeypatch):
+    """A depth or a candidate of which nothing could be measured: pictures and numbers cope."""
+    monkeypatch.chdir(project.folder)
+    kept = {"mean_bits", "examples", "values", *plugins.names("costs")}
+    places = {"first": slice(0, 1), "last": slice(-1, None), "all": slice(None)}
+    read = files.read_table
+
+    def harmed(path):
+        table = read(path)
+        for column in table.select_dtypes("float"):
+            if "bit" not in column and column not in kept and not column.startswith("original"):
+                table.loc[table.index[places[rows]], column] = value
+        return table
+
+    monkeypatch.setattr(files, "read_table", harmed)
+    drawn = []
+    monkeypatch.setattr(files, "write_figure", lambda path, figure: drawn.append(figure))
+    plot.main(read_params())
+    assert len(drawn) == 9
+    for figure in drawn:
+        figure.draw_without_rendering()
+    plt.close("all")
+    results = harmed(files.PLOTS / "bit_depths.csv")
+    files.write_json(Path("numbers.json"), answers.summarize(results, [1.05]))
+    written = json.loads(Path("numbers.json").read_text(), parse_constant=pytest.fail)
+    complexity = results["signal_to_complexity"]
+    lowest = complexity.min() if np.isfinite(complexity).any() else None
+    assert written["lowest_scr"]["value"] == (lowest and pytest.approx(lowest))
+
+
+NUMBERS = st.floats() | st.integers() | st.booleans() | st.none() | st.text()
+NUMPY = (
+    st.floats().map(np.float64)
+    | st.floats(width=32).map(np.float32)
+    | st.integers(0, 9).map(np.int64)
+)
+
+
+@given(
+    st.recursive(
+        NUMBERS | NUMPY,
+        lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+        max_leaves=10,
+    )
+)
+@settings(max_examples=30)
+def test_what_json_does_not_have_is_null(tmp_path_factory, values):
+    def wanted(value):
+        if isinstance(value, dict):
+            return {key: wanted(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [wanted(part) for part in value]
+        if isinstance(value, float | np.floating) and not np.isfinite(value):
+            return None
+        return value
+
+    path = tmp_path_factory.mktemp("json") / "values.json"
+    files.write_json(path, values)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == wanted(values)
+    assert files.read_json(path) == wanted(values)
+
+
+def test_what_is_no_plain_value_is_no_json(tmp_path):
+    with pytest.raises(ValueError, match=r"values\.json: Object of type date is not JSON"):
+        files.write_json(tmp_path / "values.json", {"when": datetime.date(2020, 1, 1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_none_come_back_as_missing(tmp_path, monkeypatch):
+    """In the facts of a ladder, which JSON has as null, and the evaluate stage as a table."""
+    monkeypatch.chdir(tmp_path)
+    empty = {"strategy": Strategy(), "quantized": Quantized({}, {})}
+    facts = [{"ratio": 1.5, "high": np.inf, "none": np.nan}, {"ratio": np.nan, "high": 2.0}]
+    ladder.write_ladder(pd.DataFrame([{**empty, **row} for row in facts]))
+    *_, read = ladder.read_ladder()
+    assert read.dtypes.astype(str).tolist() == ["float64"] * 3
+    assert read["ratio"].tolist()[0] == 1.5
+    assert read["high"].tolist()[1] == 2.0
+    assert read.isna().to_numpy().tolist() == [[False, True, True], [True, False, True]]
 
 
 def fails(project, stage: str, message: str) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from quantifind.network.products import Product, visiting
+from quantifind.tensor.matrices import Matrices
 
 
 def look(model, *inputs, visit=lambda product: product.compute(*product.operands), **options):
@@ -59,12 +60,12 @@ def test_attention(batch_first, need_weights, cross, options):
     }[cross]
     seen = check_the_same(net, *inputs, need_weights=need_weights)
     rows = {
-        "self": [None],
+        "self": [(0, 24)],
         "key is value": [(0, 8), (8, 24)],
         "all differ": [(0, 8), (8, 16), (16, 24)],
     }
-    packed = [p.rows and (p.rows.start, p.rows.stop) for p in seen if p.weight == "in_proj_weight"]
-    assert packed == rows[cross]
+    packed = [p.matrices for p in seen if p.weight == "in_proj_weight"]
+    assert packed == [Matrices.rows((24, 8), first, last) for first, last in rows[cross]]
     assert [p.kind for p in seen[len(packed) :]] == ["matrix_product", "matrix_product", "linear"]
 
 
@@ -218,7 +219,8 @@ def test_parameters_that_are_parts_of_one_memory_keep_their_names():
     net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     net[0].weight, net[1].weight = nn.Parameter(memory[0]), nn.Parameter(memory[1])
     seen = check_the_same(net, torch.randn(2, 3))
-    assert [(p.weight, p.rows) for p in seen] == [("0.weight", None), ("1.weight", None)]
+    whole = Matrices.rows((3, 3))
+    assert [(p.weight, p.matrices) for p in seen] == [("0.weight", whole), ("1.weight", whole)]
 
 
 def test_a_module_used_twice_numbers_its_products():

@@ -409,7 +409,6 @@ REFUSED = {
     "weight in place": (edited_weight, "mul_.* works in place"),
     "numpy": (by_numpy, "origin is not seen"),
     "constant": (lambda net, x: x * 2, "outputs do not follow"),
-    "several outputs": (lambda net, x: (net.first(x), net.second(x)), "outputs do not follow"),
 }  # fmt: skip
 
 

@@ -254,7 +254,8 @@ def table():
 
 def test_proxies_are_those_of_the_training_data(table):
     net, measurements = network(), measurements_of(network())
-    x, y = (torch.cat(part)[:256] for part in zip(*measurements.calibration, strict=True))
+    pairs = zip(*(batch.data for batch in measurements.calibration), strict=True)
+    x, y = (torch.cat(part)[:256] for part in pairs)
     batches = [(x[:128], y[:128]), (x[128:], y[128:])]
     traces = hessian_traces(net, CRITERION, batches, draws=sensitivity.DRAWS, seed=0)
     information, values = fisher(net, CRITERION, batches), named_tensors(net)

@@ -126,6 +126,9 @@ def _measured(
     """The value of a measure, and its interval at a level of confidence."""
     if measure == "accuracy_drop":
         right, was_right = columns["correct"], columns["original_correct"]
+        if "weight" in columns:  # less what is ignored: test_ignored_labels_are_not_judged
+            judged = columns["weight"] > 0
+            right, was_right = right[judged], was_right[judged]
         value = float(was_right.mean() - right.mean())
         return value, lambda level: accuracy_drop_interval(right, was_right, confidence=level)
     if measure == "relative_error":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from quantifind.network.folding import prepared_tensors
 from quantifind.network.modules import named_tensors
 from quantifind.network.trace import ProductFacts
 from quantifind.tensor.quantized import Quantized
@@ -29,7 +30,7 @@ def measure(
     >>> measure(net, Quantized({}), macs(net, torch.zeros(5, 3)))
     {'weight': 6144.0, 'bias': 0.0}
     """
-    cost = dict.fromkeys(named_tensors(model), 0.0)
+    cost = dict.fromkeys(named_tensors(prepared_tensors(model, quantized.folded)), 0.0)
     for product in products:
         left, right = product.bits(quantized)
         cost[product.name] = cost.get(product.name, 0.0) + product.macs * left * right

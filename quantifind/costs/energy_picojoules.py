@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from quantifind.network.modules import named_tensors
+from quantifind.network.folding import prepared_tensors
+from quantifind.network.modules import stored_bytes
 from quantifind.network.trace import ProductFacts
 from quantifind.tensor.quantized import Quantized
 
@@ -18,7 +19,8 @@ READ_DRAM_BIT = 640 / 32
 def measure(
     model: nn.Module, quantized: Quantized, products: Sequence[ProductFacts]
 ) -> dict[str, float]:
-    """Picojoules of each parameter: its MACs, and reading its stored bits once from DRAM.
+    """Picojoules of each parameter and each buffer that inference needs: its MACs, and reading its
+    stored bits once from DRAM.
 
     Where both operands are on levels, a multiply-add multiplies integers of the widths of their
     codes and adds to an integer of 32 bits; a grid that is no integer's, such as a minifloat or
@@ -27,13 +29,10 @@ def measure(
     whatever the width. Reading activations, and caches, are left out.
 
     products: as `quantifind.network.trace.macs` returns them.
-    Returns: by name of a parameter, a quantized buffer, a buffer that is a weight, or the left
-        operand of a product of two activations.
+    Returns: by name of a parameter, a buffer, or the left operand of a product of two activations.
     """
-    stored = {
-        name: 8 * value.numel() * value.element_size()
-        for name, value in named_tensors(model).items()
-    }
+    sizes = stored_bytes(prepared_tensors(model, quantized.folded))
+    stored = {name: 8 * size for name, size in sizes.items()}
     stored |= {name: tensor.stored_bits for name, tensor in quantized.tensors.items()}
     cost = {name: READ_DRAM_BIT * bits for name, bits in stored.items()}
     for product in products:

@@ -15,6 +15,7 @@ from quantifind.certification.goal import Goal
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.mixed_precision.sensitivity import Sensitivity
+from quantifind.network.folding import Pairs, parameter_count
 from quantifind.network.modules import named_tensors
 from quantifind.network.trace import ProductFacts, activation_names, macs
 from quantifind.strategy import Strategy
@@ -55,6 +56,7 @@ class Allocation:
     space: the choices.
     values: the network's tensors by name.
     products: of a pass, for the costs.
+    folded: pairs of names, of the norms that are folded in ``model``.
     quantized, loss_increases: by `choice_key`, of each choice alone.
     groups: one knapsack class per weight (with the activation it multiplies) or pair of
         activations: its Pareto-optimal options, costliest first.
@@ -65,6 +67,7 @@ class Allocation:
     goal: Goal
     space: SearchSpace
     values: dict[str, Tensor]
+    folded: Pairs
     products: list[ProductFacts]
     quantized: dict[str, QuantizedTensor | QParams]
     loss_increases: dict[str, float]
@@ -86,7 +89,8 @@ class Allocation:
             "goal": goal,
             "space": space,
             "values": named_tensors(model),
-            "products": macs(model, measurements.calibration[0][0]),
+            "folded": measurements.folded,
+            "products": macs(model, measurements.calibration[0]),
             "quantized": sensitivity.quantized,
             "loss_increases": sensitivity.loss_increases,
         }
@@ -149,7 +153,7 @@ class Allocation:
             }
             for kind, named in (("tensors", tensors), ("activations", activations))
         )
-        return Quantized(own, met)  # type: ignore[arg-type]
+        return Quantized(own, met, self.folded)  # type: ignore[arg-type]
 
     def cost(self, quantized: Quantized, names: set[str] | None = None) -> float:
         """In the goal's unit, of the tensors and activations named, or of all."""
@@ -157,8 +161,7 @@ class Allocation:
         measure = plugins.load("costs", "model_bytes" if in_bits else self.goal.cost, "measure")
         costs = measure(self.model, quantized, self.products)
         total = float(sum(v for name, v in costs.items() if names is None or name in names))
-        count = sum(tensor.numel() for tensor in self.values.values())
-        return 8 * total / count if in_bits else total
+        return 8 * total / parameter_count(self.model) if in_bits else total
 
     def costs(self, quantized: Quantized) -> dict[str, float]:
         """By each module of `quantifind.costs`."""
@@ -192,7 +195,7 @@ class Allocation:
         for group, index in zip(groups or self.groups, assignment, strict=True):
             tensors |= group[index].tensors
             activations |= group[index].activations
-        return Strategy(tensors, activations if any(activations.values()) else {})
+        return Strategy(tensors, activations if any(activations.values()) else {}, self.folded)
 
     def uniform_strategies(self) -> Iterator[Strategy]:
         """The same choice for every weight, where all have it, and others at as many bits or the
@@ -206,7 +209,7 @@ class Allocation:
                 for name, choices in own.items():
                     nearest = min(choices, key=lambda c: abs(c.width - bits))
                     tensors[name] = choice if name in weights else nearest
-                yield Strategy(tensors)
+                yield Strategy(tensors, folded=self.folded)
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:

@@ -128,11 +128,12 @@ class Candidates:
         strategy, quantized, allocation = trial.strategy, trial.quantized, self.allocation
         increase = allocation.loss_increase(strategy.tensors, strategy.activations)
         costs = model_bytes.measure(allocation.model, quantized, [])
+        loss = self.measurements.original["loss"].mean().item()
         row = {
             **vars(trial),
             "mean_bits": mean_bits(allocation.model, quantized),
             "model_bytes": sum(costs.values()),
-            "predicted_ratio": 1 + increase / self.measurements.original["loss"].mean().item(),
+            "predicted_ratio": 1 + increase / (loss if loss > 0 else math.nan),
             "examples": len(columns["loss"]),
             **degradation(columns, confidence=self.confidence),
         }

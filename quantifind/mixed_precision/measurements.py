@@ -1,6 +1,7 @@
 """Paired per-example losses of quantized candidates and the float network, cached so that nothing
 is measured twice."""
 
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -12,20 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
-from quantifind.metrics import Criterion, divergence, outcome, paired
+from quantifind.metrics import Outcome, divergence, outcome, paired
 from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
-from quantifind.network.modules import plain_copy, run
+from quantifind.network.folding import Pairs, foldable, prepared
+from quantifind.network.modules import PASS_FAILS, plain, plain_copy, run
 from quantifind.network.trace import ProductFacts, trace
-from quantifind.runtime.evaluator import Batches, Evaluator
+from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.storage.store import Store, fingerprint
 from quantifind.tensor.quantized import Quantized
-from quantifind.utils.devices import device_of, evaluating
+from quantifind.utils.batches import Batch, Forward, rows_of, tensors_of
+from quantifind.utils.criteria import Criterion
+from quantifind.utils.devices import evaluating
 from quantifind.utils.loaders import sample
+from quantifind.utils.naming import naming
 
 # examples of training data, and of validation data whose outputs name the folder
 CALIBRATION, KEYED = 4_096, 64
@@ -40,8 +44,10 @@ class Measurements:
     """The losses of a network's quantized versions on validation data, in a seeded order of the
     examples; and the training data that calibrate them.
 
-    model, train_loader, criterion, seed, workers: as `start` was given them.
-    calibration: batches (inputs, …) of training data.
+    train_loader, criterion, forward, seed, workers: as `start` was given them.
+    model: a plain copy of the network, with norms folded.
+    folded: pairs of names, of the norms.
+    calibration: batches of training data.
     evaluator: of the validation examples.
     original: the float network's outcome on them.
     pace: seconds that an example takes.
@@ -49,11 +55,13 @@ class Measurements:
     """
 
     model: nn.Module
-    train_loader: DataLoader
-    criterion: Criterion
+    folded: Pairs
+    train_loader: Iterable[Any]
+    criterion: Criterion | None
+    forward: Forward | None
     calibration: CalibrationBatches
     evaluator: Evaluator
-    original: dict[str, Tensor]
+    original: Outcome
     pace: float
     store: Store
     seed: int
@@ -63,45 +71,53 @@ class Measurements:
     def start(
         cls,
         model: nn.Module,
-        train_loader: DataLoader,
+        train_loader: Iterable[Any],
         val_loader: Iterable[Any],
-        criterion: Criterion,
+        criterion: Criterion | None,
         *,
+        forward: Forward | None = None,
         folder: Path | str | None = None,
         seed: int = 0,
         workers: Workers | None = None,
     ) -> "Measurements":
         """Measure the float network.
 
+        forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
         folder: keeps what is measured of this network on these data, in a folder of its own there;
             data that are drawn or augmented at random are other data each time.
         seed: of the order of the examples, and of which training data calibrate.
         workers: who measures, by default this process.
         Raises: ValueError for a split without examples, labels that the network has no outputs for,
-            a criterion that gives no loss per example, and a float loss that is 0 or not finite.
+            a batch that the network or the criterion does not take, and outputs or a loss that are
+            not finite.
         """
-        inputs, targets = _whole(val_loader)
-        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
-        inputs, targets = inputs[order], targets[order]
-        calibration = calibration_batches(sample(train_loader, CALIBRATION, seed=seed))
-        with evaluating(model):
-            run(model, inputs[:2])
-            _check_labels(model, inputs[:2].clone(), targets)
-        evaluator = Evaluator(model, [(inputs, targets)], criterion)
+        model = plain(model)
+        calibration = calibration_batches(
+            sample(train_loader, CALIBRATION, seed=seed), model, forward
+        )
+        folded = foldable(model, lambda net: run(net, calibration[0]))
+        model = prepared(model, folded)
+        with naming("validation data"):
+            evaluator = Evaluator(model, val_loader, criterion, forward=forward, seed=seed)
+        with evaluating(model), naming("training data"):
+            run(plain_copy(model), calibration[0])
         started = time.perf_counter()
         original = _float_outcome(evaluator)
         pace = (time.perf_counter() - started) / evaluator.examples
         # outputs and losses tell of a network's code and a criterion's options what their names
         # don't: test_other_options_have_a_folder_of_their_own
-        some = inputs[:KEYED].clone(), targets[:KEYED]
-        made = outcome(plain_copy(model), [some], criterion).values()
-        data = [tensor for batch in calibration for tensor in batch]
-        key = fingerprint(model, str(model), seed, inputs, targets, *made, *data)
+        given = evaluator.given_batches()
+        some = given[0] if rows_of(given[0].data) is None else given[0][:KEYED]
+        made = outcome(plain_copy(model), [some], criterion).parts[0].values()
+        data = [t for batch in (*given, *calibration) for t in tensors_of(batch.data)]
+        key = fingerprint(model, str(model), seed, *made, *data)
         store = Store(None if folder is None else Path(folder) / key[:16])
         return cls(
             model=model,
+            folded=folded,
             train_loader=train_loader,
             criterion=criterion,
+            forward=forward,
             calibration=calibration,
             evaluator=evaluator,
             original=original,
@@ -113,15 +129,15 @@ class Measurements:
 
     @cached_property
     def facts(self) -> list[ProductFacts]:
-        """The products of a pass of the first calibration batch."""
-        return trace(plain_copy(self.model), self.calibration[0][0])
+        """The products of a pass of each calibration batch."""
+        return trace(plain_copy(self.model), self.calibration)
 
     @property
     def examples(self) -> int:
         return self.evaluator.examples
 
-    def batches(self) -> Batches:
-        """All examples in batches (inputs, targets)."""
+    def batches(self) -> list[Batch]:
+        """All examples in batches."""
         return list(self.evaluator.batches())
 
     def columns(self, key: str, quantized: Quantized, examples: int | None = None) -> Columns:
@@ -138,7 +154,7 @@ class Measurements:
         examples: int | None = None,
     ) -> dict[str, Columns]:
         """The `columns` of several candidates by their keys, measured by the workers."""
-        wanted = self.examples if examples is None else min(examples, self.examples)
+        wanted = self.evaluator.aligned(self.examples if examples is None else examples)
         kept = {key: self._kept(key) for key in candidates}
         # those in which the same tensor alone has changed are measured together
         groups: dict[Any, list[str]] = defaultdict(list)
@@ -168,8 +184,10 @@ class Measurements:
         batches, so that the results are those of one span (test_spans_are_of_whole_batches)."""
         took = (last - first) * self.pace * together
         shares = max(1, min(shares, int(took / BRIEF)))
-        step = self.evaluator.batch * math.ceil((last - first) / (self.evaluator.batch * shares))
-        return [(start, min(start + step, last)) for start in range(first, last, step)]
+        batch = self.evaluator.batch or 1
+        step = batch * math.ceil((last - first) / (batch * shares))
+        ends = [self.evaluator.aligned(end) for end in range(first + step, last, step)]
+        return list(itertools.pairwise(dict.fromkeys([first, *ends, last])))
 
     def _kept(self, key: str) -> Columns:
         entry = self.store.get(key)
@@ -177,25 +195,25 @@ class Measurements:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs: neither what was measured nor the training data."""
-        left = {"train_loader": None, "store": Store(), "workers": Workers()}
+        left = {"train_loader": (), "store": Store(), "workers": Workers()}
         return {name: v for name, v in self.__dict__.items() if name != "facts"} | left
 
 
-def _float_outcome(evaluator: Evaluator) -> dict[str, Tensor]:
+def _float_outcome(evaluator: Evaluator) -> Outcome:
+    """Raises: ValueError for outputs or losses that are not finite."""
     try:
         original = evaluator.outcome()
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except PASS_FAILS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         reason = str(error).partition("\n")[0]
+        raise ValueError(f"the float network on validation data: {reason}") from error
+    if bad := sum(int(part["outputs"].isnan().sum()) for part in original.parts):
+        raise ValueError(f"the float network on validation data: {bad} of its outputs are NaN")
+    if evaluator.criterion is not None and not math.isfinite(original.criterion):
         raise ValueError(
-            f"the criterion {evaluator.criterion} gives no loss per example ({reason}): pass one "
-            "that takes (outputs, targets) of one example and returns a number, or that has "
-            "reduction='mean' or 'sum' as torch's own have"
-        ) from error
-    loss = original["loss"].mean().item()
-    if not math.isfinite(loss) or loss <= 0:
-        raise ValueError(
-            f"the float network's loss on validation data is {loss}: "
-            "a ratio to it needs one that is finite and above 0"
+            f"the float network's loss on validation data is {original.criterion}: "
+            "a finite one is needed"
         )
     return original
 
@@ -217,31 +235,5 @@ def _measure(
     else:
         parts = [quantized.tensors[name] for quantized in candidates]
         measured = measurements.evaluator.one_tensor(name, parts, first, last)
-    original = {kind: part[first:last] for kind, part in measurements.original.items()}
+    original = measurements.original.span(first, last)
     return [paired(one, original) | {"divergence": divergence(one, original)} for one in measured]
-
-
-def _whole(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    batches = list(loader)
-    if not batches:
-        raise ValueError("the validation loader has no examples")
-    lengths = {batch[0].shape[1:] for batch in batches}
-    if len(lengths) > 1:
-        raise ValueError(
-            f"validation inputs have shapes {sorted(map(list, lengths))}: all alike are needed"
-        )
-    return torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
-
-
-def _check_labels(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-    if targets.is_floating_point():
-        return
-    outputs = model(inputs.to(device_of(model)))
-    # (examples, classes), or with further axes, of positions
-    classes = outputs.shape[1] if outputs.dim() == targets.dim() + 1 else 0
-    wrong = targets[(targets < 0) | (targets >= classes)]
-    if classes and len(wrong):
-        raise ValueError(
-            f"{len(wrong)} validation labels are out of range, such as {wrong[0].item()}: "
-            f"the network has outputs for 0 to {classes - 1}"
-        )

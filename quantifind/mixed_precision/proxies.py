@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantifind.metrics import Criterion, losses
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.modules import plain_copy
 from quantifind.network.products import Product, visiting
-from quantifind.utils.devices import device_of
+from quantifind.utils.batches import Batch, Forward, rows_of
+from quantifind.utils.criteria import Criterion, losses, name_of
 
 
 def hessian_traces(
@@ -28,39 +28,68 @@ def hessian_traces(
     criterion: Criterion,
     batches: Iterable[Any],
     *,
+    forward: Forward | None = None,
     draws: int = 16,
     seed: int = 0,
 ) -> dict[str, float]:
     """By parameter, trace(H)/elements, where H is its block of the mean loss's Hessian: the mean of
     vᵀHv over random signs v (Hutchinson), drawn anew for each batch.
 
-    batches: (inputs, targets). draws: signs per tensor and batch; the time grows with draws ×
-    tensors, the standard error falls with the root of draws. A trace may be negative.
+    batches, forward: as `quantifind.utils.batches.batches_of` takes them.
+    draws: signs per tensor and batch; the time grows with draws × tensors, the standard error falls
+        with the root of draws. A trace may be negative.
+    Returns: NaN where the loss has no second derivative, or none that torch sees
+        (test_what_has_no_second_derivative_is_missing).
     Raises: ValueError for batches without examples or targets, and a loss that is not finite.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: 1 or more is needed")
-    kept = _labelled(batches)
-    count = sum(len(inputs) for inputs, _ in kept)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    kept = calibration_batches(batches, model, forward)
+    generator, count = torch.Generator("cpu").manual_seed(seed), 0
     with _differentiable(model) as (work, parameters):
-        traces = dict.fromkeys(parameters, 0.0)
-        for inputs, targets in kept:
-            loss = _losses(work, criterion, inputs, targets).sum() / count
-            gradients = torch.autograd.grad(
-                loss, list(parameters.values()), create_graph=True, materialize_grads=True
-            )
+        sums = dict.fromkeys(parameters, 0.0)
+        for batch in kept:
+            loss = _losses(work, criterion, batch)
+            count += len(loss)
+            gradients = _gradients(loss.sum(), parameters)
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
                 # one tensor at a time: signs of all at once would save passes, but the products
                 # between tensors, zero only in the mean, would drown the small traces
-                for _ in range(draws if gradient.requires_grad else 0):
+                for _ in range(draws):
+                    if gradient is None:
+                        break
                     bits = torch.randint(2, parameter.shape, generator=generator, device="cpu")
                     signs = 2 * bits.to(parameter) - 1
-                    (product,) = torch.autograd.grad(
-                        gradient, parameter, signs, retain_graph=True, materialize_grads=True
-                    )
-                    traces[name] += (signs * product).sum(dtype=torch.float64).item() / draws
-        return {name: trace / max(parameters[name].numel(), 1) for name, trace in traces.items()}
+                    product = _second_derivative(gradient, parameter, signs)
+                    sums[name] += (signs * product).sum(dtype=torch.float64).item() / draws
+        return {n: total / count / max(parameters[n].numel(), 1) for n, total in sums.items()}
+
+
+def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> Sequence[Tensor | None]:
+    """With a graph of their own where torch can; None of what the loss does not depend on."""
+    own = list(parameters.values())
+    try:
+        found = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
+    except RuntimeError:  # torch's own, such as of CTC: test_what_has_no_second_derivative…
+        return torch.autograd.grad(loss, own, allow_unused=True)
+    return [gradient if gradient is None else _dense(gradient) for gradient in found]
+
+
+def _second_derivative(gradient: Tensor, parameter: Tensor, signs: Tensor) -> Tensor:
+    missing = torch.full_like(parameter, torch.nan)
+    if not gradient.requires_grad:
+        return missing
+    try:
+        (product,) = torch.autograd.grad(
+            gradient, parameter, signs, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError:
+        return missing
+    return missing if product is None else _dense(product)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def hessian_increase(mean_trace: float, values: Tensor, quantized: Tensor) -> float:
@@ -79,6 +108,7 @@ def fisher(
     criterion: Criterion,
     batches: Iterable[Any],
     *,
+    forward: Forward | None = None,
     examples: int = 256,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -86,18 +116,18 @@ def fisher(
     square of the gradient of an example's own loss.
 
     One example at a time, which any network can be given, so that memory is that of one pass.
-    batches: (inputs, targets). examples: how many at most, drawn from all of them without
-    replacement.
-    Returns: the parameter's shape, float32 or, of a float64 parameter, float64.
+    batches, forward: as `quantifind.utils.batches.batches_of` takes them.
+    examples: how many at most, drawn from all of them without replacement.
+    Returns: the parameter's shape, float32 or, of a float64 parameter, float64; nothing where the
+        examples of a batch can't be told apart.
     Raises: as for `hessian_traces`.
     """
     if examples < 1:
         raise ValueError(f"examples is {examples}: 1 or more is needed")
-    single = [
-        (inputs[i : i + 1], targets[i : i + 1])
-        for inputs, targets in _labelled(batches)
-        for i in range(len(inputs))
-    ]
+    kept = calibration_batches(batches, model, forward)
+    if any(rows_of(batch.data) is None for batch in kept):
+        return {}
+    single = [batch[i : i + 1] for batch in kept for i in range(len(batch))]
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.randperm(len(single), generator=generator, device="cpu")[:examples].tolist()
     with _differentiable(model) as (work, parameters):
@@ -106,10 +136,10 @@ def fisher(
             for name, p in parameters.items()
         }
         for i in drawn:
-            loss = _losses(work, criterion, *single[i]).sum()
+            loss = _losses(work, criterion, single[i]).sum()
             gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-            for mean, gradient in zip(means.values(), gradients, strict=True):
-                gradient = gradient.to(mean.dtype)
+            for mean, found in zip(means.values(), gradients, strict=True):
+                gradient = _dense(found).to(mean.dtype)
                 mean.addcmul_(gradient, gradient, value=1 / len(drawn))
     return {name: mean.detach() for name, mean in means.items()}
 
@@ -132,6 +162,8 @@ def output_fisher_increases(
     criterion: Criterion,
     batches: Iterable[Any],
     candidates: Mapping[str, Sequence[Tensor]],
+    *,
+    forward: Forward | None = None,
 ) -> dict[str, list[float]]:
     """By tensor, for each of its candidate values, ½ · Σ g²·(y − y_q)² in the mean over examples.
 
@@ -140,18 +172,19 @@ def output_fisher_increases(
     the tensor's place on the same inputs. Where a pass uses a tensor several times, the sum.
 
     One pass forward and backward per batch; each candidate then costs its own product alone.
-    batches: (inputs, targets). candidates: by name of a parameter, tensors of its shape.
+    batches, forward: as `quantifind.utils.batches.batches_of` takes them.
+    candidates: by name of a parameter, tensors of its shape.
     Returns: as many figures as candidates; tensors that are in no product, those of a norm, are
     left out.
     Raises: as for `hessian_traces`, and for a tensor that is not there or of another shape.
     """
-    kept = _labelled(batches)
-    count = sum(len(inputs) for inputs, _ in kept)
+    kept, count = calibration_batches(batches, model, forward), 0
     loss_increases: dict[str, list[float]] = {}
     with _differentiable(model) as (work, parameters):
         _check_candidates(parameters, candidates)
-        for inputs, targets in kept:
-            uses = _product_uses(work, criterion, inputs, targets)
+        for batch in kept:
+            uses, examples = _product_uses(work, criterion, batch)
+            count += examples
             for name in candidates.keys() & uses.keys():
                 found = loss_increases.setdefault(name, [0.0] * len(candidates[name]))
                 for i, candidate in enumerate(candidates[name]):
@@ -159,8 +192,8 @@ def output_fisher_increases(
                         for product, output, gradient in uses[name]:
                             change = product.compute(*product.operands) - output
                             power = (gradient * change).square().sum(dtype=torch.float64)
-                            found[i] += 0.5 * power.item() / count
-    return {name: loss_increases[name] for name in candidates if name in loss_increases}
+                            found[i] += 0.5 * power.item()
+    return {n: [f / count for f in loss_increases[n]] for n in candidates if n in loss_increases}
 
 
 @contextmanager
@@ -184,17 +217,12 @@ def _differentiable(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Ten
         yield work, parameters
 
 
-def _labelled(batches: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
-    kept = calibration_batches(batches)
-    if bad := [len(batch) for batch in kept if len(batch) != 2]:
-        raise ValueError(f"a batch has {bad[0]} parts: (inputs, targets) is needed")
-    return [(inputs, targets) for inputs, targets in kept]
-
-
-def _losses(work: nn.Module, criterion: Criterion, inputs: Tensor, targets: Tensor) -> Tensor:
+def _losses(work: nn.Module, criterion: Criterion, batch: Batch) -> Tensor:
     """(examples,)"""
-    device = device_of(work)
-    loss = losses(criterion, work(inputs.to(device)), targets.to(device))
+    outputs, *targets = batch.run(work)
+    if not targets:
+        raise ValueError(f"{batch} has no targets for {name_of(criterion)}")
+    loss = losses(criterion, outputs, *targets)
     if bad := int((~loss.isfinite()).sum()):
         raise ValueError(f"{criterion!r}: {bad} of {len(loss)} losses are NaN or infinite")
     return loss
@@ -212,9 +240,10 @@ def _check_candidates(
 
 
 def _product_uses(
-    work: nn.Module, criterion: Criterion, inputs: Tensor, targets: Tensor
-) -> dict[str, list[tuple[Product, Tensor, Tensor]]]:
-    """By weight and by bias, the products of a pass, their outputs, and the gradients there."""
+    work: nn.Module, criterion: Criterion, batch: Batch
+) -> tuple[dict[str, list[tuple[Product, Tensor, Tensor]]], int]:
+    """By weight and by bias, the products of a pass, their outputs, and the gradients there; and
+    how many examples the batch has."""
     seen: list[tuple[Product, Tensor]] = []
 
     def visit(product: Product) -> Tensor:
@@ -225,16 +254,16 @@ def _product_uses(
         return output.clone()  # what follows may work in place: test_an_activation_in_place
 
     with visiting(work, visit):
-        loss = _losses(work, criterion, inputs, targets).sum()
+        loss = _losses(work, criterion, batch)
     outputs = [output for _, output in seen]
     gradients: Sequence[Tensor] = []
     if outputs:
-        gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
+        gradients = torch.autograd.grad(loss.sum(), outputs, materialize_grads=True)
     uses: defaultdict[str, list[tuple[Product, Tensor, Tensor]]] = defaultdict(list)
     for (product, output), gradient in zip(seen, gradients, strict=True):
         for name in {product.weight, product.bias_name} - {None}:
             uses[str(name)].append((product, output.detach(), gradient))
-    return uses
+    return uses, len(loss)
 
 
 @contextmanager

@@ -141,6 +141,7 @@ def _learn(candidates: Candidates, strategy: Strategy, epochs: float) -> Row:
     start = Strategy(
         {name: None if c is None else _to_begin_with(c) for name, c in strategy.tensors.items()},
         strategy.activations,
+        strategy.folded,
     )
     quantized = _learned(measurements, start, epochs)
     learned = Strategy(
@@ -149,6 +150,7 @@ def _learn(candidates: Candidates, strategy: Strategy, epochs: float) -> Row:
             for name, c in start.tensors.items()
         },
         start.activations,
+        start.folded,
     )
     trial = candidates.trial(f"learned {epochs:g} epochs", learned, quantized)
     (row,) = candidates.measure([trial])
@@ -169,7 +171,8 @@ def _learned(measurements: Measurements, start: Strategy, epochs: float) -> Quan
     temperature = fit_temperature(measurements.model, measurements.batches())
     label_weight = LABEL_WEIGHT if isinstance(measurements.criterion, LABELLED) else 0.0
     loader, store = measurements.train_loader, measurements.store
-    whole = loader.dataset.tensors if isinstance(loader.dataset, TensorDataset) else ()
+    dataset = getattr(loader, "dataset", None)
+    whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
     options = [epochs, temperature, label_weight, LEARNING_RATE]
     key = f"learned codes {fingerprint(*options, *whole)} {choices_key(start)}"
     resume = None if store.folder is None else store.folder / f"learning-{fingerprint(key)[:16]}"
@@ -183,6 +186,7 @@ def _learned(measurements: Measurements, start: Strategy, epochs: float) -> Quan
                 loader,
                 epochs=epochs,
                 calibration=measurements.calibration,
+                forward=measurements.forward,
                 temperature=temperature,
                 label_weight=label_weight,
                 learning_rate=LEARNING_RATE,

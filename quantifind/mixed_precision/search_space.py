@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from quantifind.network.modules import named_tensors
-from quantifind.network.trace import ProductFacts, activation_names, gptq_weights
+from quantifind.network.trace import ProductFacts, activation_names, gptq_weights, output_axes
 from quantifind.tensor.choice import ActivationChoice, Choice
+from quantifind.tensor.parts import quantizable
 from quantifind.utils.naming import naming
 
 # bits tried, and those of a search to which the first are too few
@@ -70,7 +71,7 @@ def default_search_space(
     widths: Iterable[int] = WIDTHS,
     activation_bits: Iterable[int] = (),
 ) -> SearchSpace:
-    """Uniform grids: weights with a scale per channel, other tensors with one scale.
+    """Uniform grids: weights with a scale per output channel, other tensors with one scale.
 
     Weights are rounded to nearest at each width, and by GPTQ at the low ones, ternary among them.
 
@@ -84,16 +85,18 @@ def default_search_space(
     if 2 in widths:
         gptq.append(Choice.of({**GPTQ.plain(), "levels": 3}))
     single = [_at(PER_TENSOR, bits) for bits in widths]
+    axes = output_axes(facts)
 
     def choices(name: str, tensor: Tensor) -> list[Choice]:
         if tensor.dim() < 2:
             return single
-        return nearest + gptq if name in able else nearest
+        found, axis = nearest + gptq if name in able else nearest, axes.get(name, 0)
+        return found if axis == 0 else [replace(choice, axis=axis) for choice in found]
 
     tensors = {
         name: choices(name, tensor)
         for name, tensor in named_tensors(model).items()
-        if tensor.is_floating_point() and tensor.numel()
+        if quantizable(tensor) and tensor.numel()
     }
     bits = list(activation_bits)
     names = activation_names(facts) if bits else []

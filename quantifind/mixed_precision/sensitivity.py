@@ -1,5 +1,6 @@
 """What each tensor, and each activation, costs a network when it alone is quantized."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from quantifind.storage import artifact
 from quantifind.tensor.choice import ActivationChoice, Choice
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.utils.batches import joined, regrouped
 from quantifind.utils.console import progress
 
 # validation examples on which single tensors are measured first; then twice as many, until the
@@ -37,7 +38,7 @@ EXAMPLES, PRECISION = 250, 0.25
 # examples that say that a tensor changes nothing
 UNCHANGED = 2_000
 # training examples and random vectors from which derivatives are estimated
-PROXY_EXAMPLES, DRAWS = 256, 8
+PROXY_EXAMPLES, PROXY_BATCH, DRAWS = 256, 128, 8
 PROXIES = ("sqnr_db", "hessian_increase", "fisher_increase", "output_fisher_increase")
 
 
@@ -198,10 +199,15 @@ def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) ->
         ``output_fisher_increase`` (`quantifind.mixed_precision.proxies`).
     """
     model, criterion, table = measurements.model, measurements.criterion, sensitivity.table
-    examples = [
-        t[:PROXY_EXAMPLES] for t in map(torch.cat, zip(*measurements.calibration, strict=True))
-    ]
-    batches = list(zip(*(t.split(128) for t in examples), strict=True))
+    if criterion is None:
+        return table
+    whole = joined(measurements.calibration)
+    if whole is None:
+        some = itertools.accumulate(map(len, measurements.calibration), initial=0)
+        pairs = zip(measurements.calibration, some, strict=False)
+        batches = [batch for batch, before in pairs if before < PROXY_EXAMPLES]
+    else:
+        batches = regrouped([whole[:PROXY_EXAMPLES]], PROXY_BATCH)
     values = named_tensors(model)
     traces = hessian_traces(model, criterion, batches, draws=DRAWS, seed=measurements.seed)
     information = fisher(model, criterion, batches)
@@ -215,7 +221,9 @@ def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) ->
     predicted = [
         {
             "hessian_increase": hessian_increase(traces[name], values[name], candidate),
-            "fisher_increase": fisher_increase(information[name], values[name], candidate),
+            "fisher_increase": fisher_increase(information[name], values[name], candidate)
+            if name in information
+            else math.nan,
             "output_fisher_increase": of_output,
         }
         for name, tried in candidates.items()

@@ -32,7 +32,7 @@ def fit_activations(
 
     model: without parametrizations.
     choices: by activation (`quantifind.network.trace.activation_names`).
-    batches: calibration data (inputs, …).
+    batches: calibration data.
     seed: of the sample.
     Raises: ValueError naming the activation that takes values that are not finite, or can't be
         quantized so.
@@ -72,8 +72,8 @@ def _sample(model: nn.Module, batches: Batches, names: set[str], seed: int) -> d
         return product.compute(*product.operands)
 
     with evaluating(model), visiting(model, visit):
-        for inputs, *_ in batches:
-            run(model, inputs)
+        for batch in batches:
+            run(model, batch)
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 

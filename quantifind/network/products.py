@@ -1,16 +1,14 @@
 """The products of a forward pass, shown before they are computed: linear maps, convolutions,
-look-ups of embeddings, matrix products, and those inside attention.
+look-ups of embeddings, matrix products, and those inside attention and recurrent layers.
 
-Not seen are what a recurrent layer computes inside, `nn.Bilinear`, `nn.EmbeddingBag`, and `einsum`
-of three operands or more.
+Not seen are `nn.Bilinear`, `einsum` of three operands or more, and what `torch.vmap` runs.
 """
 
-import math
-import types
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,30 +20,14 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
+from quantifind.network import functions, meetings, recurrent
+from quantifind.network.meetings import Labels, Meeting, View
 from quantifind.network.modules import own_tensors
-
-CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
-TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-MATRIX_PRODUCTS = {
-    *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, torch.inner, torch.tensordot),
-    *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.dot, Tensor.inner),
-    *(Tensor.__matmul__, Tensor.__rmatmul__, torch.linalg.matmul),
-}
-PRODUCTS_WITH_SUMMAND = {
-    *(torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm),
-    *(Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm),
-}
+from quantifind.tensor.matrices import Matrices
 
 
-ARGUMENTS = {
-    "linear": ("input", "weight", "bias"),
-    "convolution": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "transposed_convolution": (
-        *("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-    ),
-    "embedding": ("input", "weight"),
-}
-WHOLE = slice(None)
+def _no_meeting() -> Meeting | None:
+    return None
 
 
 @dataclass
@@ -53,16 +35,16 @@ class Product:
     """One product about to be computed.
 
     kind: linear, convolution, transposed_convolution, embedding or matrix_product, which any other
-        is: one of what was computed, or with a weight turned or reshaped.
+        is.
     operands: what meets in it, less a weight that is one of the network's tensors.
     activations: a name for each operand: that of the weight, or of the module that computes the
         product, the number of the product in it, and left or right.
+    compute: operands → result.
     weight: the name of the weight, None for a product of what was computed.
-    rows: which of the weight's rows, where it is a part of a packed weight; None for all.
+    meet: the weight and its operand as matrices, None where they are none.
     bias, bias_name: what is added, or None, and which of the network's tensors it is.
     spatial: how many axes a convolution runs along, else 0.
-    options: of a convolution: stride, padding, dilation and groups.
-    compute: operands → result.
+    shares: of an embedding of bags, how much an error of each look-up counts.
     """
 
     kind: str
@@ -70,21 +52,38 @@ class Product:
     activations: tuple[str, ...]
     compute: Callable[..., Tensor]
     weight: str | None = None
-    rows: slice | None = None
+    meet: Callable[[], Meeting | None] = _no_meeting
     bias: Tensor | None = None
     bias_name: str | None = None
     spatial: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
+    shares: Callable[[], Tensor] | None = None
+    table: Matrices | None = None
+
+    @property
+    def matrices(self) -> Matrices | None:
+        """The weight's elements by output, those of an embedding by entry; None if they are not."""
+        if self.kind == "embedding":
+            return self.table
+        meeting = self.meet()
+        return None if meeting is None else meeting.matrices
+
+    @property
+    def used(self) -> bool:
+        """Whether anything meets the weight: an expert may be called with no token."""
+        operand = self.operands[0]
+        return self.weight is None or operand.numel() > 0 or 0 in operand.shape[-1:]
 
 
 Visit = Callable[[Product], Tensor]
+Note = Callable[[Tensor], None]
 
 
 @contextmanager
-def visiting(model: nn.Module, visit: Visit) -> Iterator[None]:
+def visiting(model: nn.Module, visit: Visit, note: Note | None = None) -> Iterator[None]:
     """Within it, each product of a pass through ``model`` is what ``visit`` returns for it.
 
     visit: Product → result, as ``product.compute(*product.operands)`` gives it.
+    note: is given the whole numbers and masks by which values are chosen and moved.
     """
     named = own_tensors(model)
     # modules entered and not yet left, by name
@@ -99,7 +98,7 @@ def visiting(model: nn.Module, visit: Visit) -> Iterator[None]:
     def leave(module: nn.Module, _: Any, __: Any) -> None:
         path.pop()
 
-    mode = _Visiting(visit, named, path)
+    mode = _Visiting(visit, named, path, note)
     handles = [
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave, always_call=True),
@@ -113,44 +112,53 @@ def visiting(model: nn.Module, visit: Visit) -> Iterator[None]:
 
 
 class _Visiting(TorchFunctionMode):
-    def __init__(self, visit: Visit, tensors: Mapping[str, Tensor], path: list[str]) -> None:
+    def __init__(
+        self, visit: Visit, tensors: Mapping[str, Tensor], path: list[str], note: Note | None
+    ) -> None:
         super().__init__()
         self.visit = visit
         self.path = path
+        self.note = note
         self.counts: Counter[str] = Counter()
         # by memory, so that a slice of a packed weight is known too
         self.owners: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
         for name, tensor in tensors.items():
-            if tensor.numel():
-                self.owners[tensor.untyped_storage().data_ptr()].append((name, tensor))
+            memory = functions.memory(tensor)
+            if tensor.numel() and memory is not None:
+                self.owners[memory].append((name, tensor))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _TRANSPARENT_ATTENTION(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            with self:
-                return _attention(*args, **kwargs)
-        if func is F.linear:
-            return self._weighted("linear", func, *args, **kwargs)
-        if func in CONVOLUTIONS:
-            return self._weighted("convolution", func, *args, **kwargs)
-        if func in TRANSPOSED:
-            return self._weighted("transposed_convolution", func, *args, **kwargs)
-        if func is F.embedding:
-            return self._weighted("embedding", func, *args, **kwargs)
-        if func in MATRIX_PRODUCTS or func in PRODUCTS_WITH_SUMMAND:
-            return self._matrix_product(func, args, kwargs)
-        if func is torch.einsum:
-            equation, *operands = args
-            if len(operands) == 1 and not isinstance(operands[0], Tensor):
-                operands = list(operands[0])
-            if len(operands) == 2:
-                return self._product(lambda a, b: func(equation, a, b), *operands)
-        return func(*args, **kwargs)
+        if self.note is not None and functions.chooses(func, args):
+            for tensor in functions.tensors((args, kwargs)):
+                if not tensor.is_floating_point() and functions.memory(tensor) is not None:
+                    self.note(tensor)
+        seen = _SEEN.get(func)
+        if seen is None or not functions.plain((args, kwargs)):
+            return func(*args, **kwargs)
+        return seen(self, func, args, kwargs)
+
+    def _attention(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        inside = functions.scaled_dot_product_attention
+        with self:
+            if func is F.multi_head_attention_forward:
+                return functions.attention(*args, **kwargs)
+            return inside(*args, **kwargs)
+
+    def _recurrent(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        cell = recurrent.CELLS.get(func)
+        weights = args[2:] if cell else () if kwargs else recurrent.weights_of(args)
+        if kwargs or any(w is not None and self._owner(w) is None for w in weights):
+            return func(*args, **kwargs)
+
+        def linear(*args: Any) -> Tensor:
+            return self._weighted("linear", F.linear, *args)
+
+        if cell is not None:
+            return recurrent.single(cell, linear, *args)
+        return recurrent.layer(recurrent.LAYERS[func], linear, *args)
 
     def _matrix_product(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if func is Tensor.__rmatmul__:
@@ -159,30 +167,48 @@ class _Visiting(TorchFunctionMode):
         places = [*range(len(args)), *(key for key in kwargs if key != "out")]
         given = dict(enumerate(args)) | kwargs
         places = [place for place in places if isinstance(given[place], Tensor)]
-        left, right = places[1:3] if func in PRODUCTS_WITH_SUMMAND else places[:2]
+        added = func in functions.PRODUCTS_WITH_SUMMAND
+        left, right = places[1:3] if added else places[:2]
 
         def compute(a: Tensor, b: Tensor) -> Tensor:
             now = given | {left: a, right: b}
             return func(*[now.pop(i) for i in range(len(args))], **now)
 
-        return self._product(compute, given[left], given[right])
+        bias = given[places[0]] if added else None
+        labels = functions.labels(func, given[left], given[right], given)
+        return self._product(compute, given[left], given[right], labels, bias)
+
+    def _einsum(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        equation, *operands = args
+        if len(operands) == 1 and not isinstance(operands[0], Tensor):
+            operands = list(operands[0])
+        if len(operands) != 2 or not isinstance(equation, str):
+            return func(*args, **kwargs)
+        left, right = operands
+        labels = meetings.einsum(equation, left, right)
+        return self._product(lambda a, b: func(equation, a, b), left, right, labels)
+
+    def _layer(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return self._weighted(_KINDS[func], func, *args, **kwargs)
 
     def _weighted(self, kind: str, func: Any, *args: Any, **kwargs: Any) -> Tensor:
-        given = dict(zip(ARGUMENTS[kind], args, strict=False)) | kwargs
-        rest = args[len(ARGUMENTS[kind]) :]
+        given = dict(zip(functions.ARGUMENTS[kind], args, strict=False)) | kwargs
+        rest = args[len(functions.ARGUMENTS[kind]) :]
         operand, weight = given.pop("input"), given.pop("weight")
         bias = given.get("bias")
         owner = self._owner(weight)
-        if kind == "embedding" and (owner is None or owner[1] is None):
-            return func(*args, **kwargs)
         if owner is None:
-            return self._product(lambda a, b: func(a, b, *rest, **given), operand, weight)
-        name, rows = owner
-        if rows is None:
-            kind = "matrix_product"
+            return self._product(lambda a, b: func(a, b, *rest, **given), operand, weight, None)
+        name, view, _ = owner
+        options = {key: value for key, value in given.items() if key != "bias"}
+        spatial = weight.dim() - 2 if "convolution" in kind else 0
 
-        def compute(operand: Tensor) -> Tensor:
-            return func(operand, weight, *rest, **given)
+        def meet() -> Meeting | None:
+            if view is None:
+                return None
+            if kind == "linear":
+                return meetings.linear(view, operand)
+            return getattr(meetings, kind)(view, spatial, options)
 
         bias_owner = None if bias is None else self._owner(bias)
         return self.visit(
@@ -190,17 +216,59 @@ class _Visiting(TorchFunctionMode):
                 kind,
                 (operand,),
                 (name,),
-                compute,
+                lambda operand: func(operand, weight, *rest, **given),
                 name,
-                None if rows == WHOLE else rows,
+                meet,
                 bias,
                 bias_owner[0] if bias_owner else None,
-                spatial=weight.dim() - 2 if "convolution" in kind else 0,
-                options={key: value for key, value in given.items() if key != "bias"},
+                spatial,
             )
         )
 
-    def _product(self, compute: Callable[..., Tensor], left: Tensor, right: Tensor) -> Tensor:
+    def _embedding(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        operand, weight = given.pop("input"), given.pop("weight")
+        owner = None if operand.is_floating_point() else self._owner(weight)
+        name, view, _ = owner or ("", None, None)
+        if view is None:
+            return func(*args, **kwargs)
+
+        def compute(operand: Tensor) -> Tensor:
+            return func(operand, weight, **given)
+
+        def shares() -> Tensor:
+            names = ("offsets", "mode", "per_sample_weights", "padding_idx")
+            options = {key: given[key] for key in names}
+            result = compute(operand)
+
+            def taken(bags: Tensor) -> Tensor:
+                return (weight[operand.flatten()] == result[bags]).double().mean(1)
+
+            return meetings.bag_shares(operand, taken=taken, **options)
+
+        outputs, inputs = view.axis(0), view.axis(1)
+        return self.visit(
+            Product(
+                "embedding",
+                (operand,),
+                (name,),
+                compute,
+                name,
+                table=Matrices(view.offset, (), outputs, inputs),
+                shares=shares if func is F.embedding_bag else None,
+            )
+        )
+
+    def _product(
+        self,
+        compute: Callable[..., Tensor],
+        left: Tensor,
+        right: Tensor,
+        labels: tuple[Labels, Labels, Labels] | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         where = self.path[-1] if self.path else ""
         number = self.counts[where]
         prefix = f"{where}." * bool(where) + f"product.{number}"
@@ -211,71 +279,50 @@ class _Visiting(TorchFunctionMode):
             return self.visit(Product("matrix_product", (left, right), activations, compute))
         if None not in owners:
             return compute(left, right)
-        if owners[0] is None:
-            return self._one_operand(owners[1], lambda a: compute(a, right), left)
-        return self._one_operand(owners[0], lambda b: compute(left, b), right)
+        second = owners[0] is None
+        name, view, _ = owners[second]  # type: ignore[misc]
 
-    def _one_operand(self, owner: Any, compute: Callable[..., Tensor], operand: Tensor) -> Tensor:
-        name, _ = owner
-        return self.visit(Product("matrix_product", (operand,), (name,), compute, name))
+        def meet() -> Meeting | None:
+            if view is None or labels is None:
+                return None
+            return meetings.by_labels(view, labels[second], labels[not second], labels[2])
 
-    def _owner(self, weight: Tensor) -> tuple[str, slice | None] | None:
-        """The name of the tensor that ``weight`` is or is a part of, and which of its rows, None
-        where it is not whole rows in their order."""
+        def one(operand: Tensor) -> Tensor:
+            return compute(operand, right) if second else compute(left, operand)
+
+        bias_owner = None if bias is None else self._owner(bias)
+        operands = (left if second else right,)
+        bias_name = bias_owner[0] if bias_owner else None
+        return self.visit(
+            Product("matrix_product", operands, (name,), one, name, meet, bias, bias_name)
+        )
+
+    def _owner(self, weight: Tensor) -> tuple[str, View | None, Tensor] | None:
+        """The name of the tensor that ``weight`` is or is a part of, what part, and the tensor."""
+        memory = functions.memory(weight)
+        if memory is None:
+            return None
         start = weight.storage_offset()
-        for name, whole in self.owners.get(weight.untyped_storage().data_ptr(), ()):
-            first = start - whole.storage_offset()
-            if not 0 <= first < _extent(whole):
-                continue
-            if weight.shape == whole.shape and weight.stride() == whole.stride():
-                return name, WHOLE
-            alike = weight.shape[1:] == whole.shape[1:] and weight.stride() == whole.stride()
-            if not alike or whole.stride(0) == 0:
-                return name, None
-            row = first // whole.stride(0)
-            return name, slice(row, row + len(weight))
+        for name, whole in self.owners.get(memory, ()):
+            if 0 <= start - whole.storage_offset() < meetings.extent(whole):
+                return name, meetings.view_of(weight, whole), whole
         return None
 
 
-def _extent(tensor: Tensor) -> int:
-    """Elements of the memory from a tensor's first to its last."""
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-# The same code, seeing no override: so that its projections and products are visited one by one
-# instead of the whole as one function (test_attention).
-_TRANSPARENT_ATTENTION = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda _: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
-_TRANSPARENT_ATTENTION.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`scaled_dot_product_attention` as its two products."""
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
-    scores = torch.matmul(query, key.transpose(-2, -1))
-    scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        else:
-            scores = scores + attn_mask
-    # what may attend to nothing gets 0: test_scaled_dot_product_attention
-    nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    shares = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
-    return torch.matmul(F.dropout(shares, dropout_p), value)
+_KINDS: dict[Any, str] = {
+    F.linear: "linear",
+    **dict.fromkeys(functions.CONVOLUTIONS, "convolution"),
+    **dict.fromkeys(functions.TRANSPOSED, "transposed_convolution"),
+}
+_Seen = Callable[[_Visiting, Any, tuple, dict[str, Any]], Any]
+_SEEN: dict[Any, _Seen] = {
+    F.multi_head_attention_forward: _Visiting._attention,
+    F.scaled_dot_product_attention: _Visiting._attention,
+    **dict.fromkeys((*recurrent.LAYERS, *recurrent.CELLS), _Visiting._recurrent),
+    **dict.fromkeys(_KINDS, _Visiting._layer),
+    **dict.fromkeys((F.embedding, F.embedding_bag), _Visiting._embedding),
+    **dict.fromkeys(
+        functions.MATRIX_PRODUCTS | functions.PRODUCTS_WITH_SUMMAND, _Visiting._matrix_product
+    ),
+    torch.einsum: _Visiting._einsum,
+}

@@ -1,8 +1,8 @@
-"""The facts of one pass, product by product: which weights and activations, how many MACs."""
+"""The facts of a pass, product by product: which weights and activations, how many MACs."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quantifind.network.modules import own_tensors, plain_copy, run
 from quantifind.network.products import Product, visiting
+from quantifind.tensor.matrices import Matrices, compatible, output_axis
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import as_batch, rows_of
 from quantifind.utils.devices import evaluating
 
-# kinds of products whose weights GPTQ can round
-GPTQ_KINDS = ("linear", "convolution", "embedding")
+# what weights GPTQ can round are used in, in words
+GPTQ_KINDS = ("linear", "convolution", "embedding", "other product")
 Shape = Sequence[int]
 
 
@@ -27,7 +29,12 @@ class ProductFacts:
 
     kind, weight, activations: as `quantifind.network.products.Product` has them.
     float_bits: how wide its two operands are in the float network, the weight first.
-    macs: multiply-adds of one example, NaN where torch doesn't say what it computes.
+    macs: multiply-adds of one example in the mean, of all uses that a pass makes of the weight so;
+        NaN where torch doesn't say what it computes.
+    matrices: which elements of the weight are an output's; None where there is no telling.
+    axis: the weight's axis of outputs.
+    count: the weight's elements.
+    uses: how often a pass of each batch has it.
     """
 
     kind: str
@@ -35,6 +42,10 @@ class ProductFacts:
     activations: tuple[str, ...]
     float_bits: tuple[int, int]
     macs: float
+    matrices: Matrices | None = None
+    axis: int = 0
+    count: int = 0
+    uses: tuple[int, ...] = (1,)
 
     @property
     def name(self) -> str:
@@ -57,53 +68,118 @@ class ProductFacts:
         ]
 
 
-def trace(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
-    """The products of a pass, in their order.
+def trace(model: nn.Module, batches: Sequence[Any]) -> list[ProductFacts]:
+    """The products of a pass of each batch, in the order in which they are first met, one entry for
+    all that are alike.
 
-    Products that `quantifind.network.products` doesn't see are left out.
+    Products that `quantifind.network.products` doesn't see are left out, and those that nothing
+    meets: an expert without a token.
 
     model: without parametrizations (`quantifind.network.modules.plain_copy`).
-    inputs: (examples, …), as ``model`` takes them.
-    Raises: ValueError for inputs that are no example or don't fit.
+    batches: each as `quantifind.network.modules.run` takes it.
+    Raises: ValueError for a batch without examples or that doesn't fit.
     """
-    if not len(inputs):
-        raise ValueError(f"inputs of shape {list(inputs.shape)} have no example")
     tensors = own_tensors(model)
-    facts: list[ProductFacts] = []
+    uses: dict[ProductFacts, list[int]] = {}
+    totals: Counter[ProductFacts] = Counter()
+    counted: dict[Any, float] = {}
+    order: list[ProductFacts] = []
+    examples, place, index = 0, 0, 0
 
     def visit(product: Product) -> Tensor:
-        with FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
+        nonlocal place
+        if not product.used:
+            return product.compute(*product.operands)
+        facts = _facts(product, tensors)
+        key = facts, tuple(operand.shape for operand in product.operands)
+        if key in counted:
             result = product.compute(*product.operands)
-        flops = counter.get_total_flops()
-        full = all(operand.numel() for operand in (*product.operands, result))
-        known = flops or not full or product.kind == "embedding"
-        weights = [] if product.weight is None else [tensors[product.weight]]
-        left, right = (8 * operand.element_size() for operand in (*weights, *product.operands))
-        facts.append(
-            ProductFacts(
-                product.kind,
-                product.weight,
-                product.activations,
-                (left, right),
-                flops // 2 / len(inputs) if known else math.nan,
-            )
-        )
+        else:
+            result, counted[key] = _macs(product)
+        totals[facts] += counted[key]  # type: ignore[assignment]
+        if facts not in uses:  # after what came before it: test_what_a_later_batch_meets
+            order.insert(place, facts)
+        place = order.index(facts) + 1
+        of_batches = uses.setdefault(facts, [])
+        of_batches += [0] * (index + 1 - len(of_batches))
+        of_batches[index] += 1
         return result
 
     with evaluating(model), visiting(model, visit):
-        run(model, inputs)
-    return facts
+        for index, given in enumerate(batches):  # noqa: B007
+            batch = as_batch(given, model)
+            if rows_of(batch.data) == 0:
+                raise ValueError(f"{batch} has no example")
+            examples, place = examples + len(batch), 0
+            run(model, batch)
+    return [
+        replace(
+            facts,
+            macs=totals[facts] / examples,
+            uses=(*uses[facts], *(0,) * (len(batches) - len(uses[facts]))),
+        )
+        for facts in order
+    ]
 
 
-def weight_uses(facts: Sequence[ProductFacts]) -> Counter[str]:
-    """The weights in the order in which a pass uses them, and how often."""
-    return Counter(product.weight for product in facts if product.weight is not None)
+def _facts(product: Product, tensors: Mapping[str, Tensor]) -> ProductFacts:
+    """Those of one product, without its MACs."""
+    weight = None if product.weight is None else tensors[product.weight]
+    operands = product.operands if weight is None else (weight, *product.operands)
+    left, right = (8 * operand.element_size() for operand in operands)
+    matrices, own = product.matrices, (product.kind, product.weight, product.activations)
+    if weight is None:
+        return ProductFacts(*own, (left, right), 0.0)
+    axis = 0 if matrices is None else output_axis(matrices, weight.shape)
+    return ProductFacts(*own, (left, right), 0.0, matrices, axis, weight.numel())
+
+
+def _macs(product: Product) -> tuple[Tensor, float]:
+    """The result of a product, and its multiply-adds."""
+    with FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
+        result = product.compute(*product.operands)
+    flops = counter.get_total_flops()
+    full = all(tensor.numel() for tensor in (*product.operands, result))
+    known = flops or not full or product.kind == "embedding"
+    return result, flops // 2 if known else math.nan
+
+
+def weight_uses(facts: Sequence[ProductFacts]) -> dict[str, tuple[int, ...]]:
+    """The weights in the order in which a pass uses them, and how often that of each batch does."""
+    uses: dict[str, tuple[int, ...]] = {}
+    for product in facts:
+        if product.weight is not None:
+            before = uses.get(product.weight, (0,) * len(product.uses))
+            uses[product.weight] = tuple(map(sum, zip(before, product.uses, strict=True)))
+    return uses
 
 
 def gptq_weights(facts: Sequence[ProductFacts]) -> set[str]:
-    """The weights whose uses are all of `GPTQ_KINDS`."""
-    other = {product.weight for product in facts if product.kind not in GPTQ_KINDS}
-    return set(weight_uses(facts)) - other
+    """The weights that are matrices in all their uses, the same or parts with nothing in common."""
+    return {
+        weight
+        for weight in weight_uses(facts)
+        for used in [[product for product in facts if product.weight == weight]]
+        if together([product.matrices for product in used], used[0].count)
+    }
+
+
+def together(uses: Iterable[Matrices | None], count: int) -> bool:
+    """Whether a weight of so many elements is matrices in all its uses, and the same or disjoint
+    ones."""
+    known = set(uses)
+    return None not in known and compatible([m for m in known if m is not None], count)
+
+
+def output_axes(facts: Sequence[ProductFacts]) -> dict[str, int]:
+    """By weight the axis of its outputs; of those used in several ways that of the most MACs."""
+    most: dict[str, ProductFacts] = {}
+    for product in facts:
+        if product.weight is not None:
+            known = most.setdefault(product.weight, product)
+            if product.macs > known.macs:
+                most[product.weight] = product
+    return {weight: product.axis for weight, product in most.items()}
 
 
 def activation_names(facts: Sequence[ProductFacts]) -> list[str]:
@@ -117,28 +193,26 @@ def activation_names(facts: Sequence[ProductFacts]) -> list[str]:
     return list(dict.fromkeys(name for product in products for name in product.activations))
 
 
-def macs(model: nn.Module, inputs: Tensor) -> list[ProductFacts]:
-    """The products of `trace`, one entry for all uses of a weight in the same kind of product.
+def macs(model: nn.Module, batch: Any) -> list[ProductFacts]:
+    """The products of `trace`, all of whose multiply-adds are known.
 
     A product has as many multiply-adds (MACs) as its result has values, times the length of the
     axis that it sums over. Those with padding count; a bias, and the look-ups of an embedding, have
     none.
 
     model: any; weights that are parametrized have the names that strategies give them.
-    inputs: (examples, …), as ``model`` takes them.
+    batch: as `quantifind.network.modules.run` takes it.
     Raises: ValueError as `trace`, and for a product of which torch doesn't say what it computes.
 
     >>> for product in macs(nn.Conv1d(2, 6, 3), torch.zeros(5, 2, 10)):
     ...     print(product.kind, product.weight, product.macs)
     convolution weight 288.0
     """
-    summed: dict[Any, ProductFacts] = {}
-    for product in trace(plain_copy(model), inputs):
+    products = trace(plain_copy(model), [batch])
+    for product in products:
         if math.isnan(product.macs):
             raise ValueError(f"{product.activations[0]}: a {product.kind} of unknown MACs")
-        same = replace(product, macs=0.0)
-        summed[same] = replace(same, macs=product.macs + summed.get(same, same).macs)
-    return list(summed.values())
+    return products
 
 
 def _of_first(first: Shape, *_: Shape, out_shape: Shape, **__: float) -> int:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from quantifind.network.modules import own_tensors
+from quantifind.utils.batches import Batch, tensors_of
 from quantifind.utils.devices import device_of
 
 CPU_BATCH, GPU_BATCH = 256, 4_096
@@ -11,15 +12,15 @@ CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 FORMATS = {CONTIGUOUS: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 
 
-def layout_and_batch(model: nn.Module, inputs: Tensor) -> tuple[str, int]:
-    """Layout and batch size for inputs (examples, …): by a rule, not timed, since other batches
+def layout_and_batch(model: nn.Module, examples: Batch) -> tuple[str, int]:
+    """Layout and batch size for examples: by a rule, not timed, since other batches
     give other digits (test_two_processes_give_the_same_digits)."""
-    convolves = inputs.dim() == 4 and any(t.dim() == 4 for t in own_tensors(model).values())
+    images = any(tensor.dim() == 4 for tensor in tensors_of(examples.data))
+    convolves = images and any(t.dim() == 4 for t in own_tensors(model).values())
     batch = GPU_BATCH if device_of(model).type == "cuda" else CPU_BATCH
     return CHANNELS_LAST if convolves else CONTIGUOUS, batch
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def to_layout(model: nn.Module, layout: str) -> None:
     """Give a network's tensors of convolutions this layout, in place."""

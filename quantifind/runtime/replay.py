@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from quantifind.network.modules import own_tensors
+from quantifind.utils.batches import as_batch
 
 # what such an operation returns may be of another kind for other values
 VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -62,32 +63,35 @@ class Step:
 
 
 class Replay:
-    """One pass of a network, in eval mode, through one batch of inputs, for one changing tensor.
+    """One pass of a network, in eval mode, through one batch, for one changing tensor.
 
     Kept are the steps that depend on the tensor, and the values with which they begin. What depends
     on no tensor of the network, such as a mask, is a constant.
 
     name: of the network's tensor that changes.
+    batch: a `quantifind.utils.batches.Batch`, or what its `DefaultForward` takes.
+    targets: of the batch, as its forward gives them.
     Raises: NotReplayable for a pass whose course depends on values of the network's tensors, that
         draws at random, or that works in place on shared memory. Not seen is what leaves torch by
         ``tolist`` or ``numpy``.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor, name: str) -> None:
-        recording = _record(model, inputs, name)
+    def __init__(self, model: nn.Module, batch: Any, name: str) -> None:
+        recording = _record(model, batch, name)
         self.own, self.place = recording.own[name], recording.own_places[name]
-        self.steps, self.output = recording.steps_from(self.place), recording.output
+        self.steps, self.spec = recording.steps_from(self.place), recording.spec
+        self.leaves, self.constants = recording.leaves, recording.constants
+        self.targets = recording.targets
         if recording.only_shifts(self.place, self.steps):
             self.steps[0] = recording.shift(self.place, self.steps[0])
         known, needed = {self.place}, set()
         for step in self.steps:
             needed |= set(step.takes.values()) - known
             known |= set(step.gives)
-        if self.output not in known:
-            needed.add(self.output)
+        needed |= set(self.leaves.values()) - known
         self.values = {place: recording.values[place] for place in needed}
 
-    def outputs(self, value: Tensor) -> Tensor:
+    def outputs(self, value: Tensor) -> Any:
         """The network's outputs with ``value`` for the tensor."""
         if value.stride() != self.own.stride():
             # the steps are those of its layout: test_a_value_may_have_another_layout
@@ -95,17 +99,20 @@ class Replay:
         values = ChainMap({self.place: value}, self.values)
         for step in self.steps:
             values.update(zip(step.gives, step.run(values), strict=True))
-        return values[self.output]
+        leaves = list(self.constants)
+        for index, place in self.leaves.items():
+            leaves[index] = values[place]
+        return tree_unflatten(leaves, self.spec)
 
 
-def _record(model: nn.Module, inputs: Tensor, name: str) -> "_Recording":
+def _record(model: nn.Module, batch: Any, name: str) -> "_Recording":
     """A pass in which the fused layer of the tensor is split, where torch can."""
     layer = _fused_layer(model, name)
     if layer is not None:
         # torch asserts that nested inputs are fused: test_nested_inputs_are_replayed_fused
         with suppress(AssertionError, NotReplayable), _split(layer):
-            return _Recording(model, inputs)
-    return _Recording(model, inputs)
+            return _Recording(model, batch)
+    return _Recording(model, batch)
 
 
 def _fused_layer(model: nn.Module, name: str) -> nn.Module | None:
@@ -142,6 +149,10 @@ def _tensors(results: Any) -> list[Tensor]:
     return [part for part in tree_flatten(results)[0] if isinstance(part, Tensor)]
 
 
+def _is_plain(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, Tensor | int | float | str)
+
+
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
@@ -155,7 +166,7 @@ def _random_state() -> list[Tensor]:
 class _Recording(TorchDispatchMode):
     """Each operation of a pass that depends on a tensor of the network."""
 
-    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+    def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.values: list[Tensor] = []
@@ -171,10 +182,13 @@ class _Recording(TorchDispatchMode):
         self.own_places = {name: self._place(tensor) for name, tensor in self.own.items()}
         self.fixed = set(self.dependent)
         with self:
-            outputs = model(inputs)
-        if id(outputs) not in self.places:
+            outputs, *self.targets = as_batch(batch, model).run(model)
+        # the outputs' leaves: the places of those that follow from the network, and the others
+        leaves, self.spec = tree_flatten(outputs)
+        self.leaves = {i: self.places[id(x)] for i, x in enumerate(leaves) if id(x) in self.places}
+        self.constants = [None if i in self.leaves else leaf for i, leaf in enumerate(leaves)]
+        if not self.leaves or not all(_is_plain(leaf) for leaf in leaves):
             raise NotReplayable("the outputs do not follow from the network's tensors")
-        self.output = self.places[id(outputs)]
 
     def steps_from(self, place: int) -> list[Step]:
         """The steps that depend on the value at a place."""

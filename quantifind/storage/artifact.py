@@ -16,6 +16,8 @@ def pack(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     tensors: dict[str, Tensor] = {}
     description: dict[str, Any] = {}
+    if quantized.folded:
+        description["folded"] = [list(pair) for pair in quantized.folded]
 
     def put(key: str, qparams: QParams, codes: Tensor | None = None) -> dict[str, Any]:
         values = {
@@ -49,8 +51,11 @@ def pack(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def unpack(tensors: dict[str, Tensor], description: dict[str, Any]) -> Quantized:
     """What `pack` was given."""
-    quantized = Quantized({}, {})
+    folded = tuple((module, norm) for module, norm in description.get("folded", ()))
+    quantized = Quantized({}, {}, folded)
     for key, facts in description.items():
+        if key == "folded":
+            continue
         kind, name = key.split("/", 1)
         qparams = QParams(
             Grid(facts["levels"], facts["offset"], tensors.get(f"{key}/table"), facts["stored"]),

@@ -2,13 +2,12 @@
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+
+from quantifind.storage.states import load_plain
 
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
@@ -43,7 +42,7 @@ def load_checkpoint(path: Path, keys: tuple[str, ...]) -> list[Any]:
     Raises: ValueError naming the file that can't be read or lacks a key.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
         return [state[key] for key in keys]
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -56,7 +55,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return max(numbered, key=_number, default=None)
 
 
-def random_state(loader: DataLoader) -> dict[str, Any]:
+def random_state(loader: Any) -> dict[str, Any]:
     """Of torch, of each CUDA device, and of a loader's own generator."""
     generator = getattr(loader, "generator", None)
     return {
@@ -66,7 +65,7 @@ def random_state(loader: DataLoader) -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any], loader: DataLoader) -> None:
+def set_random_state(state: dict[str, Any], loader: Any) -> None:
     """Go on from `random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
@@ -79,28 +78,3 @@ def set_random_state(state: dict[str, Any], loader: DataLoader) -> None:
 def _number(path: Path) -> int:
     match = NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
-
-
-def check_same_architecture(
-    net: nn.Module, weights: Mapping[str, Tensor], path: Path | str
-) -> None:
-    """Raise ValueError, naming up to three tensors, unless ``weights`` fit ``net``.
-
-    path: the file that the weights come from.
-    """
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
-    different = [
-        f"{name} is {_shape(shapes.get(name))}, not {_shape(expected.get(name))}"
-        for name in sorted(shapes.keys() | expected.keys())
-        if shapes.get(name) != expected.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{path}: a checkpoint of another architecture: {'; '.join(different[:3])}"
-            + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
-        )
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else str(list(shape))

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quantifind.tensor.parts import is_strided, parts
+
 Entry = tuple[dict[str, Tensor], Any]
 
 
@@ -54,10 +56,15 @@ class Store:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A digest of plain values, tensors, tensors by name, and those of networks."""
+    """A digest of plain values, tensors, tensors by name, and those of networks, with the state
+    of theirs that is no tensor."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
+            # what an extra state may do to the passes: test_extra_state_is_in_a_fingerprint
+            others = {k: v for k, v in part.state_dict().items() if not isinstance(v, Tensor)}
+            if others:
+                digest.update(repr(others).encode())
             part = dict([*part.named_parameters(), *part.named_buffers()])
         if isinstance(part, dict) and any(isinstance(value, Tensor) for value in part.values()):
             for name, tensor in part.items():
@@ -72,6 +79,9 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    if not is_strided(tensor):
+        inside = b"".join(map(_bytes, parts(tensor)))
+        return f"{tensor.dtype}{tensor.layout}".encode() + inside
     described = f"{tensor.dtype}{list(tensor.shape)}".encode()
     if not tensor.numel():
         return described

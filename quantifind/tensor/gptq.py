@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantifind.tensor.choice import Choice
+from quantifind.tensor.matrices import Matrices, moves
 from quantifind.tensor.qparams import QParams, from_rows
 from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.tensor.stored_scales import stored_scale
@@ -47,44 +48,62 @@ class Moments:
 
 
 def gptq_layer(
-    values: Tensor, moments: Mapping[tuple[int, int], Moments], choice: Choice
+    values: Tensor, moments: Mapping[Matrices, Moments], choice: Choice
 ) -> QuantizedTensor:
     """A layer's weight rounded so that the error of its outputs on calibration inputs is small.
 
-    values: the weight, (outputs, …).
-    moments: by rows, as `quantifind.network.calibration.layer_moments` gives them.
+    values: the weight, any shape.
+    moments: by matrix of it, as `quantifind.network.calibration.layer_moments` gives them.
     choice: its grid, fitted by rounding to nearest; with the scale "output_mse" that of each
-        channel is chosen among `SHARES` of it, by the error of the channel's outputs.
+        channel is chosen among `SHARES` of it, by the error of the channel's outputs, unless a
+        channel is of several outputs.
     """
-    flat = values.detach().reshape(len(values), -1).double()
-    target, importance = flat.clone(), torch.zeros_like(flat)
-    for (first, last), part in moments.items():
-        rows = slice(first, last)
-        target[rows] = best_weights(flat[rows], part)
-        importance[rows] = (part.inputs.diagonal() + _own(part)) / max(part.positions, 1)
-    aim = target.reshape(values.shape).to(values.dtype)
-    start = choice.quantize(aim, importance.reshape(values.shape))
-    codes = start.codes.reshape(flat.shape).clone()
-    share = torch.ones(len(flat), 1, dtype=torch.float64, device=flat.device)
-    # a channel's scales can be chosen by its own outputs only where they are its own
-    axis, scale = start.qparams.axis, start.qparams.scale
-    own_scales = axis is not None and axis % values.dim() == 0 and scale is not None
-    search = own_scales and choice.options.get("scale") == "output_mse"
-    for (first, last), part in moments.items():
-        rows = slice(first, last)
-        codes[rows], share[rows] = gptq(
-            target[rows],
+    target = values.detach().double().clone(memory_format=torch.contiguous_format)
+    importance = torch.zeros_like(target)
+    for matrix, part in moments.items():
+        matrix.put(target, best_weights(matrix.of(target)[0], part))
+        matrix.put(importance, (part.inputs.diagonal() + _own(part)) / max(part.positions, 1))
+    start = choice.quantize(target.to(values.dtype), importance)
+    codes = start.codes.clone(memory_format=torch.contiguous_format)
+    channels = _channels(moments, start.qparams.axis, values.shape)
+    scale = start.qparams.scale
+    search = channels is not None and scale is not None
+    search = search and choice.options.get("scale") == "output_mse"
+    shares = {}
+    for matrix, part in moments.items():
+        rounded, shares[matrix] = gptq(
+            matrix.of(target)[0],
             part.inputs,
-            RowParams.of(start, rows),
-            codes[rows],
+            RowParams.of(start, matrix),
+            matrix.of(codes)[0],
             SHARES if search else SHARES[:1],
             own=part.counts,
         )
+        matrix.put(codes, rounded)
     qparams = start.qparams
-    if search and scale is not None:
-        shared = scale.double().reshape(len(flat), -1) * share
+    if search and scale is not None and channels is not None:
+        share = torch.ones(values.shape[qparams.axis or 0], 1).to(target)
+        for matrix, chosen in shares.items():
+            share[channels[matrix]] = chosen
+        shared = scale.double().reshape(len(share), -1) * share
         qparams = replace(qparams, scale=stored_scale(shared.reshape(scale.shape), scale.dtype))
-    return replace(start, codes=codes.reshape(values.shape), qparams=qparams)
+    return replace(start, codes=codes, qparams=qparams)
+
+
+def _channels(
+    moments: Mapping[Matrices, Moments], axis: int | None, shape: torch.Size
+) -> dict[Matrices, Tensor] | None:
+    """The channel that each output of each matrix is, where each is one whole channel."""
+    if axis is None:
+        return None
+    size = shape[axis]
+    found = {matrix: matrix.places(axis, shape) for matrix in moments}
+    together = torch.cat([*found.values(), torch.arange(0)])
+    whole = all(
+        not moves(matrix.inputs, axis, shape) and matrix.shape[2] * size == shape.numel()
+        for matrix in moments
+    )
+    return found if whole and len(together.unique()) == len(together) else None
 
 
 def best_weights(weights: Tensor, moments: Moments) -> Tensor:
@@ -114,20 +133,21 @@ class RowParams(QParams):
     table_of: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: QuantizedTensor, rows: slice) -> "RowParams":
-        """Those of some outputs of a quantized weight (outputs, …)."""
-        outputs, given = len(tensor.codes), tensor.qparams
+    def of(cls, tensor: QuantizedTensor, matrix: Matrices | None = None) -> "RowParams":
+        """Those of a matrix of a quantized weight, by default its rows, flattened."""
+        given, shape = tensor.qparams, tensor.codes.shape
+        matrix = Matrices.rows(shape) if matrix is None else matrix
+        _, outputs, _ = matrix.shape
+        axis, group = given.axis, given.group
 
         def spread(each: Tensor | None) -> Tensor | None:
             if each is None:
                 return None
             if each.numel() == 1:
-                return each.double().reshape(1, 1).expand(outputs, 1)[rows]
-            if len(each) == outputs and given.axis == 0:
-                return each.double()[rows]
-            shape = tensor.codes.shape
-            whole = from_rows(each.double(), shape, given.axis, given.group)
-            return whole.reshape(outputs, -1)[rows]
+                return each.double().reshape(1, 1).expand(outputs, 1)
+            if axis is not None and group is None and not moves(matrix.inputs, axis, shape):
+                return each.double()[matrix.places(axis, shape).to(each.device)]
+            return matrix.of(from_rows(each.double(), shape, axis, group))[0]
 
         table, table_of = given.grid.table, None
         if table is not None and table.dim() == 2:

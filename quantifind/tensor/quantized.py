@@ -93,10 +93,14 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What has become of a network: tensors, and the parameters of activations, by name."""
+    """What has become of a network: tensors, and the parameters of activations, by name.
+
+    folded: pairs of names (module, norm), of norms folded into what is before them first of all.
+    """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
     activations: dict[str, QParams] = field(default_factory=dict)
+    folded: tuple[tuple[str, str], ...] = ()
 
     def scaled(self, factors: Mapping[str, float]) -> "Quantized":
         """With the scales of the tensors named multiplied."""

@@ -29,7 +29,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         model.eval()
         # on a GPU convolutions would round their inputs to TF32's 10 bits
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
         for module, mode in training.items():

@@ -1,7 +1,6 @@
 """The split and the loaders behind all three data sets: whole splits kept as tensors."""
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
 )
+
+from quantifind.utils.batches import copied, rows_of
 
 Loaders = tuple[DataLoader, DataLoader, DataLoader]
 
@@ -87,11 +88,7 @@ def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
     have drawn is not the whole data set (split that with torch.utils.data.Subset instead).
     """
     dataset: Any = loader.dataset
-    if not _draws_all(loader):
-        raise ValueError(
-            f"a loader draws its examples by a {type(loader.sampler).__name__}: give each split "
-            "a data set of its own, such as torch.utils.data.Subset"
-        )
+    check_draws_all(loader)
     if isinstance(dataset, TensorDataset):
         inputs, targets = dataset.tensors
         return inputs, targets
@@ -99,18 +96,50 @@ def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
     return torch.cat([inputs for inputs, _ in batches]), torch.cat([t for _, t in batches])
 
 
-def sample(loader: DataLoader, examples: int, *, seed: int = 0) -> list[Any]:
+def check_draws_all(loader: DataLoader) -> None:
+    """Raise ValueError for a loader whose sampler leaves examples out or repeats them."""
+    if not _draws_all(loader):
+        raise ValueError(
+            f"a loader draws its examples by a {type(loader.sampler).__name__}: give each split "
+            "a data set of its own, such as torch.utils.data.Subset"
+        )
+
+
+def sample(loader: Iterable[Any], examples: int, *, seed: int = 0) -> list[Any]:
     """Batches of so many examples, or of all there are, always the same for a seed; random state
-    is left as it was. Of a loader that doesn't draw each example of its data set once, the first
-    batches, which are the same where its sampler has no generator of its own."""
+    is left as it was. Of what doesn't draw each example of a data set once, the first batches,
+    which are the same where its sampler has no generator of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if not _draws_all(loader):
-            return list(islice(loader, -(-examples // (loader.batch_size or 1))))
-        dataset: Any = loader.dataset
-        chosen = Subset(dataset, torch.randperm(len(dataset))[:examples].tolist())
-        size = loader.batch_size or 64
-        return list(DataLoader(chosen, batch_size=size, collate_fn=loader.collate_fn))
+        if isinstance(loader, DataLoader) and _draws_all(loader):
+            dataset: Any = loader.dataset
+            chosen = Subset(dataset, torch.randperm(len(dataset))[:examples].tolist())
+            size = loader.batch_size or 64
+            return list(DataLoader(chosen, batch_size=size, collate_fn=loader.collate_fn))
+        found: list[Any] = []
+        for batch in loader:
+            # a loader may use its memory again: test_a_loader_may_use_its_memory_again
+            found.append(copied(batch))
+            examples -= rows_of(batch) or 1
+            if examples <= 0:
+                break
+        return found
+
+
+def length_of(loader: Iterable[Any]) -> int:
+    """How many batches an epoch has; of a loader that doesn't say so, those it gives are counted.
+
+    Raises: ValueError for what can be gone through once only.
+    """
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"training data are a {type(loader).__name__}, which can be gone through once only: "
+            "give a DataLoader, or a list of its batches"
+        )
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in loader)
 
 
 def _draws_all(loader: DataLoader) -> bool:

@@ -1,10 +1,17 @@
-"""A folder is its own table of plug-ins: a module put there is found by its name."""
+"""A folder is its own table of plug-ins: a module put there is found by its name; anyone's module
+by its dotted path, and anyone's file by its own."""
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -18,34 +25,109 @@ def names(package: str) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
 
 
+def is_file(name: str) -> bool:
+    """Whether a name is the path of a file, such as ``nets/my_net.py``."""
+    return name.endswith(".py") or "/" in name
+
+
 def check(package: str, name: str) -> None:
-    """Raise ValueError unless ``name`` is in the folder or a dotted path; nothing is imported."""
+    """Raise ValueError unless ``name`` is in the folder, a dotted path, or the path of a file that
+    is there; nothing is imported."""
+    if is_file(name):
+        if not (name.endswith(".py") and Path(name).is_file()):
+            here = "a path ends in .py and starts where the project does"
+            raise ValueError(f"no file {name!r}: {here}, or is absolute")
+        return
     if "." in name:
         return
     # a module that was imported is known without a look at the folder
     if f"quantifind.{package}.{name}" not in sys.modules and name not in names(package):
         found = ", ".join(names(package))
-        raise ValueError(f"unknown {name!r}: quantifind/{package}/ has {found}")
+        raise ValueError(
+            f"unknown {name!r}: quantifind/{package}/ has {found}; one of your own is given as "
+            "path/to/file.py or package.module"
+        )
 
 
 def load(package: str, name: str, function: str) -> Callable[..., Any]:
-    """A plug-in's function; ``name`` may be the dotted path of anyone's module.
+    """A plug-in's function.
 
-    Raises: ValueError for a name that is neither in the folder nor importable, or a module that has
-    no such function.
+    package: a folder of quantifind.
+    name: of a module in it, the dotted path of anyone's, or the path of anyone's file.
+    function: what the module must have.
+    Raises: ValueError for a module that is not there, can't be imported, or has no such function.
     """
-    check(package, name)
-    path = name if "." in name else f"quantifind.{package}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        # a module that is there but imports something missing is its author's to see
-        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from error
-    if not callable(found := getattr(module, function, None)):
-        raise ValueError(f"{path} has no function {function}()")
+    found = find(package, name, function)
+    if found is None:
+        raise ValueError(f"{_path(package, name)} has no function {function}()")
     return found
+
+
+def find(package: str, name: str, function: str) -> Callable[..., Any] | None:
+    """As `load`, but None where the module has no such function."""
+    found = getattr(_module(package, name), function, None)
+    return found if callable(found) else None
+
+
+def _path(package: str, name: str) -> str:
+    return name if "." in name or is_file(name) else f"quantifind.{package}.{name}"
+
+
+def _module(package: str, name: str) -> ModuleType:
+    check(package, name)
+    path = _path(package, name)
+    try:
+        return _of_file(Path(name)) if is_file(name) else importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{path}.".startswith(f"{error.name}."):
+            raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from error
+        raise ValueError(f"{path} can't be imported: {reason(error)}") from error
+    except Exception as error:
+        raise ValueError(f"{path} can't be imported: {reason(error)}") from error
+
+
+def _of_file(path: Path) -> ModuleType:
+    """The module of a file; what stands beside it can be imported by it, as in a script."""
+    folder = str(path.resolve().parent)
+    # no other module has this name: test_a_file_may_be_called_as_a_module_of_python
+    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    import cloudpickle
+
+    # no other process finds it by its name: test_a_network_of_a_file_reaches_other_processes
+    cloudpickle.register_pickle_by_value(module)
+    return module
+
+
+def reason(error: BaseException) -> str:
+    """Of an error in someone's own code: its kind, its first line, and the place in that code.
+
+    >>> reason(KeyError("weight"))
+    "KeyError: 'weight'"
+    """
+    first = str(error).strip().partition("\n")[0]
+    others = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<frozen")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename and not frame.filename.startswith(others)
+    ]
+    # a SyntaxError says where it is by itself
+    known = frames and not isinstance(error, SyntaxError)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if known else ""
+    return f"{type(error).__name__}: {first}{where}"
 
 
 def arguments(
@@ -58,7 +140,8 @@ def arguments(
     Raises: ValueError for an option that the function does not have, naming those it has.
     """
     parameters = inspect.signature(function).parameters
-    if unknown := options.keys() - parameters.keys():
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_any and (unknown := options.keys() - parameters.keys()):
         raise ValueError(
             f"unknown option {', '.join(sorted(unknown))}: {function.__module__}."
             f"{function.__name__}() has {', '.join(parameters) or 'none'}"

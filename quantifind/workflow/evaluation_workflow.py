@@ -4,35 +4,51 @@ The arguments after the model may stand in either order, ``(test_loader, criteri
 ``(criterion, test_loader)``: the criterion is the one that can be called.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
-from quantifind.certification.certificate import degradation
-from quantifind.metrics import is_classification, paired
+from quantifind.certification.certificate import certified_steps, degradation
+from quantifind.certification.goal import MEASURES
+from quantifind.metrics import Outcome, is_classification, paired
+from quantifind.mixed_precision.found import Found
+from quantifind.network.calibration import calibration_batches
+from quantifind.network.folding import Pairs, prepared
 from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import Batch, Forward
 from quantifind.utils.console import progress
 from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer, check_depth
 
 
-def compute_test_loss(model: nn.Module, test_loader: Any, criterion: Any) -> float:
-    """The criterion over the loader's examples, each weighted alike, in eval mode."""
+def compute_test_loss(
+    model: nn.Module, test_loader: Any, criterion: Any, *, forward: Forward | None = None
+) -> float:
+    """The criterion over the loader's examples, each weighted alike, in eval mode.
+
+    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
+    """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
-    return Evaluator(model, loader, criterion).outcome()["loss"].mean().item()
+    return Evaluator(model, loader, criterion, forward=forward).outcome().criterion
 
 
 def evaluate_quantized_model(
-    model: nn.Module, test_loader: Any, criterion: Any, bit_depth: int
+    model: nn.Module,
+    test_loader: Any,
+    criterion: Any,
+    bit_depth: int,
+    *,
+    forward: Forward | None = None,
 ) -> float:
     """The criterion of a copy of ``model`` quantized to ``bit_depth`` (2 to 32)."""
-    return compute_test_loss(BitQuantizer(bit_depth).quantize_model(model), test_loader, criterion)
+    quantized = BitQuantizer(bit_depth).quantize_model(model)
+    return compute_test_loss(quantized, test_loader, criterion, forward=forward)
 
 
 def evaluate_bit_depths(
@@ -41,21 +57,22 @@ def evaluate_bit_depths(
     criterion: Any,
     bit_depths: Iterable[int] = BIT_DEPTHS,
     *,
+    forward: Forward | None = None,
     engine: str = "sequential",
     scheduler: str | None = None,
 ) -> pd.DataFrame:
     """A row per bit depth, from most bits to fewest, with the columns of `evaluate_strategies`.
 
     bit_depths: whole numbers, 2 to 32.
+    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     """
     depths = sorted(set(bit_depths), reverse=True)
     for depth in depths:
         check_depth(depth)
     strategies = [uniform_strategy(model, depth) for depth in depths]
-    return evaluate_strategies(
-        model, strategies, test_loader, criterion, engine=engine, scheduler=scheduler
-    )
+    how: Any = {"forward": forward, "engine": engine, "scheduler": scheduler}
+    return evaluate_strategies(model, strategies, test_loader, criterion, **how)
 
 
 def evaluate_strategies(
@@ -66,6 +83,7 @@ def evaluate_strategies(
     *,
     quantized: Iterable[Quantized] | None = None,
     calibration: Iterable[Any] | None = None,
+    forward: Forward | None = None,
     confidence: float = 0.95,
     engine: str = "sequential",
     scheduler: str | None = None,
@@ -75,6 +93,8 @@ def evaluate_strategies(
     test_loader, criterion: in either order.
     quantized: what each strategy has come to; by default they are quantized here.
     calibration: batches of training data, for strategies that need some.
+    forward: (model, batch) → (outputs, targets), what the criterion gets; by default
+        `quantifind.utils.batches.DefaultForward`.
     confidence: of the intervals.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Returns: a row per strategy, in their order: ``bit_depth`` (missing where widths differ),
@@ -90,9 +110,15 @@ def evaluate_strategies(
         if isinstance(known, Quantized) and not _belongs(known, strategy):
             raise ValueError(f"quantized {number} is not what strategy {number} names")
     with Workers(engine, scheduler=scheduler) as workers:
-        evaluator = Evaluator(model, loader, criterion)
-        batches = None if calibration is None else list(calibration)
-        judge = _Judge(model, evaluator, evaluator.outcome(), batches, confidence)
+        evaluator = Evaluator(model, loader, criterion, forward=forward)
+        batches = None
+        if calibration is not None:
+            batches = calibration_batches(calibration, model, forward)
+        evaluators: dict[Pairs, Evaluator] = {(): evaluator}
+        for pairs in {one.folded for one in given} - {()}:
+            net = prepared(model, pairs)
+            evaluators[pairs] = Evaluator(net, evaluator.given_batches(), criterion)
+        judge = _Judge(model, evaluators, evaluator.outcome(), batches, confidence)
         rows = []
         with progress("judging", total=len(tasks)) as step:
             for row in workers.map(_Judge.row, judge, tasks):
@@ -117,16 +143,17 @@ class _Judge:
     """What it takes to judge strategies, on whichever worker."""
 
     model: nn.Module
-    evaluator: Evaluator
-    original: dict[str, Tensor]
-    calibration: list[Any] | None
+    evaluators: dict[Pairs, Evaluator]
+    original: Outcome
+    calibration: Sequence[Batch] | None
     confidence: float
 
     def row(self, task: tuple[Strategy, Strategy | Quantized]) -> dict[str, Any]:
         strategy, given = task
         quantized = quantize(self.model, given, self.calibration)
+        measured = self.evaluators[quantized.folded].outcome(quantized)
         depth, bits = strategy.bit_depth, mean_bits(self.model, quantized)
-        row = compare(self.evaluator.outcome(quantized), self.original, confidence=self.confidence)
+        row = compare(measured, self.original, confidence=self.confidence)
         scr = row["criterion"] / (depth or bits)
         return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
 
@@ -137,9 +164,82 @@ def _loader_and_criterion(first: Any, second: Any) -> tuple[Any, Any]:
     return first, second
 
 
-def compare(
-    quantized: dict[str, Tensor], original: dict[str, Tensor], *, confidence: float = 0.95
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Certificate:
+    """What test data say of what a search found.
+
+    measure, limit, confidence: what is certified: that the measure is at most the limit.
+    steps: a row per strategy of the ladder, from most bytes to fewest: the columns of
+        `evaluate_strategies`, and ``certified``.
+    strategy, quantized: the last that passed, None where none did.
+    """
+
+    measure: str
+    limit: float
+    confidence: float
+    steps: pd.DataFrame
+    strategy: Strategy | None
+    quantized: Quantized | None
+
+    def __str__(self) -> str:
+        words, certified = MEASURES[self.measure][0], self.steps[self.steps["certified"]]
+        row = (self.steps if certified.empty else certified).iloc[-1]
+        bits = f"{row['mean_bits']:.4g} bits per parameter"
+        found = f"{words} {row[self.measure]:.4g}, at most {row[f'{self.measure}_bound']:.4g}"
+        if certified.empty:
+            return f"Nothing is certified at {words} {self.limit:g}: {bits} have {found}"
+        return (
+            f"{bits} are certified at {words} {self.limit:g}: {found} "
+            f"with {self.confidence:.0%} confidence on test data"
+        )
+
+
+def certify(
+    model: nn.Module,
+    found: Found,
+    test_loader: Iterable[Any],
+    *,
+    limit: float | None = None,
+    engine: str = "sequential",
+    scheduler: str | None = None,
+) -> Certificate:
+    """Walk down the ladder of a search on test data, for as long as each step keeps the limit.
+
+    Several strategies are tried, and what passes last is certified at the level of a single test
+    (`quantifind.certification.certificate.certified_steps`).
+
+    model: the network of the search.
+    found: of `quantifind.search.find_strategy`, whose measure, criterion and confidence count.
+    test_loader: batches of test data, which took no part in the search.
+    limit: of the measure, by default that of the search; one is needed where that had a budget.
+    engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
+    Raises: ValueError as `evaluate_strategies`, and where there is no limit.
+    """
+    wanted = found.goal.limit if limit is None else limit
+    measure = found.goal.measure
+    if wanted is None:
+        raise ValueError(f"the search had a budget: give the limit of {measure} to certify")
+    ladder = found.ladder
+    steps = evaluate_strategies(
+        model,
+        ladder["strategy"],
+        test_loader,
+        found.criterion,
+        quantized=ladder["quantized"],
+        forward=found.forward,
+        confidence=found.confidence,
+        engine=engine,
+        scheduler=scheduler,
+    )
+    passed = certified_steps(steps[f"{measure}_bound"].tolist(), wanted)
+    steps["certified"] = [number < passed for number in range(len(steps))]
+    last = ladder.iloc[passed - 1] if passed else {"strategy": None, "quantized": None}
+    return Certificate(
+        measure, wanted, found.confidence, steps, last["strategy"], last["quantized"]
+    )
+
+
+def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) -> dict[str, float]:
     """A quantized network's outcome beside the original's, on the same examples in the same order.
 
     quantized, original: as `quantifind.metrics.outcome` has them.
@@ -150,12 +250,13 @@ def compare(
     """
     columns = paired(quantized, original)
     row = {
-        "criterion": columns["loss"].mean(),
-        "original_criterion": columns["original_loss"].mean(),
+        "criterion": quantized.criterion,
+        "original_criterion": original.criterion,
         **degradation(columns, confidence=confidence),
     }
     if is_classification(original):
-        right, was_right = columns["correct"], columns["original_correct"]
+        judged = columns["weight"] > 0
+        right, was_right = (columns[c][judged] for c in ("correct", "original_correct"))
         row["accuracy"] = right.mean()
         row["original_accuracy"] = was_right.mean()
         row["right_to_wrong"] = int((was_right & ~right).sum())

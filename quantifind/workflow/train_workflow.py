@@ -1,7 +1,7 @@
 """Train a network; save and load what training needs to go on."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from quantifind.metrics import is_classification, outcome
 from quantifind.runtime.pooling import pooling_first
 from quantifind.storage.checkpoints import (
-    check_same_architecture,
     latest_checkpoint,
     load_checkpoint,
     random_state,
@@ -23,8 +22,12 @@ from quantifind.storage.checkpoints import (
     save_checkpoint,
     set_random_state,
 )
+from quantifind.storage.states import check_plain, check_same_architecture, load_state
+from quantifind.utils.batches import Batch, Forward, batches_of
 from quantifind.utils.console import progress
+from quantifind.utils.criteria import aligned
 from quantifind.utils.devices import device_of
+from quantifind.utils.loaders import length_of
 
 CHECK_EVERY = 50
 
@@ -39,6 +42,7 @@ def train_network(
     *,
     decay: bool = False,
     checkpoints: Path | str | None = None,
+    forward: Forward | None = None,
 ) -> pd.DataFrame:
     """Train ``net`` in place, on the device it is on, and leave it in eval mode.
 
@@ -52,15 +56,20 @@ def train_network(
         the optimizer then gets back the one it had.
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that
         finds one goes on from it, with the same random numbers, to the same result.
+    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     Returns: a row per epoch: ``epoch``, ``train_loss`` (over the epoch, while the weights change),
     ``val_loss`` and, for a classifier, ``val_accuracy``; losses are means over examples.
     Raises: ValueError for epochs below 1, a loader without batches, checkpoints that are not this
-    function's, or naming the epoch and batch by which the loss stopped being finite.
+    function's, naming a module whose extra state can't be kept in one, or the epoch and batch by
+    which the loss stopped being finite.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}, at least 1 is needed")
-    if len(train_loader) == 0:
+    length = length_of(train_loader)
+    if length == 0:
         raise ValueError("the train loader has no batches")
+    if checkpoints is not None:
+        check_plain(net.state_dict())  # now, since it is written after a whole epoch
     history: list[dict[str, float]] = []
     if checkpoints is not None and latest_checkpoint(Path(checkpoints)) is not None:
         extra = load_train_context(checkpoints, net, optimizer)
@@ -68,23 +77,27 @@ def train_network(
             raise ValueError(f"{checkpoints}: its checkpoint is not one of train_network()")
         history = extra["history"]
         set_random_state(extra["random_state"], train_loader)
-    schedule, batches = None, epochs * len(train_loader)
+    schedule, batches = None, epochs * length
     if decay:
-        done = len(history) * len(train_loader)
+        done = len(history) * length
         schedule = LambdaLR(optimizer, lambda batch: 1 - batch / batches, last_epoch=done - 1)
     with progress("training", total=batches) as step:
-        step(steps=len(history) * len(train_loader))
+        step(steps=len(history) * length)
         for epoch in range(len(history) + 1, epochs + 1):
             row: dict[str, float] = {"epoch": epoch}
             with pooling_first(net):
                 row["train_loss"] = _train_epoch(
-                    net, criterion, optimizer, schedule, train_loader, epoch, step
+                    net,
+                    criterion,
+                    optimizer,
+                    schedule,
+                    batches_of(train_loader, net, criterion, forward),
+                    length,
+                    epoch,
+                    step,
                 )
-            validation = outcome(net, val_loader, criterion)
-            row["val_loss"] = validation["loss"].mean().item()
+            row |= validate(net, criterion, val_loader, forward)
             _check_finite(row["val_loss"], f"after epoch {epoch}, on validation data")
-            if is_classification(validation):
-                row["val_accuracy"] = validation["correct"].double().mean().item()
             history.append(row)
             if checkpoints is not None:
                 extra = {"history": history, "random_state": random_state(train_loader)}
@@ -96,35 +109,55 @@ def train_network(
     return pd.DataFrame(history)
 
 
+def validate(
+    net: nn.Module,
+    criterion: nn.Module,
+    val_loader: Iterable[Any],
+    forward: Forward | None = None,
+) -> dict[str, float]:
+    """``val_loss``, the mean over examples, and for a classifier ``val_accuracy``.
+
+    net: the network.
+    criterion: as for `train_network`.
+    val_loader, forward: likewise.
+    Raises: ValueError for a loader without examples.
+    """
+    validation = outcome(net, val_loader, criterion, forward)
+    row = {"val_loss": validation.criterion}
+    if is_classification(validation):
+        row["val_accuracy"] = validation.accuracy
+    return row
+
+
 def _train_epoch(
     net: nn.Module,
     criterion: nn.Module,
     optimizer: Optimizer,
     schedule: LambdaLR | None,
-    loader: DataLoader,
+    batches: Iterable[Batch],
+    length: int,
     epoch: int,
     step: Callable[..., None],
 ) -> float:
     net.train()
-    device = device_of(net)
-    total, examples = torch.zeros((), dtype=torch.float64, device=device), 0
-    for batch, (inputs, targets) in enumerate(loader, start=1):
-        inputs = inputs.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
+    total, examples = torch.zeros((), dtype=torch.float64, device=device_of(net)), 0
+    for number, batch in enumerate(batches, start=1):
         optimizer.zero_grad()
-        loss = criterion(net(inputs), targets)
+        outputs, *given = batch.run(net)
+        outputs, targets = aligned(criterion, outputs, given)
+        loss = criterion(outputs, *targets)
         loss.backward()
         optimizer.step()
         if schedule is not None:
             schedule.step()
         summed = getattr(criterion, "reduction", "mean") == "sum"
-        total += loss.detach().double() * (1 if summed else len(targets))
-        examples += len(targets)
+        total += loss.detach().double() * (1 if summed else len(batch))
+        examples += len(batch)
         # reading a loss waits for the device, so not at every batch
-        if batch % CHECK_EVERY == 0 or batch == len(loader):
+        if number % CHECK_EVERY == 0 or number == length:
             mean = total.item() / examples
-            _check_finite(mean, f"in epoch {epoch} by batch {batch}")
-            step(f"epoch {epoch} loss {mean:.4f}", steps=batch % CHECK_EVERY or CHECK_EVERY)
+            _check_finite(mean, f"in epoch {epoch} by batch {number}")
+            step(f"epoch {epoch} loss {mean:.4f}", steps=number % CHECK_EVERY or CHECK_EVERY)
     return total.item() / examples
 
 
@@ -152,12 +185,15 @@ def save_train_context(
     optimizer: whose state to save.
     extra: tensors, numbers, strings, lists and dicts, to come back from `load_train_context`.
     Returns: the path of the checkpoint.
+    Raises: ValueError naming a module whose extra state is not of plain values.
     """
     return save_checkpoint(directory, _state(net, optimizer, extra or {}))
 
 
 def _state(net: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> dict[str, Any]:
-    return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "extra": extra}
+    state = net.state_dict()
+    check_plain(state)
+    return {"net": state, "optimizer": optimizer.state_dict(), "extra": extra}
 
 
 def load_train_context(
@@ -183,5 +219,5 @@ def load_train_context(
         optimizer.load_state_dict(optimizer_state)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: its optimizer is another one ({error})") from error
-    net.load_state_dict(weights)
+    load_state(net, weights, path)
     return extra

@@ -45,7 +45,7 @@ def visualize_bit_depth_results(
 def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
     """Training and validation loss by epoch; accuracy where there is one.
 
-    history: a table of `quantifind.workflow.train_workflow.train_network`.
+    history: a table of `quantifind.workflow.train_workflow.train_network`; may have no rows.
     name: of the network, for the title.
     """
     panels = 1 + ("val_accuracy" in history)
@@ -55,6 +55,8 @@ def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3, which="both")
     loss = rows[0, 0]
+    if history.empty:
+        loss.annotate("no epoch: weights were given", (0.1, 0.5), xycoords="axes fraction")
     for column, label, colour in (
         ("train_loss", "train, while learning", TRAIN),
         ("val_loss", "validation, after the epoch", QUANTIZED),
@@ -146,12 +148,13 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
 def _signal_to_complexity(results: pd.DataFrame, certified: Certified) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _depth_axis(axes)
-    best = results.iloc[results["signal_to_complexity"].argmin()]
     _curve(axes, results, "signal_to_complexity", certified)
-    axes.plot(
-        best["bit_depth"], best["signal_to_complexity"], "*", ms=14, color="black",
-        label=f"lowest: {best['bit_depth']:.0f} bits",
-    )  # fmt: skip
+    if results["signal_to_complexity"].notna().any():
+        best = results.iloc[results["signal_to_complexity"].argmin()]
+        axes.plot(
+            best["bit_depth"], best["signal_to_complexity"], "*", ms=14, color="black",
+            label=f"lowest: {best['bit_depth']:.0f} bits",
+        )  # fmt: skip
     log_axis(axes, "criterion per bit (lower is better)")
     axes.legend()
     return figure

@@ -1,0 +1,125 @@
+"""The answer of a search: the best of its candidates, or the nearest, where none keeps the goal."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from quantifind.certification.goal import Goal, ladder
+from quantifind.mixed_precision.candidates import Candidates, Row
+from quantifind.strategy import Strategy
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import Forward
+from quantifind.utils.console import console
+
+# relative error of outputs above which it is said beside a criterion ratio
+SUSPICIOUS = 0.1
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer of a search.
+
+    strategy: the chosen one.
+    quantized: what it has come to for the network.
+    candidates: a row per candidate, largest first; intermediate scale-tuning steps are left out.
+        Columns: ``strategy``, ``quantized``, ``origin``, ``scales_adjusted``, ``mean_bits``, each
+        of `quantifind.costs`, ``predicted_ratio``, the ``examples`` it was measured on, those of
+        `quantifind.certification.certificate.degradation`, ``on_ladder`` and ``chosen``.
+    sensitivity: the table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
+    goal: what was asked for.
+    confidence: of the bounds.
+    criterion, forward: by which it was judged, as `find_strategy` was given them.
+    """
+
+    strategy: Strategy
+    quantized: Quantized
+    candidates: pd.DataFrame
+    sensitivity: pd.DataFrame
+    goal: Goal
+    confidence: float
+    criterion: Any = None
+    forward: Forward | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """What most ask for: ``quantized, candidates = find_strategy(…)``."""
+        return iter((self.quantized, self.candidates))
+
+    @property
+    def chosen(self) -> pd.Series:
+        """The row of the chosen candidate."""
+        return self.candidates[self.candidates["chosen"]].iloc[0]
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits per parameter, everything counted."""
+        return float(self.chosen["mean_bits"])
+
+    @property
+    def model_bytes(self) -> float:
+        """All that the quantized network stores."""
+        return float(self.chosen["model_bytes"])
+
+    @property
+    def loss(self) -> float:
+        """What it loses on validation data, by the measure of the goal."""
+        return float(self.chosen[self.goal.measure])
+
+    @property
+    def ladder(self) -> pd.DataFrame:
+        """The candidates to judge on test data, largest first."""
+        return self.candidates[self.candidates["on_ladder"]]
+
+
+def chosen(candidates: Candidates) -> tuple[Row, pd.DataFrame]:
+    """The best candidate, and a table of all of them.
+
+    Raises: ValueError naming the nearest, where none keeps the goal.
+    """
+    best = candidates.best() or _nearest(candidates)
+    error = best["relative_error"]
+    if candidates.goal.measure == "criterion_ratio" and error > SUSPICIOUS:
+        console.print(
+            f"Its criterion ratio is {best['criterion_ratio']:.4g}, but its outputs are "
+            f"{error:.0%} off: for outputs near the float network's ask for "
+            "limit={'relative_error': 0.05}",
+            markup=False,
+        )
+    rows = sorted(candidates.rows.values(), key=lambda row: -row["model_bytes"])
+    steps = ladder(candidates.whole(), best, candidates.goal)
+    on_ladder = {row["key"] for row in steps}
+    table = pd.DataFrame(rows)
+    costs = pd.DataFrame([candidates.allocation.costs(row["quantized"]) for row in rows])
+    table = table.join(costs[costs.columns.difference(table.columns)])
+    table["on_ladder"] = table["key"].isin(on_ladder)
+    table["chosen"] = table["key"] == best["key"]
+    return best, table.drop(columns="key")
+
+
+def _nearest(candidates: Candidates) -> Row:
+    """The nearest of candidates that seem not to keep the limit, should it keep it after all.
+
+    Raises: ValueError, naming it, where it doesn't.
+    """
+    measure, limit = candidates.goal.measure, candidates.goal.limit
+    rows = candidates.whole() or [*candidates.rows.values()]
+    if limit is None:
+        raise ValueError(
+            "no candidate within the budget can be measured: all losses are NaN or infinite"
+        )
+    row = candidates.completed(min(rows, key=lambda row: row[f"{measure}_bound"]))
+    value, bound, examples = row[measure], row[f"{measure}_bound"], row["examples"]
+    if candidates.goal.keeps(row):
+        return row
+    text = (
+        f"no candidate keeps {measure} at most {limit:g} with {candidates.confidence:.0%} "
+        f"confidence on {examples} validation examples; the nearest has {value:.6g} (at most "
+        f"{bound:.6g}) at {row['mean_bits']:.4g} bits"
+    )
+    if value < limit and bound < math.inf:
+        # a standard error falls with the root of the number of examples
+        needed = math.ceil(examples * ((bound - value) / (limit - value)) ** 2)
+        text += f"; with about {needed:,} examples it would be certain enough"
+    raise ValueError(text)

@@ -1,0 +1,237 @@
+"""A network whose codes, scales and codebooks are trained to follow the float network's outputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from quantifind.network.activations import QuantizedActivations
+from quantifind.network.folding import prepared
+from quantifind.network.modules import put_values
+from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
+from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.tensor.ste import in_float32, round_through
+from quantifind.tensor.stored_scales import stored_scale
+from quantifind.utils.batches import Batch, DefaultForward, rows_of, tensors_of
+from quantifind.utils.criteria import IGNORED, aligned
+
+# scales and tables are trained by the logarithm of the factor that they are multiplied with
+SCALE_LEARNING_RATE = 2e-3
+# both networks' logits are divided by it, so that more than the likeliest class has a say
+SOFTENING = 2.0
+# latent weights start at most this fraction of the way from their level to the rounding boundary
+INSIDE = 0.9
+# as a criterion of classes has them
+CLASSES = nn.CrossEntropyLoss()
+
+
+class Student:
+    """A quantized network whose codes are those nearest to latent float values.
+
+    latents: by name, float32 values of each quantized parameter.
+    log_factors: by name, the logarithm of what its scales, or the entries of its table, are
+        multiplied with.
+    """
+
+    def __init__(
+        self, model: nn.Module, start: Quantized, temperature: float, label_weight: float
+    ) -> None:
+        self.temperature, self.label_weight = temperature, label_weight
+        self.teacher = prepared(model, start.folded).eval().requires_grad_(False)
+        self.net: nn.Module = prepared(model, start.folded).eval().requires_grad_(False)
+        self.start, self.prefix = start, ""
+        put_values(self.net, start.tensors)  # buffers, which are not learned, among them
+        if start.activations:
+            self.net, self.prefix = QuantizedActivations(self.net, start.activations), "model."
+        self.latents: dict[str, Tensor] = {}
+        self.log_factors: dict[str, Tensor] = {}
+        for name, parameter in self.teacher.named_parameters():
+            if name in start.tensors:
+                tensor = start.tensors[name]
+                self.latents[name] = _latent(parameter, tensor).requires_grad_()
+                scale, table = tensor.qparams.scale, tensor.qparams.grid.table
+                trained = table if scale is None else scale
+                assert trained is not None
+                factor = torch.zeros(trained.shape, device=parameter.device)
+                self.log_factors[name] = factor.requires_grad_()
+        if not self.latents:
+            raise ValueError("the strategy leaves every parameter in float: nothing can be learned")
+        self.run = _Run(self.net)
+
+    def optimizer(self, learning_rate: float) -> Optimizer:
+        return torch.optim.Adam(
+            [
+                {"params": list(self.latents.values()), "full_rate": learning_rate},
+                {"params": list(self.log_factors.values()), "full_rate": SCALE_LEARNING_RATE},
+            ]
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        """How far the outputs are from the float network's, and from the labels."""
+        batch, blend = _blended(batch)
+        with torch.no_grad():
+            wanted, *targets = batch.clone().run(self.teacher)
+        weights = {f"net.{self.prefix}{name}": self._weight(name) for name in self.latents}
+        outputs, *_ = functional_call(self.run, weights, (batch,))
+        known = class_labels(outputs, targets)
+        if known is None:
+            return self._numbers_loss(outputs, wanted, targets, blend)
+        return self._classes_loss(known[0], known[1], aligned(CLASSES, wanted, targets)[0], blend)
+
+    def _numbers_loss(
+        self, outputs: Any, wanted: Any, targets: list[Any], blend: "_Blend | None"
+    ) -> Tensor:
+        pairs = zip(tensors_of(outputs), tensors_of(wanted), strict=True)
+        apart = [F.mse_loss(o.float(), w.float()) for o, w in pairs if o.is_floating_point()]
+        loss = torch.stack(apart).sum()
+        alike = len(targets) == 1 and isinstance(outputs, Tensor) and isinstance(targets[0], Tensor)
+        if self.label_weight and alike and outputs.shape == targets[0].shape:
+            truth = targets[0] if blend is None else blend.mixed(targets[0])
+            loss = loss + self.label_weight * F.mse_loss(outputs.float(), truth.float())
+        return loss
+
+    def _classes_loss(
+        self, outputs: Tensor, labels: Tensor, wanted: Tensor, blend: "_Blend | None"
+    ) -> Tensor:
+        outputs, wanted = outputs.float(), wanted.float()
+        apart = F.kl_div(
+            (outputs / SOFTENING).log_softmax(1),
+            (wanted / (SOFTENING * self.temperature)).log_softmax(1),
+            reduction="none",
+            log_target=True,
+        ).sum(1)
+        # of positions that no label judges, such as padding, nothing is learned
+        judged = (labels >= 0) & (labels < outputs.shape[1])
+        loss = SOFTENING**2 * (apart * judged).sum() / len(outputs)
+        if self.label_weight:
+            first = labels.where(judged, IGNORED)
+            truth = F.cross_entropy(outputs, first, reduction="none")
+            if blend is not None:
+                other = F.cross_entropy(outputs, first[blend.others], reduction="none")
+                # a target may have several positions: test_labels_of_several_positions
+                share = blend.shares(truth)
+                truth = share * truth + (1 - share) * other
+            loss = loss + self.label_weight * truth.mean()
+        return loss
+
+    def _weight(self, name: str) -> Tensor:
+        latent, qparams = self.latents[name], self._qparams(name)
+        qparams = replace(qparams, grid=in_float32(qparams.grid, latent.device))
+        rows = to_rows(latent, qparams.axis, qparams.group)
+        values = from_rows(round_through(rows, qparams), latent.shape, qparams.axis, qparams.group)
+        return values.to(self.start.tensors[name].dtype)
+
+    def _qparams(self, name: str) -> QParams:
+        """A tensor's parameters as trained: float32 values of what is stored, with the gradient of
+        what they are rounded from."""
+        qparams, factor = self.start.tensors[name].qparams, self.log_factors[name].exp()
+        if qparams.scale is not None:
+            trained = qparams.scale.float() * factor
+            stored = stored_scale(trained.detach().double(), qparams.scale.dtype).float()
+            return replace(qparams, scale=stored + (trained - trained.detach()))
+        assert qparams.grid.table is not None
+        trained, dtype = qparams.grid.table.float() * factor, qparams.grid.table.dtype
+        largest = min(torch.finfo(kind).max for kind in (dtype, torch.float32))
+        stored = trained.detach().clamp(-largest, largest).to(dtype).float()
+        table = stored + (trained - trained.detach())
+        return with_table(qparams, table.sort(-1)[0])
+
+    @torch.no_grad()
+    def quantized(self) -> Quantized:
+        """The tensors with the codes, scales and tables as learned."""
+        tensors = dict(self.start.tensors)
+        for name, latent in self.latents.items():
+            start, qparams = tensors[name].qparams, self._qparams(name)
+            rows = to_rows(latent.double(), start.axis, start.group)
+            codes = from_rows(qparams.nearest(rows).int(), latent.shape, start.axis, start.group)
+            if start.scale is not None and qparams.scale is not None:
+                qparams = replace(qparams, scale=qparams.scale.to(start.scale.dtype))
+            elif start.grid.table is not None and qparams.grid.table is not None:
+                qparams = with_table(qparams, qparams.grid.table.to(start.grid.table.dtype))
+            tensors[name] = replace(tensors[name], codes=codes, qparams=qparams)
+        return replace(self.start, tensors=tensors)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {"latents": self.latents, "log_factors": self.log_factors}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
+        for name, own in self.state().items():
+            for key, tensor in own.items():
+                tensor.copy_(state[name][key])
+
+
+def _latent(values: Tensor, tensor: QuantizedTensor) -> Tensor:
+    """The float values, moved where need be to round to the codes there are, and not beyond the
+    outermost levels, where no gradient would bring them back."""
+    grid = tensor.qparams.grid
+    codes = tensor.codes.long()
+    level, below, above = (
+        replace(tensor, codes=moved.clamp(grid.lowest_code, grid.highest_code)).dequantize().float()
+        for moved in (codes, codes - 1, codes + 1)
+    )
+    within = values.float().clamp((level + below) / 2, (level + above) / 2)
+    return level + INSIDE * (within - level)
+
+
+def class_labels(outputs: Any, targets: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """Outputs with classes in the second axis, and the labels; None where targets are others."""
+    outputs, targets = aligned(CLASSES, outputs, targets)
+    if len(targets) != 1 or not isinstance(targets[0], Tensor) or not isinstance(outputs, Tensor):
+        return None
+    (labels,) = targets
+    if labels.is_floating_point() or outputs.dim() != labels.dim() + 1 or outputs.shape[1] < 2:
+        return None
+    if labels.shape != outputs.shape[:1] + outputs.shape[2:]:
+        return None
+    return outputs, labels
+
+
+class _Run(nn.Module):
+    """A pass of a batch through a network, as a module, whose tensors torch can swap."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: Batch) -> tuple[Any, ...]:
+        return batch.run(self.net)
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """Each example's share (examples,), and the other one that it is blended with."""
+
+    share: Tensor
+    others: Tensor
+
+    def shares(self, values: Tensor) -> Tensor:
+        """The shares, to multiply values (examples, …) with."""
+        return self.share.to(values.dtype).reshape(-1, *(1,) * (values.dim() - 1))
+
+    def mixed(self, values: Tensor) -> Tensor:
+        share = self.shares(values)
+        return share * values + (1 - share) * values[self.others]
+
+
+def _blended(batch: Batch) -> tuple[Batch, _Blend | None]:
+    """Half of the examples, the first of a shuffled batch, blended with others of it: of batches
+    (inputs, targets) with floating point inputs; others stay."""
+    data, count = batch.data, (rows_of(batch.data) or 0) // 2
+    pair = isinstance(data, list | tuple) and len(data) == 2
+    if not pair or count == 0 or not isinstance(batch.forward, DefaultForward):
+        return batch, None
+    inputs, targets = data
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        return batch, None
+    share = torch.ones(len(inputs), device=inputs.device)
+    share[:count] = torch.rand(count).to(inputs.device)
+    others = torch.arange(len(inputs), device=inputs.device)
+    others[:count] = torch.randperm(len(inputs))[:count].to(inputs.device)
+    blend = _Blend(share, others)
+    return Batch([blend.mixed(inputs), targets], batch.forward), blend
