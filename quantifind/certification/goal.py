@@ -57,10 +57,12 @@ class Goal:
         return cls("criterion_ratio", None, cost, value)
 
     def keeps(self, row: Mapping[str, Any]) -> bool:
-        """Whether a candidate does what was asked.
+        """Whether a candidate does what was asked; one that can't be measured does not.
 
         row: its costs, and its `quantifind.certification.certificate.degradation`.
         """
+        if not math.isfinite(row[self.measure]):
+            return False  # test_a_loss_that_is_nan_is_no_answer
         if self.limit is not None:
             return bool(row[f"{self.measure}_bound"] <= self.limit)
         assert self.budget is not None

@@ -87,8 +87,10 @@ def chosen(candidates: Candidates) -> tuple[Row, pd.DataFrame]:
             "limit={'relative_error': 0.05}",
             markup=False,
         )
-    rows = sorted(candidates.rows.values(), key=lambda row: -row["model_bytes"])
-    steps = ladder(candidates.whole(), best, candidates.goal)
+    measure = candidates.goal.measure
+    able = [row for row in candidates.rows.values() if math.isfinite(row[measure])]
+    rows = sorted(able, key=lambda row: -row["model_bytes"])
+    steps = ladder([row for row in rows if candidates.is_whole(row)], best, candidates.goal)
     on_ladder = {row["key"] for row in steps}
     table = pd.DataFrame(rows)
     costs = pd.DataFrame([candidates.allocation.costs(row["quantized"]) for row in rows])
@@ -104,11 +106,10 @@ def _nearest(candidates: Candidates) -> Row:
     Raises: ValueError, naming it, where it doesn't.
     """
     measure, limit = candidates.goal.measure, candidates.goal.limit
-    rows = candidates.whole() or [*candidates.rows.values()]
-    if limit is None:
-        raise ValueError(
-            "no candidate within the budget can be measured: all losses are NaN or infinite"
-        )
+    rows = [row for row in candidates.rows.values() if math.isfinite(row[measure])]
+    if limit is None or not rows:
+        raise ValueError("no candidate can be measured: all losses are NaN or infinite")
+    rows = [row for row in rows if candidates.is_whole(row)] or rows
     row = candidates.completed(min(rows, key=lambda row: row[f"{measure}_bound"]))
     value, bound, examples = row[measure], row[f"{measure}_bound"], row["examples"]
     if candidates.goal.keeps(row):
