@@ -116,22 +116,10 @@ def find_strategy(
     _check(goal, learn, confidence, activation_bits)
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
-    if search_space is not None and not isinstance(search_space, SearchSpace):
-        if not {"tensors"} <= search_space.keys() <= {"tensors", "activations"}:
-            named = ", ".join(search_space) or "nothing"
-            raise ValueError(f"search_space has {named}: tensors, and perhaps activations")
-        search_space = SearchSpace(**search_space)
+    search_space = _given_space(search_space)
     with Workers(engine, scheduler=scheduler) as workers:
-        measurements = Measurements.start(
-            model,
-            train_loader,
-            val_loader,
-            criterion,
-            forward=forward,
-            folder=folder,
-            seed=seed,
-            workers=workers,
-        )
+        how: Any = {"forward": forward, "folder": folder, "seed": seed, "workers": workers}
+        measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
         _check_measure(goal, measurements.original)
         for space in _spaces(measurements, widths, activation_bits, search_space):
             sensitivity = measure_sensitivity(measurements, space, precision=precision)
@@ -192,6 +180,15 @@ def _check(goal: Goal, learn: float, confidence: float, activation_bits: Sequenc
             f"activation_bits is {activation_bits}: activations on levels save no {goal.cost}; "
             "give a budget of bit_operations or energy_picojoules"
         )
+
+
+def _given_space(given: SearchSpace | Mapping[str, Any] | None) -> SearchSpace | None:
+    if given is None or isinstance(given, SearchSpace):
+        return given
+    if not {"tensors"} <= given.keys() <= {"tensors", "activations"}:
+        named = ", ".join(given) or "nothing"
+        raise ValueError(f"search_space has {named}: tensors, and perhaps activations")
+    return SearchSpace(**given)
 
 
 def _spaces(

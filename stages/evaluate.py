@@ -16,12 +16,13 @@ def main(params: Params) -> None:
     params: all of params.yaml.
     Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
     """
-    net, criterion, *_ = networks.read_network()
+    made = networks.read_network()
+    net, criterion = made.net, made.criterion
     uniform = [Strategy(**choices) for choices in files.read_json(files.UNIFORM)]
     strategies, quantized, facts = ladder.read_ladder()
     test = networks.read_loader("test", batch_size=files.TEST_BATCH)
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
-    how: Any = {"confidence": confidence, **params.workers}
+    how: Any = {"confidence": confidence, "forward": made.forward, **params.workers}
     table = evaluate_strategies(net, uniform, test, criterion, **how)
     found = evaluate_strategies(net, strategies, test, criterion, quantized=quantized, **how)
     goal = Goal.of(params.search.limit, params.search.budget)

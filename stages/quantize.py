@@ -24,14 +24,16 @@ def main(params: Params) -> None:
     params: all of params.yaml.
     Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
     """
-    net, criterion, *_ = networks.read_network()
+    made = networks.read_network()
+    net, criterion = made.net, made.criterion
     train = networks.read_loader("train", batch_size=params.entry.batch_size, seed=params.seed)
     val = networks.read_loader("val", batch_size=params.entry.batch_size)
     depths = sorted(set(params.quantize.bit_depths), reverse=True)
     uniform = [uniform_strategy(net, bits, scheme=params.quantize.scheme) for bits in depths]
     errors = weight_errors(net, uniform)
     folder = files.measured_folder()
-    found = find_strategy(net, train, val, criterion, folder=folder, **params.search_options)
+    how: Any = {"forward": made.forward, "folder": folder, **params.search_options}
+    found = find_strategy(net, train, val, criterion, **how)
     objects = ["strategy", "quantized"]
     files.write_table(files.PLOTS / "weight_error.csv", errors)
     files.write_table(files.PLOTS / "candidates.csv", found.candidates.drop(columns=objects))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from quantifind.metrics import outcome
 from quantifind.storage.states import check_plain
@@ -37,11 +36,11 @@ def main(params: Params) -> None:
     made = create_network(entry.network, entry.options, files.read_json(files.DESCRIPTION))
     net, criterion = made.net, made.criterion
     named = f"{files.PARAMS}: models.{params.model}: network {entry.network}"
-    check_fit(net, criterion, val, fault=f"{named} does not fit data {entry.data}")
+    check_fit(made, val, fault=f"{named} does not fit data {entry.data}")
     check_plain(net.state_dict())
     if entry.weights is not None:
         load_weights(net, entry.weights)
-        measured = validate(net, criterion, val)
+        measured = validate(net, criterion, val, made.forward)
         if not math.isfinite(measured["val_loss"]):
             what = f"with weights {entry.weights} the loss on validation data is"
             raise ValueError(f"{named}: {what} {measured['val_loss']}")
@@ -59,6 +58,7 @@ def main(params: Params) -> None:
             epochs=entry.epochs,
             decay=entry.decay,
             checkpoints=checkpoints,
+            forward=made.forward,
         )
         last = history.filter(like="val_").to_dict("records")[-1]
         write(made, entry.network, history, last)
@@ -79,17 +79,16 @@ def write(
     files.write_json(files.METRICS / "training.json", last)
 
 
-def check_fit(net: nn.Module, criterion: nn.Module, loader: Iterable[Any], *, fault: str) -> None:
+def check_fit(made: networks.Context, loader: Iterable[Any], *, fault: str) -> None:
     """Run one batch through a network and its criterion.
 
-    net: the network.
-    criterion: what its outputs are judged by.
+    made: both.
     loader: whose first batch is taken.
     fault: what an error says before its reason.
     Raises: ValueError where the network or its criterion does not take the batch.
     """
     try:
-        outcome(net, [next(iter(loader))], criterion)
+        outcome(made.net, [next(iter(loader))], made.criterion, made.forward)
     except Exception as error:
         raise ValueError(f"{fault}: {plugins.reason(error)}") from error
 
