@@ -90,7 +90,7 @@ def crepe(capacity: str, parts: tuple[int, int, int]) -> Stranger:
 
 
 def crepe_tiny() -> Stranger:
-    return crepe("tiny", (1024, 512, 2048))
+    return crepe("tiny", (128, 256, 1024))
 
 
 def crepe_full() -> Stranger:
