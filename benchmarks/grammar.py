@@ -310,18 +310,20 @@ def recount(net: nn.Module, quantized: Any) -> float:
     buffers = {n: b for n, b in copied.named_buffers() if b.is_floating_point()}
     named = dict(copied.named_parameters()) | buffers
     left = [tensor.nbytes for name, tensor in named.items() if name not in quantized.tensors]
-    parameters = {p.data_ptr(): p.numel() for p in _as_used(net).parameters()}
     bits = 8 * (sum(tensor.nbytes for tensor in packed.values()) + sum(left))
-    return bits / sum(parameters.values())
+    return bits / _counted(net)
 
 
-def _as_used(net: nn.Module) -> nn.Module:
-    """With parametrized weights as they are used."""
-    net = copy.deepcopy(net)
-    for module in net.modules():
-        if nn.utils.parametrize.is_parametrized(module):
-            nn.utils.parametrize.remove_parametrizations(module, "weight")
-    return net
+def _counted(net: nn.Module) -> int:
+    """Parameters, those in several places once, parametrized ones as they are used."""
+    sizes: dict[int, int] = {}
+    for name, module in net.named_modules():
+        if "parametrizations" in name:
+            continue
+        used = [getattr(module, own).numel() for own in getattr(module, "parametrizations", ())]
+        sizes[id(module)] = sum(used)
+        sizes |= {id(p): p.numel() for p in module.parameters(recurse=False)}
+    return sum(sizes.values())
 
 
 def faults(drawn: Drawn) -> list[str]:
