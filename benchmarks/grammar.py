@@ -349,7 +349,7 @@ def _faults(drawn: Drawn) -> list[str]:
         nn.CrossEntropyLoss(),
         forward=forward,
         limit={"relative_error": 1e6},
-        widths=[2, 8],
+        widths=[3],
         precision=0,
     )
     put = quantize_model(net, answer.quantized)

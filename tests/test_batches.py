@@ -513,3 +513,32 @@ def test_what_is_kept_has_memory_of_its_own():
     (batch,) = kept(batches_of([(data, Y)], net))
     data.zero_()
     assert torch.equal(batch.data[0], X)
+
+
+def test_each_width_has_its_own_result_within_autocast():
+    torch.manual_seed(0)
+    net, depths = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)), [8, 3, 2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = evaluate_bit_depths(net, pairs(X, Y), CROSS_ENTROPY, depths)["criterion"]
+    for bits, criterion in zip(depths, found, strict=True):
+        put = quantize_model(net, uniform_strategy(net, bits))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert criterion == pytest.approx(CROSS_ENTROPY(put(X), Y).item(), rel=5e-3)
+    assert found.nunique() == len(depths)
+
+
+def test_proxies_of_a_forward_within_autocast():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        @torch.autocast("cpu", dtype=torch.bfloat16)
+        def forward(self, x):
+            return self.head(self.body(x).relu()).float()
+
+    net = Mixed()
+    options = {"limit": 2.0, "widths": [4], "proxies": True}
+    table = find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, **options).sensitivity
+    rows = table[table["name"].str.contains("weight")]
+    assert (rows[["fisher_increase", "output_fisher_increase"]] > 0).all(axis=None)

@@ -8,8 +8,9 @@ is to be compared with the increase that is measured.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -266,7 +267,7 @@ def _product_uses(
         output = product.compute(*product.operands)
         if product.weight is None or not output.requires_grad:
             return output
-        seen.append((product, output))
+        seen.append((replace(product, compute=_as_here(product.compute, output.device)), output))
         return output.clone()  # what follows may work in place: test_an_activation_in_place
 
     with visiting(work, visit):
@@ -280,6 +281,19 @@ def _product_uses(
         for name in {product.weight, product.bias_name} - {None}:
             uses[str(name)].append((product, output.detach(), gradient))
     return uses, len(loss)
+
+
+def _as_here(compute: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """A product that is computed later as it is now, within autocast or not
+    (test_proxies_of_a_forward_within_autocast)."""
+    enabled = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type)
+
+    def later(*operands: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False):
+            return compute(*operands)
+
+    return later
 
 
 @contextmanager
