@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_block
+from torch.utils.data import DataLoader
 
 import quantifind
 from benchmarks import architecture, grids, readme
@@ -152,7 +153,7 @@ def test_a_table_is_put_between_the_markers_of_its_page(tmp_path, monkeypatch):
 
 def test_python_of_the_readme(monkeypatch):
     """The notebook block first: the others go on with its network and loaders."""
-    search, notebook = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    search, _, notebook = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
     names = run_block(notebook, monkeypatch)
     assert names["result"]
     plt.close("all")
@@ -169,6 +170,41 @@ def test_python_of_the_readme(monkeypatch):
     assert len(names["small_net"][0][0].weight[0].unique()) <= 3
     exec(choices, names)
     assert names["same"] == names["strategy"]
+
+
+def sentences(net, count, seed):
+    """A loader of dicts, whose labels are a float network's answers, a few of them changed."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(60, (count, 8), generator=generator)
+    mask = (torch.arange(8) < 6).long().expand_as(words)
+    with torch.no_grad():
+        labels = net(input_ids=words, attention_mask=mask).logits.argmax(1)
+    labels[::5] = torch.randint(3, labels[::5].shape, generator=generator)
+    parts = zip(words, mask, labels, strict=True)
+    names = ("input_ids", "attention_mask", "labels")
+    examples = [dict(zip(names, part, strict=True)) for part in parts]
+    return DataLoader(examples, batch_size=16)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_hugging_face_encoder_of_the_readme(capsys):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(60, intermediate_size=32, num_labels=3, **sizes)
+    encoder = transformers.BertForSequenceClassification(config).eval()
+    with torch.no_grad():  # as a trained one, which is sure of its answers
+        encoder.classifier.weight.mul_(60)
+    names = {"train_loader": 64, "val_loader": 200, "test_loader": 200}
+    names = {name: sentences(encoder, n, n + len(name)) for name, n in names.items()}
+    _, block, _ = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    assert len(block.strip().splitlines()) <= 10
+    names |= {"encoder": encoder}
+    exec(block.replace("limit=1.05", "limit=1.5, widths=[3, 8]"), names)
+    assert "bits per parameter" in capsys.readouterr().out
+    batch = next(iter(names["test_loader"]))
+    del batch["labels"]
+    assert names["small_encoder"](**batch).logits.shape == (16, 3)
 
 
 @pytest.fixture
