@@ -8,8 +8,9 @@ is to be compared with the increase that is measured.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def hessian_traces(
                     bits = torch.randint(2, parameter.shape, generator=generator, device="cpu")
                     signs = 2 * bits.to(parameter) - 1
                     product = _second_derivative(gradient, parameter, signs)
+                    if product is None:
+                        product = _no_curvature(work, criterion, batch, parameter, gradient)
                     sums[name] += (signs * product).sum(dtype=torch.float64).item() / draws
         return {n: total / count / max(parameters[n].numel(), 1) for n, total in sums.items()}
 
@@ -75,17 +78,31 @@ def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> Sequence[Tenso
     return [gradient if gradient is None else _dense(gradient) for gradient in found]
 
 
-def _second_derivative(gradient: Tensor, parameter: Tensor, signs: Tensor) -> Tensor:
-    missing = torch.full_like(parameter, torch.nan)
+def _no_curvature(
+    work: nn.Module, criterion: Criterion, batch: Batch, parameter: Tensor, gradient: Tensor
+) -> Tensor:
+    """Zeros where a gradient stays as it is when its parameter moves; else NaN, since torch sees no
+    second derivative where there is one."""
+    with torch.no_grad():
+        moved = parameter * 1.01 + 0.01 * parameter.abs().mean()
+    with _replaced(parameter, moved), torch.enable_grad():
+        loss = _losses(work, criterion, batch).sum()
+        (other,) = torch.autograd.grad(loss, parameter, materialize_grads=True)
+    same = torch.allclose(_dense(other), gradient.detach(), rtol=1e-4, atol=1e-12)
+    return torch.zeros_like(parameter) if same else torch.full_like(parameter, torch.nan)
+
+
+def _second_derivative(gradient: Tensor, parameter: Tensor, signs: Tensor) -> Tensor | None:
+    """None where torch has none."""
     if not gradient.requires_grad:
-        return missing
+        return None
     try:
         (product,) = torch.autograd.grad(
             gradient, parameter, signs, retain_graph=True, allow_unused=True
         )
     except RuntimeError:
-        return missing
-    return missing if product is None else _dense(product)
+        return None
+    return None if product is None else _dense(product)
 
 
 def _dense(gradient: Tensor) -> Tensor:
@@ -250,7 +267,7 @@ def _product_uses(
         output = product.compute(*product.operands)
         if product.weight is None or not output.requires_grad:
             return output
-        seen.append((product, output))
+        seen.append((replace(product, compute=_as_here(product.compute, output.device)), output))
         return output.clone()  # what follows may work in place: test_an_activation_in_place
 
     with visiting(work, visit):
@@ -264,6 +281,19 @@ def _product_uses(
         for name in {product.weight, product.bias_name} - {None}:
             uses[str(name)].append((product, output.detach(), gradient))
     return uses, len(loss)
+
+
+def _as_here(compute: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """A product that is computed later as it is now, within autocast or not
+    (test_proxies_of_a_forward_within_autocast)."""
+    enabled = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type)
+
+    def later(*operands: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False):
+            return compute(*operands)
+
+    return later
 
 
 @contextmanager

@@ -26,7 +26,7 @@ FLOAT16_BITS = 8
 # widths at which GPTQ is tried; above, rounding to nearest is as good
 GPTQ_WIDTHS = (1, 2, 3, 4)
 # inputs of an output, above which it isn't
-GPTQ_INPUTS = 8_192
+GPTQ_INPUTS = 4_608
 # the largest value of a tensor whose float16 scales are precise, and finite
 LEAST, MOST = 2.0**-12, 30_000.0
 

@@ -79,6 +79,8 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.detach().coalesce()
     if not is_strided(tensor):
         inside = b"".join(map(_bytes, parts(tensor)))
         return f"{tensor.dtype}{tensor.layout}".encode() + inside

@@ -16,6 +16,8 @@ Criterion = Callable[..., Tensor]
 BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss)
 # whose outputs are logits of two classes each
 BY_LOGIT = (nn.BCEWithLogitsLoss,)
+# which compare each output with its target
+ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, *BY_LOGIT)
 # as torch's cross entropy has it, also where a criterion doesn't say
 IGNORED = -100
 
@@ -51,6 +53,7 @@ def losses(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:
     count = _count(criterion, outputs)
     if criterion is None:
         return torch.full((count,), math.nan, device=tensors_of(outputs)[0].device)
+    _check_shapes(criterion, outputs, targets)
     reduction = getattr(criterion, "reduction", None)
     if reduction in ("mean", "sum"):
         unreduced = copy.copy(criterion)
@@ -61,12 +64,6 @@ def losses(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:
     else:
         values = criterion(outputs, *targets)
     if values.dim() and len(values) == count:
-        if isinstance(outputs, Tensor) and values.numel() > outputs.numel():
-            shapes = ", ".join(str(list(t.shape)) for t in tensors_of([outputs, *targets]))
-            raise CriterionError(
-                f"{name_of(criterion)} compares each with each: outputs and targets have shapes "
-                f"{shapes}; give them the same by forward=lambda model, batch: …"
-            )
         values = values.reshape(count, -1)
         return values.sum(1) if reduction == "sum" else values.mean(1)
     everything = (outputs, *targets)
@@ -77,6 +74,17 @@ def losses(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:
     found = torch.stack([criterion(*one).reshape(()) for one in ones])
     share = by_example(weights(criterion, outputs, *targets)).to(found)
     return torch.where(share > 0, found * share, 0.0)
+
+
+def _check_shapes(criterion: Any, outputs: Any, targets: Sequence[Any]) -> None:
+    """Raise CriterionError where torch would compare each output with each target."""
+    if isinstance(criterion, ELEMENTWISE) and isinstance(outputs, Tensor) and len(targets) == 1:
+        given, wanted = list(outputs.shape), list(targets[0].shape)
+        if given != wanted:
+            raise CriterionError(
+                f"{name_of(criterion)} takes outputs and targets of one shape, not {given} and "
+                f"{wanted}: make them so by forward=lambda model, batch: (outputs, targets)"
+            )
 
 
 def weights(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:

@@ -26,11 +26,16 @@ def device_of(model: nn.Module) -> torch.device:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, in full float32; each module gets back the mode it had."""
     training = {module: module.training for module in model.modules()}
+    # within autocast, weights that are put in place would be those of before:
+    # test_each_width_has_its_own_result_within_autocast
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     try:
         model.eval()
         # on a GPU convolutions would round their inputs to TF32's 10 bits
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
+        torch.set_autocast_cache_enabled(cached)
         for module, mode in training.items():
             module.training = mode

@@ -1,0 +1,544 @@
+"""Batches, outputs and criteria as people have them, judged as a plain loop judges them."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from quantifind import certify, evaluate_strategies, find_strategy, quantize_model, uniform_strategy
+from quantifind.learning import learn
+from quantifind.metrics import outcome
+from quantifind.mixed_precision.proxies import hessian_traces
+from quantifind.runtime.evaluator import Evaluator
+from quantifind.utils.batches import BatchError, DefaultForward, batches_of, kept
+from quantifind.workflow.evaluation_workflow import compute_test_loss, evaluate_bit_depths
+
+X = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+Y = (X[:, :3] + 0.3 * X[:, 3:6]).argmax(1)
+CROSS_ENTROPY = nn.CrossEntropyLoss()
+
+
+def pairs(*tensors, size=32):
+    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+
+
+class Two(nn.Linear):
+    """Of two inputs; the second may be left out."""
+
+    def __init__(self, give=lambda outputs: outputs):
+        super().__init__(8, 3)
+        self.give = give
+
+    def forward(self, first, second=None, *, scale=1.0):
+        whole = first if second is None else torch.cat([first, second], 1)
+        return self.give(super().forward(whole) * scale)
+
+
+class Both(Two):
+    def forward(self, first, second):
+        return super().forward(first, second)
+
+
+@dataclass
+class Example:
+    first: Tensor
+    second: Tensor
+    labels: Tensor
+
+
+class Words(dict):
+    """As a tokenizer gives them: a mapping of another kind."""
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: Tensor
+
+
+HALVES = X[:, :4], X[:, 4:]
+BATCHES = {
+    "two inputs": (Two, pairs(*HALVES, Y)),
+    "a pair of inputs": (Two, [((a, b), y) for a, b, y in pairs(*HALVES, Y)]),
+    "names": (Two, [{"first": a, "second": b, "labels": y} for a, b, y in pairs(*HALVES, Y)]),
+    "other targets": (Two, [{"first": a, "second": b, "y": y} for a, b, y in pairs(*HALVES, Y)]),
+    "names of inputs": (Two, [({"first": a, "second": b}, y) for a, b, y in pairs(*HALVES, Y)]),
+    "dataclass": (Two, [Example(*parts) for parts in pairs(*HALVES, Y)]),
+    "mapping": (Two, [Words(first=a, second=b, target=y) for a, b, y in pairs(*HALVES, Y)]),
+    "one input by name": (Two, [{"anything": x, "label": y} for x, y in pairs(X, Y)]),
+    "uneven": (Two, [*pairs(X[:95], Y[:95], size=19), (X[95:], Y[95:])]),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_batches_of_any_kind_are_judged_as_a_plain_loop_does(case):
+    torch.manual_seed(0)
+    make, batches = BATCHES[case]
+    net, plain = make(), Two()
+    plain.load_state_dict(net.state_dict())
+    for bits in (2, 8):
+        strategy = uniform_strategy(net, bits)
+        (row,) = evaluate_strategies(net, [strategy], batches, CROSS_ENTROPY).to_dict("records")
+        wanted = CROSS_ENTROPY(quantize_model(plain, strategy)(X), Y).item()
+        assert row["criterion"] == pytest.approx(wanted, rel=1e-5)
+        right = (quantize_model(plain, strategy)(X).argmax(1) == Y).double().mean().item()
+        assert row["accuracy"] == pytest.approx(right)
+    found = find_strategy(net, batches, batches, CROSS_ENTROPY, limit=2.0, widths=[4, 8])
+    wanted = CROSS_ENTROPY(quantize_model(plain, found.quantized)(X), Y) / CROSS_ENTROPY(
+        plain(X), Y
+    )
+    assert found.loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert learn(net, uniform_strategy(net, 2), batches, epochs=1).tensors.keys() == {
+        "weight",
+        "bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("net", "data", "message"),
+    [
+        (nn.Linear(8, 3), (X, Y, Y), r"3 parts, .* takes 1: .*forward=lambda"),
+        (nn.Linear(8, 3), {"a": X, "b": X, "labels": Y}, r"a batch has a, b, .* takes input: "),
+        (nn.Linear(8, 3), {"x": X, "labels": Y, "target": Y}, r"a batch has x, labels, target: "),
+        (nn.Linear(8, 3), "text", r"a batch is a str: .*forward=lambda"),
+        (Two(), (X, Y, Y, Y), r"4 parts, .* takes 1 to 2: "),
+    ],
+)
+def test_what_the_parts_of_a_batch_are_is_asked(net, data, message):
+    for call in (
+        lambda: find_strategy(net, [data], [data], CROSS_ENTROPY, limit=1.5),
+        lambda: evaluate_bit_depths(net, [data], CROSS_ENTROPY, [4]),
+        lambda: learn(net, uniform_strategy(net, 2), [data], epochs=1),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BatchError):
+        DefaultForward(net)(net, data)
+
+
+def test_inputs_without_targets():
+    takes_two = DefaultForward(Both())
+    assert [len(part) for part in takes_two.split(HALVES)] == [2, 0, 0]
+    assert [len(part) for part in takes_two.split((HALVES, Y))] == [2, 0, 1]
+    takes_one = DefaultForward(nn.Linear(8, 3))
+    assert [len(part) for part in takes_one.split(X)] == [1, 0, 0]
+    assert [len(part) for part in takes_one.split([X])] == [1, 0, 0]
+
+
+OUTPUTS = {
+    "dict": lambda outputs: {"logits": outputs, "hidden": outputs},
+    "object": lambda outputs: Output(outputs, outputs),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_torchs_criteria_get_the_logits(case):
+    torch.manual_seed(0)
+    net = Two(OUTPUTS[case])
+    loss = CROSS_ENTROPY(nn.Linear.forward(net, X), Y).item()
+    assert compute_test_loss(net, pairs(X, Y), CROSS_ENTROPY) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("give", [lambda o: (o, o.exp()), lambda o: {"a": o, "b": o.exp()}])
+def test_a_criterion_of_ones_own_gets_the_outputs_as_they_are(give):
+    torch.manual_seed(0)
+    net = Two(give)
+
+    def criterion(outputs, labels):
+        first, *_ = outputs if isinstance(outputs, tuple) else outputs.values()
+        return F.cross_entropy(first, labels)
+
+    found = find_strategy(net, pairs(X, Y), pairs(X, Y), criterion, limit=2.0, widths=[4, 8])
+    put = quantize_model(net, found.quantized)
+    with torch.no_grad():
+        wanted = (criterion(put(X), Y) / criterion(net(X), Y)).item()
+        apart = torch.cat([*_parts(put(X))], 1) - torch.cat([*_parts(net(X))], 1)
+        error = apart.norm() / torch.cat([*_parts(net(X))], 1).norm()
+    assert found.loss == pytest.approx(wanted, rel=1e-5)
+    assert found.chosen["relative_error"] == pytest.approx(error.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="does not take what it is given"):
+        find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, limit=2.0)
+
+
+def _parts(made):
+    return made if isinstance(made, tuple) else made.values()
+
+
+def test_an_error_in_a_forward_of_ones_own_is_the_cause():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("a mistake of mine")
+
+    with pytest.raises(
+        ValueError, match=r"does not take a batch of .* a mistake of mine"
+    ) as caught:
+        find_strategy(Broken(8, 3), pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, limit=1.5)
+    causes = [caught.value]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    assert any(type(cause) is RuntimeError for cause in causes)
+
+
+def test_ignored_labels_are_not_judged():
+    torch.manual_seed(0)
+    net, labels = nn.Linear(8, 3), Y.clone()
+    labels[::4] = -100
+    kept_ones = labels != -100
+    for criterion in (CROSS_ENTROPY, F.cross_entropy, nn.CrossEntropyLoss(torch.rand(3) + 0.1)):
+        row = evaluate_bit_depths(net, pairs(X, labels, size=96), criterion, [4]).iloc[0]
+        with torch.no_grad():
+            assert row["original_criterion"] == pytest.approx(
+                criterion(net(X), labels).item(), rel=1e-5
+            )
+        right = (net(X).argmax(1) == labels)[kept_ones].double().mean().item()
+        assert row["original_accuracy"] == pytest.approx(right)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_positions_are_judged_as_torch_does(turned, ignored):
+    """Outputs (examples, positions, classes), or with the classes second."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(40, 5, 8), torch.randint(3, (40, 5))
+    if ignored:
+        labels[:, 3:] = labels[7] = -100
+
+    class Last(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).movedim(-1, 1) if turned else super().forward(x)
+
+    net = Last(8, 3)
+    strategy = uniform_strategy(net, 3)
+    batches = pairs(x, labels, size=40)
+    (row,) = evaluate_strategies(net, [strategy], batches, CROSS_ENTROPY).to_dict("records")
+    losses = []
+    for one in (quantize_model(net, strategy), net):
+        outputs = one(x) if turned else one(x).movedim(-1, 1)
+        losses.append(CROSS_ENTROPY(outputs, labels).item())
+    assert row["criterion"] == pytest.approx(losses[0], rel=1e-5)
+    assert row["criterion_ratio"] == pytest.approx(losses[0] / losses[1], rel=1e-5)
+    assert "accuracy" not in row
+    learn(net, strategy, batches, epochs=1)
+
+
+def test_classes_in_doubt_are_none():
+    """A criterion of one's own, and as many positions as classes."""
+    x, labels = torch.randn(6, 3, 8), torch.randint(3, (6, 3))
+
+    def criterion(outputs, labels):
+        return F.cross_entropy(outputs.reshape(-1, 3), labels.reshape(-1))
+
+    net = nn.Linear(8, 3)
+    assert outcome(net, [(x, labels)], criterion).classes is None
+    assert outcome(net, [(x, labels)], CROSS_ENTROPY).classes == "softmax"
+
+
+@pytest.mark.parametrize("shape", [(96,), (96, 1)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_one_logit_has_two_classes(shape, dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 1), nn.Unflatten(1, (1,)) if len(shape) > 1 else nn.Flatten(0))
+    labels = (X[:, 0] > 0).to(dtype)
+    measured = outcome(net, pairs(X, labels), nn.BCEWithLogitsLoss())
+    with torch.no_grad():
+        logits = net(X).flatten()
+    wanted = F.binary_cross_entropy_with_logits(logits, labels.float()).item()
+    assert measured.criterion == pytest.approx(wanted, rel=1e-5)
+    assert measured["correct"].tolist() == ((logits > 0) == (X[:, 0] > 0)).tolist()
+    assert measured.classes == "sigmoid"
+
+
+def test_several_labels_at_once_have_no_accuracy():
+    net, labels = nn.Linear(8, 3), (X[:, :3] > 0).float()
+    measured = outcome(net, pairs(X, labels), nn.BCEWithLogitsLoss())
+    assert "correct" not in measured
+    found = find_strategy(
+        net, pairs(X, labels), pairs(X, labels), nn.BCEWithLogitsLoss(), limit=2.0, widths=[4, 8]
+    )
+    assert found.loss <= 2
+
+
+def test_a_criterion_of_a_whole_batch_is_said_to_be():
+    def contrast(outputs, _):
+        return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+    def root(outputs, labels):
+        return F.mse_loss(outputs, F.one_hot(labels, 3).float()).sqrt()
+
+    for criterion in (contrast, root):
+        message = rf"{criterion.__name__} is .* for a batch, .* whole batch only; one that gives"
+        with pytest.raises(ValueError, match=message):
+            find_strategy(nn.Linear(8, 3), pairs(X, Y), pairs(X, Y), criterion, limit=1.5)
+    net = nn.Linear(8, 1)
+    with pytest.raises(ValueError, match=r"of one shape, not \[4, 1\] and \[4\]"):
+        evaluate_bit_depths(net, pairs(X, X[:, 0]), nn.MSELoss(), [4])
+
+
+def test_a_criterion_may_give_a_loss_for_each_example():
+    torch.manual_seed(0)
+    net, one_each = nn.Linear(8, 3), nn.CrossEntropyLoss(reduction="none")
+    assert compute_test_loss(net, pairs(X, Y), one_each) == pytest.approx(
+        CROSS_ENTROPY(net(X), Y).item(), rel=1e-5
+    )
+
+
+def test_ctc_by_forward():
+    torch.manual_seed(0)
+    x, labels = torch.randn(24, 12, 8), torch.randint(1, 5, (24, 3))
+    net = nn.Sequential(nn.Linear(8, 5), nn.LogSoftmax(-1))
+
+    def forward(net, batch):
+        inputs, labels = batch
+        lengths = torch.full((len(inputs),), 12), torch.randint(2, 4, (len(inputs),))
+        return net(inputs).transpose(0, 1), labels, *lengths
+
+    def fixed(net, batch):
+        outputs, labels, times, _ = forward(net, batch)
+        return outputs, labels, times, 2 + labels[:, 0] % 2
+
+    criterion = nn.CTCLoss()
+    measured = compute_test_loss(net, pairs(x, labels, size=24), criterion, forward=fixed)
+    assert measured == pytest.approx(criterion(*fixed(net, (x, labels))).item(), rel=1e-5)
+    traces = hessian_traces(net, criterion, pairs(x, labels, size=24), forward=fixed, draws=1)
+    assert all(math.isnan(trace) for trace in traces.values())
+
+
+def test_what_has_no_second_derivative_is_missing():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(context, values):
+            context.save_for_backward(values)
+            return values.tanh()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(context, gradient):
+            return gradient * (1 - context.saved_tensors[0].tanh().square())
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(Once.apply(self.body(x)))
+
+    torch.manual_seed(0)
+    traces = hessian_traces(Gated(), CROSS_ENTROPY, pairs(X, Y), draws=2)
+    assert {name: math.isnan(trace) for name, trace in traces.items()} == {
+        "body.weight": True,
+        "body.bias": True,
+        "head.weight": False,
+        "head.bias": False,
+    }
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return zip(X, Y, strict=True)
+
+
+class Reusing:
+    """Each batch in the same memory."""
+
+    def __iter__(self):
+        inputs, labels = torch.empty(32, 8), torch.empty(32, dtype=torch.int64)
+        for x, y in pairs(X, Y):
+            yield inputs.copy_(x), labels.copy_(y)
+
+
+LOADERS = {
+    "list": lambda: pairs(X, Y),
+    "generator": lambda: iter(pairs(X, Y)),
+    "stream": lambda: DataLoader(Stream(), batch_size=32),
+    "memory again": Reusing,
+    "no batches of its own": lambda: DataLoader(TensorDataset(X, Y), batch_size=None),
+    "map": lambda: DataLoader(TensorDataset(X, Y), batch_size=7),
+}
+
+
+@pytest.mark.parametrize("case", [name for name in LOADERS if name != "no batches of its own"])
+def test_a_loader_may_use_its_memory_again(case):
+    torch.manual_seed(0)
+    net = nn.Linear(8, 3)
+    wanted = CROSS_ENTROPY(net(X), Y).item()
+    make = LOADERS[case]
+    assert compute_test_loss(net, make(), CROSS_ENTROPY) == pytest.approx(wanted, rel=1e-5)
+    found = find_strategy(net, make(), make(), CROSS_ENTROPY, limit=2.0, widths=[4, 8])
+    put = quantize_model(net, found.quantized)
+    assert found.loss == pytest.approx(CROSS_ENTROPY(put(X), Y).item() / wanted, rel=1e-5)
+    if case == "generator":
+        with pytest.raises(ValueError, match="can be gone through once only: give a DataLoader"):
+            find_strategy(net, make(), make(), CROSS_ENTROPY, limit=2.0, learn=1)
+    else:
+        learn(net, uniform_strategy(net, 2), make(), epochs=1.5)
+
+
+def test_sequences_of_any_length_stay_in_their_batches():
+    torch.manual_seed(0)
+    net = nn.LSTM(8, 3)
+
+    def forward(net, batch):
+        packed, labels = batch
+        return net(packed)[1][0][0], labels
+
+    batches = [
+        (
+            pack_sequence([torch.randn(n, 8) for n in lengths], enforce_sorted=False),
+            Y[: len(lengths)],
+        )
+        for lengths in ((5, 2, 4), (1, 7), (3,))
+    ]
+    found = find_strategy(
+        net, batches, batches, CROSS_ENTROPY, forward=forward, limit=2.0, widths=[4, 8]
+    )
+    put = quantize_model(net, found.quantized)
+    losses = []
+    for one in (put, net):
+        each = [F.cross_entropy(*forward(one, batch), reduction="none") for batch in batches]
+        losses.append(torch.cat(each).mean().item())
+    assert found.loss == pytest.approx(losses[0] / losses[1], rel=1e-5)
+    assert found.chosen["examples"] == 6
+
+
+def test_a_batch_that_counts_as_one_stays():
+    class Centred(nn.Linear):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    torch.manual_seed(0)
+    net = Centred(8, 3)
+    with torch.no_grad():
+        each = [F.cross_entropy(net(x), y, reduction="none") for x, y in pairs(X, Y, size=16)]
+    measured = Evaluator(net, pairs(X, Y, size=16), CROSS_ENTROPY)
+    torch.testing.assert_close(measured.outcome()["loss"], torch.cat(each).double())
+
+
+def test_without_labels_outputs_are_held_to_the_float_networks():
+    torch.manual_seed(0)
+    net, batches = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), list(X.split(16))
+    found = find_strategy(net, batches, batches, limit={"relative_error": 0.1})
+    with torch.no_grad():
+        error = (quantize_model(net, found.quantized)(X) - net(X)).norm() / net(X).norm()
+    assert found.loss == pytest.approx(error.item(), rel=1e-4)
+    own = [(x, net(x).detach()) for x in batches]
+    same = find_strategy(net, own, own, nn.MSELoss(), limit={"relative_error": 0.1})
+    assert same.mean_bits == found.mean_bits
+    for options, message in (
+        ({"limit": 1.05}, r"limit criterion_ratio needs a criterion; .*relative_error"),
+        ({"limit": {"accuracy_drop": 0.1}}, r"limit accuracy_drop needs a criterion"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_strategy(net, batches, batches, **options)
+    with pytest.raises(ValueError, match=r"has no targets for .*: give criterion=None"):
+        find_strategy(net, batches, batches, CROSS_ENTROPY, limit=1.5)
+    with pytest.raises(ValueError, match=r"needs one above 0; limit .*relative_error"):
+        find_strategy(net, own, own, nn.MSELoss(), limit=1.5)
+
+
+def test_the_network_is_never_run_itself():
+    class Table(nn.Linear):
+        """Keeps a table of its first pass, and takes gradients in each."""
+
+        table = None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.arange(3.0)
+            given = torch.autograd.functional.jacobian(lambda z: z.square().sum(), x)
+            return super().forward(given) + self.table
+
+    net = Table(8, 3)
+    before = [parameter.clone() for parameter in net.parameters()]
+    find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, limit=2.0, widths=[8], proxies=True)
+    evaluate_bit_depths(net, pairs(X, Y), CROSS_ENTROPY, [4])
+    assert net.table is None
+    assert all(map(torch.equal, before, net.parameters()))
+    CROSS_ENTROPY(net(X), Y).backward()
+    assert net.weight.grad is not None
+
+
+def test_a_loss_that_is_nan_is_no_answer():
+    class Filters(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 6, bias=False), nn.Linear(6, 3)
+            self.body.weight.data = torch.full((6, 8), 1e-3)
+            self.body.weight.data[range(6), range(6)] = 0.5
+
+        def forward(self, x):
+            # 0 at one bit, where every weight is ±½ of a step
+            return self.head(torch.log(self.body(x.square()) + 0.05))
+
+    torch.manual_seed(0)
+    net = Filters()
+    for options in ({"budget": {"mean_bits": 6}}, {"limit": 1.2}):
+        found = find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, **options)
+        put = quantize_model(net, found.quantized)
+        assert CROSS_ENTROPY(put(X), Y).isfinite()
+        assert found.candidates["criterion_ratio"].map(math.isfinite).all()
+
+
+def test_certify_walks_the_ladder_on_test_data(classifier):
+    net, criterion, (train, val, test) = classifier
+    found = find_strategy(net, train, val, criterion, limit=1.2, widths=[2, 4, 8])
+    proof = certify(net, found, test)
+    passed = 0
+    for row in found.ladder.to_dict("records"):
+        (judged,) = evaluate_strategies(
+            net, [row["strategy"]], test, criterion, quantized=[row["quantized"]]
+        ).to_dict("records")
+        if not judged["criterion_ratio_bound"] <= 1.2:
+            break
+        passed += 1
+    assert proof.steps["certified"].tolist() == [i < passed for i in range(len(found.ladder))]
+    assert proof.quantized is (found.ladder.iloc[passed - 1]["quantized"] if passed else None)
+    assert "with 95% confidence on test data" in str(proof) or not passed
+    nothing = certify(net, found, test, limit=0.1)
+    assert nothing.strategy is None
+    assert str(nothing).startswith("Nothing is certified at criterion ratio 0.1")
+    searched = find_strategy(net, train, val, criterion, budget=6, widths=[2, 4, 8])
+    with pytest.raises(ValueError, match="the search had a budget: give the limit"):
+        certify(net, searched, test)
+
+
+def test_what_is_kept_has_memory_of_its_own():
+    net, data = nn.Linear(8, 3), X.clone()
+    (batch,) = kept(batches_of([(data, Y)], net))
+    data.zero_()
+    assert torch.equal(batch.data[0], X)
+
+
+def test_each_width_has_its_own_result_within_autocast():
+    torch.manual_seed(0)
+    net, depths = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)), [8, 3, 2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = evaluate_bit_depths(net, pairs(X, Y), CROSS_ENTROPY, depths)["criterion"]
+    for bits, criterion in zip(depths, found, strict=True):
+        put = quantize_model(net, uniform_strategy(net, bits))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert criterion == pytest.approx(CROSS_ENTROPY(put(X), Y).item(), rel=5e-3)
+    assert found.nunique() == len(depths)
+
+
+def test_proxies_of_a_forward_within_autocast():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        @torch.autocast("cpu", dtype=torch.bfloat16)
+        def forward(self, x):
+            return self.head(self.body(x).relu()).float()
+
+    net = Mixed()
+    options = {"limit": 2.0, "widths": [4], "proxies": True}
+    table = find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, **options).sensitivity
+    rows = table[table["name"].str.contains("weight")]
+    assert (rows[["fisher_increase", "output_fisher_increase"]] > 0).all(axis=None)
