@@ -125,8 +125,8 @@ class SileroVad(nn.Module):
 
 
 def silero_vad() -> Stranger:
-    """On clips of eSpeak NG's voice under noise. Their labels aren't used: of sounds that are not
-    those it was trained on, a network of fewer bits can know more, and yet be another one."""
+    """On clips of eSpeak NG's voice under noise. Their labels aren't used: it was trained on other
+    voices, and what is asked for is that it stays near what it was."""
     weights = load_file(package("silero_vad") / "data/silero_vad_16k.safetensors")
     weights = {
         f"{name.replace('lstm_cell', 'lstm')}_l0" if name.startswith("lstm") else name: tensor
