@@ -24,8 +24,8 @@ RECOMMENDATION_MARKERS = grids.markers("metrics/recommendation.md")
 EXAMPLE_MARKERS = grids.markers("python -m benchmarks.readme --example")
 BLOCK = re.compile(r"```py\n(.*?)```", re.DOTALL)
 NETWORK, LIMIT = "dense_mnist", 1.01
-# lines of metrics/recommendation.md: from below the title to the second tensor of its table
-FIRST, LAST = 2, 10
+# lines of metrics/recommendation.md: the answer, below the title
+FIRST, LAST = 2, 5
 
 
 def summary(found: pd.DataFrame, of_peers: pd.DataFrame, networks: pd.DataFrame) -> str:
@@ -61,8 +61,7 @@ def best_peer(of_peers: pd.DataFrame, network: str) -> str:
 def recommendation(text: str) -> str:
     """The first lines of a recommendation, as a quotation."""
     lines = text.splitlines()
-    cut = ["| … | … |"] if len(lines) > LAST else []
-    return "".join(f"> {line}".rstrip() + "\n" for line in lines[FIRST:LAST] + cut)
+    return "".join(f"> {line}".rstrip() + "\n" for line in lines[FIRST:LAST])
 
 
 def example(block: str) -> str:

@@ -126,7 +126,7 @@ def test_summary_of_the_readme_is_what_was_measured():
 def test_recommendation_of_the_readme_is_the_beginning_of_the_file():
     lines = [f"line {i}" for i in range(20)]
     quoted = readme.recommendation("\n".join(lines)).splitlines()
-    assert quoted == [f"> {line}" for line in lines[readme.FIRST : readme.LAST]] + ["> | … | … |"]
+    assert quoted == [f"> {line}" for line in lines[readme.FIRST : readme.LAST]]
     assert readme.recommendation("# title\n\nall\n\nof it\n") == "> all\n>\n> of it\n"
 
 
@@ -191,7 +191,7 @@ def test_a_hugging_face_encoder_of_the_readme(capsys):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(60, intermediate_size=32, num_labels=3, **sizes)
+    config = transformers.BertConfig(vocab_size=60, intermediate_size=32, num_labels=3, **sizes)
     encoder = transformers.BertForSequenceClassification(config).eval()
     with torch.no_grad():  # as a trained one, which is sure of its answers
         encoder.classifier.weight.mul_(60)
