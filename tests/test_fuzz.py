@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from benchmarks.grammar import faults, networks
 
 
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:dropout option adds")
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:LSTM with projections")
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(networks())
 def test_a_search_of_any_network_is_honest(drawn):

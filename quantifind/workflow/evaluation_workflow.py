@@ -6,7 +6,7 @@ The arguments after the model may stand in either order, ``(test_loader, criteri
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import nn
@@ -14,7 +14,6 @@ from torch import nn
 from quantifind.certification.certificate import certified_steps, degradation
 from quantifind.certification.goal import MEASURES
 from quantifind.metrics import Outcome, is_classification, paired
-from quantifind.mixed_precision.found import Found
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.folding import Pairs, prepared
 from quantifind.quantize import mean_bits, quantize
@@ -25,6 +24,9 @@ from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch, Forward
 from quantifind.utils.console import progress
 from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer, check_depth
+
+if TYPE_CHECKING:  # so that a new search judges nothing again
+    from quantifind.mixed_precision.found import Found
 
 
 def compute_test_loss(
@@ -196,7 +198,7 @@ class Certificate:
 
 def certify(
     model: nn.Module,
-    found: Found,
+    found: "Found",
     test_loader: Iterable[Any],
     *,
     limit: float | None = None,
