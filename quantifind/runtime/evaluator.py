@@ -76,6 +76,8 @@ class Evaluator:
         # names of tensors that aren't as they were given, after a put
         self.changed: set[str] = set()
         self.replayable = True
+        # examples that went through the network so far; through half of it, half as many
+        self.taken = 0.0
         # tensors of which a replayed pass was compared with a whole one
         self.compared: set[str] = set()
         # before what is put there counts as changed: test_a_layout_that_fails_is_left
@@ -192,6 +194,7 @@ class Evaluator:
         net: nn.Module = self.work
         if quantized.activations:
             net = QuantizedActivations(self.work, quantized.activations)
+        self.taken += (self.examples if last is None else last) - first
         return self._guarded(lambda: outcome(net, self.batches(first, last), self.criterion))
 
     def one_tensor(
@@ -220,6 +223,7 @@ class Evaluator:
             try:
                 for batch in self.batches(first, last):
                     replay = Replay(self.work, batch, name)
+                    self.taken += len(batch) * (1 + len(dense) * replay.share)
                     if name not in self.compared:
                         self._compare(replay, batch, name, values[0])
                     for value, collected in zip(dense, outcomes, strict=True):
