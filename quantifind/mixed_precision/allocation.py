@@ -64,8 +64,9 @@ class Allocation:
     original: the float network's outcome.
     menu: the choices, each alone.
     loss_increases: by `choice_key`, of those that were measured or are predicted.
-    groups: one knapsack class per weight (with the activation it multiplies) or pair of
-        activations: its Pareto-optimal options, costliest first.
+    options: one knapsack class per weight (with the activation it multiplies) or pair of
+        activations: all its options.
+    groups: of each its Pareto-optimal options, costliest first.
     fixed: the cost of what the space doesn't name.
     """
 
@@ -77,6 +78,7 @@ class Allocation:
     original: Outcome
     menu: Menu
     loss_increases: dict[str, float]
+    options: list[list[Option]]
     groups: list[list[Option]]
     fixed: float
 
@@ -99,9 +101,10 @@ class Allocation:
             "menu": sensitivity.menu,
             "loss_increases": sensitivity.loss_increases,
         }
-        bare = cls(**given, groups=[], fixed=0.0)
+        bare = cls(**given, options=[], groups=[], fixed=0.0)
         names = list(bare._group_names())
-        groups = [pareto(options) for options in bare._options(names)]
+        options = bare._options(names)
+        groups = [pareto(some) for some in options]
         # both operands of a product: test_activations_that_are_not_named_stay_in_float
         named = {name for one in names for kind in one for name in kind}
         fixed = bare.cost(Quantized()) - bare.cost(Quantized(), named)
@@ -111,7 +114,7 @@ class Allocation:
                 f"budget {goal.cost} is {goal.budget:g}: "
                 f"the smallest candidate takes {cheapest:.4g}"
             )
-        return cls(**given, groups=groups, fixed=fixed)
+        return cls(**given, options=options, groups=groups, fixed=fixed)
 
     def _group_names(self) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
         """Names of tensors and of activations that are chosen together, since one's cost depends on

@@ -6,7 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Measurements:
     pace: seconds that an example takes.
     passes: that were taken.
     store: of what has been measured.
+    counted: by key of a candidate, examples that went through the network for it.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Measurements:
     store: Store
     seed: int
     workers: Workers
+    counted: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -172,6 +174,7 @@ class Measurements:
         """The `columns` of several candidates by their keys, measured by the workers."""
         wanted = self.evaluator.aligned(self.examples if examples is None else examples)
         kept = {key: self._kept(key) for key in candidates}
+        taken = {key: self._taken(key) for key in candidates}
         # those in which the same tensor alone has changed are measured together
         groups: dict[Any, list[str]] = defaultdict(list)
         for key, quantized in candidates.items():
@@ -187,13 +190,20 @@ class Measurements:
         ]
         tasks = [([candidates[key] for key in keys], *span) for keys, *span in spans]
         measured = self.workers.map(_measure, self, tasks)
-        for (keys, *_), (columns, taken) in zip(spans, measured, strict=True):
-            self.passes.add(taken)
+        for (keys, *_), (columns, examples_taken) in zip(spans, measured, strict=True):
             for key, fresh in zip(keys, columns, strict=True):
                 whole = kept[key]
                 whole = {n: np.concatenate([whole[n], c]) if whole else c for n, c in fresh.items()}
-                self.store.put(key, {name: torch.from_numpy(c) for name, c in whole.items()})
+                taken[key] += examples_taken / len(keys)
+                tensors = {name: torch.from_numpy(c) for name, c in whole.items()}
+                self.store.put(key, tensors, {"taken": taken[key]})
                 kept[key] = whole
+        for key in candidates:
+            # what was kept counts as if it were measured now: a search that goes on takes the same
+            # course (test_a_killed_search_goes_on)
+            counted = taken[key] * wanted / len(kept[key]["loss"])
+            self.passes.add(max(counted - self.counted.get(key, 0.0), 0.0))
+            self.counted[key] = max(counted, self.counted.get(key, 0.0))
         return {key: {n: c[:wanted] for n, c in kept[key].items()} for key in candidates}
 
     def _spans(self, first: int, last: int, shares: int, together: int) -> list[tuple[int, int]]:
@@ -209,6 +219,10 @@ class Measurements:
     def _kept(self, key: str) -> Columns:
         entry = self.store.get(key)
         return {} if entry is None else {name: t.numpy() for name, t in entry[0].items()}
+
+    def _taken(self, key: str) -> float:
+        entry = self.store.get(key)
+        return 0.0 if entry is None else float(entry[1]["taken"])
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs: neither what was measured nor the training data."""

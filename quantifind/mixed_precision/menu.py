@@ -45,6 +45,7 @@ class Menu(Mapping[str, Made]):
         }
         # stand-ins that are no choice themselves
         self._others: dict[str, tuple[str, str, Choice]] = {}
+        self._asked: set[str] = set()
         self._held: WeakValueDictionary[str, Made] = WeakValueDictionary()
 
     def __iter__(self) -> Iterator[str]:
@@ -58,7 +59,7 @@ class Menu(Mapping[str, Made]):
         if found is None:
             if not self.has_made(key):
                 self.make([key])
-            kept = artifact.unpack(*_entry(self.measurements, key))
+            kept = artifact.unpack(*self._kept(key))
             (found,) = (kept.tensors | kept.activations).values()
             if isinstance(found, QuantizedTensor):
                 found = found.narrowed()
@@ -70,8 +71,9 @@ class Menu(Mapping[str, Made]):
         return self.choices.get(key) or self._others[key]
 
     def has_made(self, key: str) -> bool:
-        """Whether it is there without rounding."""
-        return self.measurements.store.get(f"quantized {key}") is not None
+        """Whether this search has asked for it, whatever others left in the store
+        (test_a_killed_search_goes_on)."""
+        return key in self._asked
 
     def stand_in(self, key: str) -> str:
         """The key of what costs the same, and is rounded at once: for GPTQ, the nearest levels."""
@@ -89,9 +91,9 @@ class Menu(Mapping[str, Made]):
 
     def make(self, keys: Iterable[str]) -> None:
         """Round what is not there yet; the choices of a tensor together, which share its inputs."""
-        missing: dict[tuple[str, str], list[Choice]] = {}
+        keys, missing = list(keys), dict[tuple[str, str], list[Choice]]()
         for key in dict.fromkeys(keys):
-            if not self.has_made(key):
+            if key not in self._asked and self._kept(key) is None:
                 kind, name, choice = self.choice(key)
                 missing.setdefault((kind, name), []).append(choice)
         # so that no worker is left with a large tensor in the end:
@@ -107,6 +109,10 @@ class Menu(Mapping[str, Made]):
                     key = f"quantized {choice_key(kind, name, choice)}"
                     self.measurements.store.put(key, *artifact.pack(network_of(name, one)))
                 step(name)
+        self._asked.update(keys)
+
+    def _kept(self, key: str) -> Any:
+        return self.measurements.store.get(f"quantized {key}")
 
 
 def network_of(name: str, quantized: Made) -> Quantized:
@@ -114,12 +120,6 @@ def network_of(name: str, quantized: Made) -> Quantized:
     if isinstance(quantized, QParams):
         return Quantized({}, {name: quantized})
     return Quantized({name: quantized})
-
-
-def _entry(measurements: Measurements, key: str) -> Any:
-    entry = measurements.store.get(f"quantized {key}")
-    assert entry is not None
-    return entry
 
 
 def _quantize_alone(

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from quantifind.learning import fit_temperature
 from quantifind.learning import learn as learn_codes
-from quantifind.mixed_precision.allocation import Assignment, Option
+from quantifind.mixed_precision.allocation import Assignment, Option, pareto
 from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.quantize import quantize
@@ -113,7 +113,8 @@ def learn_allocations(candidates: Candidates, epochs: float) -> None:
     halving the ratio of the best cost to the cheapest leads."""
     allocation, goal, best = candidates.allocation, candidates.goal, candidates.best()
     groups = [
-        [o for o in group if _learnable(candidates, o)] or group[-1:] for group in allocation.groups
+        pareto([o for o in options if _learnable(candidates, o)]) or group[-1:]
+        for options, group in zip(allocation.options, allocation.groups, strict=True)
     ]
     low, high = (allocation.fixed + sum(group[end].cost for group in groups) for end in (-1, 0))
     high = min(high, math.inf if best is None else best[goal.cost], goal.budget or math.inf)

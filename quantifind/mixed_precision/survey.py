@@ -2,6 +2,7 @@
 gradients predict; the rest is predicted alone."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,9 +78,12 @@ def _scored(menu: Menu, keys: Sequence[str] | dict[str, None]) -> dict[str, floa
             found[key] = kept[1]
         else:
             by_name.setdefault(menu.choice(key)[1], []).append(key)
+    batches = scored_batches(measurements.calibration)
+    # forward and back, and the products again for each option
+    most = max(Counter(menu.choice(key)[1] for key in keys).values(), default=0)
+    measurements.passes.add(sum(map(len, batches)) * (3 + most) if keys else 0.0)
     if not by_name:
         return found
-    batches = scored_batches(measurements.calibration)
     options = {name: [menu[key] for key in same] for name, same in by_name.items()}
     scores = score_options(
         measurements.model,
@@ -88,8 +92,6 @@ def _scored(menu: Menu, keys: Sequence[str] | dict[str, None]) -> dict[str, floa
         options,  # type: ignore[arg-type]
         seed=measurements.seed,
     )
-    # forward and back, and the products again for each option
-    measurements.passes.add(sum(map(len, batches)) * (3 + max(map(len, options.values()))))
     for name, same in by_name.items():
         for key, score in zip(same, scores[name], strict=True):
             measurements.store.put(f"score {key}", {}, score)
