@@ -8,8 +8,9 @@ from torch import nn
 from torch.autograd.functional import jacobian
 from torch.func import functional_call
 
-from quantifind.network.calibration import layer_moments, second_moments
-from quantifind.network.trace import gptq_weights, output_axes, trace, weight_uses
+from quantifind.network.calibration import second_moments
+from quantifind.network.moments import layer_moments
+from quantifind.network.trace import gptq_weights, output_axes, trace
 from quantifind.quantize import quantize
 from quantifind.strategy import Strategy
 from quantifind.tensor.matrices import Matrices, compatible
@@ -121,8 +122,8 @@ def made(name):
 
 
 def moments_of(net, batches):
-    uses = weight_uses(trace(net, batches))["weight"]
-    return layer_moments(net, "weight", batches, uses)
+    ((_, found),) = layer_moments(net, ["weight"], batches, trace(net, batches))
+    return found
 
 
 @every_use
@@ -230,8 +231,8 @@ def test_a_table_looked_up_and_a_head_by_its_transpose_are_one():
     net, codes = Tied(), torch.randint(6, (20, 5))
     facts = trace(net, [(codes,)])
     assert (gptq_weights(facts), output_axes(facts)) == ({"table.weight"}, {"table.weight": 0})
-    uses = weight_uses(facts)["table.weight"]
-    (found,) = layer_moments(net, "table.weight", [(codes,)], uses).values()
+    ((_, moments),) = layer_moments(net, ["table.weight"], [(codes,)], facts)
+    (found,) = moments.values()
     assert found.counts.tolist() == codes.flatten().bincount(minlength=6).tolist()
     x = net.table(codes).detach().cumsum(1).flatten(0, 1).double()
     torch.testing.assert_close(found.inputs, x.T @ x, rtol=1e-5, atol=1e-4)
