@@ -264,8 +264,7 @@ def patches(
     else:
         pads = [(p, p) for p in each_axis(0 if padding == "valid" else padding, count)]
     operand = F.pad(operand, [side for pair in reversed(pads) for side in pair])
-    # runs of channels, where they are longer than those of a kernel, are copied in a third of the
-    # time
+    # runs of channels are copied faster where they are longer than a kernel's
     runs = operand.shape[1] // groups > kernel[-1]
     if runs:
         operand = operand.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -42,8 +42,8 @@ def layer_moments(
     the same inputs as another's are the same tensors.
 
     They are sums over all positions, or estimates of them from evenly spread ones
-    (`quantifind.network.parts.POSITIONS`). Weights come in the order of a pass; each has had what
-    memory it takes once the next one is asked for.
+    (`quantifind.network.parts.POSITIONS`). Weights come in the order of a pass, those for which
+    there is no memory first; moments are let go of when the next weight's are asked for.
 
     model: the float network, whose outputs are wanted.
     names: of the weights, each used by a pass.
