@@ -155,7 +155,7 @@ def _gptq_sequentially(
                 moments = layer_moments(
                     network.model, name, network.batches, count, work=work, rounded=rounded
                 )
-                tensors[name] = gptq_layer(network.tensors[name], moments, choices[name])
+                (tensors[name],) = gptq_layer(network.tensors[name], moments, [choices[name]])
             put_values(work, {name: tensors[name]})
     return tensors
 
@@ -185,7 +185,7 @@ def quantize_tensor(name: str, choice: Choice, network: Calibration) -> Quantize
         if choice.rounding == "gptq":
             with naming("rounding 'gptq'"):
                 moments = network.moments(name)
-            return gptq_layer(values, moments, choice)
+            return gptq_layer(values, moments, [choice])[0]
         if not choice.weighted:
             return choice.quantize(values)
         with naming(str(choice.needs)):
