@@ -67,7 +67,7 @@ def gptq_layer(
         best = best_weights(rows, _joined([part.outputs for part in parts]), error)
         matrix.put(target, best.reshape(matrix.shape))
         power = inputs.diagonal(dim1=1, dim2=2).unsqueeze(1)
-        power = power if error.own is None else power + error.own
+        power = power if own is None else power + own.reshape(len(parts), -1, 1)
         positions = target.new_tensor([max(part.positions, 1) for part in parts])
         matrix.put(importance, power / positions.reshape(-1, 1, 1))
         # nothing to compensate with: test_an_embedding_is_rounded_to_nearest
@@ -152,6 +152,7 @@ def best_weights(weights: Tensor, outputs: Tensor, error: OutputError) -> Tensor
 
     weights, outputs: Σ y xᵀ, (groups · rows, inputs).
     """
-    grouped = weights.reshape(len(error.inputs), -1, weights.shape[1])
-    missing = outputs - (grouped @ error.inputs).reshape(weights.shape)  # Σ (y − W x) xᵀ
-    return weights + error.solve(missing)
+    columns = error.to_order(weights)
+    # Σ (y − W x) xᵀ
+    missing = torch.baddbmm(error.to_order(outputs) / error.unit, error.form, columns, alpha=-1)
+    return error.from_order(columns.add_(torch.cholesky_solve(missing, error.lower)))

@@ -85,53 +85,67 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Rounding:
-    """Rounds columns, (groups, 1, rows), to their levels, in units of a weight's size."""
+    """Rounds the elements of an input, (groups, 1, rows), in units of their rows, to levels.
 
-    def __init__(self, levels: Levels, inputs: int, unit: float, dtype: torch.dtype) -> None:
-        def each(of: Tensor | None) -> list[Tensor] | None:
-            if of is None:
-                return None
-            return [*of.split(1, 1)] if of.shape[1] > 1 else [of] * inputs
+    unit: of each row, (groups, 1, rows) float64: its scale where it has one, so that its levels are
+        the grid's; else ``size``.
+    """
 
-        grid, scale, zero = levels.grid, levels.scale, levels.zero_point
+    def __init__(self, levels: Levels, like: Tensor, size: float) -> None:
+        """like: (groups, inputs, rows) in the dtype of what is rounded; size: of the weights."""
+
+        def each(of: Tensor, dtype: torch.dtype = like.dtype) -> list[Tensor]:
+            of = of.to(dtype)
+            return [*of.split(1, 1)] if of.shape[1] > 1 else [of] * like.shape[1]
+
+        grid, scale = levels.grid, levels.scale
+        self._scales: list[Tensor] | None = None
+        if scale is not None and scale.shape[1] == 1:
+            # a row of zeros has no scale: test_zeros_stay_zero
+            self.unit = torch.where(scale > 0, scale, 1.0)
+        else:
+            source = like if scale is None else scale
+            self.unit = torch.full_like(source[:, :1], size, dtype=torch.float64)
+            if scale is not None:
+                self._scales = each(torch.where(scale > 0, scale / size, 1.0))
         if grid.table is not None:
-            table = grid.table.double() / (unit if scale is None else 1.0)
-            grid = replace(grid, table=table.to(dtype))
-        scale = None if scale is None else (scale / unit).to(dtype)
-        self.grid, self.scales = grid, each(scale)
-        # a row of zeros has no scale: test_zeros_stay_zero
-        self.divisors = each(None if scale is None else torch.where(scale > 0, scale, 1.0))
-        self.zeros = each(None if zero is None else zero.to(dtype))
-        self.table_of = each(levels.table_of)
-        # tables are the same for all inputs, or looked up for each
-        self.shared = None
-        if self.table_of is not None and levels.table_of is not None:
-            self.shared = self._tables(0) if levels.table_of.shape[1] == 1 else None
+            table = grid.table.double() / (size if scale is None else 1.0)
+            grid = replace(grid, table=table.to(like.dtype))
+        self._grid = grid
+        self._zeros = None if levels.zero_point is None else each(levels.zero_point)
+        self._table_of = None if levels.table_of is None else each(levels.table_of, torch.int64)
+        self._tables: tuple[Tensor, Grid] | None = None
 
-    def _tables(self, index: int) -> Grid:
-        if self.shared is not None:
-            return self.shared
-        assert self.table_of is not None and self.grid.table is not None
-        table = self.grid.table[self.table_of[index].flatten().long()]
-        return replace(self.grid, table=table)  # (groups · rows, levels)
+    def _of(self, index: int) -> Grid:
+        """The grid with tables by row, (groups · rows, levels), where rows have their own."""
+        if self._table_of is None or self._grid.table is None:
+            return self._grid
+        which = self._table_of[index]
+        if self._tables is None or self._tables[0] is not which:
+            table = self._grid.table[which.flatten()]
+            self._tables = which, replace(self._grid, table=table)
+        return self._tables[1]
 
     def codes(self, values: Tensor, index: int) -> Tensor:
-        """Codes of the levels nearest to one input's values."""
-        if self.divisors is not None:
-            values = values / self.divisors[index]
-        if self.zeros is not None:
-            values = values + self.zeros[index]
-        if self.table_of is None:
-            return self.grid.codes(values)
-        return self._tables(index).codes(values.reshape(-1, 1)).reshape(values.shape)
+        """Codes of the levels nearest to an input's elements; of a grid with tables by row
+        (groups · rows, 1)."""
+        if self._scales is not None:
+            values = values / self._scales[index]
+        if self._zeros is not None:
+            values = values + self._zeros[index]
+        return self._of(index).codes(values if self._table_of is None else values.reshape(-1, 1))
 
-    def __call__(self, values: Tensor, index: int) -> Tensor:
-        """The levels nearest to one input's values."""
-        codes = self.codes(values, index)
-        if self.table_of is None:
-            levels = self.grid.values(codes)
-        else:
-            levels = self._tables(index).values(codes.reshape(-1, 1)).reshape(codes.shape)
-        if self.zeros is not None:
-            levels = levels - self.zeros[index]
-        return levels if self.scales is None else levels * self.scales[index]
+    def put(self, values: Tensor, index: int, out: Tensor) -> None:
+        """Write the levels nearest to an input's elements to ``out``."""
+        levels = self._of(index).values(self.codes(values, index))
+        if self._zeros is not None:
+            levels = levels - self._zeros[index]
+        if self._scales is not None:
+            levels = levels * self._scales[index]
+        out.copy_(levels.reshape(out.shape))
+
+    def all_codes(self, values: Tensor) -> Tensor:
+        """Codes of all inputs' elements, (groups, inputs, rows) int32."""
+        columns = values.split(1, 1)
+        codes = [self.codes(each, i).reshape(each.shape) for i, each in enumerate(columns)]
+        return torch.cat(codes, 1).int()

@@ -17,45 +17,47 @@ class OutputError:
     With inputs in order of rising power and some ``added`` to the diagonal it is Σ (e · lower)²: so
     many terms, of which the last has the last input alone, and each before it one input more.
 
-    inputs: Σ x xᵀ, (groups, inputs, inputs) float64.
-    own: what each row adds to the diagonal, (groups, rows, 1) float64, for rows that are an
-        embedding's outputs too; None where they are none.
     order: which input is the least powerful, the next, …, (groups, inputs).
-    unit: a power of two near the mean of the diagonal, (groups, 1, 1); ``lower`` and ``added`` are
-        those of the form in that unit.
-    lower: (groups, inputs, inputs), in order.
-    added: (groups, inputs), in order.
+    unit: a power of two near the mean of the diagonal, (groups, 1, 1).
+    form: Σ x xᵀ in that unit, in order, (groups, inputs, inputs) float64.
+    own: what each row adds to the diagonal, (groups, 1, rows) float64 in the unit, for rows that
+        are an embedding's outputs too; None where they are none.
+    added: (groups, inputs, 1), in order and in the unit.
+    lower: (groups, inputs, inputs).
     """
 
-    inputs: Tensor
-    own: Tensor | None
     order: Tensor
     unit: Tensor
-    lower: Tensor
+    form: Tensor
+    own: Tensor | None
     added: Tensor
+    lower: Tensor
 
     @classmethod
     def of(cls, inputs: Tensor, own: Tensor | None = None) -> "OutputError":
         """That of Σ x xᵀ, (inputs, inputs) or (groups, inputs, inputs), and what rows add, (rows,)
         of all groups."""
         inputs = inputs.reshape(-1, *inputs.shape[-2:])
-        own = None if own is None else own.to(inputs).reshape(len(inputs), -1, 1)
+        own = None if own is None else own.to(inputs).reshape(len(inputs), 1, -1)
         power = inputs.diagonal(dim1=1, dim2=2)
         order = power.argsort(dim=1, descending=True, stable=True).flip(1)
         # one diagonal for all rows of a group: a factor of each would take too long
-        diagonal = power if own is None else power + own.mean(1)
+        diagonal = power if own is None else power + own.mean(2)
         alive = diagonal > 0
         mean = diagonal.sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)
         mean = torch.where(mean > 0, mean, 1.0)
         # dead inputs have a unit like the others': test_the_unit_of_the_inputs_does_not_matter
         damped = torch.where(alive, diagonal, mean) + DAMPING * mean
-        unit = torch.exp2(mean.log2().round()).unsqueeze(2)
-        form = _in_order(inputs, order).div_(unit)
+        unit = torch.exp2(mean.log2().round())
+        form = _in_order(inputs, order).div_(unit.unsqueeze(2))
         diagonal = form.diagonal(dim1=1, dim2=2)
-        wanted = damped.gather(1, order) / unit[:, 0]
-        added = wanted - diagonal
-        diagonal.copy_(wanted)
-        return cls(inputs, own, order, unit, torch.linalg.cholesky(form), added)
+        undamped = diagonal.clone()
+        diagonal.copy_(damped.gather(1, order) / unit)
+        added = (diagonal - undamped).unsqueeze(2)
+        lower = torch.linalg.cholesky(form)
+        diagonal.copy_(undamped)
+        unit = unit.unsqueeze(2)
+        return cls(order, unit, form, None if own is None else own / unit, added, lower)
 
     def to_order(self, rows: Tensor) -> Tensor:
         """Rows (groups · rows, inputs) as columns in order, (groups, inputs, rows)."""
@@ -67,15 +69,6 @@ class OutputError:
         back = self.order.argsort(dim=1).unsqueeze(2)
         return columns.gather(1, back.expand_as(columns)).mT.flatten(0, 1)
 
-    def solve(self, missing: Tensor) -> Tensor:
-        """Solutions s of s · (Σ x xᵀ + damping) = missing, (groups · rows, inputs) each."""
-        columns = self.to_order(missing) / self.unit
-        return self.from_order(torch.cholesky_solve(columns, self.lower))
-
-    def form(self, dtype: torch.dtype) -> Tensor:
-        """Σ x xᵀ in order and in the unit, (groups, inputs, inputs)."""
-        return _in_order((self.inputs / self.unit).to(dtype), self.order)
-
     def gained(self, target: Tensor, before: Tensor, after: Tensor, rows: slice) -> Tensor:
         """By how much the error of some rows of each group fell, (groups, 1, rows), in the unit.
 
@@ -83,13 +76,11 @@ class OutputError:
         """
         moved = after - before
         left = (target - before).add_(target).sub_(after)
-        back = self.order.argsort(dim=1).unsqueeze(2).expand_as(moved)
         # one product tells what two errors would, and more precisely
-        slope = self.inputs @ moved.gather(1, back)
-        slope = slope.gather(1, self.order.unsqueeze(2).expand_as(slope))
+        slope = torch.bmm(self.form, moved)
         if self.own is not None:
-            slope.addcmul_(self.own[:, rows].mT, moved)
-        return slope.mul_(left).sum(1, keepdim=True).div_(self.unit)
+            slope.addcmul_(self.own[:, :, rows], moved)
+        return slope.mul_(left).sum(1, keepdim=True)
 
 
 def _in_order(form: Tensor, order: Tensor) -> Tensor:
