@@ -170,7 +170,7 @@ def _by_moments(
     values = network.tensors[name]
     with naming(name):
         if moments:
-            return [gptq_layer(values, moments, choice) for choice in choices]
+            return gptq_layer(values, moments, choices)
         return [choice.quantize(values, network.importance(name)) for choice in choices]
 
 
