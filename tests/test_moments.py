@@ -4,6 +4,7 @@ torch's own sums, as oracles."""
 import copy
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from quantifind.storage import artifact
 from quantifind.strategy import Strategy, uniform_activations
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.matrices import Matrices
+from quantifind.utils import memory
+from quantifind.utils.devices import LEAST, allowed_bytes
 
 NEAREST = {"scheme": "uniform", "bits": 3, "axis": 0}
 GPTQ = NEAREST | {"rounding": "gptq"}
@@ -399,3 +402,15 @@ def test_rounded_activations_meet_on_their_levels(many):
     assert torch.equal(
         together.tensors["k.weight"].dequantize(), alone.tensors["k.weight"].dequantize()
     )
+
+
+def test_free_memory_is_what_the_system_and_a_group_leave(monkeypatch, tmp_path):
+    every = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < memory.free_bytes() <= every
+    for name, text in (("max", "5000"), ("now", "4000"), ("memory.stat", "anon 7\nfiles 300\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "_GROUPS", [(str(tmp_path), "max", "now", "files")])
+    assert memory.free_bytes() == 1300
+    assert allowed_bytes(torch.device("cpu")) == LEAST  # rather than nothing
+    (tmp_path / "max").write_text("max\n")
+    assert memory.free_bytes() > 1300
