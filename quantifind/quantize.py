@@ -1,34 +1,23 @@
 """A network quantized by a strategy: grids fitted, codes rounded."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantifind.network.activations import QuantizedActivations, fit_activations
-from quantifind.network.calibration import (
-    Batches,
-    calibration_batches,
-    layer_moments,
-    second_moments,
-)
-from quantifind.network.folding import Pairs, parameter_count, prepared, prepared_tensors
+from quantifind.network.calibrated import Calibration, unused
+from quantifind.network.folding import parameter_count, prepared, prepared_tensors
 from quantifind.network.modules import (
-    named_buffers,
-    named_tensors,
     plain_copy,
     put_values,
     stored_bytes,
 )
+from quantifind.network.parts import all_parts, waves
 from quantifind.network.trace import (
-    GPTQ_KINDS,
-    ProductFacts,
     activation_names,
     output_axes,
-    trace,
-    weight_uses,
 )
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
@@ -41,62 +30,8 @@ from quantifind.tensor.scales import check_values
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
-
-class Calibration:
-    """A network, with norms folded, and batches of its inputs; what is asked of them is computed
-    once."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any] | None,
-        forward: Forward | None = None,
-        folded: Pairs = (),
-    ) -> None:
-        self._given, self._batches = model, batches
-        self._forward, self._folded = forward, folded
-        self._moments: dict[str, dict[Matrices, Moments]] = {}
-        shown = prepared_tensors(model, folded)
-        self.parameters, self.buffers = named_tensors(shown), named_buffers(shown)
-        self.tensors = self.buffers | self.parameters
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """A plain copy, since what no pass goes through need not be copied."""
-        return prepared(self._given, self._folded)
-
-    @cached_property
-    def batches(self) -> Batches:
-        """Raises: ValueError where there are none."""
-        return calibration_batches(self._batches, self._given, self._forward)
-
-    @cached_property
-    def facts(self) -> list[ProductFacts]:
-        """Of a pass of each batch."""
-        return trace(self.model, self.batches)
-
-    @cached_property
-    def uses(self) -> Mapping[str, tuple[int, ...]]:
-        """The weights in the order of a pass, and how often that of each batch uses them."""
-        return weight_uses(self.facts)
-
-    @cached_property
-    def _importance(self) -> dict[str, Tensor]:
-        return second_moments(self.model, self.batches)
-
-    def importance(self, name: str) -> Tensor:
-        """The second moments of the inputs that each element of a weight meets."""
-        if name not in self._importance:
-            raise ValueError(_unused())
-        return self._importance[name]
-
-    def moments(self, name: str) -> dict[Matrices, Moments]:
-        """Those of a weight in the float network."""
-        if name not in self._moments:
-            if name not in self.uses:
-                raise ValueError(_unused())
-            self._moments[name] = layer_moments(self.model, name, self.batches, self.uses[name])
-        return self._moments[name]
+# groups of weights that are compensated one after another, each for what those before it lost
+WAVES = 16
 
 
 @torch.no_grad()
@@ -106,17 +41,24 @@ def quantize(
     calibration: Iterable[Any] | None = None,
     *,
     forward: Forward | None = None,
+    max_memory: float | None = None,
 ) -> Quantized:
     """The tensors, and the parameters of activations, that a strategy names.
+
+    Weights that GPTQ rounds make up for what those before them lost: one after another, or in
+    `WAVES` groups where there are more of them.
 
     strategy: what is already quantized is checked, and returned as it is.
     calibration: batches of training data, where a choice asks for them: GPTQ, weighted scales or
         centres, and activations.
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
+    max_memory: bytes that moments of calibration inputs may take at a time, by default a quarter of
+        what is free; a weight with more is compensated in blocks of inputs, or rounded to nearest,
+        as the notes say.
     Raises: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
         be quantized so, with the option and what is allowed.
     """
-    network = Calibration(model, calibration, forward, strategy.folded)
+    network = Calibration(model, calibration, forward, strategy.folded, max_memory)
     if isinstance(strategy, Quantized):
         _check_fits(strategy, network.tensors)
         return strategy
@@ -126,13 +68,14 @@ def quantize(
         rounded = {n: choice for n, choice in strategy.activations.items() if choice is not None}
         activations = fit_activations(network.model, rounded, network.batches)
     tensors = {
-        name: quantize_tensor(name, choice, network)
+        name: _nearest(name, choice, network)
         for name, choice in choices.items()
         if choice.rounding == "nearest"
     }
     if len(tensors) < len(choices):
         tensors |= _gptq_sequentially(network, choices, tensors, activations)
-    return Quantized({name: tensors[name] for name in choices}, activations, strategy.folded)
+    tensors = {name: tensors[name] for name in choices}
+    return Quantized(tensors, activations, strategy.folded, network.notes)
 
 
 def _gptq_sequentially(
@@ -141,51 +84,99 @@ def _gptq_sequentially(
     done: Mapping[str, QuantizedTensor],
     activations: Mapping[str, QParams],
 ) -> dict[str, QuantizedTensor]:
-    """Weights layer by layer, each making up for what those before it lost."""
-    work = plain_copy(network.model)
-    put_values(work, done)
-    rounded = QuantizedActivations(work, activations).rounded
-    left, tensors = [name for name in choices if name not in done], {}
+    """Weights wave by wave, each making up for what those before it lost."""
+    left = [name for name in choices if name not in done]
+    tensors: dict[str, QuantizedTensor] = {}
     for name in left:
         if name not in network.uses:
-            raise ValueError(f"{name}: rounding 'gptq': {_unused()}; round it to 'nearest'")
-    for name, count in network.uses.items():
-        if name in left:
-            with naming(name):
-                moments = layer_moments(
-                    network.model, name, network.batches, count, work=work, rounded=rounded
-                )
-                tensors[name] = gptq_layer(network.tensors[name], moments, choices[name])
-            put_values(work, {name: tensors[name]})
+            raise ValueError(f"{name}: rounding 'gptq': {unused()}; round it to 'nearest'")
+    left = [name for name in network.uses if name in left]
+    parts = all_parts(left, network.facts, network.max_memory)
+    work, rounded = None, None
+    if done or activations or len(left) > 1:
+        work = plain_copy(network.model)
+        put_values(work, done)
+        rounded = QuantizedActivations(work, activations).rounded if activations else None
+    for wave in waves(left, parts, WAVES):
+        # before anything is rounded, there is nothing to make up for
+        own = {"work": work, "rounded": rounded} if done or activations or tensors else {}
+        new = {
+            name: _by_moments(name, [choices[name]], moments, network)[0]
+            for name, moments in network.moments(wave, **own)
+        }
+        if work is not None:
+            put_values(work, new)
+        tensors |= new
     return tensors
 
 
 @torch.no_grad()
+def quantize_each(
+    model: nn.Module,
+    choices: Mapping[str, Sequence[Choice]],
+    calibration: "Iterable[Any] | Calibration | None" = None,
+    *,
+    max_memory: float | None = None,
+) -> Iterator[tuple[str, list[QuantizedTensor]]]:
+    """Tensors by each of several choices, the rest of the network in float.
+
+    Yields each with its name as it is done: first those that need no moments, then the others in
+    the order of a pass, with as few passes as memory allows.
+
+    choices: by name of a parameter or a buffer.
+    calibration: as for `quantize`, or what is already known of the network.
+    max_memory: as for `quantize`.
+    Raises: ValueError as `quantize`.
+    """
+    network = calibration
+    if not isinstance(network, Calibration):
+        network = Calibration(model, network, max_memory=max_memory)
+    for name, some in choices.items():
+        if name not in network.tensors:
+            raise ValueError(f"unknown tensor {name}: the network has {', '.join(network.tensors)}")
+        for choice in some:
+            _check_choice(name, choice, network)
+    asking = [name for name, some in choices.items() if any(c.rounding == "gptq" for c in some)]
+    for name, some in choices.items():
+        if name not in asking:
+            yield name, [_nearest(name, choice, network) for choice in some]
+    for name, moments in network.moments(asking):
+        compensated = [choice for choice in choices[name] if choice.rounding == "gptq"]
+        rounded = iter(_by_moments(name, compensated, moments, network))
+        yield (
+            name,
+            [
+                next(rounded) if choice.rounding == "gptq" else _nearest(name, choice, network)
+                for choice in choices[name]
+            ],
+        )
+
+
 def quantize_alone(
     model: nn.Module, name: str, choices: Sequence[Choice], calibration: Iterable[Any] | None = None
 ) -> list[QuantizedTensor]:
-    """One tensor by each of several choices, the rest of the network in float.
-
-    name: of a parameter or a buffer.
-    calibration: as for `quantize`; looked at once for all choices.
-    Raises: ValueError as `quantize`.
-    """
-    network = Calibration(model, calibration)
-    if name not in network.tensors:
-        raise ValueError(f"unknown tensor {name}: the network has {', '.join(network.tensors)}")
-    for choice in choices:
-        _check_choice(name, choice, network)
-    return [quantize_tensor(name, choice, network) for choice in choices]
+    """One tensor by each of several choices, as `quantize_each` does it."""
+    ((_, tensors),) = quantize_each(model, {name: choices}, calibration)
+    return tensors
 
 
-def quantize_tensor(name: str, choice: Choice, network: Calibration) -> QuantizedTensor:
-    """A tensor by a choice, the rest of the network in float."""
+def _by_moments(
+    name: str,
+    choices: Sequence[Choice],
+    moments: Mapping[Matrices, Moments],
+    network: Calibration,
+) -> list[QuantizedTensor]:
+    """A weight by choices of GPTQ; to nearest, where there was no memory for its moments."""
     values = network.tensors[name]
     with naming(name):
-        if choice.rounding == "gptq":
-            with naming("rounding 'gptq'"):
-                moments = network.moments(name)
-            return gptq_layer(values, moments, choice)
+        if moments:
+            return gptq_layer(values, moments, choices)
+        return [choice.quantize(values, network.importance(name)) for choice in choices]
+
+
+def _nearest(name: str, choice: Choice, network: Calibration) -> QuantizedTensor:
+    values = network.tensors[name]
+    with naming(name):
         if not choice.weighted:
             return choice.quantize(values)
         with naming(str(choice.needs)):
@@ -297,7 +288,3 @@ def _check_fits(quantized: Quantized, tensors: Mapping[str, Tensor]) -> None:
                 f"{name}: codes of shape {list(tensor.codes.shape)}, "
                 f"the network's are {list(tensors[name].shape)}"
             )
-
-
-def _unused() -> str:
-    return f"no {' or '.join(GPTQ_KINDS)} of a pass uses it"

@@ -10,9 +10,9 @@ from torch import nn
 from quantifind.network.calibration import (
     calibration_batches,
     input_rows,
-    layer_moments,
     second_moments,
 )
+from quantifind.network.moments import layer_moments
 from quantifind.network.products import visiting
 from quantifind.network.trace import trace, weight_uses
 from quantifind.tensor.matrices import Matrices
@@ -30,8 +30,9 @@ SETTINGS = [
 CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
 
 
-def all_moments(net, name, batches, uses=1):
-    return layer_moments(net, name, batches, [uses] * len(batches))
+def all_moments(net, name, batches, **options):
+    ((_, found),) = layer_moments(net, [name], batches, trace(net, batches), **options)
+    return found
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS)
@@ -88,7 +89,7 @@ def test_chunks_add_up(monkeypatch):
     torch.manual_seed(0)
     net, batches = nn.Conv1d(2, 3, 2), [(torch.randn(7, 2, 6),)]
     (whole,) = all_moments(net, "weight", batches).values()
-    monkeypatch.setattr("quantifind.network.calibration.CHUNK", 50)
+    monkeypatch.setattr("quantifind.network.sums.WAITING", 50)
     monkeypatch.setattr("quantifind.network.meetings.CHUNK", 50)
     (parts,) = all_moments(net, "weight", batches).values()
     torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-6, atol=1e-6)
@@ -100,7 +101,7 @@ def test_moments_of_a_linear_map_used_twice_are_of_both_uses():
     torch.manual_seed(0)
     layer = nn.Linear(3, 3).double()
     net, x = nn.Sequential(layer, layer), torch.randn(5, 3, dtype=torch.double)
-    (found,) = all_moments(net, "0.weight", [(x,)], uses=2).values()
+    (found,) = all_moments(net, "0.weight", [(x,)]).values()
     inputs = torch.cat([x, layer(x).detach()])
     torch.testing.assert_close(found.inputs, inputs.T @ inputs)
     assert found.positions == 10
@@ -127,7 +128,7 @@ class Cross(nn.Module):
 def test_packed_projections_have_moments_by_their_rows():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 4)
-    moments = all_moments(Cross(), "attention.in_proj_weight", [(x,)], uses=3)
+    moments = all_moments(Cross(), "attention.in_proj_weight", [(x,)])
     letters = {"query": x[:, :2], "key": x, "value": x}
     assert list(moments) == [Matrices.rows((12, 4), first, first + 4) for first in (0, 4, 8)]
     for found, seen in zip(moments.values(), letters.values(), strict=True):
@@ -205,7 +206,7 @@ def test_what_changes_in_place_is_taken_before(rounded):
     if rounded:
         with torch.no_grad():
             work.layer.weight.mul_(4).round_().div_(4)
-    (found,) = layer_moments(net, "layer.weight", [(inputs,)], [2], work=work).values()
+    (found,) = all_moments(net, "layer.weight", [(inputs,)], work=work).values()
     with torch.no_grad():
         wanted, seen, x, y = [], [], inputs, inputs
         for _ in range(2):

@@ -7,10 +7,15 @@ import torch
 from torch import nn
 
 from quantifind.mixed_precision.search_space import default_search_space
-from quantifind.network.calibration import layer_moments
+from quantifind.network.moments import layer_moments
 from quantifind.network.trace import activation_names, gptq_weights, trace, weight_uses
 from quantifind.quantize import quantize
 from quantifind.strategy import Strategy, uniform_strategy
+
+
+def moments_of(net, name, batches, **options):
+    ((_, found),) = layer_moments(net, [name], batches, trace(net, batches), **options)
+    return found.values()
 
 
 class Experts(nn.Module):
@@ -65,7 +70,7 @@ def test_tokens_that_go_elsewhere_are_not_paired(how):
     assert (work.gate(x).argmax(1) != chosen).any()
     for number in range(2):
         name = f"experts.{number}.weight"
-        (found,) = layer_moments(net, name, [(x,)], [1], work=work).values()
+        (found,) = moments_of(net, name, [(x,)], work=work)
         own = x[chosen == number].double()
         torch.testing.assert_close(found.inputs, own.T @ own, rtol=1e-5, atol=1e-3)
         weight = net.experts[number].weight.detach().double()
@@ -92,7 +97,7 @@ def test_tokens_that_go_where_they_did_are_paired():
     with torch.no_grad():
         work.first.weight.mul_(4).round_().div_(4)
     name = "experts.experts.0.weight"
-    (found,) = layer_moments(net, name, [(x,)], [1], work=work).values()
+    (found,) = moments_of(net, name, [(x,)], work=work)
     met = work.first(x[x[:, 0] > 0]).detach().double()
     torch.testing.assert_close(found.inputs, met.T @ met, rtol=1e-5, atol=1e-4)
 
@@ -117,7 +122,7 @@ def test_what_a_later_batch_meets():
     counted = {p.weight: p.macs for p in facts}
     assert counted["0.experts.0.weight"] == 12 * 4 / 8
     assert counted["0.experts.2.weight"] == 12 * 4 / 8
-    (found,) = layer_moments(net, "0.experts.2.weight", batches, (0, 1, 1)).values()
+    (found,) = moments_of(net, "0.experts.2.weight", batches)
     assert found.positions == 4
 
 

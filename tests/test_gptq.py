@@ -9,8 +9,11 @@ from torch import nn
 from quantifind.quantize import quantize, quantize_model
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
-from quantifind.tensor.gptq import Moments, RowParams, best_weights, gptq, gptq_layer
+from quantifind.tensor.compensation import gptq
+from quantifind.tensor.gptq import Moments, best_weights, gptq_layer
 from quantifind.tensor.matrices import Matrices
+from quantifind.tensor.output_error import OutputError
+from quantifind.tensor.row_params import RowParams
 from quantifind.utils import plugins
 
 SCHEMES = plugins.names("schemes")
@@ -54,7 +57,7 @@ def by_gptq(x, weights, choice):
     """Values rounded so that outputs for ``x`` stay near those of ``weights`` themselves."""
     start = on_grid(weights, choice)
     levels = RowParams.of(start)
-    codes, _ = gptq(weights, x.T @ x, levels, start.codes)
+    codes, _ = gptq(weights, OutputError.of(x.T @ x), levels, start.codes)
     return start, type(start)(**{**vars(start), "codes": codes})
 
 
@@ -144,7 +147,7 @@ def test_blocks_change_nothing(monkeypatch):
     x, weights = correlated(80, 30), torch.randn(5, 30).double()
     choice = {"scheme": "uniform", "bits": 3, "axis": 0, "group": 7}
     whole = by_gptq(x, weights, choice)[1].codes
-    monkeypatch.setattr("quantifind.tensor.gptq.BLOCK", 4)
+    monkeypatch.setattr("quantifind.tensor.compensation.BLOCK", 4)
     assert torch.equal(by_gptq(x, weights, choice)[1].codes, whole)
 
 
@@ -154,8 +157,7 @@ def test_what_earlier_layers_lost_is_made_up_for():
     x, weights = correlated(200, 6), torch.randn(4, 6).double()
     lossy = x + 0.3 * correlated(200, 6, seed=1)
     outputs = x @ weights.T
-    moments = Moments(lossy.T @ lossy, outputs.T @ lossy, len(x))
-    found = best_weights(weights, moments)
+    found = best_weights(weights, outputs.T @ lossy, OutputError.of(lossy.T @ lossy))
     before = (outputs - lossy @ weights.T).square().sum()
     least = (outputs - lossy @ torch.linalg.lstsq(lossy, outputs).solution).square().sum()
     after = (outputs - lossy @ found.T).square().sum()
@@ -169,7 +171,7 @@ def test_scales_chosen_by_output_error_are_no_worse(scale_dtype):
     moments = {Matrices.rows((8, 16)): Moments(x.T @ x, weights.double() @ x.T @ x, len(x))}
     options = {"scheme": "uniform", "bits": 2, "axis": 0, "scale_dtype": scale_dtype}
     fixed, chosen = (
-        gptq_layer(weights, moments, Choice.of(options | {"scale": scale}))
+        gptq_layer(weights, moments, [Choice.of(options | {"scale": scale})])[0]
         for scale in ("weighted_mse", "output_mse")
     )
     errors = [output_error(x, weights.double(), t.dequantize().double()) for t in (fixed, chosen)]
@@ -311,7 +313,7 @@ def test_rows_of_their_own_power_are_never_worse():
     own = torch.tensor([0.0, 10, 100, 1000, 1e4, 1e9]).double()
     start = on_grid(weights, {"scheme": "uniform", "bits": 3, "axis": 0})
     hessian, levels = x.T @ x, RowParams.of(start)
-    codes, _ = gptq(weights, hessian, levels, start.codes, own=own)
+    codes, _ = gptq(weights, OutputError.of(hessian, own), levels, start.codes)
 
     def error(codes):
         lost = weights - levels.values(codes.double())

@@ -1,6 +1,8 @@
 """However a weight is used, what its elements meet is known: the network run with a change of the
 weight is the oracle, and its Jacobian."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,9 @@ from torch import nn
 from torch.autograd.functional import jacobian
 from torch.func import functional_call
 
-from quantifind.network.calibration import layer_moments, second_moments
-from quantifind.network.trace import gptq_weights, output_axes, trace, weight_uses
+from quantifind.network.calibration import second_moments
+from quantifind.network.moments import layer_moments
+from quantifind.network.trace import gptq_weights, output_axes, trace
 from quantifind.quantize import quantize
 from quantifind.strategy import Strategy
 from quantifind.tensor.matrices import Matrices, compatible
@@ -121,8 +124,8 @@ def made(name):
 
 
 def moments_of(net, batches):
-    uses = weight_uses(trace(net, batches))["weight"]
-    return layer_moments(net, "weight", batches, uses)
+    ((_, found),) = layer_moments(net, ["weight"], batches, trace(net, batches))
+    return found
 
 
 @every_use
@@ -190,6 +193,8 @@ def test_macs_are_what_the_weight_has_times_how_often_it_is_met(name):
     ones = torch.ones_like(inputs)
     slopes = jacobian(lambda w: functional_call(net, {"weight": w}, (ones,)), net.weight.detach())
     count = (slopes != 0).sum().item() / len(inputs)
+    if "transposed" not in name and name != "cropped":
+        assert product.positions * math.prod(product.matrices.shape) == product.macs * len(inputs)
     padded = "conv" in name or "transposed" in name or name in ("circular", "cropped")
     assert product.macs >= count if padded else product.macs == count
 
@@ -230,8 +235,8 @@ def test_a_table_looked_up_and_a_head_by_its_transpose_are_one():
     net, codes = Tied(), torch.randint(6, (20, 5))
     facts = trace(net, [(codes,)])
     assert (gptq_weights(facts), output_axes(facts)) == ({"table.weight"}, {"table.weight": 0})
-    uses = weight_uses(facts)["table.weight"]
-    (found,) = layer_moments(net, "table.weight", [(codes,)], uses).values()
+    ((_, moments),) = layer_moments(net, ["table.weight"], [(codes,)], facts)
+    (found,) = moments.values()
     assert found.counts.tolist() == codes.flatten().bincount(minlength=6).tolist()
     x = net.table(codes).detach().cumsum(1).flatten(0, 1).double()
     torch.testing.assert_close(found.inputs, x.T @ x, rtol=1e-5, atol=1e-4)

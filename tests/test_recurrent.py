@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from quantifind.network.calibration import layer_moments, second_moments
+from quantifind.network.calibration import second_moments
+from quantifind.network.moments import layer_moments
 from quantifind.network.products import visiting
-from quantifind.network.trace import macs, trace, weight_uses
+from quantifind.network.trace import macs, trace
 from quantifind.quantize import quantize, quantize_model
 from quantifind.strategy import Strategy, uniform_activations
 from quantifind.tensor.choice import per_tensor
@@ -126,10 +127,11 @@ def test_moments_of_a_packed_sequence_are_those_of_a_loop_over_its_examples():
     torch.manual_seed(0)
     net, codes = Packed().eval(), letters(20)
     batches = [(codes[:13],), (codes[13:],)]
-    uses = weight_uses(trace(net, batches))
+    names = ["gru.weight_ih_l0", "gru.weight_hh_l0"]
+    moments = dict(layer_moments(net, names, batches, trace(net, batches)))
     x = net.letters(codes[codes > 0]).detach().double()
     for name, met in (("gru.weight_ih_l0", x), ("gru.weight_hh_l0", states_met(net, codes))):
-        (found,) = layer_moments(net, name, batches, uses[name]).values()
+        (found,) = moments[name].values()
         assert found.positions == len(met) == (codes > 0).sum()
         torch.testing.assert_close(found.inputs, met.T @ met, rtol=1e-5, atol=1e-5)
         weight = net.get_parameter(name).detach().double()

@@ -25,8 +25,6 @@ ACTIVATION = ActivationChoice("uniform", options={"zero_point": True, "scale": "
 FLOAT16_BITS = 8
 # widths at which GPTQ is tried; above, rounding to nearest is as good
 GPTQ_WIDTHS = (1, 2, 3, 4)
-# inputs of an output, above which it isn't
-GPTQ_INPUTS = 4_608
 # the largest value of a tensor whose float16 scales are precise, and finite
 LEAST, MOST = 2.0**-12, 30_000.0
 
@@ -77,9 +75,8 @@ def default_search_space(
 ) -> SearchSpace:
     """Uniform grids: weights with a scale per output channel, other tensors with one scale.
 
-    Weights are rounded to nearest at each width, and by GPTQ at the low ones, ternary among them;
-    not those with more than `GPTQ_INPUTS` inputs, whose moments take the square of it. Scales are
-    float16 where that holds them.
+    Weights are rounded to nearest at each width, and by GPTQ at the low ones, ternary among them.
+    Scales are float16 where that holds them.
 
     facts: of a pass (`quantifind.network.trace.trace`).
     widths: bits, 1 to 32.
@@ -95,8 +92,7 @@ def default_search_space(
 
     def choices(name: str, tensor: Tensor) -> list[Choice]:
         axis = axes.get(name, 0)
-        many = tensor.dim() > 1 and tensor.numel() // tensor.shape[axis] > GPTQ_INPUTS
-        found = nearest if name not in able or many else nearest + gptq
+        found = nearest if name not in able else nearest + gptq
         found = single if tensor.dim() < 2 else [replace(choice, axis=axis) for choice in found]
         if LEAST <= tensor.abs().max() <= MOST:
             return found

@@ -2,7 +2,7 @@
 with groups g, positions p, outputs o and inputs i."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,15 @@ class Meeting:
     """A product as matrices.
 
     matrices: of the weight.
-    rows: operand → (groups, positions, inputs), in chunks of positions.
+    rows: operand, the positions taken, by default all → (groups, positions, inputs), in chunks.
     outputs: result → (positions, groups · outputs).
+    how: what the rows depend on beside the operand.
     """
 
     matrices: Matrices
-    rows: Callable[[Tensor], Iterator[Tensor]]
+    rows: Callable[..., Iterator[Tensor]]
     outputs: Callable[[Tensor], Tensor]
+    how: Hashable
 
 
 def view_of(part: Tensor, whole: Tensor) -> View | None:
@@ -111,10 +113,11 @@ def by_labels(view: View, weight: Labels, operand: Labels, result: Labels) -> Me
 
     matrices = Matrices(view.offset, axes(groups), axes(outputs), axes(inputs))
     counts = matrices.shape
+    x_order = [operand.index(label) for label in (*groups, *positions, *inputs)]
 
-    def rows(x: Tensor) -> Iterator[Tensor]:
-        order = [operand.index(label) for label in (*groups, *positions, *inputs)]
-        yield x.permute(order).reshape(counts[0], -1, counts[2])
+    def rows(x: Tensor, taken: Tensor | None = None) -> Iterator[Tensor]:
+        every = x.permute(x_order).reshape(counts[0], -1, counts[2])
+        yield every if taken is None else every[:, taken]
 
     def to_rows(y: Tensor) -> Tensor:
         # the summed axes of one element are no axis of the result
@@ -123,7 +126,7 @@ def by_labels(view: View, weight: Labels, operand: Labels, result: Labels) -> Me
         order = [result.index(label) for label in (*kept, *rest, *groups, *outputs)]
         return y.permute(order).reshape(-1, counts[0] * counts[1])
 
-    return Meeting(matrices, rows, to_rows)
+    return Meeting(matrices, rows, to_rows, (*x_order, counts[0], counts[2]))
 
 
 def linear(view: View, operand: Tensor) -> Meeting | None:
@@ -199,11 +202,7 @@ def convolution(view: View, spatial: int, options: Mapping[str, Any]) -> Meeting
     each, step = view.sizes[0] // groups, view.steps[0]
     inputs = tuple(axis for index in range(1, len(view.sizes)) for axis in view.axis(index))
     matrices = Matrices(view.offset, ((groups, each * step),), ((each, step),), inputs)
-    return Meeting(
-        matrices,
-        lambda x: _chunks(x, spatial, math.prod(kernel), lambda x: patches(x, kernel, **options)),
-        lambda y: _positions(y, spatial),
-    )
+    return _unfolded(matrices, patches, spatial, kernel, math.prod(kernel), options)
 
 
 def transposed_convolution(view: View, spatial: int, options: Mapping[str, Any]) -> Meeting:
@@ -215,20 +214,27 @@ def transposed_convolution(view: View, spatial: int, options: Mapping[str, Any])
         view.offset, ((groups, each * step),), view.axis(1), ((each, step), *spread)
     )
     grown = math.prod(kernel) * math.prod(each_axis(options.get("stride", 1), spatial))
-    return Meeting(
-        matrices,
-        lambda x: _chunks(x, spatial, grown, lambda x: transposed_patches(x, kernel, **options)),
-        lambda y: _positions(y, spatial),
-    )
+    return _unfolded(matrices, transposed_patches, spatial, kernel, grown, options)
 
 
-def _chunks(
-    operand: Tensor, spatial: int, growth: int, unfold: Callable[[Tensor], Tensor]
-) -> Iterator[Tensor]:
-    if operand.dim() == spatial + 1:
-        operand = operand.unsqueeze(0)
-    per_example = operand[:1].numel() * growth
-    return map(unfold, operand.split(max(1, CHUNK // max(per_example, 1))))
+def _unfolded(
+    matrices: Matrices,
+    unfold: Callable[..., Tensor],
+    spatial: int,
+    kernel: Sequence[int],
+    growth: int,
+    options: Mapping[str, Any],
+) -> Meeting:
+    def rows(x: Tensor, taken: Tensor | None = None) -> Iterator[Tensor]:
+        x = x.unsqueeze(0) if x.dim() == spatial + 1 else x
+        if taken is None:
+            each = max(1, CHUNK // max(x[:1].numel() * growth, 1))
+            return (unfold(part, kernel, **options) for part in x.split(each))
+        each = max(1, CHUNK // (x.shape[1] * math.prod(kernel)))
+        return (unfold(x, kernel, **options, taken=some) for some in taken.split(each))
+
+    how = unfold.__name__, *kernel, str(sorted(options.items()))
+    return Meeting(matrices, rows, lambda y: _positions(y, spatial), how)
 
 
 def _positions(result: Tensor, spatial: int) -> Tensor:
@@ -244,8 +250,12 @@ def patches(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    taken: Tensor | None = None,
 ) -> Tensor:
-    """(examples, channels, …) → (groups, examples · positions, channels of a group · kernel)."""
+    """(examples, channels, …) → (groups, examples · positions, channels of a group · kernel).
+
+    taken: the positions to unfold, by default all.
+    """
     count = len(kernel)
     strides, dilations = each_axis(stride, count), each_axis(dilation, count)
     reaches = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
@@ -254,12 +264,24 @@ def patches(
     else:
         pads = [(p, p) for p in each_axis(0 if padding == "valid" else padding, count)]
     operand = F.pad(operand, [side for pair in reversed(pads) for side in pair])
+    # runs of channels are copied faster where they are longer than a kernel's
+    runs = operand.shape[1] // groups > kernel[-1]
+    if runs:
+        operand = operand.movedim(1, -1).contiguous().movedim(-1, 1)
     for axis, (reach, step, gap) in enumerate(zip(reaches, strides, dilations, strict=True)):
         operand = operand.unfold(2 + axis, reach + 1, step)[..., ::gap]
-    # (examples, channels, positions …, kernel …)
-    operand = operand.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, -1 - count)
+    # (groups, examples, positions …, then channels and kernel …, the runs last)
+    operand = (
+        operand.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, -1 if runs else -1 - count)
+    )
     positions = operand.shape[1 : 2 + count]
-    return operand.reshape(groups, positions.numel(), -1)
+    if taken is None:
+        rows = operand.reshape(groups, positions.numel(), *operand.shape[2 + count :])
+    else:
+        places: Any = (slice(None), *torch.unravel_index(taken, positions))
+        rows = operand[places]
+    rows = rows.movedim(-1, 2) if runs else rows
+    return rows.flatten(2)
 
 
 def transposed_patches(
@@ -270,6 +292,7 @@ def transposed_patches(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
+    taken: Tensor | None = None,
 ) -> Tensor:
     """As `patches`, of a transposed convolution: a convolution, its kernel turned round, of the
     input with zeros in between."""
@@ -285,7 +308,7 @@ def transposed_patches(
         for k, gap, pad, extra in zip(kernel, gaps, pads, more, strict=True)
     ]
     wide = F.pad(wide, [side for pair in reversed(around) for side in pair])
-    rows = patches(wide, kernel, dilation=dilation, groups=groups)
+    rows = patches(wide, kernel, dilation=dilation, groups=groups, taken=taken)
     rows = rows.unflatten(-1, (-1, *kernel)).flip(*range(3, 3 + count))
     return rows.flatten(2)
 

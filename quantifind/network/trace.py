@@ -3,13 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from quantifind.network.inputs import Inputs
 from quantifind.network.modules import own_tensors, plain_copy, run
 from quantifind.network.products import Product, visiting
 from quantifind.tensor.matrices import Matrices, compatible, output_axis
@@ -35,6 +36,8 @@ class ProductFacts:
     axis: the weight's axis of outputs.
     count: the weight's elements.
     uses: how often a pass of each batch has it.
+    positions: in all batches, at which the weight as these matrices meets an input.
+    meets: a number that those weights share which meet the same inputs in all their uses.
     """
 
     kind: str
@@ -46,6 +49,8 @@ class ProductFacts:
     axis: int = 0
     count: int = 0
     uses: tuple[int, ...] = (1,)
+    positions: int = field(default=0, compare=False)
+    meets: int = field(default=0, compare=False)
 
     @property
     def name(self) -> str:
@@ -85,7 +90,7 @@ def trace(model: nn.Module, batches: Sequence[Any]) -> list[ProductFacts]:
     counted: dict[Any, float] = {}
     order: list[ProductFacts] = []
     places: dict[ProductFacts, int] = {}
-    examples, place, index = 0, 0, 0
+    examples, place, index, met = 0, 0, 0, _Met()
 
     def visit(product: Product) -> Tensor:
         nonlocal place
@@ -97,6 +102,7 @@ def trace(model: nn.Module, batches: Sequence[Any]) -> list[ProductFacts]:
             result = product.compute(*product.operands)
         else:
             result, counted[key] = _macs(product)
+        met.add(product, result)
         totals[facts] += counted[key]  # type: ignore[assignment]
         if facts not in places:  # after what came before it: test_what_a_later_batch_meets
             order.insert(place, facts)
@@ -113,15 +119,41 @@ def trace(model: nn.Module, batches: Sequence[Any]) -> list[ProductFacts]:
             if rows_of(batch.data) == 0:
                 raise ValueError(f"{batch} has no example")
             examples, place = examples + len(batch), 0
+            met.inputs.forget()
             run(model, batch)
     return [
         replace(
             facts,
             macs=totals[facts] / examples,
             uses=(*uses[facts], *(0,) * (len(batches) - len(uses[facts]))),
+            positions=met.positions[facts.weight, facts.matrices],
+            meets=met.number(facts.weight, facts.matrices),
         )
         for facts in order
     ]
+
+
+class _Met:
+    """What weights meet as some matrices: at how many positions, and which inputs."""
+
+    def __init__(self) -> None:
+        self.positions: Counter[tuple[str | None, Matrices | None]] = Counter()
+        self.inputs = Inputs()
+        self._of: dict[tuple[str | None, Matrices | None], list[int]] = {}
+        self._first: dict[tuple[int, ...], int] = {}
+
+    def add(self, product: Product, result: Tensor) -> None:
+        meeting = product.meet()
+        if meeting is not None:
+            key, (groups, outputs, _) = (product.weight, meeting.matrices), meeting.matrices.shape
+            self.positions[key] += result.numel() // max(groups * outputs, 1)
+            number = self.inputs.number(product.operands[0], meeting.how)
+            self._of.setdefault(key, []).append(number)
+
+    def number(self, weight: str | None, matrices: Matrices | None) -> int:
+        """The same for those that meet the same inputs."""
+        inputs = tuple(self._of.get((weight, matrices), ()))
+        return self._first.setdefault(inputs, len(self._first)) if inputs else -1
 
 
 def _facts(product: Product, tensors: Mapping[str, Tensor]) -> ProductFacts:

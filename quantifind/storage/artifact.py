@@ -19,6 +19,9 @@ def pack(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if quantized.folded:
         description["folded"] = [list(pair) for pair in quantized.folded]
 
+    if quantized.notes:
+        description["notes"] = dict(quantized.notes)
+
     def put(key: str, qparams: QParams, codes: Tensor | None = None) -> dict[str, Any]:
         values = {
             "codes": codes,
@@ -52,9 +55,9 @@ def pack(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def unpack(tensors: dict[str, Tensor], description: dict[str, Any]) -> Quantized:
     """What `pack` was given."""
     folded = tuple((module, norm) for module, norm in description.get("folded", ()))
-    quantized = Quantized({}, {}, folded)
+    quantized = Quantized({}, {}, folded, description.get("notes", {}))
     for key, facts in description.items():
-        if key == "folded":
+        if key in ("folded", "notes"):
             continue
         kind, name = key.split("/", 1)
         qparams = QParams(

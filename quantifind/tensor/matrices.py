@@ -62,6 +62,26 @@ class Matrices:
         for steps in itertools.product(*(range(0, n * step, step) for n, step in self.groups)):
             yield replace(self, offset=self.offset + sum(steps), groups=())
 
+    def blocks(self, most: int) -> Iterator["Matrices"]:
+        """The same outputs of inputs that follow each other, in parts of about the same size and of
+        at most so many inputs.
+
+        >>> [block.shape for block in Matrices.rows((4, 7)).blocks(3)]
+        [(1, 4, 3), (1, 4, 2), (1, 4, 2)]
+        """
+        if self.shape[2] <= most:
+            yield self
+            return
+        (size, step), *rest = self.inputs
+        each = math.prod(n for n, _ in rest)
+        count = min(size, -(-size // max(1, most // each)))
+        first = 0
+        for part in range(count):
+            last = first + size // count + (part < size % count)
+            axes = ((last - first, step), *rest)
+            yield from replace(self, offset=self.offset + first * step, inputs=axes).blocks(most)
+            first = last
+
     def places(self, axis: int, shape: Sequence[int]) -> Tensor:
         """Where along an axis of a tensor of a shape each output of one matrix begins, (outputs,).
 

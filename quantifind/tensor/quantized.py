@@ -97,11 +97,13 @@ class Quantized:
     """What has become of a network: tensors, and the parameters of activations, by name.
 
     folded: pairs of names (module, norm), of norms folded into what is before them first of all.
+    notes: by tensor, in words, what was done less well than asked for, such as for want of memory.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
     activations: dict[str, QParams] = field(default_factory=dict)
     folded: tuple[tuple[str, str], ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def scaled(self, factors: Mapping[str, float]) -> "Quantized":
         """With the scales of the tensors named multiplied."""

@@ -1,4 +1,4 @@
-"""Where networks are, and how their passes are run: device, mode, precision."""
+"""Where networks are, and how their passes are run: device, memory, mode, precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,11 @@ from itertools import chain
 
 import torch
 from torch import nn
+
+from quantifind.utils import memory
+
+# of what is free, the share that moments of calibration inputs may take, and the least in bytes
+SHARE, LEAST = 4, 2**28
 
 
 def device() -> torch.device:
@@ -20,6 +25,13 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model's tensors are; the CPU for a model without any."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def allowed_bytes(where: torch.device) -> int:
+    """Of the memory of a device, how much is taken at most where nobody says: a quarter of what is
+    free, and 256 MB in any case."""
+    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else memory.free_bytes()
+    return max(LEAST, free // SHARE)
 
 
 @contextmanager

@@ -1,0 +1,100 @@
+"""A network beside calibration batches, and what they tell of it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantifind.network.calibration import Batches, calibration_batches, second_moments
+from quantifind.network.folding import Pairs, prepared, prepared_tensors
+from quantifind.network.modules import named_buffers, named_tensors
+from quantifind.network.moments import Found, layer_moments
+from quantifind.network.parts import all_parts, note
+from quantifind.network.trace import GPTQ_KINDS, ProductFacts, trace, weight_uses
+from quantifind.utils.batches import Forward
+from quantifind.utils.devices import allowed_bytes, device_of
+
+
+class Calibration:
+    """A network, with norms folded, and batches of its inputs; what is asked of them is computed
+    once.
+
+    max_memory: bytes that moments of inputs may take (`quantifind.network.moments.layer_moments`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None,
+        forward: Forward | None = None,
+        folded: Pairs = (),
+        max_memory: float | None = None,
+    ) -> None:
+        self._given, self._batches = model, batches
+        self._forward, self._folded = forward, folded
+        self._max_memory = max_memory
+        # by weight what was done less well than it could be for want of memory
+        self.notes: dict[str, str] = {}
+        shown = prepared_tensors(model, folded)
+        self.parameters, self.buffers = named_tensors(shown), named_buffers(shown)
+        self.tensors = self.buffers | self.parameters
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """A plain copy, since what no pass goes through need not be copied."""
+        return prepared(self._given, self._folded)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Raises: ValueError where there are none."""
+        return calibration_batches(self._batches, self._given, self._forward)
+
+    @cached_property
+    def facts(self) -> list[ProductFacts]:
+        """Of a pass of each batch."""
+        return trace(self.model, self.batches)
+
+    @cached_property
+    def uses(self) -> Mapping[str, tuple[int, ...]]:
+        """The weights in the order of a pass, and how often that of each batch uses them."""
+        return weight_uses(self.facts)
+
+    @cached_property
+    def _importance(self) -> dict[str, Tensor]:
+        return second_moments(self.model, self.batches)
+
+    def importance(self, name: str) -> Tensor:
+        """The second moments of the inputs that each element of a weight meets."""
+        if name not in self._importance:
+            raise ValueError(unused())
+        return self._importance[name]
+
+    @cached_property
+    def max_memory(self) -> float:
+        given = self._max_memory
+        return allowed_bytes(device_of(self.model)) if given is None else given
+
+    def moments(self, names: Iterable[str], **options: Any) -> Iterator[Found]:
+        """Those of weights, in the order of a pass; none where there is no memory for them.
+
+        options: of `quantifind.network.moments.layer_moments`.
+        Raises: ValueError as it, and for a weight that no pass uses.
+        """
+        asked = list(names)
+        if not asked:
+            return
+        for name in asked:
+            if name not in self.uses:
+                raise ValueError(f"{name}: rounding 'gptq': {unused()}; round it to 'nearest'")
+        parts = all_parts(asked, self.facts, self.max_memory)
+        self.notes |= {name: said for name, own in parts.items() if (said := note(own))}
+        limit = self.max_memory
+        yield from layer_moments(
+            self.model, asked, self.batches, self.facts, max_memory=limit, **options
+        )
+
+
+def unused() -> str:
+    """Of a weight that no pass multiplies with anything, in words."""
+    return f"no {' or '.join(GPTQ_KINDS)} of a pass uses it"
