@@ -14,9 +14,9 @@ from torch import nn
 
 from quantifind.certification.goal import Goal, Limit
 from quantifind.metrics import Outcome, is_classification
-from quantifind.mixed_precision.allocation import Assignment, neighbours, total_cost
 from quantifind.mixed_precision.candidates import Candidates, choices_key, note
 from quantifind.mixed_precision.found import Found, found_by
+from quantifind.mixed_precision.knapsack import Assignment, neighbours, total_cost
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.refinement import (
     add_safer_allocations,

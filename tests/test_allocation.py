@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 
-from quantifind.mixed_precision.allocation import Option, allocate, neighbours, pareto, total_cost
+from quantifind.mixed_precision.knapsack import Option, allocate, neighbours, pareto, total_cost
 
 NUMBERS = st.integers(0, 40).map(float) | st.floats(0, 40)
 
@@ -217,7 +217,7 @@ def test_many_groups_are_allocated_nearly_as_well(monkeypatch):
     budgets = [low * (high / low) ** share for share in (0, 0.1, 0.4, 0.8, 1)]
     nearly = [allocate(units, budget) for budget in budgets]
     assert allocate(units, 0.99 * low) is None
-    monkeypatch.setattr("quantifind.mixed_precision.allocation.EXACT", 100)
+    monkeypatch.setattr("quantifind.mixed_precision.knapsack.EXACT", 100)
     for budget, found in zip(budgets, nearly, strict=True):
         assert total_cost(units, found) <= budget * (1 + 1e-9)
         assert total_rise(units, found) <= 1.02 * total_rise(units, allocate(units, budget))

@@ -13,8 +13,9 @@ from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import Goal
 from quantifind.metrics import outcome
 from quantifind.mixed_precision import refinement as refining
-from quantifind.mixed_precision.allocation import Allocation, Option
+from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
+from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import SearchSpace
 from quantifind.mixed_precision.sensitivity import measure_sensitivity

@@ -35,7 +35,7 @@ from quantifind.mixed_precision.sensitivity import (
 )
 from quantifind.network.activations import fit_activations
 from quantifind.network.modules import named_tensors
-from quantifind.quantize import quantize, quantize_alone, quantize_model
+from quantifind.quantize import quantize, quantize_each, quantize_model
 from quantifind.storage import artifact
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
@@ -127,34 +127,45 @@ def same(one, other):
 
 
 def count_rounded(monkeypatch):
-    """(Name, choices) of what is rounded together from here on."""
+    """(Names and choices) of what is rounded together from here on."""
     seen = []
 
-    def rounded(model, name, choices, batches):
-        seen.append((name, choices))
-        return quantize_alone(model, name, choices, batches)
+    def rounded(model, choices, calibration):
+        seen.append(dict(choices))
+        return quantize_each(model, choices, calibration)
 
     def fitted(model, choices, batches):
-        seen.extend((name, [choice]) for name, choice in choices.items())
+        seen.append(dict(choices))
         return fit_activations(model, choices, batches)
 
-    monkeypatch.setattr(menu, "quantize_alone", rounded)
+    monkeypatch.setattr(menu, "quantize_each", rounded)
     monkeypatch.setattr(menu, "fit_activations", fitted)
     return seen
 
 
-def test_large_tensors_are_rounded_first(measured, monkeypatch):
-    """All missing choices of a tensor together, those of an activation each by itself."""
+def test_tensors_are_rounded_together(measured, monkeypatch):
+    """Those of an activation each by itself."""
     _, space, quantized, _ = measured
     rounded = count_rounded(monkeypatch)
     again = Menu(measurements_of(network()), space)
     again.make(again)
     same(again, quantized)
-    count = len(space.tensors)
-    assert dict(rounded[:count]) == space.tensors
-    assert rounded[count:] == [(n, [c]) for n, some in space.activations.items() for c in some]
-    sizes = [named_tensors(network())[name].numel() for name, _ in rounded[:count]]
-    assert sizes == sorted(sizes, reverse=True)
+    assert rounded[0] == space.tensors
+    assert rounded[1:] == [{n: c} for n, some in space.activations.items() for c in some]
+
+
+@pytest.mark.parametrize("places", [1, 2, 3, 100])
+def test_workers_round_as_much(measured, monkeypatch, places):
+    """Each tensor once, and no worker much more than another."""
+    _, space, *_ = measured
+    measurements = measurements_of(network())
+    monkeypatch.setattr(type(measurements.workers), "places", places)
+    found = Menu(measurements, space)
+    tasks = found._tasks({("tensors", name): some for name, some in space.tensors.items()})
+    assert sorted(n for _, names in tasks for n in names) == sorted(space.tensors)
+    assert len(tasks) == min(places, len(space.tensors))
+    sizes = [sum(found.sizes[name] for name in names) for _, names in tasks]
+    assert max(sizes) - min(sizes) <= max(found.sizes.values())
 
 
 def test_rows_are_those_of_a_plain_evaluation(measured):

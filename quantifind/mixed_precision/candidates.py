@@ -10,7 +10,8 @@ import numpy as np
 
 from quantifind.certification.certificate import degradation, hopeless, outdone, ratio_interval
 from quantifind.costs import model_bytes
-from quantifind.mixed_precision.allocation import Allocation, Assignment
+from quantifind.mixed_precision.allocation import Allocation
+from quantifind.mixed_precision.knapsack import Assignment
 from quantifind.mixed_precision.measurements import Columns, Measurements
 from quantifind.quantize import mean_bits
 from quantifind.strategy import Strategy

@@ -17,12 +17,13 @@ from torch import nn
 
 from quantifind.metrics import Outcome, divergence, outcome, paired
 from quantifind.mixed_precision.passes import Passes
+from quantifind.network.calibrated import Calibration
 from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.foldable import foldable
 from quantifind.network.folding import Pairs, prepared
 from quantifind.network.modules import PASS_FAILS, plain, plain_copy, run
-from quantifind.network.trace import ProductFacts, macs, trace
+from quantifind.network.trace import ProductFacts, macs
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.storage.store import Store, fingerprint
@@ -39,7 +40,7 @@ CALIBRATION, KEYED = 4_096, 64
 # codes sent along
 BRIEF = 0.05
 # which a worker finds anew where it needs them
-LOOKED_UP = ("facts", "products")
+LOOKED_UP = ("network", "facts", "products")
 Columns = dict[str, np.ndarray]
 
 
@@ -139,11 +140,15 @@ class Measurements:
         )
 
     @cached_property
+    def network(self) -> Calibration:
+        """The network beside its calibration batches."""
+        return Calibration(self.model, self.calibration)
+
+    @cached_property
     def facts(self) -> list[ProductFacts]:
         """The products of a pass of each calibration batch."""
-        found = trace(plain_copy(self.model), self.calibration)
         self.passes.add(sum(map(len, self.calibration)))
-        return found
+        return self.network.facts
 
     @cached_property
     def products(self) -> list[ProductFacts]:

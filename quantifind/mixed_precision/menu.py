@@ -1,6 +1,7 @@
 """What the choices of a search space come to: rounded when they are asked for, and kept packed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -9,7 +10,7 @@ from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.network.activations import fit_activations
 from quantifind.network.modules import named_tensors, plain_copy
 from quantifind.network.trace import activation_names
-from quantifind.quantize import quantize_alone
+from quantifind.quantize import quantize_each
 from quantifind.storage import artifact
 from quantifind.tensor.choice import ActivationChoice, Choice
 from quantifind.tensor.qparams import QParams
@@ -17,6 +18,8 @@ from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.utils.console import progress
 
 Made = QuantizedTensor | QParams
+# a kind, and by name the choices to round
+Task = tuple[str, Mapping[str, Sequence[Choice]]]
 
 
 class Menu(Mapping[str, Made]):
@@ -46,6 +49,8 @@ class Menu(Mapping[str, Made]):
         # stand-ins that are no choice themselves
         self._others: dict[str, tuple[str, str, Choice]] = {}
         self._asked: set[str] = set()
+        # by key, what was done less well for want of memory
+        self.notes: dict[str, str] = {}
         self._held: WeakValueDictionary[str, Made] = WeakValueDictionary()
 
     def __iter__(self) -> Iterator[str]:
@@ -63,6 +68,8 @@ class Menu(Mapping[str, Made]):
             (found,) = (kept.tensors | kept.activations).values()
             if isinstance(found, QuantizedTensor):
                 found = found.narrowed()
+            for note in kept.notes.values():
+                self.notes[key] = note
             self._held[key] = found
         return found
 
@@ -91,25 +98,36 @@ class Menu(Mapping[str, Made]):
 
     def make(self, keys: Iterable[str]) -> None:
         """Round what is not there yet; the choices of a tensor together, which share its inputs."""
-        keys, missing = list(keys), dict[tuple[str, str], list[Choice]]()
-        for key in dict.fromkeys(keys):
-            if key not in self._asked and self._kept(key) is None:
+        new = [key for key in dict.fromkeys(keys) if key not in self._asked]
+        if any(self.choice(key)[2].rounding == "gptq" for key in new):
+            self.measurements.passes.add(sum(map(len, self.measurements.calibration)))
+        missing: dict[tuple[str, str], list[Choice]] = {}
+        for key in new:
+            if self._kept(key) is None:
                 kind, name, choice = self.choice(key)
                 missing.setdefault((kind, name), []).append(choice)
-        # so that no worker is left with a large tensor in the end:
-        # test_large_tensors_are_rounded_first
-        tasks = sorted(
-            ((kind, name, choices) for (kind, name), choices in missing.items()),
-            key=lambda task: (task[0] != "tensors", -self.sizes.get(task[1], 0)),
-        )
-        with progress("rounding", total=len(tasks)) as step:
-            fitted = self.measurements.workers.map(_quantize_alone, self.measurements, tasks)
-            for (kind, name, choices), made in zip(tasks, fitted, strict=True):
-                for choice, one in zip(choices, made, strict=True):
+        tasks = self._tasks(missing)
+        with progress("rounding", total=len(missing)) as step:
+            workers = self.measurements.workers
+            for made in workers.map(_quantize_alone, self.measurements, tasks):
+                for (kind, name, choice), one in made:
                     key = f"quantized {choice_key(kind, name, choice)}"
-                    self.measurements.store.put(key, *artifact.pack(network_of(name, one)))
-                step(name)
-        self._asked.update(keys)
+                    self.measurements.store.put(key, *artifact.pack(one))
+                step(steps=len({place[:2] for place, _ in made}))
+        self._asked.update(new)
+
+    def _tasks(self, missing: Mapping[tuple[str, str], Sequence[Choice]]) -> list[Task]:
+        """All tensors together, which share passes; of several workers, each with tensors of about
+        as many values in all (test_workers_round_as_much). Activations one by one."""
+        own = [name for kind, name in missing if kind == "tensors"]
+        own.sort(key=lambda name: -self.sizes[name])
+        places = self.measurements.workers.places
+        shared = [own[i::places] for i in range(min(places, len(own)))]
+        tasks: list[Task] = [
+            ("tensors", {n: missing["tensors", n] for n in names}) for names in shared
+        ]
+        others = (place for place in missing if place[0] != "tensors")
+        return tasks + [(kind, {name: missing[kind, name]}) for kind, name in others]
 
     def _kept(self, key: str) -> Any:
         return self.measurements.store.get(f"quantized {key}")
@@ -123,14 +141,22 @@ def network_of(name: str, quantized: Made) -> Quantized:
 
 
 def _quantize_alone(
-    measurements: Measurements, task: tuple[str, str, Sequence[Choice]]
-) -> Sequence[Made]:
-    kind, name, choices = task
-    model, calibration = measurements.model, measurements.calibration
+    measurements: Measurements, task: Task
+) -> list[tuple[tuple[str, str, Choice], Quantized]]:
+    kind, choices = task
+    found = []
     if kind == "tensors":
-        return quantize_alone(model, name, choices, calibration)
-    model, found = plain_copy(model), []
-    for choice in choices:
-        assert isinstance(choice, ActivationChoice)
-        found.append(fit_activations(model, {name: choice}, calibration)[name])
+        network = measurements.network
+        for name, made in quantize_each(measurements.model, choices, network):
+            notes = {name: network.notes[name]} if name in network.notes else {}
+            for choice, one in zip(choices[name], made, strict=True):
+                said = notes if choice.rounding == "gptq" else {}
+                found.append(((kind, name, choice), replace(network_of(name, one), notes=said)))
+        return found
+    model = plain_copy(measurements.model)
+    for name, some in choices.items():
+        for choice in some:
+            assert isinstance(choice, ActivationChoice)
+            (levels,) = fit_activations(model, {name: choice}, measurements.calibration).values()
+            found.append(((kind, name, choice), network_of(name, levels)))
     return found

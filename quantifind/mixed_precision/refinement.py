@@ -11,8 +11,8 @@ from torch.utils.data import TensorDataset
 
 from quantifind.learning import fit_temperature
 from quantifind.learning import learn as learn_codes
-from quantifind.mixed_precision.allocation import Assignment, Option, pareto
 from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
+from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.quantize import quantize
 from quantifind.storage import artifact

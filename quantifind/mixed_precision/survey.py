@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantifind.certification.goal import Goal
-from quantifind.mixed_precision.allocation import Allocation, Option
+from quantifind.mixed_precision.allocation import Allocation
+from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.menu import Menu
 from quantifind.mixed_precision.scores import score_options
