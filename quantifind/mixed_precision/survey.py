@@ -20,9 +20,9 @@ from quantifind.utils.batches import Batch, joined, regrouped
 # training examples that predict, so many at a time
 SCORED, TOGETHER = 256, 16
 # of what rounding to nearest loses, GPTQ loses about so much: until it is rounded
-BY_GPTQ = 0.5
+BY_GPTQ = 0.1
 # rounds of rounding and scoring, and of measuring, what has come near the frontier
-ROUNDS = 3
+ROUNDS = 5
 # of the loss increase that the limit allows, the least and the most that are predicted of an
 # allocation that is looked at
 LOW, HIGH = 0.03, 100.0
