@@ -14,7 +14,7 @@ from quantifind.tensor.row_params import RowParams
 # inputs that are rounded one by one; more are halved, and what halves owe each other is one product
 BLOCK = 32
 # elements of rows and of their copies, each with scales of its own, that are rounded at a time
-TOGETHER = 2**22
+TOGETHER = 2**21
 SWEEPS = 4
 # with at most so many, float32 leaves errors within 0.05% of those of float64 (0.2% with 2^16);
 # as good on coarse grids: test_float32_is_as_good
