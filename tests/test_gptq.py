@@ -151,6 +151,121 @@ def test_blocks_change_nothing(monkeypatch):
     assert torch.equal(by_gptq(x, weights, choice)[1].codes, whole)
 
 
+def textbook(x, weights, levels):
+    """GPTQ by the factor of the inverse, input after input (arXiv:2210.17323, algorithm 1)."""
+    hessian = x.T @ x
+    order = hessian.diagonal().argsort(descending=True)
+    damped = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * torch.eye(x.shape[1])
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    rest, codes = weights[:, order].clone(), torch.zeros_like(weights)
+    for i, index in enumerate(order.tolist()):
+        column = levels.column(index)
+        codes[:, [index]] = column.nearest(rest[:, i : i + 1]).double()
+        lost = (rest[:, i : i + 1] - column.values(codes[:, [index]])) / factor[i, i]
+        rest[:, i:] -= lost * factor[i, i:]
+    return codes
+
+
+@pytest.mark.parametrize("group", [None, 8])
+def test_without_descent_it_is_the_textbooks(group, monkeypatch):
+    monkeypatch.setattr("quantifind.tensor.compensation.SWEEPS", 0)
+    torch.manual_seed(0)
+    x, weights = correlated(200, 40), torch.randn(30, 40).double()
+    choice = {"scheme": "uniform", "bits": 3, "axis": 0, "group": group, "scale": "mse"}
+    start, found = by_gptq(x, weights, choice)
+    levels = RowParams.of(start)
+    wanted = textbook(x, weights, levels)
+    before, after = (
+        output_error(x, weights, levels.values(codes)) for codes in (start.codes.double(), wanted)
+    )
+    assert (after < before).sum() > 25
+    assert torch.equal(found.codes[after < before].double(), wanted[after < before])
+
+
+def layer_of_groups(groups, rows, inputs, seed=0):
+    """A weight, and its moments by group: a few inputs dead, powers from 1e-6 to 1e6."""
+    torch.manual_seed(seed)
+    weights = torch.randn(groups * rows, inputs)
+    moments = {}
+    for group in range(groups):
+        x = correlated(60, inputs, seed=100 * seed + group) * 10.0 ** (group % 13 - 6)
+        x[:, group % inputs] = 0
+        own = slice(group * rows, (group + 1) * rows)
+        matrix = Matrices.rows(weights.shape, own.start, own.stop)
+        y = x @ weights[own].double().T
+        moments[matrix] = Moments(x.T @ x, (y + 0.1 * torch.randn_like(y)).T @ x, 60)
+    return weights, moments
+
+
+GROUPED = [c for c in GRIDS if c.get("axis") == 0 and "group" not in c]
+GROUPED.append({"scheme": "uniform", "bits": 2, "axis": 0, "scale": "output_mse"})
+GROUPED.append({"scheme": "minifloat", "bits": 4, "axis": 0, "group": 4, "scale": "output_mse"})
+
+
+@pytest.mark.parametrize("choice", GROUPED, ids=str)
+def test_groups_together_are_as_each_alone(choice, monkeypatch):
+    weights, moments = layer_of_groups(6, 2, 10)
+    del moments[[*moments][3]]  # what is not an even step apart is not in one batch
+    choice = Choice.of(choice | {"rounding": "gptq"})
+    (whole,) = gptq_layer(weights, moments, [choice])
+    for matrix, part in moments.items():
+        rows = matrix.of(weights)[0]
+        (alone,) = gptq_layer(rows, {Matrices.rows(rows.shape): part}, [choice])
+        torch.testing.assert_close(matrix.of(whole.dequantize())[0], alone.dequantize())
+    # nor does it matter how many groups, rows and shares are rounded at a time
+    for module in ("gptq", "compensation"):
+        monkeypatch.setattr(f"quantifind.tensor.{module}.TOGETHER", 50)
+    (few,) = gptq_layer(weights, moments, [choice])
+    torch.testing.assert_close(few.dequantize(), whole.dequantize())
+
+
+def test_several_choices_at_once_are_as_each_alone():
+    weights, moments = layer_of_groups(3, 3, 10)
+    choices = [Choice.of(choice | {"rounding": "gptq"}) for choice in GRIDS[::3] + GROUPED]
+    for choice, found in zip(choices, gptq_layer(weights, moments, choices), strict=True):
+        (alone,) = gptq_layer(weights, moments, [choice])
+        assert torch.equal(found.codes, alone.codes)
+        assert torch.equal(found.dequantize(), alone.dequantize())
+
+
+def layer_error(weights, moments, found):
+    """By row, of outputs against those that are wanted, less what no weights can change."""
+    errors = []
+    for matrix, part in moments.items():
+        rounded = matrix.of(found.dequantize())[0].double()
+        least = torch.linalg.lstsq(part.inputs, part.outputs.T, driver="gelsd").solution.T
+        lost = rounded - least
+        errors.append(((lost @ part.inputs) * lost).sum(1) / part.inputs.diagonal().mean())
+    return torch.cat(errors)
+
+
+@pytest.mark.parametrize("options", [{"bits": 1}, {"levels": 3}, {"bits": 3}, {"bits": 4}], ids=str)
+def test_float32_is_as_good(options, monkeypatch):
+    choice = Choice.of(
+        {"scheme": "uniform", "axis": 0, "rounding": "gptq", "scale": "output_mse"} | options
+    )
+    sums = []
+    for levels in (2**12, 0):
+        monkeypatch.setattr("quantifind.tensor.compensation.LEVELS_OF_FLOAT32", levels)
+        found = [
+            (weights, moments, gptq_layer(weights, moments, [choice])[0])
+            for seed in range(3)
+            for weights, moments in [layer_of_groups(13, 8, 48, seed)]
+        ]
+        sums.append(sum(layer_error(*each).sum() for each in found))
+    assert sums[0] <= sums[1] * 1.005
+
+
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**60])
+@pytest.mark.parametrize("choice", GROUPED, ids=str)
+def test_the_size_of_the_weights_does_not_matter(choice, size):
+    torch.manual_seed(0)
+    x, weights = correlated(50, 12), torch.randn(10, 12).double()
+    choice = {key: value for key, value in choice.items() if value != "output_mse"}
+    found, scaled = (by_gptq(x, unit * weights, choice)[1].dequantize() for unit in (1.0, size))
+    torch.testing.assert_close(scaled / size, found)
+
+
 def test_what_earlier_layers_lost_is_made_up_for():
     """With inputs x̃ in place of x, the best weights are those of the regression of W x on x̃."""
     torch.manual_seed(0)
