@@ -79,7 +79,7 @@ def test_no_batch_waits_for_the_device(case, on_device, monkeypatch):
         pytest.skip("it waits for the values by which it branches")
     quantized = quantize(net, uniform_strategy(net, 4))
     if not on_device:
-        monkeypatch.setattr(evaluator, "_on", lambda _, tensor: tensor)
+        monkeypatch.setattr(evaluator, "on_device", lambda _, tensor: tensor)
     found = []
     for batch in (300, 10):
         monkeypatch.setattr(

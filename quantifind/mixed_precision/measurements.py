@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantifind.metrics import Outcome, divergence, outcome, paired
+from quantifind.metrics import Outcome, columns_of, outcome
 from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.foldable import foldable
@@ -203,14 +203,16 @@ class Measurements:
 def _float_outcome(evaluator: Evaluator) -> Outcome:
     """Raises: ValueError for outputs or losses that are not finite."""
     try:
-        original = evaluator.outcome()
+        original = evaluator.original()
     except PASS_FAILS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the float network on validation data: {reason}") from error
-    if bad := sum(int(part["outputs"].isnan().sum()) for part in original.parts):
-        raise ValueError(f"the float network on validation data: {bad} of its outputs are NaN")
+    if original.nans:
+        raise ValueError(
+            f"the float network on validation data: {original.nans} of its outputs are NaN"
+        )
     if evaluator.criterion is not None and not math.isfinite(original.criterion):
         raise ValueError(
             f"the float network's loss on validation data is {original.criterion}: "
@@ -229,12 +231,11 @@ def _alone(quantized: Quantized) -> str | None:
 def _measure(
     measurements: Measurements, task: tuple[Sequence[Quantized], int, int]
 ) -> list[Columns]:
-    candidates, first, last = task
-    name = _alone(candidates[0])
+    (candidates, *span), evaluator = task, measurements.evaluator
+    name, beside = _alone(candidates[0]), measurements.original
     if name is None:
-        measured = [measurements.evaluator.outcome(q, first, last) for q in candidates]
+        measured = [evaluator.outcome(q, *span, beside=beside) for q in candidates]
     else:
         parts = [quantized.tensors[name] for quantized in candidates]
-        measured = measurements.evaluator.one_tensor(name, parts, first, last)
-    original = measurements.original.span(first, last)
-    return [paired(one, original) | {"divergence": divergence(one, original)} for one in measured]
+        measured = evaluator.one_tensor(name, parts, *span, beside=beside)
+    return [columns_of(one) for one in measured]

@@ -1,4 +1,4 @@
-"""Where networks are, and how their passes are run: device, mode, precision."""
+"""Where networks are, and how their passes are run: device, mode, precision, and out of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +39,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
         for module, mode in training.items():
             module.training = mode
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch raises a plain RuntimeError on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "not enough memory" in str(error) or "out of memory" in str(error)
+    )
