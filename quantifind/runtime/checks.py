@@ -43,12 +43,12 @@ def independent(model: nn.Module, batch: Batch) -> bool:
     try:
         together = tensors_of(some.clone().run(model)[0])
         alone = [tensors_of(some[i : i + 1].clone().run(model)[0]) for i in (0, 1)]
+        return all(
+            rows_of(whole) == len(some) and _close(torch.cat(parts), whole[:2])
+            for whole, *parts in zip(together, *alone, strict=True)
+        )
     except PASS_FAILS:
         return False
-    return all(
-        rows_of(whole) == len(some) and _close(torch.cat(parts), whole[:2])
-        for whole, *parts in zip(together, *alone, strict=True)
-    )
 
 
 def first_of(batch: Batch) -> Batch:
