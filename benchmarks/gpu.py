@@ -8,7 +8,7 @@ within 8 minutes in all. Prints a row of comma-separated values for each network
 
 - parameters, tensors: of the network;
 - train_seconds, loss: of the training, and the loss on validation data after it;
-- seconds, passes: of the search, passes where it counts them;
+- seconds, passes: of the search;
 - peak_megabytes, host_megabytes: of the GPU, and of the whole process on the other side;
 - mean_bits, criterion_ratio: of what is found, on validation data, at a limit of 1.05;
 - note: why there is no answer.
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -151,19 +151,12 @@ def searched(name: str, tiny: bool) -> dict[str, Any]:
         "train_seconds": trained - started,
         "loss": loss,
         "seconds": seconds,
-        "passes": in_all(getattr(found, "passes", None)),
+        "passes": found.passes.taken,
         "peak_megabytes": peak,
         "host_megabytes": host / (1e6 if sys.platform == "darwin" else 1e3),
         "mean_bits": found.mean_bits,
         "criterion_ratio": found.chosen["criterion_ratio"],
     }
-
-
-def in_all(passes: Any) -> float | None:
-    """A number, or the sum of those of each phase."""
-    if isinstance(passes, Mapping | pd.Series):
-        passes = sum(passes.values() if isinstance(passes, Mapping) else passes)
-    return None if passes is None else float(passes)
 
 
 def measured(name: str, tiny: bool) -> dict[str, Any]:

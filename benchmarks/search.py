@@ -91,7 +91,7 @@ def measure_quality(network: str, folder: str) -> list[dict[str, Any]]:
         found = table[table["chosen"]].iloc[0]
         whole = table["examples"] == measurements.examples
         uniform = table[whole & (table["origin"] == "uniform")]["criterion_ratio"].min()
-        allocation = Allocation.of(measurements, space, sensitivity, Goal.of(None, budget))
+        allocation = Allocation.of(measurements, sensitivity, Goal.of(None, budget))
         candidates = Candidates(measurements, allocation, 0.95)
         generator = np.random.default_rng(0)
         for _ in range(DRAWN):

@@ -2,6 +2,7 @@
 budget."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,9 +14,9 @@ from torch import nn
 
 from quantifind.certification.goal import Goal, Limit
 from quantifind.metrics import Outcome, is_classification
-from quantifind.mixed_precision.allocation import Allocation, Assignment, neighbours, total_cost
+from quantifind.mixed_precision.allocation import Assignment, neighbours, total_cost
 from quantifind.mixed_precision.candidates import Candidates, choices_key, note
-from quantifind.mixed_precision.found import Found, chosen
+from quantifind.mixed_precision.found import Found, found_by
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.refinement import (
     add_safer_allocations,
@@ -29,22 +30,26 @@ from quantifind.mixed_precision.search_space import (
     SearchSpace,
     default_search_space,
 )
-from quantifind.mixed_precision.sensitivity import (
-    PRECISION,
-    measure_sensitivity,
-    predict_sensitivity,
-)
+from quantifind.mixed_precision.sensitivity import PRECISION, predict_sensitivity
+from quantifind.mixed_precision.survey import survey
 from quantifind.runtime.workers import Workers
 from quantifind.utils.batches import Forward
 from quantifind.utils.console import progress
+from quantifind.utils.interrupts import interruptible
 from quantifind.utils.loaders import length_of
 
+# passes that a search may take, and the shares of what is left that its phases may: of one that
+# needs less, the rest is the next ones'
+EFFORT = 200
+SURVEYED, SWEPT, MOVED, SEQUENTIAL = 0.4, 0.6, 0.4, 0.6
 # candidates at most, of a sweep over budgets, and of local moves
 SWEEP, MOVES = 20, 24
 # candidates measured at a time, by as many workers as there are
 WAVE = 4
 # shares of the best cost so far, at which a finer sweep allocates
 FINER = tuple(0.94**i for i in range(SWEEP))
+# times that the step between what keeps the goal and what does not is halved
+HALVINGS = 3
 # a walk down falling budgets ends when so many in a row fail
 FAILURES = 3
 # moves that take the same tensor down, before the next tensor has its turn
@@ -63,6 +68,8 @@ def find_strategy(
     limit: Limit | None = None,
     budget: Limit | None = None,
     learn: float = 0,
+    effort: float = EFFORT,
+    seconds: float | None = None,
     widths: Iterable[int] | None = None,
     activation_bits: Iterable[int] = (),
     search_space: SearchSpace | Mapping[str, Any] | None = None,
@@ -93,6 +100,9 @@ def find_strategy(
     budget: instead, mean bits per parameter, or one of ``mean_bits`` and the modules of
         `quantifind.costs`, such as ``{"model_bytes": 100_000}``.
     learn: epochs of training of each of the few best allocations; 0 for none.
+    effort: passes over the validation data that the search may take, without learning; a part of
+        the examples, or of the network, counts as that part of one. What was left out is said.
+    seconds: that it may take; the best so far is the answer. None for no end.
     widths: bits of the default search space, 1 to 32; by default 1 to 16, and up to 32 where none
         of those keeps the limit.
     activation_bits: bits that activations may have besides float, for a budget of what they save.
@@ -113,33 +123,51 @@ def find_strategy(
     """
     goal = _goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
-    _check(goal, learn, confidence, activation_bits)
+    _check(goal, learn, confidence, activation_bits, effort, seconds)
+    deadline = None if seconds is None else time.monotonic() + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
     search_space = _given_space(search_space)
-    with Workers(engine, scheduler=scheduler) as workers:
+    with Workers(engine, scheduler=scheduler) as workers, interruptible():
         how: Any = {"forward": forward, "folder": folder, "seed": seed, "workers": workers}
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
         _check_measure(goal, measurements.original)
-        for space in _spaces(measurements, widths, activation_bits, search_space):
-            sensitivity = measure_sensitivity(measurements, space, precision=precision)
-            allocation = Allocation.of(measurements, space, sensitivity, goal)
-            candidates = Candidates(measurements, allocation, confidence)
-            sweep_budgets(candidates)
-            if candidates.best() is not None:
-                break
+        passes = measurements.passes
+        passes.effort, passes.deadline = effort, deadline
+        candidates: Candidates | None = None
+        try:
+            for space in _spaces(measurements, widths, activation_bits, search_space):
+                with passes.of("sensitivity", SURVEYED):
+                    sensitivity, allocation = survey(measurements, space, goal, precision)
+                candidates = Candidates(measurements, allocation, confidence)
+                with passes.of("budgets", SWEPT):
+                    sweep_budgets(candidates)
+                if candidates.best() is not None:
+                    break
+            assert candidates is not None
+            refine(candidates, learn)
+        except KeyboardInterrupt:
+            if candidates is None or candidates.best() is None:
+                raise
+            passes.stopped("interrupted")
         table = sensitivity.table
         if proxies:
             table = predict_sensitivity(measurements, sensitivity)
+        return found_by(candidates, table, criterion, forward)
+
+
+def refine(candidates: Candidates, learn: float) -> None:
+    """Better candidates near the best: moves, GPTQ layer by layer, safer ones, learned ones."""
+    passes = candidates.measurements.passes
+    with passes.of("moves", MOVED):
         try_neighbours(candidates)
+    with passes.of("sequential", SEQUENTIAL):
         gptq_sequentially(candidates)
+    with passes.of("safer"):
         add_safer_allocations(candidates)
-        if learn:
+    if learn:
+        with passes.of("learning", math.inf):
             learn_allocations(candidates, learn)
-        best, rows = chosen(candidates)
-        return Found(
-            best["strategy"], best["quantized"], rows, table, goal, confidence, criterion, forward
-        )
 
 
 def _goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goal:
@@ -170,11 +198,21 @@ def _check_measure(goal: Goal, original: Outcome) -> None:
         )
 
 
-def _check(goal: Goal, learn: float, confidence: float, activation_bits: Sequence[int]) -> None:
+def _check(
+    goal: Goal,
+    learn: float,
+    confidence: float,
+    activation_bits: Sequence[int],
+    effort: float,
+    seconds: float | None,
+) -> None:
     if not 0 <= learn < math.inf:
         raise ValueError(f"learn is {learn!r}: epochs, 0 or more, are needed")
     if not 0.5 < confidence < 1:
         raise ValueError(f"confidence is {confidence!r}: above 0.5 and below 1 is needed")
+    for name, value in (("effort", effort), ("seconds", seconds)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value!r}: a number above 0 is needed")
     if activation_bits and goal.cost in ("model_bytes", "mean_bits"):
         raise ValueError(
             f"activation_bits is {activation_bits}: activations on levels save no {goal.cost}; "
@@ -231,6 +269,26 @@ def sweep_budgets(candidates: Candidates) -> None:
         assert row is not None
         _, candidates.factors = adjust_scales(candidates, row)
         _walk_down(candidates, [allocation.total(best) * share for share in FINER])
+        _halve(candidates)
+
+
+def _halve(candidates: Candidates) -> None:
+    """Between the best allocation and the next cheaper one that failed, for as long as that pays
+    (seen: 8% of the bytes lay there)."""
+    allocation, goal = candidates.allocation, candidates.goal
+    if goal.budget is not None:
+        return
+    for _ in range(HALVINGS):
+        best = candidates.best_assignment()
+        if best is None or candidates.measurements.passes.left <= 0:
+            return
+        high = allocation.total(best)
+        costs = [allocation.total(a) for a in candidates.assignments.values()]
+        low = max((cost for cost in costs if cost < high), default=None)
+        assignment = None if low is None else allocation.solve((low + high) / 2)
+        if assignment is None or allocation.total(assignment) in costs:
+            return
+        candidates.measure([candidates.allocated(assignment)])
 
 
 def _walk_down(candidates: Candidates, budgets: Sequence[float]) -> None:
@@ -238,18 +296,23 @@ def _walk_down(candidates: Candidates, budgets: Sequence[float]) -> None:
     solved = (candidates.allocation.solve(budget) for budget in budgets)
     trials, failed = (candidates.allocated(a) for a in dict.fromkeys(solved) if a is not None), 0
     with progress("allocating", total=len(budgets)) as step:
+        passes = candidates.measurements.passes
         while failed < FAILURES and (wave := list(islice(trials, WAVE))):
             for row in candidates.measure(wave):
                 step(note(row))
                 failed = 0 if candidates.goal.keeps(row) else failed + 1
                 if failed == FAILURES:
                     break
+            if passes.left <= 0:
+                passes.stopped("fewer budgets")
+                return
 
 
 def try_neighbours(candidates: Candidates) -> None:
     """From the best allocation, local moves for as long as one is better when it is measured."""
     left, current = MOVES, candidates.best_assignment()
     with progress("moving", total=MOVES) as step:
+        passes = candidates.measurements.passes
         while current is not None and left > 0:
             moved = _worthwhile(candidates, current)
             improved = None
@@ -257,6 +320,9 @@ def try_neighbours(candidates: Candidates) -> None:
                 wave = list(islice(moved, min(WAVE, left)))
                 if not wave:
                     break
+                if passes.left <= 0:
+                    passes.stopped("fewer moves")
+                    return
                 left -= len(wave)
                 rows = candidates.measure([candidates.allocated(a) for a in wave])
                 for assignment, row in zip(wave, rows, strict=True):
@@ -270,14 +336,13 @@ def _worthwhile(candidates: Candidates, current: Assignment) -> Iterator[Assignm
     """The neighbours that save enough, or stay within the budget, the likeliest first."""
     goal, allocation, tries = candidates.goal, candidates.allocation, Counter[int]()
     cost = total_cost(allocation.groups, current)
-    for assignment in neighbours(allocation.groups, current):
-        moved = total_cost(allocation.groups, assignment)
+    for assignment, down, saved in neighbours(allocation.groups, current):
         if goal.budget is not None:
-            worth = moved + allocation.fixed <= goal.budget
+            worth = cost - saved + allocation.fixed <= goal.budget
         else:
-            worth = moved < cost * (1 - SAVING)
-        down = next(i for i, was in enumerate(current) if assignment[i] > was)
-        known = choices_key(allocation.strategy(assignment)) in candidates.assignments
-        if worth and not known and tries[down] < TRIES:
+            worth = saved > cost * SAVING
+        if not worth or tries[down] == TRIES:
+            continue
+        if choices_key(allocation.strategy(assignment)) not in candidates.assignments:
             tries[down] += 1
             yield assignment

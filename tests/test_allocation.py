@@ -155,7 +155,8 @@ def test_nothing_of_nothing():
 def test_moves_are_single_steps_and_pairs(data, units):
     units = [pareto(unit) for unit in units]
     start = tuple(data.draw(st.integers(0, len(unit) - 1)) for unit in units)
-    found = neighbours(units, start)
+    moves = list(neighbours(units, start))
+    found = [assignment for assignment, *_ in moves]
     steps = [tuple(to - at for to, at in zip(a, start, strict=True)) for a in found]
     assert len(set(found)) == len(found)
     assert start not in found
@@ -168,6 +169,10 @@ def test_moves_are_single_steps_and_pairs(data, units):
         if sorted(to - at for to, at in zip(a, start, strict=True) if to != at) in ([1], [-1, 1])
     }
     assert set(found) == inside
+    for assignment, down, saved in moves:
+        assert assignment[down] == start[down] + 1
+        less = total_cost(units, start) - total_cost(units, assignment)
+        assert saved == pytest.approx(less, abs=1e-9)
 
 
 @given(data=st.data(), units=UNITS)
@@ -175,20 +180,47 @@ def test_moves_that_save_most_for_their_rise_come_first(data, units):
     units = [pareto(unit) for unit in units]
     start = tuple(data.draw(st.integers(0, len(unit) - 1)) for unit in units)
     saved, prices = [], []
-    for assignment in neighbours(units, start):
+    for assignment, *_ in neighbours(units, start):
         less = total_cost(units, start) - total_cost(units, assignment)
-        saved.append(less > 0)
-        if less > 0:
+        saved.append(less > 1e-9)
+        if less > 1e-9:
             prices.append((total_rise(units, assignment) - total_rise(units, start)) / less)
     assert saved == sorted(saved, reverse=True)
-    assert prices == sorted(prices)
+    assert prices == pytest.approx(sorted(prices), rel=1e-6, abs=1e-9)
 
 
 def test_no_way_down_from_the_cheapest():
     unit = [option(8, 0), option(4, 1)]
-    assert neighbours([unit, unit], (1, 1)) == []
-    assert neighbours([unit, unit], (0, 0)) in ([(0, 1), (1, 0)], [(1, 0), (0, 1)])
-    assert (1, 0) in neighbours([unit, unit], (0, 1))
+
+    def moves(start):
+        return {assignment for assignment, *_ in neighbours([unit, unit], start)}
+
+    assert moves((1, 1)) == set()
+    assert moves((0, 0)) == {(0, 1), (1, 0)}
+    assert (1, 0) in moves((0, 1))
+
+
+def test_many_groups_are_allocated_nearly_as_well(monkeypatch):
+    generator = np.random.default_rng(0)
+    units = [
+        pareto(
+            [
+                option(size * bits / 8, rise * 4.0**-bits * generator.uniform(0.5, 2))
+                for bits in (1, 1.6, 2, 3, 4, 6, 8)
+            ]
+        )
+        for size, rise in zip(
+            10 ** generator.uniform(2, 5, 80), 10 ** generator.uniform(-4, 0, 80), strict=True
+        )
+    ]
+    low, high = (sum(unit[end].cost for unit in units) for end in (-1, 0))
+    budgets = [low * (high / low) ** share for share in (0, 0.1, 0.4, 0.8, 1)]
+    nearly = [allocate(units, budget) for budget in budgets]
+    assert allocate(units, 0.99 * low) is None
+    monkeypatch.setattr("quantifind.mixed_precision.allocation.EXACT", 100)
+    for budget, found in zip(budgets, nearly, strict=True):
+        assert total_cost(units, found) <= budget * (1 + 1e-9)
+        assert total_rise(units, found) <= 1.02 * total_rise(units, allocate(units, budget))
 
 
 def test_the_solver_says_nothing(capfd):

@@ -69,7 +69,7 @@ def all_candidates(net, train, val, goal, given=None):
     measurements = Measurements.start(net, train, val, nn.CrossEntropyLoss())
     choices = SearchSpace(**(given or space(net)))
     sensitivity = measure_sensitivity(measurements, choices)
-    allocation = Allocation.of(measurements, choices, sensitivity, goal)
+    allocation = Allocation.of(measurements, sensitivity, goal)
     return Candidates(measurements, allocation, 0.95)
 
 

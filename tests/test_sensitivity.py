@@ -11,8 +11,9 @@ from conftest import count_measured
 from torch import nn
 
 from quantifind.metrics import divergence, outcome, weight_error
-from quantifind.mixed_precision import sensitivity
+from quantifind.mixed_precision import menu, sensitivity
 from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.menu import Menu
 from quantifind.mixed_precision.proxies import (
     fisher,
     fisher_increase,
@@ -30,7 +31,6 @@ from quantifind.mixed_precision.sensitivity import (
     _precise,
     measure_sensitivity,
     predict_sensitivity,
-    quantize_choices,
     rank_correlations,
 )
 from quantifind.network.activations import fit_activations
@@ -88,7 +88,7 @@ def measured():
     measurements = measurements_of(network())
     space = space_of(measurements, [2, 4], [3])
     found = measure_sensitivity(measurements, space, precision=0)
-    return measurements, space, found.quantized, found.table
+    return measurements, space, found.menu, found.table
 
 
 def strategy_of(net, measurements, row):
@@ -138,8 +138,8 @@ def count_rounded(monkeypatch):
         seen.extend((name, [choice]) for name, choice in choices.items())
         return fit_activations(model, choices, batches)
 
-    monkeypatch.setattr(sensitivity, "quantize_alone", rounded)
-    monkeypatch.setattr(sensitivity, "fit_activations", fitted)
+    monkeypatch.setattr(menu, "quantize_alone", rounded)
+    monkeypatch.setattr(menu, "fit_activations", fitted)
     return seen
 
 
@@ -147,7 +147,9 @@ def test_large_tensors_are_rounded_first(measured, monkeypatch):
     """All missing choices of a tensor together, those of an activation each by itself."""
     _, space, quantized, _ = measured
     rounded = count_rounded(monkeypatch)
-    same(quantize_choices(measurements_of(network()), space), quantized)
+    again = Menu(measurements_of(network()), space)
+    again.make(again)
+    same(again, quantized)
     count = len(space.tensors)
     assert dict(rounded[:count]) == space.tensors
     assert rounded[count:] == [(n, [c]) for n, some in space.activations.items() for c in some]
@@ -196,7 +198,7 @@ def test_what_is_in_the_folder_is_not_measured_again(tmp_path, monkeypatch):
     second = run()
     assert (len(rounded), len(seen)) == work
     pd.testing.assert_frame_equal(first.table, second.table)
-    same(first.quantized, second.quantized)
+    same(first.menu, second.menu)
 
 
 @pytest.mark.parametrize("precision", [0, 0.2, 0.5, 10])
@@ -370,7 +372,7 @@ def test_wide_choices_have_wide_scales():
         for choice in choices:
             narrow = (choice.bits or 2) <= 8
             assert choice.options["scale_dtype"] == ("float16" if narrow else "float32")
-    quantized, values = quantize_choices(measurements, space), named_tensors(measurements.model)
+    quantized, values = Menu(measurements, space), named_tensors(measurements.model)
     for name, choices in space.tensors.items():
         for choice in choices:
             if (choice.bits or 0) > 8:
@@ -407,8 +409,8 @@ def test_every_module_can_be_quantized_alone():
     measurements = Measurements.start(net, train, val, CRITERION)
     space = space_of(measurements, [2], [8])
     found = measure_sensitivity(measurements, space)
-    assert len(found.quantized) == sum(len(choices) for *_, choices in space.items())
-    gptq = {key.split()[0] for key in found.quantized if "gptq" in key}
+    assert len(found.menu) == sum(len(choices) for *_, choices in space.items())
+    gptq = {key.split()[0] for key in found.menu if "gptq" in key}
     assert {f"tensors/{n}" for n in ("table.weight", "mix.weight", "head.weight")} <= gptq
     assert "tensors/layer.self_attn.in_proj_weight" in gptq
     assert found.table["loss_increase"].notna().all()
@@ -417,7 +419,8 @@ def test_every_module_can_be_quantized_alone():
 def test_a_transposed_convolution_can_be_quantized_alone():
     net = nn.Sequential(nn.ConvTranspose1d(3, 2, 1), nn.Flatten(), nn.Linear(8, 3))
     measurements = measurements_of(net)
-    assert quantize_choices(measurements, space_of(measurements, [2, 8]))
+    found = Menu(measurements, space_of(measurements, [2, 8]))
+    assert all(quantized.stored_bits for quantized in found.values())
 
 
 def test_a_parametrized_weight_has_the_choices_of_a_plain_one():
@@ -441,7 +444,7 @@ def test_the_model_and_the_search_space_are_left_alone(measured):
 def test_what_is_quantized_is_kept_packed(tmp_path):
     measurements = measurements_of(network(), folder=tmp_path)
     space = SearchSpace({"head.weight": [{"scheme": "uniform", "bits": 3}]})
-    ((key, quantized),) = quantize_choices(measurements, space).items()
+    ((key, quantized),) = Menu(measurements, space).items()
     kept = artifact.unpack(*measurements.store.get(f"quantized {key}"))
     assert torch.equal(kept.tensors["head.weight"].dequantize(), quantized.dequantize())
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from quantifind.certification.goal import Goal, ladder
 from quantifind.mixed_precision.candidates import Candidates, Row
+from quantifind.mixed_precision.passes import Passes
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Forward
@@ -31,6 +32,7 @@ class Found:
     sensitivity: the table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
     goal: what was asked for.
     confidence: of the bounds.
+    passes: what the search has cost, by phase, and what was left out.
     criterion, forward: by which it was judged, as `find_strategy` was given them.
     """
 
@@ -40,6 +42,7 @@ class Found:
     sensitivity: pd.DataFrame
     goal: Goal
     confidence: float
+    passes: Passes
     criterion: Any = None
     forward: Forward | None = None
 
@@ -71,6 +74,29 @@ class Found:
     def ladder(self) -> pd.DataFrame:
         """The candidates to judge on test data, largest first."""
         return self.candidates[self.candidates["on_ladder"]]
+
+
+def found_by(
+    candidates: Candidates, sensitivity: pd.DataFrame, criterion: Any, forward: Forward | None
+) -> Found:
+    """The answer that candidates give; what it has cost is said.
+
+    Raises: ValueError naming the nearest, where none keeps the goal.
+    """
+    best, rows = chosen(candidates)
+    passes = candidates.measurements.passes
+    console.print(f"{passes}", markup=False, highlight=False)
+    return Found(
+        best["strategy"],
+        best["quantized"],
+        rows,
+        sensitivity,
+        candidates.goal,
+        candidates.confidence,
+        passes,
+        criterion,
+        forward,
+    )
 
 
 def chosen(candidates: Candidates) -> tuple[Row, pd.DataFrame]:

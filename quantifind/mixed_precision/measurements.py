@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from quantifind.metrics import Outcome, columns_of, outcome
+from quantifind.mixed_precision.passes import Passes
 from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.foldable import foldable
 from quantifind.network.folding import Pairs, prepared
 from quantifind.network.modules import PASS_FAILS, plain, plain_copy, run
-from quantifind.network.trace import ProductFacts, trace
+from quantifind.network.trace import ProductFacts, macs, trace
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.storage.store import Store, fingerprint
@@ -37,6 +38,8 @@ CALIBRATION, KEYED = 4_096, 64
 # seconds of work below which no task is split among workers, since each part has the candidates'
 # codes sent along
 BRIEF = 0.05
+# which a worker finds anew where it needs them
+LOOKED_UP = ("facts", "products")
 Columns = dict[str, np.ndarray]
 
 
@@ -52,6 +55,7 @@ class Measurements:
     evaluator: of the validation examples.
     original: the float network's outcome on them.
     pace: seconds that an example takes.
+    passes: that were taken.
     store: of what has been measured.
     """
 
@@ -64,6 +68,7 @@ class Measurements:
     evaluator: Evaluator
     original: Outcome
     pace: float
+    passes: Passes
     store: Store
     seed: int
     workers: Workers
@@ -105,6 +110,8 @@ class Measurements:
         started = time.perf_counter()
         original = _float_outcome(evaluator)
         pace = (time.perf_counter() - started) / evaluator.examples
+        passes = Passes(evaluator.examples)
+        passes.add(evaluator.examples)
         # outputs and losses tell of a network's code and a criterion's options what their names
         # don't: test_other_options_have_a_folder_of_their_own
         given = evaluator.given_batches()
@@ -123,6 +130,7 @@ class Measurements:
             evaluator=evaluator,
             original=original,
             pace=pace,
+            passes=passes,
             store=store,
             seed=seed,
             workers=workers or Workers(),
@@ -131,7 +139,14 @@ class Measurements:
     @cached_property
     def facts(self) -> list[ProductFacts]:
         """The products of a pass of each calibration batch."""
-        return trace(plain_copy(self.model), self.calibration)
+        found = trace(plain_copy(self.model), self.calibration)
+        self.passes.add(sum(map(len, self.calibration)))
+        return found
+
+    @cached_property
+    def products(self) -> list[ProductFacts]:
+        """Those of the first calibration batch, all of whose MACs are known."""
+        return macs(self.model, self.calibration[0])
 
     @property
     def examples(self) -> int:
@@ -172,7 +187,8 @@ class Measurements:
         ]
         tasks = [([candidates[key] for key in keys], *span) for keys, *span in spans]
         measured = self.workers.map(_measure, self, tasks)
-        for (keys, *_), columns in zip(spans, measured, strict=True):
+        for (keys, *_), (columns, taken) in zip(spans, measured, strict=True):
+            self.passes.add(taken)
             for key, fresh in zip(keys, columns, strict=True):
                 whole = kept[key]
                 whole = {n: np.concatenate([whole[n], c]) if whole else c for n, c in fresh.items()}
@@ -197,7 +213,7 @@ class Measurements:
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs: neither what was measured nor the training data."""
         left = {"train_loader": (), "store": Store(), "workers": Workers()}
-        return {name: v for name, v in self.__dict__.items() if name != "facts"} | left
+        return {name: v for name, v in self.__dict__.items() if name not in LOOKED_UP} | left
 
 
 def _float_outcome(evaluator: Evaluator) -> Outcome:
@@ -230,12 +246,13 @@ def _alone(quantized: Quantized) -> str | None:
 
 def _measure(
     measurements: Measurements, task: tuple[Sequence[Quantized], int, int]
-) -> list[Columns]:
+) -> tuple[list[Columns], float]:
+    """Their columns, and how many examples went through the network for them."""
     (candidates, *span), evaluator = task, measurements.evaluator
-    name, beside = _alone(candidates[0]), measurements.original
+    name, beside, before = _alone(candidates[0]), measurements.original, evaluator.taken
     if name is None:
         measured = [evaluator.outcome(q, *span, beside=beside) for q in candidates]
     else:
         parts = [quantized.tensors[name] for quantized in candidates]
         measured = evaluator.one_tensor(name, parts, *span, beside=beside)
-    return [columns_of(one) for one in measured]
+    return [columns_of(one) for one in measured], evaluator.taken - before

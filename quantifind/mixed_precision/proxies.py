@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def hessian_traces(
         raise ValueError(f"draws is {draws}: 1 or more is needed")
     kept = calibration_batches(batches, model, forward)
     generator, count = torch.Generator("cpu").manual_seed(seed), 0
-    with _differentiable(model) as (work, parameters):
+    with differentiable(model) as (work, parameters):
         sums = dict.fromkeys(parameters, 0.0)
         for batch in kept:
             loss = _losses(work, criterion, batch)
@@ -85,7 +86,7 @@ def _no_curvature(
     second derivative where there is one."""
     with torch.no_grad():
         moved = parameter * 1.01 + 0.01 * parameter.abs().mean()
-    with _replaced(parameter, moved), torch.enable_grad():
+    with replaced(parameter, moved), torch.enable_grad():
         loss = _losses(work, criterion, batch).sum()
         (other,) = torch.autograd.grad(loss, parameter, materialize_grads=True)
     same = torch.allclose(_dense(other), gradient.detach(), rtol=1e-4, atol=1e-12)
@@ -147,7 +148,7 @@ def fisher(
     single = [batch[i : i + 1] for batch in kept for i in range(len(batch))]
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.randperm(len(single), generator=generator, device="cpu")[:examples].tolist()
-    with _differentiable(model) as (work, parameters):
+    with differentiable(model) as (work, parameters):
         means = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in parameters.items()
@@ -197,15 +198,15 @@ def output_fisher_increases(
     """
     kept, count = calibration_batches(batches, model, forward), 0
     loss_increases: dict[str, list[float]] = {}
-    with _differentiable(model) as (work, parameters):
+    with differentiable(model) as (work, parameters):
         _check_candidates(parameters, candidates)
         for batch in kept:
-            uses, examples = _product_uses(work, criterion, batch)
-            count += examples
+            uses, _ = products_of(work, partial(_total, work, criterion, batch), {})
+            count += len(batch)
             for name in candidates.keys() & uses.keys():
                 found = loss_increases.setdefault(name, [0.0] * len(candidates[name]))
                 for i, candidate in enumerate(candidates[name]):
-                    with _replaced(parameters[name], candidate):
+                    with replaced(parameters[name], candidate):
                         for product, output, gradient in uses[name]:
                             change = product.compute(*product.operands) - output
                             power = (gradient * change).square().sum(dtype=torch.float64)
@@ -214,7 +215,7 @@ def output_fisher_increases(
 
 
 @contextmanager
-def _differentiable(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+def differentiable(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     """A copy in eval mode, and those of its tensors that have gradients, all its floating point
     parameters, by name; within it gradients are on and exist twice over."""
     work = plain_copy(model).eval()
@@ -245,6 +246,10 @@ def _losses(work: nn.Module, criterion: Criterion, batch: Batch) -> Tensor:
     return loss
 
 
+def _total(work: nn.Module, criterion: Criterion, batch: Batch) -> Tensor:
+    return _losses(work, criterion, batch).sum()
+
+
 def _check_candidates(
     parameters: Mapping[str, Tensor], candidates: Mapping[str, Sequence[Tensor]]
 ) -> None:
@@ -256,11 +261,14 @@ def _check_candidates(
             raise ValueError(f"{name}: a candidate is {list(bad[0])}, the tensor {list(shape)}")
 
 
-def _product_uses(
-    work: nn.Module, criterion: Criterion, batch: Batch
-) -> tuple[dict[str, list[tuple[Product, Tensor, Tensor]]], int]:
+def products_of(
+    work: nn.Module, loss: Callable[[], Tensor], others: Mapping[str, Tensor]
+) -> tuple[dict[str, list[tuple[Product, Tensor, Tensor]]], dict[str, Tensor]]:
     """By weight and by bias, the products of a pass, their outputs, and the gradients there; and
-    how many examples the batch has."""
+    those of parameters that are in none.
+
+    loss: runs the pass, and gives a number.
+    """
     seen: list[tuple[Product, Tensor]] = []
 
     def visit(product: Product) -> Tensor:
@@ -271,16 +279,20 @@ def _product_uses(
         return output.clone()  # what follows may work in place: test_an_activation_in_place
 
     with visiting(work, visit):
-        loss = _losses(work, criterion, batch)
-    outputs = [output for _, output in seen]
+        total = loss()
+    met = {name for product, _ in seen for name in (product.weight, product.bias_name)}
+    left = {name: parameter for name, parameter in others.items() if name not in met}
+    wanted = [*(output for _, output in seen), *left.values()]
     gradients: Sequence[Tensor] = []
-    if outputs:
-        gradients = torch.autograd.grad(loss.sum(), outputs, materialize_grads=True)
+    if wanted and total.requires_grad:
+        gradients = torch.autograd.grad(total, wanted, materialize_grads=True)
+    else:
+        gradients = [torch.zeros_like(value) for value in wanted]
     uses: defaultdict[str, list[tuple[Product, Tensor, Tensor]]] = defaultdict(list)
-    for (product, output), gradient in zip(seen, gradients, strict=True):
+    for (product, output), gradient in zip(seen, gradients, strict=False):
         for name in {product.weight, product.bias_name} - {None}:
             uses[str(name)].append((product, output.detach(), gradient))
-    return uses, len(loss)
+    return uses, dict(zip(left, gradients[len(seen) :], strict=True))
 
 
 def _as_here(compute: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
@@ -297,7 +309,7 @@ def _as_here(compute: Callable[..., Tensor], device: torch.device) -> Callable[.
 
 
 @contextmanager
-def _replaced(parameter: Tensor, values: Tensor) -> Iterator[None]:
+def replaced(parameter: Tensor, values: Tensor) -> Iterator[None]:
     """Within it, ``parameter`` and whatever is a view of it have other values."""
     own = parameter.detach().clone()
     with torch.no_grad():

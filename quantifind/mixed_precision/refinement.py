@@ -1,6 +1,7 @@
 """What is done to a search's few best allocations: GPTQ layer by layer, scales tuned, codes
 learned."""
 
+import itertools
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ SEQUENTIAL = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
 COSTLIER = (1.05, 1.1, 1.15, 1.2, 1.3)
 # what the scales of a tensor are multiplied with, step by step
 SHRINK, GROW = 0.94, 1.06
+# factors at most
+GROUPS = 8
 # learning here follows the labels too, and may take large steps
 LEARNING_RATE, LABEL_WEIGHT = 1e-3, 1.0
 LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
@@ -50,7 +53,11 @@ def gptq_sequentially(candidates: Candidates) -> None:
     assignments = [a for a in dict.fromkeys([best, *solved]) if a is not None]
     failed = 0
     with progress("quantizing sequentially", total=len(assignments)) as step:
+        passes = candidates.measurements.passes
         for first in range(0, len(assignments), FITTED):
+            if passes.left <= 0:
+                passes.stopped("fewer sequential ones")
+                return
             strategies = [allocation.strategy(a) for a in assignments[first : first + FITTED]]
             fitted = _sequential(candidates.measurements, strategies)
             for strategy, quantized in zip(strategies, fitted, strict=True):
@@ -88,7 +95,11 @@ def add_safer_allocations(candidates: Candidates) -> None:
     if best is None or goal.budget is not None:
         return
     with progress("adding safer ones", total=len(COSTLIER)) as step:
+        passes = candidates.measurements.passes
         for share in COSTLIER:
+            if passes.left <= 0:
+                passes.stopped("fewer safer ones")
+                return
             assignment = candidates.allocation.solve(share * best[goal.cost])
             if assignment is not None:
                 (row,) = candidates.measure([candidates.allocated(assignment)])
@@ -204,12 +215,13 @@ def _learned(measurements: Measurements, start: Strategy, epochs: float) -> Quan
 def adjust_scales(
     candidates: Candidates, row: Row, start: Mapping[str, float] | None = None
 ) -> tuple[Row, dict[str, float]]:
-    """Coordinate descent on a factor per weight's scale, the last weight first.
+    """Coordinate descent on a factor of weights' scales, the last weight first; of a deep network,
+    one for each of several weights that follow each other.
 
     start: factors to begin with, of the tensors that are adjusted at all; by default all weights.
     Returns: the best row measured, and its factors.
     """
-    bound = f"{candidates.goal.measure}_bound"
+    bound, passes = f"{candidates.goal.measure}_bound", candidates.measurements.passes
     weights = [
         name
         for name, tensor in row["quantized"].tensors.items()
@@ -221,6 +233,9 @@ def adjust_scales(
         """Measure the proposals together; keep the best if it beats the best so far."""
         nonlocal best, factors
         improved = False
+        if passes.left <= 0:
+            passes.stopped("steps of scales")
+            return False
         trials = [candidates.rescaled(row, proposed) for proposed in proposals]
         for proposed, measured in zip(proposals, candidates.measured(trials, best), strict=True):
             if candidates.is_whole(measured) and measured[bound] < best[bound]:
@@ -231,11 +246,21 @@ def adjust_scales(
     if start:
         improve([start])
         weights = [name for name in weights if name in start]
-    for name in reversed(weights):
-        before = factors.get(name, 1.0)
-        better = improve([factors | {name: before * step} for step in (SHRINK, GROW)])
-        step = GROW if factors.get(name, 1.0) > before else SHRINK
+    for group in _groups(weights[::-1]):
+
+        def stepped(step: float, group: Sequence[str] = group) -> dict[str, float]:
+            return factors | {name: factors.get(name, 1.0) * step for name in group}
+
+        before = factors.get(group[0], 1.0)
+        better = improve([stepped(SHRINK), stepped(GROW)])
+        step = GROW if factors.get(group[0], 1.0) > before else SHRINK
         while better:  # on in the direction that helped, two steps at a time
-            before = factors[name]
-            better = improve([factors | {name: before * step**n} for n in (1, 2)])
+            better = improve([stepped(step), stepped(step**2)])
     return best, factors
+
+
+def _groups(weights: Sequence[str]) -> list[Sequence[str]]:
+    """Weights that follow each other, as equal in number as may be, in so few groups."""
+    count = min(len(weights), GROUPS)
+    ends = [len(weights) * i // max(count, 1) for i in range(count + 1)]
+    return [weights[a:b] for a, b in itertools.pairwise(ends)]

@@ -2,8 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from quantifind.certification.certificate import degradation
 from quantifind.mixed_precision.measurements import Columns, Measurements
+from quantifind.mixed_precision.menu import Menu, network_of
 from quantifind.mixed_precision.proxies import (
     fisher,
     fisher_increase,
@@ -21,20 +24,16 @@ from quantifind.mixed_precision.proxies import (
     output_fisher_increases,
 )
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
-from quantifind.network.activations import fit_activations
-from quantifind.network.modules import named_tensors, plain_copy
-from quantifind.network.trace import activation_names
-from quantifind.quantize import quantize_alone
-from quantifind.storage import artifact
-from quantifind.tensor.choice import ActivationChoice, Choice
-from quantifind.tensor.qparams import QParams
-from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.network.modules import named_tensors
+from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.utils.batches import joined, regrouped
 from quantifind.utils.console import progress
 
 # validation examples on which single tensors are measured first; then twice as many, until the
 # standard error of the loss increase is at most this fraction of it
 EXAMPLES, PRECISION = 250, 0.25
+# tensors measured at a time by each worker
+WAVE = 4
 # examples that say that a tensor changes nothing
 UNCHANGED = 2_000
 # training examples and random vectors from which derivatives are estimated
@@ -46,18 +45,70 @@ PROXIES = ("sqnr_db", "hessian_increase", "fisher_increase", "output_fisher_incr
 class Sensitivity:
     """Every tensor and activation by each of its choices, the rest in float.
 
-    table: a row each, as `measure_sensitivity` has them.
-    quantized: by `choice_key`, what the choice has come to.
+    menu: what the choices have come to.
+    measured: by `choice_key`, the columns of those that were measured.
+    predicted: by `choice_key`, the loss increase by the gradients, where that is known.
     """
 
-    table: pd.DataFrame
-    quantized: dict[str, QuantizedTensor | QParams]
+    menu: Menu
+    measured: dict[str, Columns]
+    predicted: dict[str, float]
+
+    @cached_property
+    def loss_increases(self) -> dict[str, float]:
+        """By `choice_key`, as measured; else as predicted, by what the prediction of the same
+        tensor's nearest option, or of others, was off."""
+        increases = {key: _increase(columns) for key, columns in self.measured.items()}
+        off = self._off()
+        for key, predicted in self.predicted.items():
+            increases.setdefault(key, predicted * off.factor(*_place(self.menu, key)))
+        return increases
+
+    def _off(self) -> "_Off":
+        found = [
+            (*_place(self.menu, key), math.log(measured / self.predicted[key]))
+            for key, columns in self.measured.items()
+            if self.predicted.get(key, 0) > 0 and 0 < (measured := _increase(columns)) < math.inf
+        ]
+        return _Off(found)
 
     @property
-    def loss_increases(self) -> dict[str, float]:
-        """By `choice_key`."""
-        keys = map(choice_key, self.table["kind"], self.table["name"], self.table["choice"])
-        return dict(zip(keys, self.table["loss_increase"], strict=True))
+    def table(self) -> pd.DataFrame:
+        """A row for each that was measured or predicted, as `measure_sensitivity` has them."""
+        increases = self.loss_increases
+        original = float(self.menu.measurements.original["loss"].mean())
+        return pd.DataFrame(
+            [
+                _row(self.menu, key, self.measured.get(key))
+                | {"loss_increase": increases[key], "predicted_increase": self.predicted.get(key)}
+                | ({} if key in self.measured else {"original_criterion": original})
+                for key in self.menu
+                if key in increases
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class _Off:
+    """By how much predictions are off: (tensor, rounding, bits, logarithm of the factor) each."""
+
+    found: Sequence[tuple[str, str, int, float]]
+
+    def factor(self, name: str, rounding: str, bits: int) -> float:
+        """That of the same tensor at the nearest width; else the median of others there."""
+        own = [(abs(b - bits), r != rounding, off) for n, r, b, off in self.found if n == name]
+        if own:
+            return math.exp(min(own)[2])
+        if not self.found:
+            return 1.0
+        nearest = min(abs(b - bits) for _, _, b, _ in self.found)
+        alike = [off for _, _, b, off in self.found if abs(b - bits) == nearest]
+        return math.exp(statistics.median(alike))
+
+
+def _place(menu: Menu, key: str) -> tuple[str, str, int]:
+    _, name, choice = menu.choices[key]
+    return name, choice.rounding, choice.width
 
 
 def measure_sensitivity(
@@ -72,96 +123,48 @@ def measure_sensitivity(
         ``scheme``, ``rounding``, ``bits`` of a code, ``stored_bits`` with scales,
         ``loss_increase``, the mean of `quantifind.metrics.divergence`, those of
         `quantifind.certification.certificate.degradation`, ``sqnr_db`` of the network's outputs
-        (arXiv:2302.05397), ``examples``, and ``choice``.
+        (arXiv:2302.05397), ``examples``, 0 where it is predicted alone, ``predicted_increase`` by
+        the gradients, and ``choice``.
     """
-    quantized = quantize_choices(measurements, space)
-    todo = {
-        choice_key(kind, name, choice): (kind, name, choice)
-        for kind, name, choices in space.items()
-        for choice in choices
-    }
+    menu = Menu(measurements, space)
+    return Sensitivity(menu, measure_options(menu, list(menu), precision), {})
+
+
+def measure_options(
+    menu: Menu, keys: Sequence[str], precision: float = PRECISION
+) -> dict[str, Columns]:
+    """The columns of some choices, each alone; of as many as the passes allow, the first first."""
+    measurements = menu.measurements
+    menu.make(keys)
     measured: dict[str, Columns] = {}
     examples = EXAMPLES if precision else measurements.examples
-    with progress("sensitivity", total=len(todo)) as step:
-        going_on = list(todo)
+    with progress("sensitivity", total=len(keys)) as step:
+        going_on = list(keys)
         while going_on:
-            candidates = {
-                f"alone {key}": _network(todo[key][1], quantized[key]) for key in going_on
-            }
-            columns = measurements.all_columns(candidates, examples)
-            measured |= {key: columns[f"alone {key}"] for key in going_on}
+            for some in _waves(menu, going_on):
+                if measurements.passes.left <= 0:
+                    return measured
+                candidates = {
+                    f"alone {key}": network_of(menu.choices[key][1], menu[key]) for key in some
+                }
+                columns = measurements.all_columns(candidates, examples)
+                measured |= {key: columns[f"alone {key}"] for key in some}
             left = [key for key in going_on if not _precise(measured[key], precision)]
             if examples >= measurements.examples:
                 left = []
             step(steps=len(going_on) - len(left))
             going_on, examples = left, 2 * examples
-    rows = [_row(*what, quantized[key], measured[key]) for key, what in todo.items()]
-    return Sensitivity(pd.DataFrame(rows), quantized)
+    return measured
 
 
-def quantize_choices(
-    measurements: Measurements, space: SearchSpace
-) -> dict[str, QuantizedTensor | QParams]:
-    """Every tensor and activation by each of its choices, the rest in float, by `choice_key`.
-
-    What is in the store is taken from it.
-
-    Raises: ValueError naming a tensor or an activation that the network hasn't, or whose choice
-        can't be.
-    """
-    own = named_tensors(measurements.model)
-    if unknown := space.tensors.keys() - own.keys():
-        raise ValueError(f"unknown tensor {min(unknown)}: the network has {', '.join(own)}")
-    met = activation_names(measurements.facts) if space.activations else []
-    if unknown := space.activations.keys() - set(met):
-        raise ValueError(f"unknown activation {min(unknown)}: the network has {', '.join(met)}")
-    found: dict[str, QuantizedTensor | QParams] = {}
-    tasks: list[tuple[str, str, Sequence[Choice]]] = []
-    for kind, name, choices in space.items():
-        missing = []
-        for choice in choices:
-            key = choice_key(kind, name, choice)
-            entry = measurements.store.get(f"quantized {key}")
-            if entry is None:
-                missing.append(choice)
-            else:
-                kept = artifact.unpack(*entry)
-                found[key] = (kept.tensors | kept.activations)[name]
-        # all choices of a tensor share its moments
-        together = [missing] if kind == "tensors" and missing else [[c] for c in missing]
-        tasks += [(kind, name, some) for some in together]
-    # so that no worker is left with a large tensor in the end: test_large_tensors_are_rounded_first
-    sizes = {name: tensor.numel() for name, tensor in own.items()}
-    tasks.sort(key=lambda task: (task[0] != "tensors", -sizes.get(task[1], 0)))
-    with progress("rounding", total=len(tasks)) as step:
-        fitted = measurements.workers.map(_quantize_alone, measurements, tasks)
-        for (kind, name, choices), made in zip(tasks, fitted, strict=True):
-            for choice, one in zip(choices, made, strict=True):
-                key = choice_key(kind, name, choice)
-                found[key] = one
-                measurements.store.put(f"quantized {key}", *artifact.pack(_network(name, one)))
-            step(name)
-    return found
-
-
-def _quantize_alone(
-    measurements: Measurements, task: tuple[str, str, Sequence[Choice]]
-) -> Sequence[QuantizedTensor | QParams]:
-    kind, name, choices = task
-    model, calibration = measurements.model, measurements.calibration
-    if kind == "tensors":
-        return quantize_alone(model, name, choices, calibration)
-    model, found = plain_copy(model), []
-    for choice in choices:
-        assert isinstance(choice, ActivationChoice)
-        found.append(fit_activations(model, {name: choice}, calibration)[name])
-    return found
-
-
-def _network(name: str, quantized: QuantizedTensor | QParams) -> Quantized:
-    if isinstance(quantized, QParams):
-        return Quantized({}, {name: quantized})
-    return Quantized({name: quantized})
+def _waves(menu: Menu, keys: Sequence[str]) -> Iterator[list[str]]:
+    """Some at a time: all of a tensor, of as many tensors as there are workers to keep busy."""
+    by_name: dict[tuple[str, str], list[str]] = {}
+    for key in keys:
+        by_name.setdefault(menu.choices[key][:2], []).append(key)
+    count = WAVE * menu.measurements.workers.places
+    for first in range(0, len(by_name), count):
+        yield [k for same in [*by_name.values()][first : first + count] for k in same]
 
 
 def _precise(columns: Columns, precision: float) -> bool:
@@ -171,25 +174,30 @@ def _precise(columns: Columns, precision: float) -> bool:
     return bool(seen and stats.sem(increase) <= precision * increase.mean())
 
 
-def _row(
-    kind: str, name: str, choice: Choice, quantized: QuantizedTensor | QParams, columns: Columns
-) -> dict[str, Any]:
-    noise, signal = (columns[c].mean() for c in ("squared_error", "squared_norm"))
-    is_tensor, increase = isinstance(quantized, QuantizedTensor), columns["divergence"].mean()
-    return {
+def _increase(columns: Columns) -> float:
+    increase = float(columns["divergence"].mean())
+    return max(increase, 0.0) if math.isfinite(increase) else math.inf
+
+
+def _row(menu: Menu, key: str, columns: Columns | None) -> dict[str, Any]:
+    kind, name, choice = menu.choices[key]
+    made = menu[key if menu.has_made(key) else menu.stand_in(key)]
+    row = {
         "kind": kind,
         "name": name,
         "scheme": choice.scheme,
         "rounding": choice.rounding,
-        "bits": quantized.bits,
-        "stored_bits": quantized.stored_bits if is_tensor else 0,
-        "original_criterion": columns["original_loss"].mean(),
-        "loss_increase": max(increase, 0.0) if math.isfinite(increase) else math.inf,
-        **degradation(columns),
-        "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,
-        "examples": len(columns["loss"]),
-        "choice": choice,
+        "bits": made.bits,
+        "stored_bits": made.stored_bits if isinstance(made, QuantizedTensor) else 0,
     }
+    if columns is not None:
+        noise, signal = (columns[c].mean() for c in ("squared_error", "squared_norm"))
+        row |= {
+            "original_criterion": columns["original_loss"].mean(),
+            **degradation(columns),
+            "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,
+        }
+    return row | {"examples": 0 if columns is None else len(columns["loss"]), "choice": choice}
 
 
 def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) -> pd.DataFrame:
@@ -199,6 +207,7 @@ def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) ->
         ``output_fisher_increase`` (`quantifind.mixed_precision.proxies`).
     """
     model, criterion, table = measurements.model, measurements.criterion, sensitivity.table
+    menu = sensitivity.menu
     if criterion is None:
         return table
     whole = joined(measurements.calibration)
@@ -211,10 +220,10 @@ def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) ->
     values = named_tensors(model)
     traces = hessian_traces(model, criterion, batches, draws=DRAWS, seed=measurements.seed)
     information = fisher(model, criterion, batches)
-    rows = table[table["kind"] == "tensors"]
+    rows = table[(table["kind"] == "tensors") & (table["examples"] > 0)]
     candidates: dict[str, list[Tensor]] = {name: [] for name in rows["name"]}
     for name, choice in zip(rows["name"], rows["choice"], strict=True):
-        quantized = sensitivity.quantized[choice_key("tensors", name, choice)]
+        quantized = menu[choice_key("tensors", name, choice)]
         assert isinstance(quantized, QuantizedTensor)
         candidates[name].append(quantized.dequantize().to(values[name].device))
     by_output = output_fisher_increases(model, criterion, batches, candidates)

@@ -1,5 +1,7 @@
 """Whether a network takes its batches, and whether two passes give the same."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,17 @@ def equal(one: Tensor, other: Tensor) -> bool:
     if one.layout != torch.strided:
         one, other = one.to_dense(), other.to_dense()
     return torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def excess(tolerance: float, found: Any, wanted: Any) -> float | None:
+    """The largest error of an output, where it is above a tolerance, a share of its largest value;
+    else None."""
+    for one, other in zip(tensors_of(found), tensors_of(wanted), strict=True):
+        error = torch.where(one == other, 0.0, (one - other).abs()).max().item()
+        largest = torch.where(other.isinf(), 0.0, other).abs().max().item()
+        if not error <= tolerance * largest and not (one.isnan() & other.isnan()).all():
+            return error
+    return None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

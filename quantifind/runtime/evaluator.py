@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantifind.metrics import Outcome, compared, gathered, judged, outcome
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.modules import own_tensors, plain_copy, put_values
-from quantifind.runtime.checks import check_batch, equal, first_of, independent, reason_of
+from quantifind.runtime.checks import check_batch, equal, excess, first_of, independent, reason_of
 from quantifind.runtime.layouts import CONTIGUOUS, in_layout, layout_and_batch, on_device, to_layout
 from quantifind.runtime.pooling import pool_first
 from quantifind.runtime.replay import NotReplayable, Replay
@@ -78,6 +78,8 @@ class Evaluator:
         # names of tensors that aren't as they were given, after a put
         self.changed: set[str] = set()
         self.replayable = True
+        # examples that went through the network so far; through half of it, half as many
+        self.taken = 0.0
         # tensors of which a replayed pass was compared with a whole one
         self.compared: set[str] = set()
         # before what is put there counts as changed: test_a_layout_that_fails_is_left
@@ -97,8 +99,7 @@ class Evaluator:
                 self.whole = self.whole[torch.randperm(len(self.whole), generator=order)]
             self._lay_out(*layout_and_batch(self.work, self.whole))
         elif order is not None:
-            permutation = torch.randperm(len(self.given), generator=order).tolist()
-            self.given = [self.given[i] for i in permutation]
+            self.given = [self.given[i] for i in torch.randperm(len(self.given), generator=order)]
 
     def _side_effects(self) -> tuple[set[str], bool]:
         """The tensors that a pass changes, such as running means, and whether it changes its inputs
@@ -159,12 +160,11 @@ class Evaluator:
         last = self.examples if last is None else last
         if self.whole is None:
             starts = itertools.accumulate(self._sizes(), initial=0)
-            found = [
-                b for b, start in zip(self.given, starts, strict=False) if first <= start < last
-            ]
+            pairs = zip(self.given, starts, strict=False)
+            found = [batch for batch, start in pairs if first <= start < last]
         else:
-            spans = [(i, min(i + self.batch, last)) for i in range(first, last, self.batch)]
-            found = [self.whole[i:j] for i, j in spans]
+            step = self.batch
+            found = [self.whole[i : min(i + step, last)] for i in range(first, last, step)]
         for batch in found:
             yield batch.clone() if self.edits_inputs else batch
 
@@ -176,8 +176,10 @@ class Evaluator:
         most = math.inf if self.stateful else KEPT
         found = self._guarded(lambda: outcome(self.work, self.batches(), self.criterion, most=most))
         if "outputs" not in found:
-            said = f"The float network's outputs are more than {KEPT / 2**30:g} GiB"
-            console.print(f"{said}: computed again beside each candidate", markup=False)
+            said = (
+                f"The float network's outputs are over {KEPT / 2**30:g} GiB: made again each time"
+            )
+            console.print(said, markup=False)
         return found
 
     def outcome(
@@ -199,6 +201,7 @@ class Evaluator:
         net: nn.Module = self.work
         if quantized.activations:
             net = QuantizedActivations(self.work, quantized.activations)
+        self.taken += (self.examples if last is None else last) - first
         if beside is None:
             return self._guarded(lambda: outcome(net, self.batches(first, last), self.criterion))
         made = self._beside if "outputs" in beside else self._beside_again
@@ -224,8 +227,7 @@ class Evaluator:
         with evaluating(net):
             while True:
                 self._put({})
-                some: list[tuple[Batch, Outcome]] = []
-                held = 0
+                some, held = list[tuple[Batch, Outcome]](), 0
                 for batch in batches:
                     some.append((batch, self._again(batch, original)))
                     held += some[-1][1].parts[0]["outputs"].nbytes
@@ -237,6 +239,7 @@ class Evaluator:
                 reduced += [compared(judged(self.criterion, *b.run(net)), f) for b, f in some]
 
     def _again(self, batch: Batch, original: Outcome) -> Outcome:
+        self.taken += len(batch)
         given = batch.clone() if self.edits_inputs else batch
         return replace(judged(self.criterion, *given.run(self.work)), classes=original.classes)
 
@@ -281,6 +284,7 @@ class Evaluator:
                     if beside is not None and "outputs" not in beside:
                         float_ = self._again(batch, beside)
                     replay = Replay(self.work, batch, name)
+                    self.taken += len(batch) * (1 + len(dense) * replay.share)
                     if name not in self.compared:
                         self._compare(replay, batch, name, values[0])
                     for value, collected in zip(dense, outcomes, strict=True):
@@ -302,11 +306,9 @@ class Evaluator:
         self._put({name: value})
         whole = batch.run(self.work)[0]
         self._put({})
-        for one, other in zip(tensors_of(found), tensors_of(whole), strict=True):
-            error = torch.where(one == other, 0.0, (one - other).abs()).max().item()
-            largest = torch.where(other.isinf(), 0.0, other).abs().max().item()
-            if not error <= TOLERANCE * largest and not (one.isnan() & other.isnan()).all():
-                raise NotReplayable(f"a replay from {name} gives other outputs, by up to {error:g}")
+        error = excess(TOLERANCE, found, whole)
+        if error is not None:
+            raise NotReplayable(f"a replay from {name} gives other outputs, by up to {error:g}")
         self.compared.add(name)
 
     @torch.no_grad()

@@ -71,6 +71,7 @@ class Replay:
     name: of the network's tensor that changes.
     batch: a `quantifind.utils.batches.Batch`, or what its `DefaultForward` takes.
     targets: of the batch, as its forward gives them.
+    share: of the pass's operations, those that are replayed.
     Raises: NotReplayable for a pass whose course depends on values of the network's tensors, that
         draws at random, or that works in place on shared memory. Not seen is what leaves torch by
         ``tolist`` or ``numpy``.
@@ -82,6 +83,7 @@ class Replay:
         self.steps, self.spec = recording.steps_from(self.place), recording.spec
         self.leaves, self.constants = recording.leaves, recording.constants
         self.targets = recording.targets
+        self.share = len(self.steps) / len(recording.steps)
         if recording.only_shifts(self.place, self.steps):
             self.steps[0] = recording.shift(self.place, self.steps[0])
         known, needed = {self.place}, set()

@@ -11,7 +11,7 @@ from quantifind.tensor import packing
 from quantifind.tensor.qparams import QParams, from_rows, to_rows
 from quantifind.tensor.stored_scales import stored_scale
 
-# what codes are pickled as, the first that holds all of a grid's
+# what codes are kept in, the first that holds all of a grid's
 NARROW = (torch.int8, torch.uint8, torch.int16)
 
 
@@ -19,7 +19,7 @@ NARROW = (torch.int8, torch.uint8, torch.int16)
 class QuantizedTensor:
     """A tensor on the levels of a grid.
 
-    codes: int32, of the shape of the values.
+    codes: whole numbers, of the shape of the values.
     qparams: what turns them into values.
     dtype: of the values.
     """
@@ -43,8 +43,8 @@ class QuantizedTensor:
         values = values.clamp(finite.min, finite.max).to(self.dtype)
         return from_rows(values, self.codes.shape, axis, group)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled, such as for a worker: the codes in as few bytes as their levels take."""
+    def narrowed(self) -> "QuantizedTensor":
+        """With the codes in as few bytes as their levels take."""
         grid = self.qparams.grid
         fitting = (
             dtype
@@ -52,10 +52,11 @@ class QuantizedTensor:
             if torch.iinfo(dtype).min <= grid.lowest_code
             and grid.highest_code <= torch.iinfo(dtype).max
         )
-        return self.__dict__ | {"codes": self.codes.to(next(fitting, self.codes.dtype))}
+        return replace(self, codes=self.codes.to(next(fitting, self.codes.dtype)))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"codes": state["codes"].int()})
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, such as for a worker."""
+        return dict(self.narrowed().__dict__)
 
     @property
     def bits(self) -> int | float:

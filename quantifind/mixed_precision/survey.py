@@ -1,0 +1,171 @@
+"""Which choices a search measures: those that an allocation for its goal may take, by what
+gradients predict; the rest is predicted alone."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from quantifind.certification.goal import Goal
+from quantifind.mixed_precision.allocation import Allocation, Option
+from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.menu import Menu
+from quantifind.mixed_precision.scores import score_options
+from quantifind.mixed_precision.search_space import SearchSpace, choice_key
+from quantifind.mixed_precision.sensitivity import PRECISION, Sensitivity, measure_options
+from quantifind.utils.batches import Batch, joined, regrouped
+
+# training examples that predict, so many at a time
+SCORED, TOGETHER = 256, 16
+# of what rounding to nearest loses, GPTQ loses about so much: until it is rounded
+BY_GPTQ = 0.5
+# rounds of rounding and scoring, and of measuring, what has come near the frontier
+ROUNDS = 3
+# of the loss increase that the limit allows, the least and the most that are predicted of an
+# allocation that is looked at
+LOW, HIGH = 0.03, 100.0
+# costs of allocations that are looked at, as shares of a budget
+WITHIN = (0.6, 1.2)
+# sensitivities that are looked at along the frontier
+SLOPES = 40
+
+
+def survey(
+    measurements: Measurements, space: SearchSpace, goal: Goal, precision: float = PRECISION
+) -> tuple[Sensitivity, Allocation]:
+    """Score every choice by gradients, round and measure those near the frontier of the goal.
+
+    precision: as `quantifind.mixed_precision.sensitivity.measure_options` takes it.
+    Returns: the sensitivities, and the problem that they make.
+    """
+    menu = Menu(measurements, space)
+    scores: dict[str, float] = {}
+    activations = [key for key, (kind, *_) in menu.choices.items() if kind == "activations"]
+    stand_ins = {key: menu.stand_in(key) for key in menu if key not in activations}
+    menu.make(stand_ins.values())
+    scored = _scored(menu, dict.fromkeys(stand_ins.values()))
+    scores = {k: scored[s] * (1.0 if k == s else BY_GPTQ) for k, s in stand_ins.items()}
+    measured = measure_options(menu, activations, precision)
+    for _ in range(ROUNDS):
+        allocation = Allocation.of(measurements, Sensitivity(menu, measured, scores), goal)
+        new = [key for key in near_frontier(allocation) if not menu.has_made(key)]
+        if not new:
+            break
+        menu.make(new)
+        scores |= _scored(menu, new)
+    for _ in range(ROUNDS):
+        sensitivity = Sensitivity(menu, measured, scores)
+        allocation = Allocation.of(measurements, sensitivity, goal)
+        increases = sensitivity.loss_increases
+        new = [key for key in near_frontier(allocation) if key not in measured]
+        if not new or measurements.passes.left <= 0:
+            break
+        # what is off most where it counts: large increases leave the second order
+        new.sort(key=lambda key: -increases[key])
+        measured |= measure_options(menu, new, precision)
+    sensitivity = Sensitivity(menu, measured, scores)
+    return sensitivity, Allocation.of(measurements, sensitivity, goal)
+
+
+def _scored(menu: Menu, keys: Sequence[str] | dict[str, None]) -> dict[str, float]:
+    """By key, of tensors, what gradients predict; kept in the store."""
+    measurements, found = menu.measurements, dict[str, float]()
+    by_name: dict[str, list[str]] = {}
+    for key in keys:
+        kept = measurements.store.get(f"score {key}")
+        if kept is not None:
+            found[key] = kept[1]
+        else:
+            by_name.setdefault(menu.choice(key)[1], []).append(key)
+    if not by_name:
+        return found
+    batches = scored_batches(measurements.calibration)
+    options = {name: [menu[key] for key in same] for name, same in by_name.items()}
+    scores = score_options(
+        measurements.model,
+        measurements.criterion,
+        batches,
+        options,  # type: ignore[arg-type]
+        seed=measurements.seed,
+    )
+    # forward and back, and the products again for each option
+    measurements.passes.add(sum(map(len, batches)) * (3 + max(map(len, options.values()))))
+    for name, same in by_name.items():
+        for key, score in zip(same, scores[name], strict=True):
+            measurements.store.put(f"score {key}", {}, score)
+            found[key] = score
+    return found
+
+
+def scored_batches(calibration: Sequence[Batch]) -> list[Batch]:
+    """Some of the calibration examples, few at a time where they can be told apart."""
+    whole = joined(calibration)
+    if whole is not None:
+        return regrouped([whole[:SCORED]], TOGETHER)
+    found: list[Batch] = []
+    for batch in calibration:
+        found.append(batch)
+        if sum(map(len, found)) >= SCORED:
+            break
+    return found
+
+
+def near_frontier(allocation: Allocation) -> list[str]:
+    """The keys of the choices that the best allocations near the goal take, and of the next ones up
+    and down from these."""
+    goal, groups = allocation.goal, allocation.groups
+    slopes = sorted({s for group in groups for s in _slopes(group)})
+    if len(slopes) > SLOPES:
+        slopes = [slopes[i] for i in np.linspace(0, len(slopes) - 1, SLOPES).round().astype(int)]
+    low, high = _allowed(allocation)
+    near: set[tuple[int, int]] = set()
+    for slope in (0.0, *slopes):
+        chosen = [_best(group, slope) for group in groups]
+        picked = [group[i] for group, i in zip(groups, chosen, strict=True)]
+        increase = sum(option.loss_increase for option in picked)
+        cost = allocation.fixed + sum(option.cost for option in picked)
+        if goal.budget is None:
+            inside = low <= increase <= high
+        else:
+            inside = WITHIN[0] * goal.budget <= cost <= WITHIN[1] * goal.budget
+        if inside:
+            near |= {(g, i + step) for g, i in enumerate(chosen) for step in (-1, 0, 1)}
+    found = []
+    for g, i in sorted(near):
+        if 0 <= i < len(groups[g]):
+            for name, choice in groups[g][i].tensors.items():
+                if choice is not None:
+                    found.append(choice_key("tensors", name, choice))
+    return list(dict.fromkeys(found))
+
+
+def _allowed(allocation: Allocation) -> tuple[float, float]:
+    """Loss increases between which allocations near the limit lie, where that can be told."""
+    goal, original = allocation.goal, allocation.original
+    if goal.measure == "criterion_ratio" and goal.limit is not None:
+        allowed = max(goal.limit - 1, 1e-3) * original.criterion
+    elif goal.measure == "relative_error" and goal.limit and original.classes is None:
+        squares = sum(float(p["outputs"].double().square().sum()) for p in original.parts)
+        count = sum(part["outputs"].numel() for part in original.parts)
+        allowed = goal.limit**2 * squares / count
+    else:
+        return 0.0, math.inf
+    return LOW * allowed, HIGH * allowed
+
+
+def _slopes(group: Sequence[Option]) -> list[float]:
+    """Loss increases per saved cost along the lower convex hull of a group's options."""
+    found, at = [], 0
+    while at < len(group) - 1:
+        each = [
+            (option.loss_increase - group[at].loss_increase) / (group[at].cost - option.cost)
+            for option in group[at + 1 :]
+        ]
+        least = min(range(len(each)), key=lambda i: (each[i], -i))
+        found.append(each[least])
+        at += 1 + least
+    return found
+
+
+def _best(group: Sequence[Option], slope: float) -> int:
+    return min(range(len(group)), key=lambda i: group[i].loss_increase + slope * group[i].cost)
