@@ -2,7 +2,9 @@
 network's outputs (arXiv:1308.3432; LSQ, arXiv:1902.08153; distillation, arXiv:1503.02531)."""
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,14 @@ import torch.nn.functional as F
 from scipy import optimize
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from quantifind.quantize import quantize
 from quantifind.runtime.student import Student, class_labels
@@ -34,6 +44,12 @@ from quantifind.utils.loaders import length_of
 LEARNING_RATE = 2e-4
 CALIBRATION_BATCHES = 64
 CHECK_EVERY = 50
+# between checkpoints within an epoch
+SECONDS = 600.0
+# what a checkpoint has beside the student's state and the optimizer's
+KEPT = ("work", "began_with", "epoch_began", "random_state", "done", "within")
+# whose order follows from the random state
+SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def learn(
@@ -47,6 +63,7 @@ def learn(
     temperature: float = 1.0,
     label_weight: float = 0.0,
     learning_rate: float | None = None,
+    micro_batch: int | None = None,
     checkpoints: Path | str | None = None,
     seed: int = 0,
 ) -> Quantized:
@@ -57,6 +74,7 @@ def learn(
     (inputs, targets) with floating point inputs, half of each are blends of two examples (mixup,
     arXiv:1710.09412). Dropout is off,
     norms keep their statistics, activations their parameters, and what stays in float its values.
+    On a GPU that has bfloat16, products of a float32 network are in it.
 
     strategy: to begin with; or what is already quantized.
     loader: training data, gone through again and again.
@@ -68,17 +86,24 @@ def learn(
     label_weight: the weight, beside the outputs' 1, of the loss to the targets themselves (cross
         entropy, or squared error), blended as the inputs are.
     learning_rate: of the codes at the start, by default `LEARNING_RATE`.
+    micro_batch: examples that go through the network at a time, by default a whole batch, and half
+        as many where memory runs out. Gradients are those of the whole batch. Batches whose tensors
+        have not one row an example stay whole.
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that finds
-        one goes on from it, to the same result. Data are not compared.
+        one goes on from it, to the same result. So is, each ten minutes, the state within an epoch
+        of a list, or of a DataLoader of torch's own samplers. Data are not compared.
     seed: of the blends, and of the order of the examples unless the loader has a generator.
     Raises: ValueError for an option out of range, a loader without batches, checkpoints of other
-        work, outputs that are not finite, and as `quantifind.quantize.quantize`.
+        work, outputs that are not finite or, with ``micro_batch``, depend on a batch's other
+        examples, and as `quantifind.quantize.quantize`.
     """
     learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
     _check_number("label_weight", label_weight, zero=True)
     _check_number("epochs", epochs)
     _check_number("temperature", temperature)
     _check_number("learning_rate", learning_rate)
+    if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
+        raise ValueError(f"micro_batch is {micro_batch!r}: a whole number above 0 is needed")
     batches = length_of(loader)
     if batches == 0:
         raise ValueError("the loader has no batches")
@@ -93,29 +118,17 @@ def learn(
         if calibration is None:
             calibration = [copied(batch) for batch in islice(loader, CALIBRATION_BATCHES)]
         start = quantize(model, strategy, calibration, forward=forward)
-        student = Student(model, start, temperature, label_weight)
+        student = Student(model, start, temperature, label_weight, micro_batch)
         optimizer = student.optimizer(learning_rate)
-        done = 0  # batches
+        keeping = _Keeping(checkpoints, loader, student, optimizer, work, began_with)
         if kept is not None:
-            student.load(kept["student"])
-            optimizer.load_state_dict(kept["optimizer"])
-            done = kept["done"]
-            set_random_state(kept["random_state"], loader)
+            keeping.restore(kept)
         with progress("learning", total=math.ceil(epochs * batches)) as step:
-            step(steps=done)
-            while done / batches / epochs < 1:
-                epoch = batches_of(loader, model, forward=forward)
-                done = _epoch(student, optimizer, epoch, epochs * batches, done, step)
-                if checkpoints is not None:
-                    state = {
-                        "work": work,
-                        "student": student.state(),
-                        "optimizer": optimizer.state_dict(),
-                        "done": done,
-                        "began_with": began_with,
-                        "random_state": random_state(loader),
-                    }
-                    replace_checkpoint(checkpoints, state)
+            step(steps=keeping.done)
+            while keeping.done / batches / epochs < 1:
+                epoch = keeping.left(batches_of(loader, model, forward=forward))
+                _epoch(keeping, epoch, epochs * batches, step)
+                keeping.end_epoch()
         return student.quantized()
 
 
@@ -159,40 +172,103 @@ def _kept(checkpoints: Path | str | None, work: str) -> dict[str, Any] | None:
     path = None if checkpoints is None else latest_checkpoint(Path(checkpoints))
     if path is None:
         return None
-    keys = ("work", "student", "optimizer", "done", "began_with", "random_state")
+    keys = (*KEPT, "student", "optimizer")
     state = dict(zip(keys, load_checkpoint(path, keys), strict=True))
     if state["work"] != work:
         raise ValueError(f"{path}: of another network, strategy or budget")
     return state
 
 
+@dataclass
+class _Keeping:
+    """How far a learning is, and its checkpoints.
+
+    folder: None where none are kept.
+    work, began_with: what is learned, and the random state with which that began.
+    done, within: batches, in all and of the epoch that is under way.
+    epoch_began: the random state with which that epoch began.
+    resumed: what is left to restore when it goes on.
+    """
+
+    folder: Path | str | None
+    loader: Any
+    student: Student
+    optimizer: Optimizer
+    work: str
+    began_with: dict[str, Any]
+    done: int = 0
+    within: int = 0
+    epoch_began: dict[str, Any] = field(default_factory=dict)
+    resumed: dict[str, Any] | None = None
+    saved: float = field(default_factory=time.monotonic)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.student.load(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self.within, self.resumed = state["done"], state["within"], state
+
+    def left(self, epoch: Iterator[Batch]) -> Iterator[Batch]:
+        """What is left of an epoch's batches."""
+        if self.resumed is not None:
+            # as they were drawn before: test_resuming_within_an_epoch_gives_the_same_codes
+            set_random_state(self.resumed["epoch_began"], self.loader)
+        self.epoch_began = random_state(self.loader)
+        if self.resumed is not None:
+            for _ in islice(epoch, self.within):
+                pass
+            set_random_state(self.resumed["random_state"], self.loader)
+            self.resumed = None
+        return epoch
+
+    def step(self, loss: Tensor) -> None:
+        """One batch is done."""
+        self.done, self.within = self.done + 1, self.within + 1
+        due = self.folder is not None and time.monotonic() - self.saved >= SECONDS
+        if due and _is_restorable(self.loader):
+            _check_finite(loss, self.done)
+            self._save()
+
+    def end_epoch(self) -> None:
+        self.within, self.epoch_began = 0, random_state(self.loader)
+        self._save()
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            state = {key: getattr(self, key) for key in KEPT if key != "random_state"}
+            state["random_state"] = random_state(self.loader)
+            state |= {"student": self.student.state(), "optimizer": self.optimizer.state_dict()}
+            replace_checkpoint(self.folder, state)
+            self.saved = time.monotonic()
+
+
+def _is_restorable(loader: Any) -> bool:
+    """Whether the order of the batches follows from `random_state`."""
+    if not isinstance(loader, DataLoader):
+        return isinstance(loader, Sequence)
+    own = getattr(loader.sampler, "generator", None) in (None, loader.generator)
+    return own and type(loader.sampler) in SAMPLERS and type(loader.batch_sampler) is BatchSampler
+
+
 def _epoch(
-    student: Student,
-    optimizer: Optimizer,
-    epoch: Iterable[Batch],
-    total: float,
-    done: int,
-    step: Callable[..., None],
-) -> int:
-    """Train through the loader once, or until so many batches in all: how many are done."""
-    loss, shown = torch.zeros(()), done
+    keeping: _Keeping, epoch: Iterable[Batch], total: float, step: Callable[..., None]
+) -> None:
+    """Train on an epoch's batches, or until so many in all are done."""
+    loss, shown = torch.zeros(()), keeping.done
     for batch in epoch:
-        share = done / total
+        share = keeping.done / total
         if share >= 1:
             break
-        for group in optimizer.param_groups:
+        for group in keeping.optimizer.param_groups:
             group["lr"] = group["full_rate"] * (1 + math.cos(math.pi * share)) / 2
-        loss = student.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        done += 1
-        if done % CHECK_EVERY == 0:  # reading a loss waits for the device
-            _check_finite(loss, done)
-            step(f"distance {loss.item():.4g}", steps=done - shown)
-            shown = done
-    _check_finite(loss, done)
-    return done
+        keeping.optimizer.zero_grad()
+        loss = keeping.student.backward(batch)
+        keeping.optimizer.step()
+        keeping.step(loss)
+        if keeping.done % CHECK_EVERY == 0:  # reading a loss waits for the device
+            _check_finite(loss, keeping.done)
+            step(f"distance {loss.item():.4g}", steps=keeping.done - shown)
+            shown = keeping.done
+    _check_finite(loss, keeping.done)
 
 
 def _check_finite(loss: Tensor, batches: int) -> None:

@@ -1,8 +1,11 @@
 """What quantization costs: loss per example, criterion ratio, accuracy and flips, weight error."""
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,11 @@ from quantifind.utils.criteria import (
 )
 from quantifind.utils.devices import evaluating
 
+# bytes of outputs that wait on a device before they are fetched
+WAITING = 2**28
+# outputs that are compared at a time, in float64
+COMPARED = 2**21
+
 
 @dataclass
 class Outcome:
@@ -31,7 +39,8 @@ class Outcome:
     parts: of examples that are alike in shape: ``outputs`` (examples, ...); ``loss`` (examples,)
         float64; ``weight`` (examples, ...), what an example, or each of its positions, counts; and,
         where targets are class labels, ``correct`` (examples,) bool. An example of outputs in
-        several tensors is all of them in a row.
+        several tensors is all of them in a row. Where outputs are left out, ``nans`` (examples,)
+        is how many of them are NaN.
     classes: "softmax" where outputs (examples, classes, ...) are logits of classes, "sigmoid" where
         each is one of its own, else None.
     """
@@ -51,15 +60,30 @@ class Outcome:
     def __len__(self) -> int:
         return sum(len(part["loss"]) for part in self.parts)
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Of each part, how many examples there are up to its end."""
+        return list(itertools.accumulate(len(part["loss"]) for part in self.parts))
+
     def span(self, first: int, last: int) -> "Outcome":
         """That of some of the examples."""
-        parts, start = [], 0
-        for part in self.parts:
+        parts = []
+        for number in range(bisect_right(self._ends, first), len(self.parts)):
+            part = self.parts[number]
+            start = self._ends[number] - len(part["loss"])
+            if start >= last:
+                break
             low, high = max(first - start, 0), min(last - start, len(part["loss"]))
-            if low < high:
-                parts.append({name: values[low:high] for name, values in part.items()})
-            start += len(part["loss"])
+            parts.append({name: values[low:high] for name, values in part.items()})
         return Outcome(parts, self.classes)
+
+    @property
+    def nans(self) -> int:
+        """How many of the outputs are NaN."""
+        return sum(
+            int((part["outputs"].isnan() if "outputs" in part else part["nans"]).sum())
+            for part in self.parts
+        )
 
     @property
     def criterion(self) -> float:
@@ -79,32 +103,65 @@ def outcome(
     loader: Iterable[Any],
     criterion: Criterion | None,
     forward: Forward | None = None,
+    *,
+    most: float = math.inf,
 ) -> Outcome:
     """What ``model`` makes of a loader's examples, in eval mode, on the model's device.
 
     forward: as `quantifind.utils.batches.batches_of` takes it.
+    most: bytes of outputs in all; where they are more, they are left out.
     Raises: ValueError for a loader without examples.
     """
     with evaluating(model):
         batches = batches_of(loader, model, criterion, forward)
-        return gathered(judged(criterion, *batch.run(model)) for batch in batches)
+        return gathered((judged(criterion, *batch.run(model)) for batch in batches), most)
 
 
-def gathered(batches: Iterable[Outcome]) -> Outcome:
-    """The outcome of several batches' examples."""
+def gathered(batches: Iterable[Outcome], most: float = math.inf) -> Outcome:
+    """The outcome of several batches' examples.
+
+    most: bytes of outputs in all; where they are more, they are left out.
+    """
     alike: list[list[dict[str, Tensor]]] = []
     kinds: set[str | None] = set()
+    held = waiting = 0
     for batch in batches:
         kinds.add(batch.classes)
+        size = sum(part["outputs"].nbytes for part in batch.parts if "outputs" in part)
+        if held <= most < held + size:
+            for part in itertools.chain.from_iterable(alike):
+                _leave_out(part)
+        held, waiting = held + size, waiting + size
         for part in batch.parts:
+            if held > most:
+                _leave_out(part)
             if not alike or _shapes(alike[-1][0]) != _shapes(part):
                 alike.append([])
             alike[-1].append(part)
+        if waiting > WAITING:
+            alike, waiting = [_fetched(same) for same in alike], 0
     if not alike:
         raise ValueError("the loader has no examples")
     # the copies wait once, in the end: test_no_batch_waits_for_the_device
-    parts = [{n: torch.cat([part[n] for part in same]).cpu() for n in same[0]} for same in alike]
+    parts = [_whole(_fetched(same)) for same in alike]
     return Outcome(parts, kinds.pop() if len(kinds) == 1 else None)
+
+
+def _leave_out(part: dict[str, Tensor]) -> None:
+    outputs = part.pop("outputs", None)
+    if outputs is not None:
+        part["nans"] = outputs.isnan().reshape(len(outputs), -1).sum(1)
+
+
+def _fetched(same: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The parts on the CPU, which come first, and those on a device as one more of them."""
+    here = [part for part in same if part["loss"].device.type == "cpu"]
+    there = same[len(here) :]
+    return [*here, _whole(there)] if there else here
+
+
+def _whole(same: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in same]).cpu() for name in same[0]}
 
 
 def _shapes(part: Mapping[str, Tensor]) -> list[tuple[str, torch.Size]]:
@@ -159,31 +216,9 @@ def paired(quantized: Outcome, original: Outcome) -> dict[str, np.ndarray]:
     ``squared_norm`` ‖f‖² of an example's outputs; for a classifier ``correct`` and
     ``original_correct``.
     """
-    columns: dict[str, list[Tensor]] = {
-        "loss": [quantized["loss"]],
-        "original_loss": [original["loss"]],
-        "weight": [by_example(part["weight"]) for part in original.parts],
-        "squared_error": [],
-        "squared_norm": [],
-    }
-    for outputs, wanted in _pairs(quantized, original):
-        # equal infinities, such as of masked classes, are no change
-        change = torch.where(outputs == wanted, 0.0, outputs - wanted)
-        columns["squared_error"].append(change.flatten(1).square().sum(1))
-        finite = torch.where(wanted.isinf(), 0.0, wanted)
-        columns["squared_norm"].append(finite.flatten(1).square().sum(1))
-    if is_classification(quantized) and is_classification(original):
-        columns["correct"] = [quantized["correct"]]
-        columns["original_correct"] = [original["correct"]]
-    return {name: torch.cat(column).numpy() for name, column in columns.items()}
-
-
-def _pairs(quantized: Outcome, original: Outcome) -> Iterable[tuple[Tensor, Tensor]]:
-    for part, other in zip(quantized.parts, original.parts, strict=True):
-        outputs, wanted = (p["outputs"].double() for p in (part, other))
-        if outputs.dim() == 1:
-            outputs, wanted = outputs[:, None], wanted[:, None]
-        yield outputs, wanted
+    columns = columns_of(compared(quantized, original))
+    del columns["divergence"]
+    return columns
 
 
 def divergence(quantized: Outcome, original: Outcome) -> np.ndarray:
@@ -193,20 +228,67 @@ def divergence(quantized: Outcome, original: Outcome) -> np.ndarray:
     divergence of the classes' probabilities from the original's (nats), by weight in the mean over
     positions; or without classes the mean squared error of the outputs.
     """
-    found = []
-    weight = [part["weight"].double() for part in original.parts]
-    for (outputs, wanted), share in zip(_pairs(quantized, original), weight, strict=True):
-        if original.classes == "softmax":
-            apart = _kl(wanted.log_softmax(1), outputs.log_softmax(1)).sum(1)
-            share = share.reshape(*share.shape, *(1,) * (apart.dim() - share.dim()))
-            apart = share * apart
-        elif original.classes == "sigmoid":
-            yes, no = (_kl(F.logsigmoid(s * wanted), F.logsigmoid(s * outputs)) for s in (1, -1))
-            apart = yes + no
-        else:
-            apart = torch.where(outputs == wanted, 0.0, outputs - wanted).square()
-        found.append(apart.flatten(1).mean(1) if apart.dim() > 1 else apart)
-    return torch.cat(found).numpy()
+    return columns_of(compared(quantized, original))["divergence"]
+
+
+def compared(quantized: Outcome, original: Outcome) -> Outcome:
+    """An outcome beside the original's on the same examples, without outputs: the columns of
+    `paired`, and of `divergence`, where the quantized network's outcome is."""
+    parts = []
+    for part, other in zip(quantized.parts, original.parts, strict=True):
+        there = part["loss"].device
+        wanted = {name: values.to(there, non_blocking=True) for name, values in other.items()}
+        found = {
+            "loss": part["loss"],
+            "original_loss": wanted["loss"],
+            "weight": by_example(wanted["weight"]),
+        }
+        row = math.prod(part["outputs"].shape[1:])
+        step = max(1, COMPARED // max(1, row))
+        pieces = [
+            _apart(
+                part["outputs"][first : first + step],
+                wanted["outputs"][first : first + step],
+                wanted["weight"][first : first + step],
+                original.classes,
+            )
+            for first in range(0, max(1, len(part["outputs"])), step)
+        ]
+        names = ("squared_error", "squared_norm", "divergence")
+        found |= dict(zip(names, map(torch.cat, zip(*pieces, strict=True)), strict=True))
+        apart = found.pop("divergence")
+        if "correct" in part and "correct" in wanted:
+            found |= {"correct": part["correct"], "original_correct": wanted["correct"]}
+        parts.append(found | {"divergence": apart})
+    return Outcome(parts, original.classes)
+
+
+def columns_of(reduced: Outcome) -> dict[str, np.ndarray]:
+    """The columns, (examples,) each, of what is `compared`."""
+    names = [name for name in reduced.parts[0] if all(name in part for part in reduced.parts)]
+    return {name: reduced[name].cpu().numpy() for name in names}
+
+
+def _apart(
+    outputs: Tensor, wanted: Tensor, weight: Tensor, classes: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors, squared norms and divergences of examples, (examples,) float64 each."""
+    outputs, wanted, weight = outputs.double(), wanted.double(), weight.double()
+    if outputs.dim() == 1:
+        outputs, wanted = outputs[:, None], wanted[:, None]
+    # equal infinities, such as of masked classes, are no change
+    squares = torch.where(outputs == wanted, 0.0, outputs - wanted).square()
+    norms = torch.where(wanted.isinf(), 0.0, wanted).flatten(1).square().sum(1)
+    if classes == "softmax":
+        apart = _kl(wanted.log_softmax(1), outputs.log_softmax(1)).sum(1)
+        apart = weight.reshape(*weight.shape, *(1,) * (apart.dim() - weight.dim())) * apart
+    elif classes == "sigmoid":
+        yes, no = (_kl(F.logsigmoid(s * wanted), F.logsigmoid(s * outputs)) for s in (1, -1))
+        apart = yes + no
+    else:
+        apart = squares
+    means = apart.flatten(1).mean(1) if apart.dim() > 1 else apart
+    return squares.flatten(1).sum(1), norms, means
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -52,14 +52,14 @@ def count_measured(monkeypatch, stop_after=math.inf):
             raise KeyboardInterrupt
         seen.extend([what] * count)
 
-    def noted(evaluator, quantized=None, *span):
+    def noted(evaluator, quantized=None, *span, **how):
         if quantized is not None:  # which the float network isn't
             note((None, *span), 1)
-        return outcome(evaluator, quantized, *span)
+        return outcome(evaluator, quantized, *span, **how)
 
-    def noted_alone(evaluator, name, values, *span):
+    def noted_alone(evaluator, name, values, *span, **how):
         note((name, *span), len(values))
-        return one_tensor(evaluator, name, values, *span)
+        return one_tensor(evaluator, name, values, *span, **how)
 
     monkeypatch.setattr(Evaluator, "outcome", noted)
     monkeypatch.setattr(Evaluator, "one_tensor", noted_alone)

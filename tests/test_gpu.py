@@ -2,15 +2,18 @@
 there is none."""
 
 import warnings
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from test_evaluator import NETWORKS, Branching
 from torch import nn
 
 from quantifind.learning import learn
+from quantifind.metrics import columns_of
 from quantifind.network.modules import named_tensors
-from quantifind.quantize import quantize
+from quantifind.quantize import quantize, quantize_model
 from quantifind.runtime import evaluator, layouts
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.search import find_strategy
@@ -79,7 +82,7 @@ def test_no_batch_waits_for_the_device(case, on_device, monkeypatch):
         pytest.skip("it waits for the values by which it branches")
     quantized = quantize(net, uniform_strategy(net, 4))
     if not on_device:
-        monkeypatch.setattr(evaluator, "_on", lambda _, tensor: tensor)
+        monkeypatch.setattr(evaluator, "on_device", lambda _, tensor: tensor)
     found = []
     for batch in (300, 10):
         monkeypatch.setattr(
@@ -151,8 +154,63 @@ def test_training_and_learning_on_the_gpu():
     history = train_network(net, CRITERION, optimizer, train, val, epochs=10)
     assert history["val_accuracy"].iloc[-1] > 0.8
     strategy = uniform_strategy(net, 3)
-    quantized = learn(net, strategy, train, epochs=1)
+    quantized = learn(net, strategy, train, epochs=1, label_weight=0.5)
     assert all(tensor.codes.device.type == "cuda" for tensor in quantized.tensors.values())
+
+
+class Noted(nn.Linear):
+    seen: ClassVar[set] = set()
+
+    def forward(self, x):
+        outputs = super().forward(x)
+        Noted.seen.add((torch.is_grad_enabled(), outputs.dtype))
+        return outputs
+
+
+def test_learning_has_products_in_bfloat16_where_there_are_some():
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("needs a GPU with bfloat16")
+    torch.manual_seed(0)
+    net = nn.Sequential(Noted(6, 64), nn.ReLU(), nn.Linear(64, 4)).cuda()
+    loader = [(torch.randn(64, 6), torch.randint(4, (64,))) for _ in range(16)]
+    strategy, inputs = uniform_strategy(net, 3), torch.randn(500, 6).cuda()
+    start, learned = (
+        quantize_model(net, one)
+        for one in (strategy, learn(net, strategy, loader, epochs=20, learning_rate=3e-3))
+    )
+    assert Noted.seen == {(True, torch.bfloat16), (False, torch.float32)}
+    with torch.no_grad():
+        far, near = ((one(inputs) - net(inputs)).norm() for one in (start, learned))
+    assert near < far
+
+
+def test_out_of_memory_takes_learning_to_parts_of_a_batch(capsys):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    net(torch.randn(2, 1, 32, 32))
+    net.cuda()
+    loader = [(torch.randn(2048, 1, 32, 32), torch.randint(4, (2048,)))]
+    strategy, total = uniform_strategy(net, 4), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(600 * 2**20 / total)
+    try:
+        learn(net, strategy, loader, epochs=2, calibration=[])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Out of memory: learning goes on with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [2**30, 0])
+def test_columns_are_those_of_the_cpu(case, kept, monkeypatch):
+    monkeypatch.setattr(evaluator, "KEPT", kept)
+    net, inputs, targets = case
+    quantized, columns = quantize(net, uniform_strategy(net, 4)), []
+    for one in on_both(net):
+        measured = Evaluator(one, [(inputs, targets)], CRITERION)
+        columns.append(columns_of(measured.outcome(quantized, beside=measured.original())))
+    for name, column in columns[0].items():
+        if column.dtype != bool:
+            np.testing.assert_allclose(columns[1][name], column, rtol=1e-2, atol=1e-4)
 
 
 def test_out_of_memory_halves_the_batch(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Learning: nearer to the float network than before, on its grid, the same after a kill."""
 
+import contextlib
 import copy
 import math
 
@@ -7,11 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
 
+from quantifind import learning
 from quantifind.learning import learn
 from quantifind.quantize import quantize, quantize_model
+from quantifind.runtime import student as students
+from quantifind.runtime.student import Student
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
 from quantifind.utils import plugins
+from quantifind.utils.batches import as_batch
 from quantifind.utils.loaders import Tensors, batch_loader
 
 SCHEMES = plugins.names("schemes")
@@ -235,6 +241,71 @@ def test_resuming_gives_the_same_codes(tmp_path, choice, calibrated):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+class Noisy(Tensors):
+    """Whose examples are drawn anew each time, of torch's own state."""
+
+    def __getitems__(self, indices):
+        inputs, targets = self[indices]
+        return inputs + 0.1 * torch.randn_like(inputs), targets
+
+
+LOADERS = {
+    "own generator": training,
+    "torch's generator": lambda: DataLoader(
+        examples(1), batch_size=32, shuffle=True, collate_fn=list
+    ),
+    "drawn examples": lambda: DataLoader(
+        Noisy(*examples(1).tensors), batch_size=32, shuffle=True, collate_fn=list
+    ),
+    "list": lambda: list(training()),
+}
+
+
+@pytest.mark.parametrize("last", [3, 13])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_resuming_within_an_epoch_gives_the_same_codes(tmp_path, monkeypatch, kind, last):
+    """With a loader of its own, whatever was drawn before, as in another process."""
+    monkeypatch.setattr(learning, "SECONDS", 0.0)
+    net, strategy = network(), uniform_strategy(network(), 3, axis=0)
+    calibration, options = list(training()), {"epochs": 2, "label_weight": 0.5}
+    whole = learn(net, strategy, LOADERS[kind](), calibration=calibration, **options)
+    backward, left = Student.backward, last
+
+    def killed(student, batch):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+        return backward(student, batch)
+
+    options |= {"calibration": calibration, "checkpoints": tmp_path}
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "backward", killed)
+        with pytest.raises(KilledError):
+            learn(net, strategy, LOADERS[kind](), **options)
+    done = []
+    monkeypatch.setattr(Student, "backward", lambda *given: (done.append(0), backward(*given))[1])
+    torch.manual_seed(99)
+    resumed = learn(net, strategy, LOADERS[kind](), **options)
+    assert len(done) == 2 * 8 - last
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(tensor.dequantize(), resumed.tensors[name].dequantize())
+
+
+def test_what_draws_its_own_order_is_kept_epoch_by_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "SECONDS", 0.0)
+    other = DataLoader(
+        examples(1),
+        batch_size=32,
+        sampler=RandomSampler(range(256), generator=torch.Generator()),
+        collate_fn=list,
+    )
+    for number, loader in enumerate((Killing(training(), 9), other)):
+        folder = tmp_path / str(number)
+        learn(network(), uniform_strategy(network(), 3), loader, epochs=2, checkpoints=folder)
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-0002.pt"]
+
+
 @pytest.mark.parametrize("change", ["network", "strategy", "budget", "temperature", "seed"])
 def test_checkpoints_of_other_work_are_refused(tmp_path, change):
     net, bits, options = network(), 3, {"epochs": 1, "checkpoints": tmp_path}
@@ -424,3 +495,134 @@ def test_checkpoints_of_other_codes_are_refused(tmp_path, change):
     learn(net, fitted, training(), epochs=1, checkpoints=tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint-0001.pt: of another network, strategy or"):
         learn(net, other, training(), epochs=1, checkpoints=tmp_path)
+
+
+class Two(nn.Module):
+    """Outputs in two tensors, of one weight that is met twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        hidden = self.layer(x)
+        return hidden, self.layer(hidden.relu()).tanh()
+
+
+def labels_with_padding(*shape):
+    labels = torch.randint(4, shape)
+    return labels.masked_fill(torch.rand(shape) < 0.2, -100)
+
+
+DIVIDED = {
+    "labels": lambda: (network(), torch.randn(33, 6), torch.randint(4, (33,))),
+    "positions": lambda: (nn.Conv1d(6, 4, 3), torch.randn(33, 6, 7), labels_with_padding(33, 5)),
+    "numbers": lambda: (network(), torch.randn(33, 6), torch.randn(33, 4)),
+    "several outputs": lambda: (Two(), torch.randn(33, 6), torch.randn(33, 6)),
+    "names": lambda: (nn.Embedding(9, 4), torch.randint(9, (33, 3)), torch.randn(33, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_parts_of_a_batch_give_what_the_batch_gives(name):
+    """The blends are those of the whole batch, too."""
+    torch.manual_seed(0)
+    net, *data = DIVIDED[name]()
+    start = quantize(net, uniform_strategy(net, 3, axis=0))
+    found = []
+    for size in (None, 1, 7, 16, 33, 100):
+        one = Student(net, start, 1.5, 0.5, size)
+        torch.manual_seed(1)
+        loss = one.backward(as_batch(data, net))
+        gradients = [t.grad for t in (*one.latents.values(), *one.log_factors.values())]
+        found.append((loss, gradients))
+    (loss, gradients), *others = found
+    assert any(gradient.abs().max() > 1e-4 for gradient in gradients)
+    for other, parts in others:
+        torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-7)
+        for part, gradient in zip(parts, gradients, strict=True):
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(part, gradient, rtol=0, atol=1e-5 * scale + 1e-9)
+
+
+class Sized(nn.Linear):
+    """Has memory for so many examples in a pass with gradients."""
+
+    most, seen = 10**6, 0
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            if len(x) > Sized.most:
+                raise torch.OutOfMemoryError("out")
+            Sized.seen = max(Sized.seen, len(x))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("most", [32, 20, 7, 1])
+@pytest.mark.parametrize("given", [True, False])
+def test_where_memory_runs_out_batches_are_taken_in_parts(monkeypatch, capsys, most, given):
+    torch.manual_seed(0)
+    net = nn.Sequential(Sized(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    strategy = uniform_strategy(net, 4)
+    whole = learn(net, strategy, training(), epochs=2)
+    monkeypatch.setattr(Sized, "seen", 0)
+    monkeypatch.setattr(Sized, "most", most)
+    divided = learn(net, strategy, training(), epochs=2, micro_batch=most if given else None)
+    assert Sized.seen == (most if given else 2 ** int(math.log2(most)))
+    said = capsys.readouterr().err
+    assert said.count("Out of memory") == (0 if given else 5 - int(math.log2(most)))
+    for name, tensor in whole.tensors.items():
+        codes = divided.tensors[name].codes
+        assert (tensor.codes != codes).float().mean() < 0.02
+        torch.testing.assert_close(
+            divided.tensors[name].qparams.scale, tensor.qparams.scale, rtol=1e-3, atol=0
+        )
+
+
+def test_out_of_memory_with_one_example_is_an_error(monkeypatch):
+    monkeypatch.setattr(Sized, "most", 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        learn(Sized(6, 4), uniform_strategy(Sized(6, 4), 3), training(), epochs=1)
+
+
+def test_a_batch_that_counts_as_one_is_not_divided(monkeypatch):
+    class Centred(Sized):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    net = Centred(6, 4)
+    with pytest.raises(ValueError, match="micro_batch is 5: an example's outputs depend on"):
+        learn(net, uniform_strategy(net, 3), training(), epochs=1, micro_batch=5)
+    monkeypatch.setattr(Sized, "most", 31)
+    with pytest.raises(torch.OutOfMemoryError):
+        learn(net, uniform_strategy(net, 3), training(), epochs=1)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "4"])
+def test_parts_out_of_range(size):
+    net = network()
+    with pytest.raises(ValueError, match=r"micro_batch is .*: a whole number above 0 is needed"):
+        learn(net, uniform_strategy(net, 3), training(), epochs=1, micro_batch=size)
+
+
+def test_the_students_passes_alone_are_of_less_precision(monkeypatch):
+    """Tried with what a CPU has; by default there is none on it."""
+    assert isinstance(students._precision(torch.device("cpu")), contextlib.nullcontext)
+    seen = set()
+
+    class Noted(nn.Linear):
+        def forward(self, x):
+            outputs = super().forward(x)
+            seen.add((torch.is_grad_enabled(), outputs.dtype))
+            return outputs
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Noted(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    monkeypatch.setattr(
+        students, "_precision", lambda device: torch.autocast(device.type, torch.bfloat16)
+    )
+    strategy, (unseen, _) = weights_on(net, {"scheme": "uniform", "bits": 3}), examples(9).tensors
+    learned = quantize_model(net, learn(net, strategy, training(), epochs=6))
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}
+    assert distance(net, learned, unseen) < distance(net, quantize_model(net, strategy), unseen)
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}

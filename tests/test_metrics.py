@@ -1,14 +1,20 @@
 """Losses, ratios and errors beside what they are defined as."""
 
 import math
+import weakref
 
+import hypothesis.strategies as st
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
 from torch import nn
 
+from quantifind import metrics
 from quantifind.metrics import (
     Outcome,
+    columns_of,
     divergence,
     is_classification,
     losses,
@@ -16,6 +22,11 @@ from quantifind.metrics import (
     paired,
     weight_error,
 )
+from quantifind.quantize import quantize
+from quantifind.runtime import evaluator, layouts
+from quantifind.runtime.evaluator import Evaluator
+from quantifind.strategy import uniform_strategy
+from quantifind.tensor.quantized import Quantized
 from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.workflow.evaluation_workflow import (
     compare,
@@ -229,3 +240,149 @@ def test_columns_stand_in_the_order_of_the_examples(classes):
     assert moved.keys() == columns.keys()
     for name, column in columns.items():
         assert moved[name].tolist() == column[order].tolist()
+
+
+class Several(nn.Linear):
+    """Outputs in two tensors."""
+
+    def forward(self, x):
+        whole = super().forward(x)
+        return whole[:, :2], whole[:, 2:].tanh()
+
+
+class Lengths(nn.Linear):
+    """Outputs (examples, length, …) of sequences."""
+
+    def forward(self, x):
+        return super().forward(x.cumsum(1))
+
+
+def several_apart(outputs, targets):
+    return sum((part.mean(1) - targets).square() for part in outputs)
+
+
+def lengths(kind, criterion):
+    made = [torch.randn(9, size, 6) for size in (3, 3, 5)]
+    labels = [torch.randint(4, x.shape[:2]) for x in made]
+    labels[0][:, 1] = -100
+    targets = labels if kind == "labels" else [torch.randn(*x.shape[:2], 4) for x in made]
+    return Lengths(6, 4), list(zip(made, targets, strict=True)), criterion
+
+
+def flat(kind, criterion, net=None):
+    x = torch.randn(45, 6)
+    targets = {
+        "labels": torch.randint(4, (45,)),
+        "bits": torch.randint(2, (45, 4)).float(),
+        "numbers": torch.randn(45, 4),
+        "number": torch.randn(45),
+    }[kind]
+    return net or nn.Linear(6, 4), [(x, targets)], criterion
+
+
+BESIDE = {
+    "softmax": lambda: flat("labels", nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3, 4]))),
+    "sigmoid": lambda: flat("bits", nn.BCEWithLogitsLoss()),
+    "regression": lambda: flat("numbers", nn.MSELoss()),
+    "several outputs": lambda: flat("number", several_apart, Several(6, 4)),
+    "no criterion": lambda: flat("number", None),
+    "positions of other lengths": lambda: lengths("labels", nn.CrossEntropyLoss()),
+    "numbers of other lengths": lambda: lengths("numbers", nn.MSELoss()),
+}
+
+
+def by_hand(name, measured, original):
+    """The columns of an outcome that has all outputs, example by example."""
+    columns = {"squared_error": [], "squared_norm": [], "divergence": []}
+    for part, other in zip(measured.parts, original.parts, strict=True):
+        pairs = zip(part["outputs"].double(), other["outputs"].double(), strict=True)
+        for number, (f_b, f) in enumerate(pairs):
+            columns["squared_error"].append(((f_b - f) ** 2).sum().item())
+            columns["squared_norm"].append((f**2).sum().item())
+            if name == "softmax" or name.startswith("positions"):  # (classes, …)
+                p, q = f.softmax(0), f_b.softmax(0)
+                each = other["weight"][number].double() * (p * (p / q).log()).sum(0)
+                columns["divergence"].append(each.mean().item())
+            elif name == "sigmoid":
+                p, q = f.sigmoid(), f_b.sigmoid()
+                each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+                columns["divergence"].append(each.mean().item())
+            else:
+                columns["divergence"].append(((f_b - f) ** 2).mean().item())
+    columns |= {"loss": measured["loss"].tolist(), "original_loss": original["loss"].tolist()}
+    if is_classification(original):
+        columns["correct"] = measured["correct"].tolist()
+        columns["original_correct"] = original["correct"].tolist()
+    return columns
+
+
+@pytest.mark.parametrize("bytes_kept", [2**30, 0, 200])
+@pytest.mark.parametrize("name", BESIDE)
+def test_columns_made_batch_by_batch_are_those_of_the_whole_split(name, bytes_kept, monkeypatch):
+    monkeypatch.setattr(layouts, "CPU_BATCH", 7)
+    monkeypatch.setattr(evaluator, "KEPT", bytes_kept)
+    monkeypatch.setattr(evaluator, "AGAIN", bytes_kept)
+    monkeypatch.setattr(metrics, "COMPARED", 9)
+    torch.manual_seed(2)
+    net, batches, criterion = BESIDE[name]()
+    judge = Evaluator(net, batches, criterion)
+    original, whole = judge.original(), judge.outcome()
+    assert ("outputs" in original) == (bytes_kept > 1000)
+    assert original.nans == 0
+    tensors = quantize(net, uniform_strategy(net, 3)).tensors
+    weight = Quantized({"weight": tensors["weight"]})
+    span = (9, 18) if "lengths" in name else (10, 38)
+    for first, last in ((0, None), span):
+        both = judge.outcome(Quantized(tensors), first, last, beside=original)
+        (alone,) = judge.one_tensor("weight", [tensors["weight"]], first, last, beside=original)
+        for quantized, reduced in ((Quantized(tensors), both), (weight, alone)):
+            wanted = by_hand(
+                name, judge.outcome(quantized, first, last), whole.span(first, last or len(whole))
+            )
+            found = columns_of(reduced)
+            assert found.keys() == wanted.keys() | {"weight"}
+            for column, values in wanted.items():
+                # a replayed pass may have other last digits in float32
+                atol = 1e-12 if reduced is both else 1e-5
+                np.testing.assert_allclose(
+                    found[column], values, rtol=0, atol=atol, err_msg=column, equal_nan=True
+                )
+
+
+def test_outputs_of_one_batch_are_kept_at_a_time(monkeypatch):
+    """Of a candidate; those of the float network once."""
+    monkeypatch.setattr(layouts, "CPU_BATCH", 5)
+    kept, most = [], 0
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            nonlocal most
+            most = max(most, sum(one() is not None for one in kept))
+            outputs = super().forward(x)
+            kept.append(weakref.ref(outputs))
+            return outputs
+
+    net = Watched(6, 4)
+    judge = Evaluator(net, [(torch.randn(60, 6), torch.randint(4, (60,)))], nn.CrossEntropyLoss())
+    quantized = quantize(net, uniform_strategy(net, 3))
+    for bytes_kept, others in ((2**30, 0), (0, 1)):
+        monkeypatch.setattr(evaluator, "KEPT", bytes_kept)
+        monkeypatch.setattr(evaluator, "AGAIN", bytes_kept)
+        original = judge.original()
+        kept, most = [], 0
+        judge.outcome(quantized, beside=original)
+        assert len(kept) == 12 * (1 + others)
+        assert most <= others
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    ends=st.tuples(st.integers(0, 30), st.integers(0, 30)),
+)
+def test_a_span_is_of_the_examples_in_order(sizes, ends):
+    first, last = sorted(ends)
+    loss = torch.arange(sum(sizes)).double().split(sizes)
+    span = Outcome([{"loss": part} for part in loss]).span(first, last)
+    assert [x for part in span.parts for x in part["loss"].tolist()] == list(
+        range(first, min(last, sum(sizes)))
+    )

@@ -548,5 +548,5 @@ def test_views_follow_wherever_they_are_measured():
     student = Student(net, quantize(net, strategies[0]), 1.0, 0.0)
     assert list(student.latents) == ["first.weight", "first.bias"]
     # one example, since of more some are blended
-    loss = student.loss(as_batch((x[:1], targets[:1]), net))
+    loss = student.backward(as_batch((x[:1], targets[:1]), net))
     assert loss.item() == pytest.approx(far, rel=1e-4)

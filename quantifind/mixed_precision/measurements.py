@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantifind.metrics import Outcome, divergence, outcome, paired
+from quantifind.metrics import Outcome, columns_of, outcome
 from quantifind.mixed_precision.passes import Passes
 from quantifind.network.calibrated import Calibration
 from quantifind.network.calibration import Batches as CalibrationBatches
@@ -238,14 +238,16 @@ class Measurements:
 def _float_outcome(evaluator: Evaluator) -> Outcome:
     """Raises: ValueError for outputs or losses that are not finite."""
     try:
-        original = evaluator.outcome()
+        original = evaluator.original()
     except PASS_FAILS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the float network on validation data: {reason}") from error
-    if bad := sum(int(part["outputs"].isnan().sum()) for part in original.parts):
-        raise ValueError(f"the float network on validation data: {bad} of its outputs are NaN")
+    if original.nans:
+        raise ValueError(
+            f"the float network on validation data: {original.nans} of its outputs are NaN"
+        )
     if evaluator.criterion is not None and not math.isfinite(original.criterion):
         raise ValueError(
             f"the float network's loss on validation data is {original.criterion}: "
@@ -265,14 +267,11 @@ def _measure(
     measurements: Measurements, task: tuple[Sequence[Quantized], int, int]
 ) -> tuple[list[Columns], float]:
     """Their columns, and how many examples went through the network for them."""
-    candidates, first, last = task
-    before = measurements.evaluator.taken
-    name = _alone(candidates[0])
+    (candidates, *span), evaluator = task, measurements.evaluator
+    name, beside, before = _alone(candidates[0]), measurements.original, evaluator.taken
     if name is None:
-        measured = [measurements.evaluator.outcome(q, first, last) for q in candidates]
+        measured = [evaluator.outcome(q, *span, beside=beside) for q in candidates]
     else:
         parts = [quantized.tensors[name] for quantized in candidates]
-        measured = measurements.evaluator.one_tensor(name, parts, first, last)
-    original = measurements.original.span(first, last)
-    columns = [paired(o, original) | {"divergence": divergence(o, original)} for o in measured]
-    return columns, measurements.evaluator.taken - before
+        measured = evaluator.one_tensor(name, parts, *span, beside=beside)
+    return [columns_of(one) for one in measured], evaluator.taken - before

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantifind.certification.goal import Goal
+from quantifind.metrics import Outcome
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
@@ -147,13 +148,18 @@ def _allowed(allocation: Allocation) -> tuple[float, float]:
     goal, original = allocation.goal, allocation.original
     if goal.measure == "criterion_ratio" and goal.limit is not None:
         allowed = max(goal.limit - 1, 1e-3) * original.criterion
-    elif goal.measure == "relative_error" and goal.limit and original.classes is None:
+    elif goal.measure == "relative_error" and goal.limit and _has_squares(original):
         squares = sum(float(p["outputs"].double().square().sum()) for p in original.parts)
         count = sum(part["outputs"].numel() for part in original.parts)
         allowed = goal.limit**2 * squares / count
     else:
         return 0.0, math.inf
     return LOW * allowed, HIGH * allowed
+
+
+def _has_squares(original: Outcome) -> bool:
+    """Whether the divergence is the squared error of outputs that are kept."""
+    return original.classes is None and "outputs" in original
 
 
 def _slopes(group: Sequence[Option]) -> list[float]:

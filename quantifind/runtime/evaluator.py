@@ -2,16 +2,19 @@
 in place."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantifind.metrics import Outcome, gathered, judged, outcome
+from quantifind.metrics import Outcome, compared, gathered, judged, outcome
 from quantifind.network.activations import QuantizedActivations
-from quantifind.network.modules import PASS_FAILS, own_tensors, plain_copy, put_values, run
-from quantifind.runtime.layouts import CONTIGUOUS, in_layout, layout_and_batch, to_layout
+from quantifind.network.modules import own_tensors, plain_copy, put_values
+from quantifind.runtime.checks import check_batch, equal, excess, first_of, independent, reason_of
+from quantifind.runtime.layouts import CONTIGUOUS, in_layout, layout_and_batch, on_device, to_layout
 from quantifind.runtime.pooling import pool_first
 from quantifind.runtime.replay import NotReplayable, Replay
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
@@ -21,19 +24,18 @@ from quantifind.utils.batches import (
     batches_of,
     joined,
     kept,
-    moved,
-    rows_of,
     tensors_of,
     with_tensors,
 )
 from quantifind.utils.console import console
-from quantifind.utils.criteria import Criterion, CriterionError, check_criterion, name_of
-from quantifind.utils.devices import device_of, evaluating
+from quantifind.utils.criteria import Criterion
+from quantifind.utils.devices import device_of, evaluating, is_out_of_memory
 
 # between a replayed pass and a whole one, of the largest output
 TOLERANCE = 1e-5
-# examples of which it is seen whether the others of a batch count
-FEW = 4
+# bytes of the float network's outputs on a split that are kept, and of those that are computed at a
+# time where there are more
+KEPT, AGAIN = 2**30, 2**28
 
 
 class Evaluator:
@@ -67,7 +69,7 @@ class Evaluator:
         if not self.given:
             raise ValueError("the loader has no examples")
         with evaluating(self.work):
-            check_batch(self.work, _first(self.given[0]), criterion)
+            check_batch(self.work, first_of(self.given[0]), criterion)
         # the copy whose first pass that was may keep a table of it
         self.work = plain_copy(model).eval()
         pool_first(self.work)
@@ -85,7 +87,11 @@ class Evaluator:
         self.layout, self.batch = CONTIGUOUS, 0
         # by batch that stays, its examples, once they are known
         self.sizes: list[int] = []
-        self.whole = joined(self.given) if self._independent() else None
+        self.whole = joined(self.given)
+        if self.whole is not None:
+            with evaluating(self.work):
+                self.whole = self.whole if independent(self.work, self.given[0]) else None
+            self._put({})
         order = torch.Generator().manual_seed(seed) if seed is not None else None
         if self.whole is not None:
             self.given = []
@@ -93,40 +99,19 @@ class Evaluator:
                 self.whole = self.whole[torch.randperm(len(self.whole), generator=order)]
             self._lay_out(*layout_and_batch(self.work, self.whole))
         elif order is not None:
-            permutation = torch.randperm(len(self.given), generator=order).tolist()
-            self.given = [self.given[i] for i in permutation]
+            self.given = [self.given[i] for i in torch.randperm(len(self.given), generator=order)]
 
     def _side_effects(self) -> tuple[set[str], bool]:
         """The tensors that a pass changes, such as running means, and whether it changes its inputs
         (test_what_a_pass_changes_is_put_back)."""
-        given = _first(self.given[0])
+        given = first_of(self.given[0])
         some = given.clone()
         with evaluating(self.work):
             some.run(self.work)
         own = _own(self.work)
-        stateful = {n for n, value in self.values.items() if not _equal(own[n], value)}
+        stateful = {n for n, value in self.values.items() if not equal(own[n], value)}
         pairs = zip(tensors_of(some.data), tensors_of(given.data), strict=True)
-        return stateful, not all(_equal(a, b) for a, b in pairs)
-
-    def _independent(self) -> bool:
-        """Whether an example's outputs are the same in another batch
-        (test_a_batch_that_counts_as_one_stays)."""
-        some = _first(self.given[0])
-        if joined(self.given) is None:
-            return False
-        if len(some) < 2:
-            return True
-        try:
-            with evaluating(self.work):
-                together = tensors_of(some.clone().run(self.work)[0])
-                alone = [tensors_of(some[i : i + 1].clone().run(self.work)[0]) for i in (0, 1)]
-        except PASS_FAILS:
-            return False
-        self._put({})
-        return all(
-            rows_of(whole) == len(some) and _close(torch.cat(parts), whole[:2])
-            for whole, *parts in zip(together, *alone, strict=True)
-        )
+        return stateful, not all(equal(a, b) for a, b in pairs)
 
     @property
     def examples(self) -> int:
@@ -167,7 +152,7 @@ class Evaluator:
         laid = with_tensors(
             lambda t: in_layout(t, layout) if isinstance(t, Tensor) else t, self.whole.data
         )
-        self.whole = Batch(_on(self.device, laid), self.whole.forward)
+        self.whole = Batch(on_device(self.device, laid), self.whole.forward)
 
     def batches(self, first: int = 0, last: int | None = None) -> Iterator[Batch]:
         """The batches of a span of the examples, by default all; of batches that stay, those that
@@ -175,45 +160,118 @@ class Evaluator:
         last = self.examples if last is None else last
         if self.whole is None:
             starts = itertools.accumulate(self._sizes(), initial=0)
-            found = [
-                b for b, start in zip(self.given, starts, strict=False) if first <= start < last
-            ]
+            pairs = zip(self.given, starts, strict=False)
+            found = [batch for batch, start in pairs if first <= start < last]
         else:
-            spans = [(i, min(i + self.batch, last)) for i in range(first, last, self.batch)]
-            found = [self.whole[i:j] for i, j in spans]
+            step = self.batch
+            found = [self.whole[i : min(i + step, last)] for i in range(first, last, step)]
         for batch in found:
             yield batch.clone() if self.edits_inputs else batch
 
+    def original(self) -> Outcome:
+        """The float network's outcome on all examples; without outputs where they are more than
+        `KEPT` bytes, which is said: they are then computed again beside each candidate."""
+        self._put({})
+        # what a pass changes, the next one goes on from: test_what_a_pass_changes_is_put_back
+        most = math.inf if self.stateful else KEPT
+        found = self._guarded(lambda: outcome(self.work, self.batches(), self.criterion, most=most))
+        if "outputs" not in found:
+            said = (
+                f"The float network's outputs are over {KEPT / 2**30:g} GiB: made again each time"
+            )
+            console.print(said, markup=False)
+        return found
+
     def outcome(
-        self, quantized: Quantized | None = None, first: int = 0, last: int | None = None
+        self,
+        quantized: Quantized | None = None,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        beside: Outcome | None = None,
     ) -> Outcome:
         """The `quantifind.metrics.outcome` of a span of the examples, with tensors and activations
-        on levels, and what is not named in float."""
+        on levels, and what is not named in float.
+
+        beside: what `original` has given: each batch is then `quantifind.metrics.compared` with it
+            as it comes, so that the outputs of one batch are kept at a time.
+        """
         quantized = quantized or Quantized({})
         self._put(quantized.tensors)
         net: nn.Module = self.work
         if quantized.activations:
             net = QuantizedActivations(self.work, quantized.activations)
         self.taken += (self.examples if last is None else last) - first
-        return self._guarded(lambda: outcome(net, self.batches(first, last), self.criterion))
+        if beside is None:
+            return self._guarded(lambda: outcome(net, self.batches(first, last), self.criterion))
+        made = self._beside if "outputs" in beside else self._beside_again
+        return self._guarded(lambda: made(beside, quantized, net, first, last))
+
+    def _beside(
+        self, original: Outcome, _: Quantized, net: nn.Module, first: int, last: int | None
+    ) -> Outcome:
+        reduced: list[Outcome] = []
+        with evaluating(net):
+            for batch in self.batches(first, last):
+                one = judged(self.criterion, *batch.run(net))
+                one = compared(one, original.span(first, first + len(one)))
+                first += len(one)
+                reduced.append(one)
+        return gathered(reduced)
+
+    def _beside_again(
+        self, original: Outcome, quantized: Quantized, net: nn.Module, first: int, last: int | None
+    ) -> Outcome:
+        """The float network's outputs on some batches, then the quantized one's on the same."""
+        batches, reduced = self.batches(first, last), list[Outcome]()
+        with evaluating(net):
+            while True:
+                self._put({})
+                some, held = list[tuple[Batch, Outcome]](), 0
+                for batch in batches:
+                    some.append((batch, self._again(batch, original)))
+                    held += some[-1][1].parts[0]["outputs"].nbytes
+                    if held >= AGAIN:
+                        break
+                if not some:
+                    return gathered(reduced)
+                self._put(quantized.tensors)
+                reduced += [compared(judged(self.criterion, *b.run(net)), f) for b, f in some]
+
+    def _again(self, batch: Batch, original: Outcome) -> Outcome:
+        self.taken += len(batch)
+        given = batch.clone() if self.edits_inputs else batch
+        return replace(judged(self.criterion, *given.run(self.work)), classes=original.classes)
 
     def one_tensor(
-        self, name: str, values: Sequence[QuantizedTensor], first: int = 0, last: int | None = None
+        self,
+        name: str,
+        values: Sequence[QuantizedTensor],
+        first: int = 0,
+        last: int | None = None,
+        *,
+        beside: Outcome | None = None,
     ) -> list[Outcome]:
-        """The outcome for each of a tensor's quantized values, with the rest in float.
+        """The `outcome` for each of a tensor's quantized values, with the rest in float.
 
         What a pass computes before it meets the tensor is computed once for all of them.
         """
         if self.replayable:
             try:
-                return self._guarded(lambda: self._replayed(name, values, first, last))
+                return self._guarded(lambda: self._replayed(name, values, first, last, beside))
             except NotReplayable as error:
                 self.replayable = False
-                console.print(f"Each pass is a whole one: {_reason(error)}", markup=False)
-        return [self.outcome(Quantized({name: value}), first, last) for value in values]
+                console.print(f"Each pass is a whole one: {reason_of(error)}", markup=False)
+        each = (Quantized({name: value}) for value in values)
+        return [self.outcome(one, first, last, beside=beside) for one in each]
 
     def _replayed(
-        self, name: str, values: Sequence[QuantizedTensor], first: int, last: int | None
+        self,
+        name: str,
+        values: Sequence[QuantizedTensor],
+        first: int,
+        last: int | None,
+        beside: Outcome | None,
     ) -> list[Outcome]:
         self._put({})
         own = _own(self.work)[name]
@@ -222,19 +280,25 @@ class Evaluator:
         with evaluating(self.work):
             try:
                 for batch in self.batches(first, last):
+                    float_ = None
+                    if beside is not None and "outputs" not in beside:
+                        float_ = self._again(batch, beside)
                     replay = Replay(self.work, batch, name)
                     self.taken += len(batch) * (1 + len(dense) * replay.share)
                     if name not in self.compared:
                         self._compare(replay, batch, name, values[0])
                     for value, collected in zip(dense, outcomes, strict=True):
-                        given = replay.outputs(value), *replay.targets
-                        collected.append(judged(self.criterion, *given))
+                        one = judged(self.criterion, replay.outputs(value), *replay.targets)
+                        if beside is not None:
+                            one = compared(one, float_ or beside.span(first, first + len(one)))
+                        collected.append(one)
+                    first += len(one)
                     del replay  # before the next is recorded
             except RuntimeError as error:
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 # a whole pass may well do: test_a_failed_replay_leaves_the_layout
-                raise NotReplayable(_reason(error)) from error
+                raise NotReplayable(reason_of(error)) from error
             return [gathered(one) for one in outcomes]
 
     def _compare(self, replay: Replay, batch: Batch, name: str, value: QuantizedTensor) -> None:
@@ -242,11 +306,9 @@ class Evaluator:
         self._put({name: value})
         whole = batch.run(self.work)[0]
         self._put({})
-        for one, other in zip(tensors_of(found), tensors_of(whole), strict=True):
-            error = torch.where(one == other, 0.0, (one - other).abs()).max().item()
-            largest = torch.where(other.isinf(), 0.0, other).abs().max().item()
-            if not error <= TOLERANCE * largest and not (one.isnan() & other.isnan()).all():
-                raise NotReplayable(f"a replay from {name} gives other outputs, by up to {error:g}")
+        error = excess(TOLERANCE, found, whole)
+        if error is not None:
+            raise NotReplayable(f"a replay from {name} gives other outputs, by up to {error:g}")
         self.compared.add(name)
 
     @torch.no_grad()
@@ -268,15 +330,16 @@ class Evaluator:
                 return run()
             except (MemoryError, RuntimeError) as error:
                 failed = error
-            if not _is_out_of_memory(failed):
+            if not is_out_of_memory(failed):
                 break
             if self.whole is None or self.batch == 1:
                 raise failed
+            del failed  # which holds what the pass has made
             self.batch //= 2
             console.print(f"Out of memory: going on with batches of {self.batch}", markup=False)
         if self.whole is None or self.layout == CONTIGUOUS:
             raise failed
-        said = f"Layout {self.layout} failed ({_reason(failed)}): going on with {CONTIGUOUS}"
+        said = f"Layout {self.layout} failed ({reason_of(failed)}): going on with {CONTIGUOUS}"
         self._lay_out(CONTIGUOUS, self.batch)
         result = run()
         console.print(said, markup=False)
@@ -285,61 +348,3 @@ class Evaluator:
 
 def _own(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in own_tensors(model).items()}
-
-
-def _reason(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch raises a plain RuntimeError on the CPU
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "not enough memory" in str(error) or "out of memory" in str(error)
-    )
-
-
-def _on(device: torch.device, data: Any) -> Any:
-    """On the device, where a quarter of its free memory holds it; else it goes batch by batch."""
-    size = sum(tensor.nbytes for tensor in tensors_of(data))
-    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 4:
-        return data
-    return moved(data, device)
-
-
-def _first(batch: Batch) -> Batch:
-    """A few of its examples, where they can be told apart."""
-    return batch if rows_of(batch.data) is None else batch[:FEW]
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """NaN is what it was, where it was."""
-    if one.layout != torch.strided:
-        one, other = one.to_dense(), other.to_dense()
-    return torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    scale = torch.where(other.isfinite(), other, 0.0).abs().max().item()
-    return torch.allclose(one.float(), other.float(), rtol=0, atol=1e-3 * scale, equal_nan=True)
-
-
-def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> None:
-    """Raise ValueError, of one line, unless a network takes a batch, and its criterion what it
-    gives."""
-    outputs, *targets = run(model, batch)
-    if criterion is not None and not targets:
-        raise ValueError(f"{batch} has no targets for {name_of(criterion)}: give criterion=None")
-    try:
-        judged(criterion, outputs, *targets)
-        check_criterion(criterion, outputs, *targets)
-    except CriterionError:
-        raise
-    except PASS_FAILS as error:
-        reason = str(error).partition("\n")[0]
-        given = ", ".join(str(list(tensor.shape)) for tensor in tensors_of([outputs, *targets]))
-        raise ValueError(
-            f"{name_of(criterion)} does not take what it is given, of shapes {given}: {reason}; "
-            "forward=lambda model, batch: (outputs, targets) says what it gets"
-        ) from error

@@ -1,11 +1,13 @@
 """The memory layout and the batch size in which a network passes its examples."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from quantifind.network.memory import blocks
 from quantifind.network.modules import own_tensors
-from quantifind.utils.batches import Batch, tensors_of
+from quantifind.utils.batches import Batch, moved, tensors_of
 from quantifind.utils.devices import device_of
 
 CPU_BATCH, GPU_BATCH = 256, 4_096
@@ -48,3 +50,11 @@ def in_layout(inputs: Tensor, layout: str) -> Tensor:
     # test_one_channel_is_laid_out_too
     strides = (height * width, 1, width, 1)
     return inputs.contiguous().as_strided(inputs.shape, strides)
+
+
+def on_device(device: torch.device, data: Any) -> Any:
+    """On the device, where a quarter of its free memory holds it; else it goes batch by batch."""
+    size = sum(tensor.nbytes for tensor in tensors_of(data))
+    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 4:
+        return data
+    return moved(data, device)

@@ -1,6 +1,7 @@
 """A network whose codes, scales and codebooks are trained to follow the float network's outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +15,15 @@ from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
 from quantifind.network.memory import view_places
 from quantifind.network.modules import put_values
+from quantifind.runtime.checks import independent
 from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.ste import in_float32, round_through
 from quantifind.tensor.stored_scales import stored_scale
 from quantifind.utils.batches import Batch, DefaultForward, rows_of, tensors_of
+from quantifind.utils.console import console
 from quantifind.utils.criteria import IGNORED, aligned
+from quantifind.utils.devices import device_of, is_out_of_memory
 
 # scales and tables are trained by the logarithm of the factor that they are multiplied with
 SCALE_LEARNING_RATE = 2e-3
@@ -37,12 +41,21 @@ class Student:
     latents: by name, float32 values of each quantized parameter.
     log_factors: by name, the logarithm of what its scales, or the entries of its table, are
         multiplied with.
+    micro_batch: examples that go through the networks at a time, None for a whole batch.
     """
 
     def __init__(
-        self, model: nn.Module, start: Quantized, temperature: float, label_weight: float
+        self,
+        model: nn.Module,
+        start: Quantized,
+        temperature: float,
+        label_weight: float,
+        micro_batch: int | None = None,
     ) -> None:
         self.temperature, self.label_weight = temperature, label_weight
+        self.micro_batch = micro_batch
+        # whether a batch may be taken in parts, None until the first that would be
+        self.divisible: bool | None = None
         self.teacher = prepared(model, start.folded).eval().requires_grad_(False)
         self.net: nn.Module = prepared(model, start.folded).eval().requires_grad_(False)
         self.start, self.prefix = start, ""
@@ -65,6 +78,8 @@ class Student:
         if not self.latents:
             raise ValueError("the strategy leaves every parameter in float: nothing can be learned")
         self.run = _Run(self.net)
+        alike = {start.tensors[name].dtype for name in self.latents} == {torch.float32}
+        self.precision = _precision(device_of(self.teacher)) if alike else nullcontext()
 
     def optimizer(self, learning_rate: float) -> Optimizer:
         return torch.optim.Adam(
@@ -74,17 +89,77 @@ class Student:
             ]
         )
 
-    def loss(self, batch: Batch) -> Tensor:
-        """How far the outputs are from the float network's, and from the labels."""
+    def backward(self, batch: Batch) -> Tensor:
+        """Add a batch's gradients to those of the latents and factors.
+
+        Returns: the loss: how far the outputs are from the float network's, and from the labels.
+        Raises: ValueError for a batch that is to be taken in parts, and can't be.
+        """
+        # of the whole batch: test_parts_of_a_batch_give_what_the_batch_gives
         batch, blend = _blended(batch)
+        weights = {name: self._weight(name) for name in self.latents}
+        while True:
+            leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+            try:
+                loss = self._by_parts(batch, blend, leaves)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or not self._halve(batch):
+                    raise
+        met = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        torch.autograd.backward([weights[name] for name in met], list(met.values()))
+        return loss
+
+    def _by_parts(
+        self, batch: Batch, blend: "_Blend | None", leaves: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Gradients of the weights, of the mean over all examples."""
+        examples = len(batch)
+        size = self.micro_batch or examples
+        if size >= examples:
+            loss = self._loss(batch, blend, leaves)
+            loss.backward()
+            return loss.detach()
+        if not self._is_divisible(batch):
+            raise ValueError(
+                f"micro_batch is {self.micro_batch}: an example's outputs depend on the rest of "
+                "its batch, which can't be taken in parts"
+            )
+        total = torch.zeros((), device=device_of(self.teacher))
+        for first in range(0, examples, size):
+            rows = slice(first, first + size)
+            part = batch[rows]
+            loss = self._loss(part, blend and blend[rows], leaves) * (len(part) / examples)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _is_divisible(self, batch: Batch) -> bool:
+        if self.divisible is None:
+            with torch.no_grad(), torch.random.fork_rng():
+                self.divisible = independent(self.teacher, batch)
+        return self.divisible
+
+    def _halve(self, batch: Batch) -> bool:
+        """Take half as many examples at a time; False where that can't be."""
+        size = min(self.micro_batch or len(batch), len(batch))
+        if size < 2 or not self._is_divisible(batch):
+            return False
+        self.micro_batch = size // 2
+        said = f"Out of memory: learning goes on with {self.micro_batch} examples at a time"
+        console.print(said, markup=False)
+        return True
+
+    def _loss(self, batch: Batch, blend: "_Blend | None", leaves: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             wanted, *targets = batch.clone().run(self.teacher)
-        weights = {name: self._weight(name) for name in self.latents}
+        weights = dict(leaves)
         for name, (owner, places) in self.views.items():
             if owner in weights:
                 weights[name] = weights[owner].flatten()[places]
         weights = {f"net.{self.prefix}{name}": weight for name, weight in weights.items()}
-        outputs, *_ = functional_call(self.run, weights, (batch,))
+        with self.precision:
+            outputs, *_ = functional_call(self.run, weights, (batch,))
         known = class_labels(outputs, targets)
         if known is None:
             return self._numbers_loss(outputs, wanted, targets, blend)
@@ -98,7 +173,7 @@ class Student:
         loss = torch.stack(apart).sum()
         alike = len(targets) == 1 and isinstance(outputs, Tensor) and isinstance(targets[0], Tensor)
         if self.label_weight and alike and outputs.shape == targets[0].shape:
-            truth = targets[0] if blend is None else blend.mixed(targets[0])
+            truth = targets[0] if blend is None else blend.mixed(targets[0], blend.targets)
             loss = loss + self.label_weight * F.mse_loss(outputs.float(), truth.float())
         return loss
 
@@ -113,13 +188,14 @@ class Student:
             log_target=True,
         ).sum(1)
         # of positions that no label judges, such as padding, nothing is learned
-        judged = (labels >= 0) & (labels < outputs.shape[1])
+        first = _judged(labels, outputs.shape[1])
+        judged = first != IGNORED
         loss = SOFTENING**2 * (apart * judged).sum() / len(outputs)
         if self.label_weight:
-            first = labels.where(judged, IGNORED)
             truth = F.cross_entropy(outputs, first, reduction="none")
             if blend is not None:
-                other = F.cross_entropy(outputs, first[blend.others], reduction="none")
+                others = _judged(blend.targets.to(labels.device), outputs.shape[1])
+                other = F.cross_entropy(outputs, others, reduction="none")
                 # a target may have several positions: test_labels_of_several_positions
                 share = blend.shares(truth)
                 truth = share * truth + (1 - share) * other
@@ -212,18 +288,22 @@ class _Run(nn.Module):
 
 @dataclass(frozen=True)
 class _Blend:
-    """Each example's share (examples,), and the other one that it is blended with."""
+    """Each example's share (examples,), and the targets (examples, …) of the other one that it is
+    blended with, None where they are no tensor."""
 
     share: Tensor
-    others: Tensor
+    targets: Any
+
+    def __getitem__(self, rows: slice) -> "_Blend":
+        return _Blend(self.share[rows], _rows(self.targets, rows))
 
     def shares(self, values: Tensor) -> Tensor:
         """The shares, to multiply values (examples, …) with."""
-        return self.share.to(values.dtype).reshape(-1, *(1,) * (values.dim() - 1))
+        return self.share.to(values).reshape(-1, *(1,) * (values.dim() - 1))
 
-    def mixed(self, values: Tensor) -> Tensor:
+    def mixed(self, values: Tensor, others: Tensor) -> Tensor:
         share = self.shares(values)
-        return share * values + (1 - share) * values[self.others]
+        return share * values + (1 - share) * others.to(values.device)
 
 
 def _blended(batch: Batch) -> tuple[Batch, _Blend | None]:
@@ -240,5 +320,23 @@ def _blended(batch: Batch) -> tuple[Batch, _Blend | None]:
     share[:count] = torch.rand(count).to(inputs.device)
     others = torch.arange(len(inputs), device=inputs.device)
     others[:count] = torch.randperm(len(inputs))[:count].to(inputs.device)
-    blend = _Blend(share, others)
-    return Batch([blend.mixed(inputs), targets], batch.forward), blend
+    blend = _Blend(share, _rows(targets, others))
+    return Batch([blend.mixed(inputs, inputs[others]), targets], batch.forward), blend
+
+
+def _rows(targets: Any, rows: Any) -> Any:
+    if isinstance(rows, Tensor) and isinstance(targets, Tensor):
+        rows = rows.to(targets.device)
+    return targets[rows] if isinstance(targets, Tensor) else None
+
+
+def _judged(labels: Tensor, classes: int) -> Tensor:
+    """The labels, `IGNORED` where there is no such class."""
+    return labels.where((labels >= 0) & (labels < classes), IGNORED)
+
+
+def _precision(device: torch.device) -> AbstractContextManager[Any]:
+    """That of the student's passes: products in bfloat16 where a GPU has it, else as it is."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()

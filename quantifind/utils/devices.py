@@ -51,3 +51,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
         for module, mode in training.items():
             module.training = mode
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch raises a plain RuntimeError on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "not enough memory" in str(error) or "out of memory" in str(error)
+    )

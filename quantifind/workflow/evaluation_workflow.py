@@ -13,7 +13,7 @@ from torch import nn
 
 from quantifind.certification.certificate import certified_steps, degradation
 from quantifind.certification.goal import MEASURES
-from quantifind.metrics import Outcome, is_classification, paired
+from quantifind.metrics import Outcome, columns_of, compared
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.folding import Pairs, prepared
 from quantifind.quantize import mean_bits, quantize
@@ -120,7 +120,7 @@ def evaluate_strategies(
         for pairs in {one.folded for one in given} - {()}:
             net = prepared(model, pairs)
             evaluators[pairs] = Evaluator(net, evaluator.given_batches(), criterion)
-        judge = _Judge(model, evaluators, evaluator.outcome(), batches, confidence)
+        judge = _Judge(model, evaluators, evaluator.original(), batches, confidence)
         rows = []
         with progress("judging", total=len(tasks)) as step:
             for row in workers.map(_Judge.row, judge, tasks):
@@ -153,9 +153,10 @@ class _Judge:
     def row(self, task: tuple[Strategy, Strategy | Quantized]) -> dict[str, Any]:
         strategy, given = task
         quantized = quantize(self.model, given, self.calibration)
-        measured = self.evaluators[quantized.folded].outcome(quantized)
+        evaluator = self.evaluators[quantized.folded]
+        measured = evaluator.outcome(quantized, beside=self.original)
         depth, bits = strategy.bit_depth, mean_bits(self.model, quantized)
-        row = compare(measured, self.original, confidence=self.confidence)
+        row = _row(measured, self.original.criterion, self.confidence)
         scr = row["criterion"] / (depth or bits)
         return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
 
@@ -250,13 +251,18 @@ def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) 
     `quantifind.certification.certificate.degradation` has them; for a classifier also ``accuracy``,
     ``original_accuracy`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).
     """
-    columns = paired(quantized, original)
+    return _row(compared(quantized, original), original.criterion, confidence)
+
+
+def _row(measured: Outcome, original_criterion: float, confidence: float) -> dict[str, float]:
+    """That of what was `quantifind.metrics.compared`."""
+    columns = columns_of(measured)
     row = {
-        "criterion": quantized.criterion,
-        "original_criterion": original.criterion,
+        "criterion": measured.criterion,
+        "original_criterion": original_criterion,
         **degradation(columns, confidence=confidence),
     }
-    if is_classification(original):
+    if "correct" in columns:
         judged = columns["weight"] > 0
         right, was_right = (columns[c][judged] for c in ("correct", "original_correct"))
         row["accuracy"] = right.mean()
