@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quantifind import search
-from quantifind.mixed_precision import refinement
+from quantifind.mixed_precision import exploration, refinement
 from quantifind.quantize import mean_bits, quantize_model
 from quantifind.search import find_strategy
 from quantifind.storage import artifact
@@ -333,7 +332,7 @@ def faults(drawn: Drawn) -> list[str]:
     """
     as_they_are: Any = {"adjust_scales": lambda _, row, __=None: (row, {})}
     with (
-        mock.patch.multiple(search, SWEEP=4, MOVES=4, FINER=(0.9,), **as_they_are),
+        mock.patch.multiple(exploration, SWEEP=4, MOVES=4, FINER=(0.9,), **as_they_are),
         mock.patch.multiple(refinement, SEQUENTIAL=(1.0,), COSTLIER=(1.1,), **as_they_are),
     ):
         return _faults(drawn)

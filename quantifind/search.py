@@ -3,10 +3,8 @@ budget."""
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,13 @@ from torch import nn
 
 from quantifind.certification.goal import Goal, Limit
 from quantifind.metrics import Outcome, is_classification
-from quantifind.mixed_precision.candidates import Candidates, choices_key, note
+from quantifind.mixed_precision.candidates import Candidates
+from quantifind.mixed_precision.exploration import sweep_budgets, try_neighbours
 from quantifind.mixed_precision.found import Found, found_by
-from quantifind.mixed_precision.knapsack import Assignment, neighbours, total_cost
 from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.passes import OutOfTime
 from quantifind.mixed_precision.refinement import (
     add_safer_allocations,
-    adjust_scales,
     gptq_sequentially,
     learn_allocations,
 )
@@ -34,7 +32,6 @@ from quantifind.mixed_precision.sensitivity import PRECISION, predict_sensitivit
 from quantifind.mixed_precision.survey import survey
 from quantifind.runtime.workers import Workers
 from quantifind.utils.batches import Forward
-from quantifind.utils.console import progress
 from quantifind.utils.interrupts import interruptible
 from quantifind.utils.loaders import length_of
 
@@ -42,20 +39,6 @@ from quantifind.utils.loaders import length_of
 # needs less, the rest is the next ones'
 EFFORT = 200
 SURVEYED, SWEPT, MOVED, SEQUENTIAL = 0.4, 0.6, 0.4, 0.6
-# candidates at most, of a sweep over budgets, and of local moves
-SWEEP, MOVES = 20, 24
-# candidates measured at a time, by as many workers as there are
-WAVE = 4
-# shares of the best cost so far, at which a finer sweep allocates
-FINER = tuple(0.94**i for i in range(SWEEP))
-# times that the step between what keeps the goal and what does not is halved
-HALVINGS = 3
-# a walk down falling budgets ends when so many in a row fail
-FAILURES = 3
-# moves that take the same tensor down, before the next tensor has its turn
-TRIES = 3
-# of its cost, what a move saves at least: else there would be one for each small tensor
-SAVING = 0.003
 
 
 def find_strategy(
@@ -146,10 +129,17 @@ def find_strategy(
                     break
             assert candidates is not None
             refine(candidates, learn)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OutOfTime) as error:
+            late = isinstance(error, OutOfTime)
             if candidates is None or candidates.best() is None:
-                raise
-            passes.stopped("interrupted")
+                if not late:
+                    raise
+                kept = "give a folder" if folder is None else f"what was done is in {folder}"
+                raise ValueError(
+                    f"seconds is {seconds:g}: over before any candidate kept the goal; {kept}, "
+                    "and another call goes on from there"
+                ) from error
+            passes.stopped("what would have come after the time" if late else "interrupted")
         table = sensitivity.table
         if proxies:
             table = predict_sensitivity(measurements, sensitivity)
@@ -241,108 +231,3 @@ def _spaces(
         return
     for tried in (WIDTHS, WIDER) if widths is None else (list(widths) or WIDTHS,):
         yield default_search_space(measurements.model, measurements.facts, tried, activation_bits)
-
-
-def sweep_budgets(candidates: Candidates) -> None:
-    """Uniform strategies, and allocations under falling budgets; once more with the scales of the
-    best adjusted."""
-    goal, allocation = candidates.goal, candidates.allocation
-    uniform = [
-        candidates.trial("uniform", strategy, allocation.alone(strategy.tensors, {}))
-        for strategy in allocation.uniform_strategies()
-    ]
-    candidates.measure(
-        [t for t in uniform if goal.budget is None or allocation.cost(t.quantized) <= goal.budget]
-    )
-    highest, lowest = (
-        allocation.fixed + sum(group[end].cost for group in allocation.groups) for end in (0, -1)
-    )
-    if goal.budget is not None:
-        highest = min(goal.budget, highest)
-        lowest = max(lowest, 0.8 * highest)
-    _walk_down(
-        candidates, [highest * (lowest / highest) ** (i / (SWEEP - 1)) for i in range(SWEEP)]
-    )
-    best = candidates.best_assignment()
-    if best is not None:
-        row = candidates.best("allocated")
-        assert row is not None
-        _, candidates.factors = adjust_scales(candidates, row)
-        _walk_down(candidates, [allocation.total(best) * share for share in FINER])
-        _halve(candidates)
-
-
-def _halve(candidates: Candidates) -> None:
-    """Between the best allocation and the next cheaper one that failed, for as long as that pays
-    (seen: 8% of the bytes lay there)."""
-    allocation, goal = candidates.allocation, candidates.goal
-    if goal.budget is not None:
-        return
-    for _ in range(HALVINGS):
-        best = candidates.best_assignment()
-        if best is None or candidates.measurements.passes.left <= 0:
-            return
-        high = allocation.total(best)
-        costs = [allocation.total(a) for a in candidates.assignments.values()]
-        low = max((cost for cost in costs if cost < high), default=None)
-        assignment = None if low is None else allocation.solve((low + high) / 2)
-        if assignment is None or allocation.total(assignment) in costs:
-            return
-        candidates.measure([candidates.allocated(assignment)])
-
-
-def _walk_down(candidates: Candidates, budgets: Sequence[float]) -> None:
-    """Measure allocations, a few at a time, until several in a row don't keep the goal."""
-    solved = (candidates.allocation.solve(budget) for budget in budgets)
-    trials, failed = (candidates.allocated(a) for a in dict.fromkeys(solved) if a is not None), 0
-    with progress("allocating", total=len(budgets)) as step:
-        passes = candidates.measurements.passes
-        while failed < FAILURES and (wave := list(islice(trials, WAVE))):
-            for row in candidates.measure(wave):
-                step(note(row))
-                failed = 0 if candidates.goal.keeps(row) else failed + 1
-                if failed == FAILURES:
-                    break
-            if passes.left <= 0:
-                passes.stopped("fewer budgets")
-                return
-
-
-def try_neighbours(candidates: Candidates) -> None:
-    """From the best allocation, local moves for as long as one is better when it is measured."""
-    left, current = MOVES, candidates.best_assignment()
-    with progress("moving", total=MOVES) as step:
-        passes = candidates.measurements.passes
-        while current is not None and left > 0:
-            moved = _worthwhile(candidates, current)
-            improved = None
-            while left > 0 and improved is None:
-                wave = list(islice(moved, min(WAVE, left)))
-                if not wave:
-                    break
-                if passes.left <= 0:
-                    passes.stopped("fewer moves")
-                    return
-                left -= len(wave)
-                rows = candidates.measure([candidates.allocated(a) for a in wave])
-                for assignment, row in zip(wave, rows, strict=True):
-                    step(note(row))
-                    if candidates.is_best(row):
-                        improved = assignment
-            current = improved
-
-
-def _worthwhile(candidates: Candidates, current: Assignment) -> Iterator[Assignment]:
-    """The neighbours that save enough, or stay within the budget, the likeliest first."""
-    goal, allocation, tries = candidates.goal, candidates.allocation, Counter[int]()
-    cost = total_cost(allocation.groups, current)
-    for assignment, down, saved in neighbours(allocation.groups, current):
-        if goal.budget is not None:
-            worth = cost - saved + allocation.fixed <= goal.budget
-        else:
-            worth = saved > cost * SAVING
-        if not worth or tries[down] == TRIES:
-            continue
-        if choices_key(allocation.strategy(assignment)) not in candidates.assignments:
-            tries[down] += 1
-            yield assignment

@@ -149,4 +149,8 @@ def _nearest(candidates: Candidates) -> Row:
         # a standard error falls with the root of the number of examples
         needed = math.ceil(examples * ((bound - value) / (limit - value)) ** 2)
         text += f"; with about {needed:,} examples it would be certain enough"
+    if candidates.measurements.passes.left_out:
+        text += (
+            f"; for want of effort or time: {', '.join(candidates.measurements.passes.left_out)}"
+        )
     raise ValueError(text)

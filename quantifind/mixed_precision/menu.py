@@ -20,6 +20,7 @@ from quantifind.utils.console import progress
 Made = QuantizedTensor | QParams
 # a kind, and by name the choices to round
 Task = tuple[str, Mapping[str, Sequence[Choice]]]
+Place = tuple[str, str, Choice]
 
 
 class Menu(Mapping[str, Made]):
@@ -108,13 +109,23 @@ class Menu(Mapping[str, Made]):
                 missing.setdefault((kind, name), []).append(choice)
         tasks = self._tasks(missing)
         with progress("rounding", total=len(missing)) as step:
-            workers = self.measurements.workers
-            for made in workers.map(_quantize_alone, self.measurements, tasks):
-                for (kind, name, choice), one in made:
-                    key = f"quantized {choice_key(kind, name, choice)}"
-                    self.measurements.store.put(key, *artifact.pack(one))
-                step(steps=len({place[:2] for place, _ in made}))
+            for (kind, name, choice), one in self._rounded(tasks):
+                key = f"quantized {choice_key(kind, name, choice)}"
+                self.measurements.store.put(key, *artifact.pack(one))
+                if choice == missing[kind, name][-1]:
+                    step(name)
+                    self.measurements.passes.check_time()
         self._asked.update(new)
+
+    def _rounded(self, tasks: Sequence[Task]) -> Iterator[tuple[Place, Quantized]]:
+        """As they are done, so that what is done is kept."""
+        if self.measurements.workers.places == 1:
+            for task in tasks:
+                yield from _quantize(self.measurements, task)
+        else:
+            workers = self.measurements.workers
+            for made in workers.map(_quantize_all, self.measurements, tasks):
+                yield from made
 
     def _tasks(self, missing: Mapping[tuple[str, str], Sequence[Choice]]) -> list[Task]:
         """All tensors together, which share passes; of several workers, each with tensors of about
@@ -140,23 +151,23 @@ def network_of(name: str, quantized: Made) -> Quantized:
     return Quantized({name: quantized})
 
 
-def _quantize_alone(
-    measurements: Measurements, task: Task
-) -> list[tuple[tuple[str, str, Choice], Quantized]]:
+def _quantize_all(measurements: Measurements, task: Task) -> list[tuple[Place, Quantized]]:
+    return list(_quantize(measurements, task))
+
+
+def _quantize(measurements: Measurements, task: Task) -> Iterator[tuple[Place, Quantized]]:
     kind, choices = task
-    found = []
     if kind == "tensors":
         network = measurements.network
         for name, made in quantize_each(measurements.model, choices, network):
             notes = {name: network.notes[name]} if name in network.notes else {}
             for choice, one in zip(choices[name], made, strict=True):
                 said = notes if choice.rounding == "gptq" else {}
-                found.append(((kind, name, choice), replace(network_of(name, one), notes=said)))
-        return found
+                yield (kind, name, choice), replace(network_of(name, one), notes=said)
+        return
     model = plain_copy(measurements.model)
     for name, some in choices.items():
         for choice in some:
             assert isinstance(choice, ActivationChoice)
             (levels,) = fit_activations(model, {name: choice}, measurements.calibration).values()
-            found.append(((kind, name, choice), network_of(name, levels)))
-    return found
+            yield (kind, name, choice), network_of(name, levels)

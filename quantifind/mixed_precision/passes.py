@@ -2,9 +2,14 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+
+class OutOfTime(Exception):
+    """The deadline of a search has come."""
 
 
 @dataclass(eq=False)
@@ -17,14 +22,15 @@ class Passes:
     examples: of the validation data.
     effort: the most that the search may take; infinite for no bound.
     deadline: of `time.monotonic`, in seconds; None for none.
-    by_phase: passes taken, in the order of the phases.
+    by_phase, seconds: passes taken, and the time, in the order of the phases.
     left_out: for want of passes or time, in words.
     """
 
     examples: int
     effort: float = math.inf
     deadline: float | None = None
-    by_phase: dict[str, float] = field(default_factory=dict)
+    by_phase: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
     phase: str = "network"
     # of the effort, up to where the phases that are open may go
@@ -32,20 +38,28 @@ class Passes:
 
     def add(self, examples: float) -> None:
         """Count so many examples, each through the whole network, in the present phase."""
-        before = self.by_phase.get(self.phase, 0.0)
-        self.by_phase[self.phase] = before + examples / self.examples
+        self.by_phase[self.phase] += examples / self.examples  # type: ignore[assignment]
 
     @property
     def taken(self) -> float:
-        return sum(self.by_phase.values())
+        return float(sum(self.by_phase.values()))
 
     @property
     def left(self) -> float:
         """What the present phase may take yet; 0 where the time is up."""
-        if self.deadline is not None and time.monotonic() > self.deadline:
+        if self.out_of_time:
             return 0.0
         end = self.ends[-1] if self.ends else self.effort
         return max(end - self.taken, 0.0)
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def check_time(self) -> None:
+        """Raise OutOfTime after the deadline."""
+        if self.out_of_time:
+            raise OutOfTime
 
     def stopped(self, what: str) -> None:
         """Note what is left out."""
@@ -61,11 +75,12 @@ class Passes:
     def of(self, phase: str, share: float = 1.0) -> Iterator[None]:
         """Within it, passes count for a phase, which may take a share of what is left; an infinite
         one as many as it needs."""
-        before = self.phase
+        before, began = self.phase, time.monotonic()
         self.ends.append(self.taken + share * self.left)
         self.phase = phase
         try:
             yield
         finally:
             self.phase = before
+            self.seconds[phase] += time.monotonic() - began  # type: ignore[assignment]
             self.ends.pop()

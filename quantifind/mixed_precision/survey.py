@@ -29,6 +29,8 @@ ROUNDS = 5
 LOW, HIGH = 0.03, 100.0
 # costs of allocations that are looked at, as shares of a budget
 WITHIN = (0.6, 1.2)
+# whole candidates that the smallest search measures
+CANDIDATES = 8
 # sensitivities that are looked at along the frontier
 SLOPES = 40
 
@@ -45,6 +47,7 @@ def survey(
     scores: dict[str, float] = {}
     activations = [key for key, (kind, *_) in menu.choices.items() if kind == "activations"]
     stand_ins = {key: menu.stand_in(key) for key in menu if key not in activations}
+    _check_effort(measurements, space)
     menu.make(stand_ins.values())
     scored = _scored(menu, dict.fromkeys(stand_ins.values()))
     scores = {k: scored[s] * (1.0 if k == s else BY_GPTQ) for k, s in stand_ins.items()}
@@ -68,6 +71,20 @@ def survey(
         measured |= measure_options(menu, new, precision)
     sensitivity = Sensitivity(menu, measured, scores)
     return sensitivity, Allocation.of(measurements, sensitivity, goal)
+
+
+def _check_effort(measurements: Measurements, space: SearchSpace) -> None:
+    """Raise ValueError for an effort below what the smallest search takes: what has been taken, the
+    scores, and a few candidates."""
+    passes = measurements.passes
+    most = max(map(len, space.tensors.values()))
+    examples = sum(map(len, scored_batches(measurements.calibration)))
+    least = passes.taken + (3 + most) * examples / measurements.examples + CANDIDATES
+    if passes.effort < least:
+        raise ValueError(
+            f"effort is {passes.effort:g}: the smallest search of this network and these data "
+            f"takes {math.ceil(least)} passes"
+        )
 
 
 def _scored(menu: Menu, keys: Sequence[str] | dict[str, None]) -> dict[str, float]:
