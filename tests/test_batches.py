@@ -1,8 +1,13 @@
 """Batches, outputs and criteria as people have them, judged as a plain loop judges them."""
 
+import functools
 import math
-from dataclasses import dataclass
+from collections import UserDict
+from collections.abc import MutableMapping
+from dataclasses import InitVar, dataclass, field
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +20,8 @@ from quantifind.learning import learn
 from quantifind.metrics import outcome
 from quantifind.mixed_precision.proxies import hessian_traces
 from quantifind.runtime.evaluator import Evaluator
-from quantifind.utils.batches import BatchError, DefaultForward, batches_of, kept
+from quantifind.utils.batches import batches_of, kept
+from quantifind.utils.forwards import BatchError, DefaultForward
 from quantifind.workflow.evaluation_workflow import compute_test_loss, evaluate_bit_depths
 
 X = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
@@ -276,7 +282,7 @@ def test_a_criterion_of_a_whole_batch_is_said_to_be():
         with pytest.raises(ValueError, match=message):
             find_strategy(nn.Linear(8, 3), pairs(X, Y), pairs(X, Y), criterion, limit=1.5)
     net = nn.Linear(8, 1)
-    with pytest.raises(ValueError, match=r"of one shape, not \[4, 1\] and \[4\]"):
+    with pytest.raises(ValueError, match=r"of one shape, not \[32, 1\] and \[32\]"):
         evaluate_bit_depths(net, pairs(X, X[:, 0]), nn.MSELoss(), [4])
 
 
@@ -542,3 +548,110 @@ def test_proxies_of_a_forward_within_autocast():
     table = find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, **options).sensitivity
     rows = table[table["name"].str.contains("weight")]
     assert (rows[["fisher_increase", "output_fisher_increase"]] > 0).all(axis=None)
+
+
+class Stored(MutableMapping):
+    """Whose shallow copy shares its store."""
+
+    def __init__(self, **parts):
+        self.store = parts
+
+    def __getitem__(self, key):
+        return self.store[key]
+
+    def __setitem__(self, key, value):
+        self.store[key] = value
+
+    def __delitem__(self, key):
+        del self.store[key]
+
+    def __iter__(self):
+        return iter(self.store)
+
+    def __len__(self):
+        return len(self.store)
+
+
+class Attributes(dict):
+    """Whose items are its attributes."""
+
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        self.__dict__ = self
+
+
+@dataclass(frozen=True)
+class Scaled:
+    x: Tensor
+    y: Tensor
+    twice: Tensor = field(init=False)
+    scale: InitVar[float] = 0.1
+
+    def __post_init__(self, scale):
+        object.__setattr__(self, "x", self.x * scale)
+        object.__setattr__(self, "twice", self.x * 2)
+
+
+KINDS = {
+    "its own store": Stored,
+    "read only": lambda **parts: MappingProxyType(parts),
+    "attributes": Attributes,
+    "user dict": lambda **parts: UserDict(parts),
+    "made once": Scaled,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_ones_own_kind_is_left_alone(kind):
+    """Beside the same parts in a plain dict; a batch is what it was, bit for bit."""
+    torch.manual_seed(0)
+    net, given = nn.Linear(8, 3), [KINDS[kind](x=x, y=y) for x, y in pairs(X, Y)]
+
+    def part(batch, name):
+        return (
+            batch[name]
+            if kind in ("its own store", "read only", "user dict")
+            else getattr(batch, name)
+        )
+
+    def forward(net, batch):
+        assert type(batch) in (type(given[0]), dict)
+        if kind == "made once":
+            assert torch.equal(batch.twice, batch.x * 2)
+        return net(part(batch, "x")), part(batch, "y")
+
+    plain = [{"x": part(batch, "x").clone(), "y": part(batch, "y").clone()} for batch in given]
+    found = compute_test_loss(net, given, CROSS_ENTROPY, forward=forward)
+    wanted = CROSS_ENTROPY(net(torch.cat([batch["x"] for batch in plain])), Y).item()
+    assert found == pytest.approx(wanted, rel=1e-5)
+    for batch, before in zip(given, plain, strict=True):
+        assert all(torch.equal(part(batch, name), before[name]) for name in ("x", "y"))
+
+
+@pytest.mark.parametrize("beside", [list, np.array, tuple, lambda names: {"names": names}])
+def test_what_stands_beside_tensors_is_not_cut(beside):
+    """A list that has as many things as the tensors have rows, whatever a batch's size."""
+    net = nn.Linear(8, 3)
+
+    def forward(net, batch):
+        x, names, y = batch
+        names = names["names"] if isinstance(names, dict) else names
+        assert [int(name) for name in names] == x[:, 0].mul(1e4).long().tolist()
+        return net(x), y
+
+    names = [beside(x[:, 0].mul(1e4).long().tolist()) for x, _ in pairs(X, Y, size=12)]
+    batches = [(x, n, y) for (x, y), n in zip(pairs(X, Y, size=12), names, strict=True)]
+    wanted = CROSS_ENTROPY(net(X), Y).item()
+    for some in (batches, [(X, beside(X[:, 0].mul(1e4).long().tolist()), Y)]):
+        found = compute_test_loss(net, some, CROSS_ENTROPY, forward=forward)
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "criterion", [F.cross_entropy, functools.partial(F.cross_entropy, label_smoothing=0.1)]
+)
+def test_torchs_functions_get_the_logits_too(criterion):
+    torch.manual_seed(0)
+    net = Two(OUTPUTS["object"])
+    loss = criterion(nn.Linear.forward(net, X), Y).item()
+    assert compute_test_loss(net, pairs(X, Y), criterion) == pytest.approx(loss, rel=1e-5)

@@ -13,7 +13,8 @@ from quantifind.network.closures import rebind
 from quantifind.network.memory import Copies, blocks, own_bytes, owners
 from quantifind.tensor.parts import is_dense
 from quantifind.tensor.quantized import QuantizedTensor
-from quantifind.utils.batches import BatchError, as_batch
+from quantifind.utils.batches import as_batch
+from quantifind.utils.forwards import BatchError
 
 # what a pass raises where the network's own code does
 PASS_FAILS = (RuntimeError, LookupError, AssertionError, TypeError, AttributeError, ValueError)

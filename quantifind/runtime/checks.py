@@ -8,8 +8,9 @@ from quantifind.network.modules import PASS_FAILS, run
 from quantifind.utils.batches import Batch, rows_of, tensors_of
 from quantifind.utils.criteria import Criterion, CriterionError, check_criterion, name_of
 
-# examples of which it is seen whether the others of a batch count
-FEW = 4
+# examples of which it is seen whether the others of a batch count, and of a large batch those that
+# are tried before everything
+FEW, CHECKED = 4, 256
 
 
 def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> None:
@@ -32,28 +33,33 @@ def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> 
         ) from error
 
 
+def first_of(model: nn.Module, batch: Batch) -> Batch:
+    """All of a batch; of a large one a part, where its examples are `independent` there."""
+    if not batch.apart or len(batch) <= CHECKED or not independent(model, batch[:CHECKED]):
+        return batch
+    return batch[:CHECKED]
+
+
 def independent(model: nn.Module, batch: Batch) -> bool:
-    """Whether an example's outputs are the same in another batch
-    (test_a_batch_that_counts_as_one_stays)."""
-    some = first_of(batch)
-    if rows_of(some.data) is None:
+    """Whether a few examples' outputs are the same, each alone, as in their batch
+    (test_a_batch_that_counts_as_one_stays, test_rows_that_are_no_examples_stay_together)."""
+    if not batch.apart:
         return False
-    if len(some) < 2:
-        return True
+    few = range(min(FEW, len(batch)))
     try:
-        together = tensors_of(some.clone().run(model)[0])
-        alone = [tensors_of(some[i : i + 1].clone().run(model)[0]) for i in (0, 1)]
+        together = tensors_of(batch.clone().run(model)[0])
+        alone = [tensors_of(batch[i : i + 1].clone().run(model)[0]) for i in few]
     except PASS_FAILS:
         return False
+    if any(len(one) != len(together) for one in alone):
+        return False
     return all(
-        rows_of(whole) == len(some) and _close(torch.cat(parts), whole[:2])
+        rows_of(whole) == len(batch)
+        and all(part.shape[:1] == (1,) for part in parts)
+        and len({part.shape for part in parts}) == 1
+        and _close(torch.cat(parts), whole[: len(parts)])
         for whole, *parts in zip(together, *alone, strict=True)
     )
-
-
-def first_of(batch: Batch) -> Batch:
-    """A few of its examples, where they can be told apart."""
-    return batch if rows_of(batch.data) is None else batch[:FEW]
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
@@ -64,8 +70,12 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
     if not one.is_floating_point():
         return torch.equal(one, other)
+    if not other.numel():
+        return True
     scale = torch.where(other.isfinite(), other, 0.0).abs().max().item()
     return torch.allclose(one.float(), other.float(), rtol=0, atol=1e-3 * scale, equal_nan=True)
 

@@ -64,13 +64,21 @@ class Evaluator:
         seed: int | None = None,
     ) -> None:
         self.criterion = criterion
-        self.work = plain_copy(model).eval()
         self.given = kept(batches_of(loader, model, criterion, forward))
         if not self.given:
             raise ValueError("the loader has no examples")
-        with evaluating(self.work):
-            check_batch(self.work, first_of(self.given[0]), criterion)
-        # the copy whose first pass that was may keep a table of it
+        self.whole = joined(self.given)
+        # another copy, since it may keep a table of its first pass
+        tried = plain_copy(model).eval()
+        with evaluating(tried):
+            first = first_of(tried, self.given[0])
+            check_batch(tried, first, criterion)
+            # several examples, also where each is a batch: test_a_batch_that_counts_as_one_stays
+            few = (
+                self.whole[: len(first) + 1] if self.whole is not None and len(first) < 2 else first
+            )
+            if not independent(tried, few):
+                self.whole = None
         self.work = plain_copy(model).eval()
         pool_first(self.work)
         self.device = device_of(self.work)
@@ -81,15 +89,10 @@ class Evaluator:
         # tensors of which a replayed pass was compared with a whole one
         self.compared: set[str] = set()
         # before what is put there counts as changed: test_a_layout_that_fails_is_left
-        self.stateful, self.edits_inputs = self._side_effects()
+        self.stateful, self.edits_inputs = self._side_effects(first)
         self.layout, self.batch = CONTIGUOUS, 0
         # by batch that stays, its examples, once they are known
         self.sizes: list[int] = []
-        self.whole = joined(self.given)
-        if self.whole is not None:
-            with evaluating(self.work):
-                self.whole = self.whole if independent(self.work, self.given[0]) else None
-            self._put({})
         order = torch.Generator().manual_seed(seed) if seed is not None else None
         if self.whole is not None:
             self.given = []
@@ -100,10 +103,9 @@ class Evaluator:
             permutation = torch.randperm(len(self.given), generator=order).tolist()
             self.given = [self.given[i] for i in permutation]
 
-    def _side_effects(self) -> tuple[set[str], bool]:
+    def _side_effects(self, given: Batch) -> tuple[set[str], bool]:
         """The tensors that a pass changes, such as running means, and whether it changes its inputs
         (test_what_a_pass_changes_is_put_back)."""
-        given = first_of(self.given[0])
         some = given.clone()
         with evaluating(self.work):
             some.run(self.work)

@@ -18,8 +18,9 @@ from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.ste import in_float32, round_through
 from quantifind.tensor.stored_scales import stored_scale
-from quantifind.utils.batches import Batch, DefaultForward, rows_of, tensors_of
+from quantifind.utils.batches import Batch, rows_of, tensors_of
 from quantifind.utils.criteria import IGNORED, aligned
+from quantifind.utils.forwards import DefaultForward
 
 # scales and tables are trained by the logarithm of the factor that they are multiplied with
 SCALE_LEARNING_RATE = 2e-3
