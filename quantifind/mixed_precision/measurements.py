@@ -117,7 +117,7 @@ class Measurements:
             model=model,
             folded=folded,
             train_loader=train_loader,
-            criterion=criterion,
+            criterion=evaluator.criterion,
             forward=forward,
             calibration=calibration,
             evaluator=evaluator,

@@ -183,7 +183,7 @@ def _row(
         "rounding": choice.rounding,
         "bits": quantized.bits,
         "stored_bits": quantized.stored_bits if is_tensor else 0,
-        "original_criterion": columns["original_loss"].mean(),
+        "original_criterion": columns["original_loss"].sum() / columns["weight"].sum(),
         "loss_increase": max(increase, 0.0) if math.isfinite(increase) else math.inf,
         **degradation(columns),
         "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,

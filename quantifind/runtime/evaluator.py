@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantifind.metrics import Outcome, compared, gathered, judged, outcome
 from quantifind.network.activations import QuantizedActivations
-from quantifind.network.modules import own_tensors, plain_copy, put_values
+from quantifind.network.modules import own_tensors, plain_copy, put_values, run
 from quantifind.runtime.checks import check_batch, equal, first_of, independent, reason_of
 from quantifind.runtime.layouts import CONTIGUOUS, in_layout, layout_and_batch, on_device, to_layout
 from quantifind.runtime.pooling import pool_first
@@ -28,8 +28,9 @@ from quantifind.utils.batches import (
     with_tensors,
 )
 from quantifind.utils.console import console
-from quantifind.utils.criteria import Criterion
+from quantifind.utils.criteria import Criterion, settled
 from quantifind.utils.devices import device_of, evaluating, is_out_of_memory
+from quantifind.utils.forwards import DefaultForward
 
 # between a replayed pass and a whole one, of the largest output
 TOLERANCE = 1e-5
@@ -63,7 +64,6 @@ class Evaluator:
         forward: Forward | None = None,
         seed: int | None = None,
     ) -> None:
-        self.criterion = criterion
         self.given = kept(batches_of(loader, model, criterion, forward))
         if not self.given:
             raise ValueError("the loader has no examples")
@@ -73,6 +73,10 @@ class Evaluator:
         with evaluating(tried):
             first = first_of(tried, self.given[0])
             check_batch(tried, first, criterion)
+            literal = not isinstance(first.forward, DefaultForward)
+            self.criterion, _ = settled(
+                criterion, self.given, lambda batch: run(tried, batch), literal=literal
+            )
             # several examples, also where each is a batch: test_a_batch_that_counts_as_one_stays
             few = (
                 self.whole[: len(first) + 1] if self.whole is not None and len(first) < 2 else first

@@ -41,7 +41,7 @@ class DefaultForward:
     """
 
     def __init__(self, model: nn.Module, criterion: Any = None) -> None:
-        self.takes_logits = criterion is None or _is_torchs(criterion)
+        self.takes_logits = criterion is None or is_torchs(criterion)
         parameters = inspect.signature(model.forward).parameters.values()
         kinds = inspect.Parameter
         positional = [
@@ -120,7 +120,7 @@ class DefaultForward:
         return f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
 
 
-def _is_torchs(criterion: Any) -> bool:
+def is_torchs(criterion: Any) -> bool:
     """Whether it is one of torch's losses, a module or a function, perhaps with options."""
     while isinstance(criterion, functools.partial):
         criterion = criterion.func
