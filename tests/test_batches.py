@@ -420,10 +420,12 @@ def test_a_batch_that_counts_as_one_stays():
 
     torch.manual_seed(0)
     net = Centred(8, 3)
-    with torch.no_grad():
-        each = [F.cross_entropy(net(x), y, reduction="none") for x, y in pairs(X, Y, size=16)]
-    measured = Evaluator(net, pairs(X, Y, size=16), CROSS_ENTROPY)
-    torch.testing.assert_close(measured.outcome()["loss"], torch.cat(each).double())
+    for size in (16, 1):
+        batches = pairs(X, Y, size=size)
+        with torch.no_grad():
+            each = [F.cross_entropy(net(x), y, reduction="none") for x, y in batches]
+        measured = Evaluator(net, batches, CROSS_ENTROPY)
+        torch.testing.assert_close(measured.outcome()["loss"], torch.cat(each).double())
 
 
 def test_without_labels_outputs_are_held_to_the_float_networks():

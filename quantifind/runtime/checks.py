@@ -1,16 +1,49 @@
 """Whether a network takes its batches, and whether two passes give the same."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from quantifind.metrics import judged
 from quantifind.network.modules import PASS_FAILS, run
-from quantifind.utils.batches import Batch, rows_of, tensors_of
-from quantifind.utils.criteria import Criterion, CriterionError, check_criterion, name_of
+from quantifind.utils.batches import Batch, joined, rows_of, tensors_of
+from quantifind.utils.criteria import (
+    Criterion,
+    CriterionError,
+    check_criterion,
+    name_of,
+    settled,
+)
+from quantifind.utils.forwards import DefaultForward
 
-# examples of which it is seen whether the others of a batch count, and of a large batch those that
-# are tried before everything
-FEW, CHECKED = 4, 256
+# examples of which it is seen whether the others of a batch count
+FEW = 4
+# of a larger batch so many are tried before everything, or fewer where that many fail
+PARTS = (256, 64, 16, 4)
+
+
+def checked(
+    model: nn.Module, given: Sequence[Batch], criterion: Criterion | None
+) -> tuple[Batch, Batch | None, Criterion | None]:
+    """What is tried before everything: one batch through a network and its criterion.
+
+    given: all batches.
+    Returns: that batch; one of all examples, None where they can't be in other batches; and the
+        criterion, as `quantifind.utils.criteria.settled`.
+    """
+    first = first_of(model, given[0])
+    check_batch(model, first, criterion)
+    literal = not isinstance(first.forward, DefaultForward)
+    some = itertools.chain([first], given[1:])
+    criterion, _ = settled(criterion, some, lambda batch: run(model, batch), literal=literal)
+    whole = joined(given)
+    if whole is not None:
+        # several examples, also where each is a batch: test_a_batch_that_counts_as_one_stays
+        several = first if len(first) > 1 else whole[:FEW]
+        whole = whole if independent(model, several) else None
+    return first, whole, criterion
 
 
 def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> None:
@@ -35,9 +68,11 @@ def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> 
 
 def first_of(model: nn.Module, batch: Batch) -> Batch:
     """All of a batch; of a large one a part, where its examples are `independent` there."""
-    if not batch.apart or len(batch) <= CHECKED or not independent(model, batch[:CHECKED]):
-        return batch
-    return batch[:CHECKED]
+    if batch.apart and len(batch) > PARTS[0]:
+        for part in (batch[:size] for size in PARTS):
+            if independent(model, part):
+                return part
+    return batch
 
 
 def independent(model: nn.Module, batch: Batch) -> bool:

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from quantifind.metrics import Outcome, compared, gathered, judged, outcome
 from quantifind.network.activations import QuantizedActivations
-from quantifind.network.modules import own_tensors, plain_copy, put_values, run
-from quantifind.runtime.checks import check_batch, equal, first_of, independent, reason_of
-from quantifind.runtime.layouts import CONTIGUOUS, in_layout, layout_and_batch, on_device, to_layout
+from quantifind.network.modules import own_tensors, plain_copy, put_values
+from quantifind.runtime.checks import checked, equal, reason_of
+from quantifind.runtime.layouts import (
+    CONTIGUOUS,
+    CPU_BATCH,
+    in_layout,
+    layout_and_batch,
+    on_device,
+    to_layout,
+)
 from quantifind.runtime.pooling import pool_first
 from quantifind.runtime.replay import NotReplayable, Replay
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
@@ -22,15 +29,14 @@ from quantifind.utils.batches import (
     Batch,
     Forward,
     batches_of,
-    joined,
     kept,
+    regrouped,
     tensors_of,
     with_tensors,
 )
 from quantifind.utils.console import console
-from quantifind.utils.criteria import Criterion, settled
+from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import device_of, evaluating, is_out_of_memory
-from quantifind.utils.forwards import DefaultForward
 
 # between a replayed pass and a whole one, of the largest output
 TOLERANCE = 1e-5
@@ -67,22 +73,10 @@ class Evaluator:
         self.given = kept(batches_of(loader, model, criterion, forward))
         if not self.given:
             raise ValueError("the loader has no examples")
-        self.whole = joined(self.given)
         # another copy, since it may keep a table of its first pass
         tried = plain_copy(model).eval()
         with evaluating(tried):
-            first = first_of(tried, self.given[0])
-            check_batch(tried, first, criterion)
-            literal = not isinstance(first.forward, DefaultForward)
-            self.criterion, _ = settled(
-                criterion, self.given, lambda batch: run(tried, batch), literal=literal
-            )
-            # several examples, also where each is a batch: test_a_batch_that_counts_as_one_stays
-            few = (
-                self.whole[: len(first) + 1] if self.whole is not None and len(first) < 2 else first
-            )
-            if not independent(tried, few):
-                self.whole = None
+            first, self.whole, self.criterion = checked(tried, self.given, criterion)
         self.work = plain_copy(model).eval()
         pool_first(self.work)
         self.device = device_of(self.work)
@@ -139,14 +133,14 @@ class Evaluator:
         return next((end for end in ends if end >= examples), self.examples)
 
     def given_batches(self) -> list[Batch]:
-        """All examples, as few batches as may be, whatever the layout of a pass."""
+        """All examples, in batches that may go through a network, whatever the layout of a pass."""
         if self.whole is None:
             return self.given
         plain = torch.contiguous_format
         data = with_tensors(
             lambda t: t.clone(memory_format=plain) if isinstance(t, Tensor) else t, self.whole.data
         )
-        return [Batch(data, self.whole.forward)]
+        return regrouped([Batch(data, self.whole.forward)], CPU_BATCH)
 
     def _lay_out(self, layout: str, batch: int) -> None:
         assert self.whole is not None
