@@ -866,3 +866,6 @@ def test_rows_that_are_no_examples_stay_together(case, count):
     if labelled:
         wanted = CROSS_ENTROPY(torch.cat(made), torch.cat([batch[-1] for batch in batches]))
         assert measured.criterion == pytest.approx(wanted.item(), rel=1e-5)
+        options = {"limit": 2.0, "widths": [4], "proxies": True}
+        table = find_strategy(net, batches, batches, CROSS_ENTROPY, **options).sensitivity
+        assert table["fisher_increase"].isna().all()

@@ -201,7 +201,9 @@ def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) ->
     model, criterion, table = measurements.model, measurements.criterion, sensitivity.table
     if criterion is None:
         return table
-    whole = joined(measurements.calibration)
+    # batches stay where the evaluator's do: test_rows_that_are_no_examples_stay_together
+    together = measurements.evaluator.whole is not None
+    whole = joined(measurements.calibration) if together else None
     if whole is None:
         some = itertools.accumulate(map(len, measurements.calibration), initial=0)
         pairs = zip(measurements.calibration, some, strict=False)
