@@ -154,7 +154,7 @@ def _copied(model: nn.Module) -> nn.Module:
                 replica = copy.deepcopy(model, memo)
             except Exception as error:
                 raise ValueError(_obstacle(model, error)) from error
-    rebind(replica, memo)
+            rebind(replica, memo)
     return replica
 
 
