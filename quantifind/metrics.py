@@ -32,7 +32,7 @@ WAITING = 2**28
 COMPARED = 2**21
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """What a network makes of examples, on the CPU.
 

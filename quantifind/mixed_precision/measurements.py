@@ -30,7 +30,7 @@ from quantifind.utils.batches import Batch, Forward, tensors_of
 from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import evaluating
 from quantifind.utils.loaders import sample
-from quantifind.utils.naming import naming
+from quantifind.utils.naming import first_line, naming
 
 # examples of training data
 CALIBRATION = 4_096
@@ -224,7 +224,7 @@ def _float_outcome(evaluator: Evaluator) -> Outcome:
     except PASS_FAILS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"the float network on validation data: {reason}") from error
     if original.nans:
         raise ValueError(

@@ -17,6 +17,7 @@ from quantifind.utils.criteria import (
     settled,
 )
 from quantifind.utils.forwards import DefaultForward
+from quantifind.utils.naming import first_line
 
 # examples of which it is seen whether the others of a batch count
 FEW = 4
@@ -58,7 +59,7 @@ def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> 
     except CriterionError:
         raise
     except PASS_FAILS as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         given = ", ".join(str(list(tensor.shape)) for tensor in tensors_of([outputs, *targets]))
         raise ValueError(
             f"{name_of(criterion)} does not take what it is given, of shapes {given}: {reason}; "
@@ -113,8 +114,3 @@ def _close(one: Tensor, other: Tensor) -> bool:
         return True
     scale = torch.where(other.isfinite(), other, 0.0).abs().max().item()
     return torch.allclose(one.float(), other.float(), rtol=0, atol=1e-3 * scale, equal_nan=True)
-
-
-def reason_of(error: Exception) -> str:
-    """Its first line."""
-    return str(error).partition("\n")[0]

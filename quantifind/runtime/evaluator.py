@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantifind.metrics import Outcome, compared, gathered, judged, outcome
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.modules import own_tensors, plain_copy, put_values
-from quantifind.runtime.checks import checked, equal, reason_of
+from quantifind.runtime.checks import checked, equal
 from quantifind.runtime.layouts import (
     CONTIGUOUS,
     CPU_BATCH,
@@ -37,6 +37,7 @@ from quantifind.utils.batches import (
 from quantifind.utils.console import console
 from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import device_of, evaluating, is_out_of_memory
+from quantifind.utils.naming import first_line
 
 # between a replayed pass and a whole one, of the largest output
 TOLERANCE = 1e-5
@@ -258,7 +259,7 @@ class Evaluator:
                 return self._guarded(lambda: self._replayed(name, values, first, last, beside))
             except NotReplayable as error:
                 self.replayable = False
-                console.print(f"Each pass is a whole one: {reason_of(error)}", markup=False)
+                console.print(f"Each pass is a whole one: {first_line(error)}", markup=False)
         each = (Quantized({name: value}) for value in values)
         return [self.outcome(one, first, last, beside=beside) for one in each]
 
@@ -294,7 +295,7 @@ class Evaluator:
                 if is_out_of_memory(error):
                     raise
                 # a whole pass may well do: test_a_failed_replay_leaves_the_layout
-                raise NotReplayable(reason_of(error)) from error
+                raise NotReplayable(first_line(error)) from error
             return [gathered(one) for one in outcomes]
 
     def _compare(self, replay: Replay, batch: Batch, name: str, value: QuantizedTensor) -> None:
@@ -337,7 +338,7 @@ class Evaluator:
             console.print(f"Out of memory: going on with batches of {self.batch}", markup=False)
         if self.whole is None or self.layout == CONTIGUOUS:
             raise failed
-        said = f"Layout {self.layout} failed ({reason_of(failed)}): going on with {CONTIGUOUS}"
+        said = f"Layout {self.layout} failed ({first_line(failed)}): going on with {CONTIGUOUS}"
         self._lay_out(CONTIGUOUS, self.batch)
         result = run()
         console.print(said, markup=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from quantifind.utils.naming import first_line
 from quantifind.utils.own_files import of_file
 from quantifind.utils.sources import is_file
 
@@ -88,7 +89,7 @@ def reason(error: BaseException) -> str:
     >>> reason(KeyError("weight"))
     "KeyError: 'weight'"
     """
-    first = str(error).strip().partition("\n")[0]
+    first = first_line(error)
     package = Path(__file__).parents[1]
     ours = (f"{package}/", f"{package.with_name('stages')}/")
     others = (*ours, sysconfig.get_path("stdlib"), "<frozen")
