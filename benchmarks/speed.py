@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import grids
 from benchmarks.rooms import rooms
 from quantifind.data import mnist_data
-from quantifind.metrics import losses, outcome
+from quantifind.metrics import outcome
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import NEAREST, PER_TENSOR, SearchSpace
 from quantifind.mixed_precision.sensitivity import measure_sensitivity
@@ -47,6 +47,7 @@ from quantifind.quantize import mean_bits, quantize_model
 from quantifind.search import find_strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
+from quantifind.utils.criteria import losses
 from quantifind.utils.devices import device
 from quantifind.utils.loaders import Tensors, batch_loader, split_loaders
 from quantifind.utils.memory import keep_freed_memory

@@ -20,9 +20,9 @@ from quantifind.utils.criteria import (
     Criterion,
     aligned,
     by_example,
-    losses,
+    settled,
     values_of,
-    weights,
+    weighted,
 )
 from quantifind.utils.devices import evaluating
 
@@ -32,7 +32,7 @@ WAITING = 2**28
 COMPARED = 2**21
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """What a network makes of examples, on the CPU.
 
@@ -55,7 +55,7 @@ class Outcome:
         return torch.cat([part[name] for part in self.parts])
 
     def __contains__(self, name: str) -> bool:
-        return name in self.parts[0]
+        return all(name in part for part in self.parts)
 
     def __len__(self) -> int:
         return sum(len(part["loss"]) for part in self.parts)
@@ -110,11 +110,13 @@ def outcome(
 
     forward: as `quantifind.utils.batches.batches_of` takes it.
     most: bytes of outputs in all; where they are more, they are left out.
-    Raises: ValueError for a loader without examples.
+    Raises: ValueError for a loader without examples, and as `quantifind.utils.criteria.settled`.
     """
     with evaluating(model):
         batches = batches_of(loader, model, criterion, forward)
-        return gathered((judged(criterion, *batch.run(model)) for batch in batches), most)
+        made: Iterable[Any] = (batch.run(model) for batch in batches)
+        criterion, made = settled(criterion, made, lambda one: one, literal=forward is not None)
+        return gathered((judged(criterion, *one) for one in made), most)
 
 
 def gathered(batches: Iterable[Outcome], most: float = math.inf) -> Outcome:
@@ -174,10 +176,9 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
     criterion: None where there is nothing but the outputs: their loss is NaN.
     """
     outputs, targets = aligned(criterion, outputs, given)
-    weight = weights(criterion, outputs, *targets)
-    loss = losses(criterion, outputs, *targets).double()
+    loss, weight = weighted(criterion, outputs, *targets)
     values = values_of(criterion, outputs)
-    part = {"outputs": values, "loss": loss, "weight": weight}
+    part = {"outputs": values, "loss": loss.double(), "weight": weight}
     classes, labels = None, targets[0] if len(targets) == 1 else None
     if isinstance(labels, Tensor) and isinstance(outputs, Tensor):
         classes = _classes(criterion, outputs, labels)
@@ -225,7 +226,7 @@ def divergence(quantized: Outcome, original: Outcome) -> np.ndarray:
     """How much the loss of each example would increase if the original's outputs were the truth.
 
     Two outcomes, as `paired` takes them. Returns: (examples,) float64, the Kullback-Leibler
-    divergence of the classes' probabilities from the original's (nats), by weight in the mean over
+    divergence of the classes' probabilities from the original's (nats), by weight in the sum over
     positions; or without classes the mean squared error of the outputs.
     """
     return columns_of(compared(quantized, original))["divergence"]
@@ -287,8 +288,11 @@ def _apart(
         apart = yes + no
     else:
         apart = squares
-    means = apart.flatten(1).mean(1) if apart.dim() > 1 else apart
-    return squares.flatten(1).sum(1), norms, means
+    if apart.dim() > 1:
+        # of positions that count by themselves, as their losses are
+        summed = classes == "softmax" and weight.dim() > 1
+        apart = apart.flatten(1).sum(1) if summed else apart.flatten(1).mean(1)
+    return squares.flatten(1).sum(1), norms, apart
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def find_strategy(
     criterion: the loss, (outputs, targets) → a number, such as `torch.nn.CrossEntropyLoss()`, or
         one number an example. None for data without labels: then a limit is of relative_error.
     forward: (model, batch) → (outputs, targets), what the criterion gets; by default
-        `quantifind.utils.batches.DefaultForward`.
+        `quantifind.utils.forwards.DefaultForward`.
     limit: the criterion ratio, 1 or more, or ``{"criterion_ratio": 1.01}``,
         ``{"accuracy_drop": 0.005}`` or ``{"relative_error": 0.05}``. The candidate's one-sided
         bound on validation data is at most that.

@@ -1,6 +1,6 @@
 """Splits of data as files: every tensor of the batches, whole, and how a batch is made of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch.utils._pytree import (
     treespec_dumps,
     treespec_loads,
 )
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
-from quantifind.utils.loaders import Tensors, batch_loader, check_draws_all, whole_split
+from quantifind.utils.loaders import Tensors, batch_loader, in_order, whole_tensors
 from stages import files
 
 PAIR = ("inputs", "targets")
@@ -48,13 +48,14 @@ def split_of(loader: Any) -> tuple[dict[str, Tensor], TreeSpec | None]:
 
     loader: a DataLoader; or any batches, which are taken as they come.
     Raises: ValueError for examples that are not tensors of one shape, in tuples, lists and dicts;
-    and as `quantifind.utils.loaders.whole_split` does.
+    and as `quantifind.utils.loaders.in_order` does.
     """
-    if isinstance(loader, DataLoader) and len(getattr(loader.dataset, "tensors", ())) == 2:
-        return dict(zip(PAIR, whole_split(loader), strict=True)), None
+    tensors = whole_tensors(loader) if isinstance(loader, DataLoader) else None
+    if tensors is not None and len(tensors) == 2:
+        return dict(zip(PAIR, tensors, strict=True)), None
     parts: dict[str, list[Tensor]] = {}
     trees = []
-    for batch in map(_plain, _batches(loader)):
+    for batch in map(_plain, in_order(loader) if isinstance(loader, DataLoader) else loader):
         leaves, tree = tree_flatten_with_path(batch)
         trees.append(tree)
         for path, leaf in leaves:
@@ -76,16 +77,6 @@ def split_of(loader: Any) -> tuple[dict[str, Tensor], TreeSpec | None]:
     if list(whole) == ["batch[0]", "batch[1]"]:
         return dict(zip(PAIR, whole.values(), strict=True)), None
     return whole, trees[0]
-
-
-def _batches(loader: Any) -> Iterable[Any]:
-    """In the order of the data set where there is one."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return loader
-    if loader.batch_sampler is None:  # the data set makes its batches itself
-        return loader
-    check_draws_all(loader)
-    return DataLoader(loader.dataset, batch_size=256, collate_fn=loader.collate_fn)
 
 
 def _joined(name: str, tensors: list[Tensor]) -> Tensor:

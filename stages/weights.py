@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantifind.storage.states import check_same_architecture, load_plain, load_state
+from quantifind.utils.naming import first_line
 from stages import files
 
 # where a file that holds more than a state dict may have it
@@ -26,7 +27,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(
             f"{path}: not a file of weights alone ({reason}); write it by "
             "torch.save(net.state_dict(), …) or as .safetensors"

@@ -1,21 +1,28 @@
 """Batches, outputs and criteria as people have them, judged as a plain loop judges them."""
 
+import functools
 import math
-from dataclasses import dataclass
+from collections import UserDict
+from collections.abc import MutableMapping
+from dataclasses import InitVar, dataclass, field
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from quantifind import certify, evaluate_strategies, find_strategy, quantize_model, uniform_strategy
 from quantifind.learning import learn
 from quantifind.metrics import outcome
 from quantifind.mixed_precision.proxies import hessian_traces
+from quantifind.quantize import quantize
 from quantifind.runtime.evaluator import Evaluator
-from quantifind.utils.batches import BatchError, DefaultForward, batches_of, kept
+from quantifind.utils.batches import batches_of, kept
+from quantifind.utils.forwards import BatchError, DefaultForward
 from quantifind.workflow.evaluation_workflow import compute_test_loss, evaluate_bit_depths
 
 X = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
@@ -236,7 +243,6 @@ def test_classes_in_doubt_are_none():
 
     net = nn.Linear(8, 3)
     assert outcome(net, [(x, labels)], criterion).classes is None
-    assert outcome(net, [(x, labels)], CROSS_ENTROPY).classes == "softmax"
 
 
 @pytest.mark.parametrize("shape", [(96,), (96, 1)])
@@ -276,7 +282,7 @@ def test_a_criterion_of_a_whole_batch_is_said_to_be():
         with pytest.raises(ValueError, match=message):
             find_strategy(nn.Linear(8, 3), pairs(X, Y), pairs(X, Y), criterion, limit=1.5)
     net = nn.Linear(8, 1)
-    with pytest.raises(ValueError, match=r"of one shape, not \[4, 1\] and \[4\]"):
+    with pytest.raises(ValueError, match=r"of one shape, not \[32, 1\] and \[32\]"):
         evaluate_bit_depths(net, pairs(X, X[:, 0]), nn.MSELoss(), [4])
 
 
@@ -414,10 +420,12 @@ def test_a_batch_that_counts_as_one_stays():
 
     torch.manual_seed(0)
     net = Centred(8, 3)
-    with torch.no_grad():
-        each = [F.cross_entropy(net(x), y, reduction="none") for x, y in pairs(X, Y, size=16)]
-    measured = Evaluator(net, pairs(X, Y, size=16), CROSS_ENTROPY)
-    torch.testing.assert_close(measured.outcome()["loss"], torch.cat(each).double())
+    for size in (16, 1):
+        batches = pairs(X, Y, size=size)
+        with torch.no_grad():
+            each = [F.cross_entropy(net(x), y, reduction="none") for x, y in batches]
+        measured = Evaluator(net, batches, CROSS_ENTROPY)
+        torch.testing.assert_close(measured.outcome()["loss"], torch.cat(each).double())
 
 
 def test_without_labels_outputs_are_held_to_the_float_networks():
@@ -542,3 +550,322 @@ def test_proxies_of_a_forward_within_autocast():
     table = find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, **options).sensitivity
     rows = table[table["name"].str.contains("weight")]
     assert (rows[["fisher_increase", "output_fisher_increase"]] > 0).all(axis=None)
+
+
+class Stored(MutableMapping):
+    """Whose shallow copy shares its store."""
+
+    def __init__(self, **parts):
+        self.store = parts
+
+    def __getitem__(self, key):
+        return self.store[key]
+
+    def __setitem__(self, key, value):
+        self.store[key] = value
+
+    def __delitem__(self, key):
+        del self.store[key]
+
+    def __iter__(self):
+        return iter(self.store)
+
+    def __len__(self):
+        return len(self.store)
+
+
+class Attributes(dict):
+    """Whose items are its attributes."""
+
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        self.__dict__ = self
+
+
+@dataclass(frozen=True)
+class Scaled:
+    x: Tensor
+    y: Tensor
+    twice: Tensor = field(init=False)
+    scale: InitVar[float] = 0.1
+
+    def __post_init__(self, scale):
+        object.__setattr__(self, "x", self.x * scale)
+        object.__setattr__(self, "twice", self.x * 2)
+
+
+KINDS = {
+    "its own store": Stored,
+    "read only": lambda **parts: MappingProxyType(parts),
+    "attributes": Attributes,
+    "user dict": lambda **parts: UserDict(parts),
+    "made once": Scaled,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_ones_own_kind_is_left_alone(kind):
+    """Beside the same parts in a plain dict; a batch is what it was, bit for bit."""
+    torch.manual_seed(0)
+    net, given = nn.Linear(8, 3), [KINDS[kind](x=x, y=y) for x, y in pairs(X, Y)]
+
+    def part(batch, name):
+        return (
+            batch[name]
+            if kind in ("its own store", "read only", "user dict")
+            else getattr(batch, name)
+        )
+
+    def forward(net, batch):
+        assert type(batch) in (type(given[0]), dict)
+        if kind == "made once":
+            assert torch.equal(batch.twice, batch.x * 2)
+        return net(part(batch, "x")), part(batch, "y")
+
+    plain = [{"x": part(batch, "x").clone(), "y": part(batch, "y").clone()} for batch in given]
+    found = compute_test_loss(net, given, CROSS_ENTROPY, forward=forward)
+    wanted = CROSS_ENTROPY(net(torch.cat([batch["x"] for batch in plain])), Y).item()
+    assert found == pytest.approx(wanted, rel=1e-5)
+    for batch, before in zip(given, plain, strict=True):
+        assert all(torch.equal(part(batch, name), before[name]) for name in ("x", "y"))
+
+
+@pytest.mark.parametrize("beside", [list, np.array, tuple, lambda names: {"names": names}])
+def test_what_stands_beside_tensors_is_not_cut(beside):
+    """A list that has as many things as the tensors have rows, whatever a batch's size."""
+    net = nn.Linear(8, 3)
+
+    def forward(net, batch):
+        x, names, y = batch
+        names = names["names"] if isinstance(names, dict) else names
+        assert [int(name) for name in names] == x[:, 0].mul(1e4).long().tolist()
+        return net(x), y
+
+    names = [beside(x[:, 0].mul(1e4).long().tolist()) for x, _ in pairs(X, Y, size=12)]
+    batches = [(x, n, y) for (x, y), n in zip(pairs(X, Y, size=12), names, strict=True)]
+    wanted = CROSS_ENTROPY(net(X), Y).item()
+    for some in (batches, [(X, beside(X[:, 0].mul(1e4).long().tolist()), Y)]):
+        found = compute_test_loss(net, some, CROSS_ENTROPY, forward=forward)
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "criterion", [F.cross_entropy, functools.partial(F.cross_entropy, label_smoothing=0.1)]
+)
+def test_torchs_functions_get_the_logits_too(criterion):
+    torch.manual_seed(0)
+    net = Two(OUTPUTS["object"])
+    loss = criterion(nn.Linear.forward(net, X), Y).item()
+    assert compute_test_loss(net, pairs(X, Y), criterion) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("square", [0, 1])
+@pytest.mark.parametrize("make", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_as_many_positions_as_classes(turned, square, make):
+    """Of (examples, positions, classes), or with the classes second, as the other batches have it;
+    where none tells, it is asked, and what forward gives is taken as it is."""
+    torch.manual_seed(0)
+
+    class Tagger(nn.Linear):
+        def forward(self, x):
+            outputs = super().forward(x).log_softmax(-1)
+            return outputs.movedim(-1, 1) if turned else outputs
+
+    net, criterion = Tagger(8, 3), make()
+    with torch.no_grad():
+        net.weight.mul_(4)
+    lengths = [4, 5]
+    lengths.insert(square, 3)
+    batches = [(torch.randn(6, n, 8), torch.randint(3, (6, n))) for n in lengths]
+    losses = []
+    for x, y in batches:
+        outputs = nn.Linear.forward(net, x).log_softmax(-1)
+        losses.append(F.nll_loss(outputs.flatten(0, 1), y.flatten(), reduction="none"))
+    wanted = torch.cat(losses).mean().item()
+    assert compute_test_loss(net, batches, criterion) == pytest.approx(wanted, rel=1e-5)
+    assert outcome(net, batches, criterion).criterion == pytest.approx(wanted, rel=1e-5)
+    alone = batches[square : square + 1]
+    for call in (
+        lambda: compute_test_loss(net, alone, criterion),
+        lambda: outcome(net, alone, criterion),
+    ):
+        with pytest.raises(
+            ValueError, match="in the second axis or in the last: say so by forward="
+        ):
+            call()
+
+    def forward(net, batch):
+        outputs = net(batch[0])
+        return outputs if turned else outputs.movedim(-1, 1), batch[1]
+
+    wanted = losses[square].mean().item()
+    found = compute_test_loss(net, alone, criterion, forward=forward)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    learn(net, uniform_strategy(net, 2), batches, epochs=1)
+
+
+def masked(outputs, labels):
+    return F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), ignore_index=2)
+
+
+class Inside(nn.Module):
+    """Torch's own criterion within one of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.CrossEntropyLoss(ignore_index=-7)
+
+    def forward(self, outputs, labels):
+        return self.inner(outputs.movedim(-1, 1), labels)
+
+
+class Focal(nn.Module):
+    """A value for each position, or the mean of those that count."""
+
+    ignore_index, reduction = -7, "mean"
+
+    def forward(self, outputs, labels):
+        outputs = outputs.movedim(-1, 1)
+        values = F.cross_entropy(outputs, labels, reduction="none", ignore_index=-7)
+        values = values * (1 - (-values).exp())
+        return values.sum() / (labels != -7).sum() if self.reduction == "mean" else values
+
+
+OF_LABELS = {
+    "module": (nn.CrossEntropyLoss(), -100),
+    "weights": (nn.CrossEntropyLoss(torch.tensor([1.0, 5.0, 0.3]), label_smoothing=0.1), -100),
+    "another label": (nn.CrossEntropyLoss(ignore_index=-7), -7),
+    "function": (lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten()), -100),
+    "inside": (Inside(), -7),
+    "focal": (Focal(), -7),
+}
+
+
+@pytest.mark.parametrize("case", OF_LABELS)
+def test_padding_further_changes_nothing(case):
+    """The mean is over all labels of a loader that count, as the criterion of all has it."""
+    torch.manual_seed(0)
+    criterion, ignored = OF_LABELS[case]
+    net = nn.Linear(8, 3)
+    with torch.no_grad():
+        net.weight.mul_(4)
+    batches, rows = [], []
+    for number, longest in enumerate((4, 9)):
+        x, y = (1 + number) * torch.randn(7, longest, 8), torch.randint(3, (7, longest))
+        for row, count in enumerate(torch.randint(1, longest + 1, (7,))):
+            y[row, count:] = ignored
+        batches.append((x, y))
+        rows.append((x.flatten(0, 1), y.flatten()))
+    x, y = (torch.cat(parts)[None] for parts in zip(*rows, strict=True))
+    outputs = net(x).movedim(-1, 1) if isinstance(criterion, nn.CrossEntropyLoss) else net(x)
+    wanted = criterion(outputs, y).item()
+    assert compute_test_loss(net, batches, criterion) == pytest.approx(wanted, rel=1e-4)
+    x, y = batches[1]
+    batches[1] = F.pad(x, (0, 0, 0, 13), value=3.0), F.pad(y, (0, 13), value=ignored)
+    assert compute_test_loss(net, batches, criterion) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [12, 24, 48])
+def test_every_batch_says_whether_a_criterion_is_of_a_whole_batch(size):
+    """What it ignores, or weighs, may come in a later batch, or be alike in each."""
+    torch.manual_seed(0)
+    net, y = nn.Linear(8, 3), torch.randint(2, (48, 5))
+    x = torch.randn(48, 5, 8)
+    y[-1, 1:] = 2  # which it ignores
+    batches = pairs(x, y, size=size)
+    # batches that stay, since no two have as many positions
+    batches = [
+        (x[:, :n], y[:, :n]) if n < 5 else (x, y)
+        for n, (x, y) in zip((4, 3, 2, 5)[-len(batches) :], batches, strict=True)
+    ]
+    with pytest.raises(ValueError, match=r"masked is .* it exists for a whole batch only;"):
+        compute_test_loss(net, batches, masked)
+
+
+def test_whole_numbers_are_not_ignored():
+    """Where a criterion has no label that it ignores, -100 is a number like others."""
+    torch.manual_seed(0)
+    net, numbers = nn.Linear(8, 1), torch.randint(-100, -90, (96,))
+
+    def each(outputs, numbers):
+        return (outputs.squeeze(1) - numbers).abs()
+
+    def mean(outputs, numbers):
+        return each(outputs, numbers).mean()
+
+    wanted = mean(net(X), numbers).item()
+    for criterion in (each, mean):
+        found = compute_test_loss(net, pairs(X, numbers), criterion)
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_answers_are_judged_where_all_batches_have_some():
+    """Labels of 0 and 1 in one batch, shares in the next, which has another length."""
+    torch.manual_seed(0)
+
+    class Mean(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mean(1))
+
+    net, criterion = Mean(8, 1), nn.BCEWithLogitsLoss()
+    batches = [(torch.randn(8, 5, 8), torch.ones(8)), (torch.randn(8, 3, 8), torch.rand(8))]
+    row = evaluate_bit_depths(net, batches, criterion, [8]).iloc[0]
+    with torch.no_grad():
+        outputs = torch.cat([net(x).flatten() for x, _ in batches])
+    wanted = criterion(outputs, torch.cat([y for _, y in batches])).item()
+    assert row["original_criterion"] == pytest.approx(wanted, rel=1e-5)
+    assert "accuracy" not in row
+
+
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x, near):
+        return self.head(near @ self.body(near @ x).relu())
+
+
+class Steps(nn.GRU):
+    """As many steps as the longest of the batch has."""
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(super().forward(packed)[0], batch_first=True)[0]
+
+
+class TimeFirst(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0][-1]
+
+
+def no_rows():
+    """Networks and batches whose tensors have rows that are no examples."""
+    x = torch.randn(12, 9, 8)
+    lengths = torch.tensor([5, 9, 2, 9, 1, 3, 8, 9, 4, 4, 7, 6])
+    yield Graph(), lambda: (torch.randn(12, 8), torch.rand(12, 12), torch.randint(3, (12,)))
+    yield Steps(8, 3, batch_first=True), lambda: (x * torch.rand(1), lengths)
+    yield Steps(8, 3, batch_first=True), lambda: (x * torch.rand(1), lengths.tolist())
+    yield TimeFirst(8, 3), lambda: (torch.randn(12, 12, 8), torch.randint(3, (12,)))
+
+
+@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_that_are_no_examples_stay_together(case, count):
+    torch.manual_seed(0)
+    net, make = list(no_rows())[case]
+    batches = [make() for _ in range(count)]
+    labelled = batches[0][-1] is not None and case in (0, 3)
+    quantized = quantize(net, uniform_strategy(net, 4))
+    put = quantize_model(net, quantized)
+    measured = Evaluator(net, batches, CROSS_ENTROPY if labelled else None).outcome(quantized)
+    with torch.no_grad():
+        made = [put(*(batch[:-1] if labelled else batch)) for batch in batches]
+    torch.testing.assert_close(measured["outputs"], torch.cat(made))
+    if labelled:
+        wanted = CROSS_ENTROPY(torch.cat(made), torch.cat([batch[-1] for batch in batches]))
+        assert measured.criterion == pytest.approx(wanted.item(), rel=1e-5)
+        options = {"limit": 2.0, "widths": [4], "proxies": True}
+        table = find_strategy(net, batches, batches, CROSS_ENTROPY, **options).sensitivity
+        assert table["fisher_increase"].isna().all()

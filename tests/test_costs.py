@@ -349,6 +349,27 @@ def test_macs_of_convolutions(axes, transposed, groups):
     assert product.macs == moved[0].numel() * 3**axes * others // groups
 
 
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("strides", list(itertools.permutations([1, 2, 4])))
+def test_macs_of_one_kernel_with_other_options(axes, strides):
+    """Each use counts by its own result, in whatever order."""
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5, *(3,) * axes))
+
+        def forward(self, x):
+            function = getattr(F, f"conv{axes}d")
+            self.made = [function(x, self.weight, stride=stride) for stride in strides]
+            return sum(result.flatten(1).sum(1) for result in self.made)
+
+    net, x = Several(), torch.randn(2, 5, *(11,) * axes)
+    net(x)
+    each = sum(result[0].numel() * 5 * 3**axes for result in net.made)
+    assert sum(product.macs for product in macs(net, x)) == each
+
+
 @for_every_model
 def test_macs_are_those_of_torchs_own_counter(name):
     """Of the whole pass, without the fused attention that it doesn't see into."""

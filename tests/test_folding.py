@@ -13,6 +13,7 @@ from test_strategy import intact
 from torch import nn
 
 from quantifind.costs import model_bytes
+from quantifind.mixed_precision.measurements import Measurements
 from quantifind.network.foldable import foldable
 from quantifind.network.folding import Folded, fold, parameter_count, prepared
 from quantifind.network.modules import named_tensors, stored_bytes
@@ -209,6 +210,37 @@ def test_what_is_in_doubt_stays(kind):
     assert intact(net, lambda: foldable(net, lambda model: model(x))) == ()
     # what a pass leaves out may be what tells
     assert foldable(net, lambda model: (model(x), None)[1]) == ()
+
+
+class Longer(nn.Module):
+    """Two norms, of which one is for longer inputs alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.first_norm = nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4)
+        self.second, self.second_norm = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.second(self.first_norm(self.first(x)).relu())
+        x = self.second_norm(x) if x.shape[-1] > 10 else x
+        return self.head(x.mean(-1))
+
+
+@pytest.mark.parametrize("short_in", ["train", "val", "both"])
+def test_a_norm_that_some_batches_leave_out_stays(short_in):
+    """Wherever that batch is; what the search says is then what a plain loop says."""
+    torch.manual_seed(0)
+    net = settle(Longer()).eval()
+    long = [(torch.randn(16, 3, 20), torch.randint(3, (16,)))]
+    both = [*long, (torch.randn(16, 3, 8), torch.randint(3, (16,)))]
+    train, val = (both if short_in in (kind, "both") else long for kind in ("train", "val"))
+    measured = Measurements.start(net, train, val, nn.CrossEntropyLoss())
+    assert measured.folded == (("first", "first_norm"),)
+    with torch.no_grad():
+        each = [F.cross_entropy(net(x), y, reduction="sum").item() for x, y in val]
+    wanted = sum(each) / sum(len(y) for _, y in val)
+    assert measured.original.criterion == pytest.approx(wanted, rel=1e-5)
 
 
 class Residual(nn.Module):

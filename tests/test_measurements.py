@@ -234,6 +234,21 @@ def test_criteria_with_other_settings_do_not_share_what_they_measured(tmp_path, 
     assert_columns(shared, Measurements.start(net, train, val, second).columns("2 bits", quantized))
 
 
+@pytest.mark.parametrize("place", [3, 150, 299])
+def test_a_label_that_is_rare_has_a_say_in_the_folder(tmp_path, place):
+    """Two criteria that differ for one example alone, wherever it is."""
+    net, (train, val) = network(), splits()
+    inputs, labels = val.dataset.tensors
+    labels = torch.where(torch.arange(len(labels)) == place % len(labels), 2, labels % 2)
+    rare = [(inputs, labels)]
+    folders = set()
+    for weight in (1.0, 3.0):
+        criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, weight]))
+        measured = Measurements.start(net, train, rare, criterion, folder=tmp_path)
+        folders.add(measured.store.folder)
+    assert len(folders) == 2
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_the_model_is_left_as_it_was(train):
     net = network().train(train)

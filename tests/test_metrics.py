@@ -17,7 +17,6 @@ from quantifind.metrics import (
     columns_of,
     divergence,
     is_classification,
-    losses,
     outcome,
     paired,
     weight_error,
@@ -27,6 +26,7 @@ from quantifind.runtime import evaluator, layouts
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.strategy import uniform_strategy
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.criteria import losses
 from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.workflow.evaluation_workflow import (
     compare,
@@ -302,7 +302,7 @@ def by_hand(name, measured, original):
             if name == "softmax" or name.startswith("positions"):  # (classes, …)
                 p, q = f.softmax(0), f_b.softmax(0)
                 each = other["weight"][number].double() * (p * (p / q).log()).sum(0)
-                columns["divergence"].append(each.mean().item())
+                columns["divergence"].append(each.sum().item())
             elif name == "sigmoid":
                 p, q = f.sigmoid(), f_b.sigmoid()
                 each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()

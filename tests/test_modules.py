@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -257,6 +258,85 @@ def test_functions_of_a_copy_are_its_own():
     assert not replica(x).any()
     assert net(x).all()
     assert replica[1].acts["one"][0] is replica[1].act
+
+
+class Slotted:
+    __slots__ = ("weight",)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def apply(self, x):
+        return x @ self.weight
+
+
+def by_default(w):
+    return lambda x, *, w=w: x @ w
+
+
+def by_name(w):
+    names = {"held": w}
+    exec("def f(x): return (lambda y: y @ held)(x)", names)
+    return names["f"]
+
+
+HOLDING = {
+    "itself": lambda w: lambda x: x @ w,
+    "a list": lambda w: (lambda held: lambda x: x @ held[0])([w]),
+    "a set in a dict": lambda w: (lambda held: lambda x: x @ next(iter(held["w"])))({"w": {w}}),
+    "a partial": lambda w: (lambda held: lambda x: held(x))(partial(torch.matmul, other=w)),
+    "an object": lambda w: (lambda held: lambda x: x @ held.w)(SimpleNamespace(w=w)),
+    "slots": lambda w: (lambda held: lambda x: x @ held.weight)(Slotted(w)),
+    "a method": lambda w: (lambda held: lambda x: held(x))(Slotted(w).apply),
+    "a function in a list": lambda w: (lambda held: lambda x: held[0](x))([lambda x: x @ w]),
+    "a partial of a function": lambda w: partial(lambda f, x: f(x), lambda x: x @ w),
+    "an object of functions": lambda w: SimpleNamespace(f=lambda x: x @ w).f,
+    "a default": lambda w: lambda x, w=w: x @ w,
+    "a named default": by_default,
+    "a global name": by_name,
+}
+
+
+@pytest.mark.parametrize("kind", HOLDING)
+@pytest.mark.parametrize("within", [False, True])
+def test_what_functions_close_over_is_the_copys(kind, within):
+    """The copy's function computes with the copy's weight, the network's with its own."""
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+            function = HOLDING[kind](self.weight)
+            self.function = SimpleNamespace(inner=[function]) if within else function
+
+        def forward(self, x):
+            return (self.function.inner[0] if within else self.function)(x)
+
+    net, x = Holds(), torch.randn(5, 4)
+    wanted = net(x)
+    replica = plain_copy(plain_copy(net))
+    with torch.no_grad():
+        replica.weight.fill_(2.0)
+    torch.testing.assert_close(replica(x), x @ replica.weight)
+    assert torch.equal(net(x), wanted)
+
+
+def test_what_holds_a_networks_tensors_and_cannot_be_copied_is_named():
+    class Held:
+        def __init__(self, weight):
+            self.weight, self.lock = weight, threading.Lock()
+
+    net = nn.Linear(3, 3)
+    held = Held(net.weight)
+    net.act = lambda x: x * held.weight
+    with pytest.raises(
+        ValueError, match=r"closes over a Held, .* can't be copied \(TypeError: "
+    ) as e:
+        plain_copy(net)
+    assert "\n" not in str(e.value)
+    other = Held(torch.ones(3))  # which is none of the network's
+    net.act = lambda x: x * other.weight
+    assert plain_copy(net).act.__closure__[0].cell_contents is other
 
 
 def test_attributes_of_parameters_are_kept():

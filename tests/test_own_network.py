@@ -100,6 +100,37 @@ def test_a_network_of_a_file_reaches_other_processes():
     assert there.stdout.strip() == b"14"
 
 
+IMPORTS = {
+    "import": "import shared\ndef value():\n    return shared.K",
+    "from": "from shared import K\ndef value():\n    return K",
+    "when it runs": "def value():\n    import shared\n    return shared.K",
+    "relative": "from .shared import K\ndef value():\n    return K",
+    "a package": "import inner.deep\ndef value():\n    return inner.deep.K",
+    "from a package": "from inner import deep\ndef value():\n    return deep.K",
+    "under a name": "import inner.deep as d\ndef value():\n    return d.K",
+    "through another": "import through\ndef value():\n    return through.value()",
+    "a folder": "from loose.part import K\ndef value():\n    return K",
+    "as python's": "import random\ndef value():\n    return random.K",
+}
+
+
+@pytest.mark.parametrize("how", IMPORTS)
+def test_a_file_imports_what_stands_beside_it(how):
+    """Of two files each its own, also where the project's root has another of that name; and what
+    is run is what their sources are."""
+    names = ("shared.py", "inner/deep.py", "inner/__init__.py", "loose/part.py", "random.py")
+    through = {"through.py": "import shared\ndef value():\n    import shared\n    return shared.K"}
+    for number, folder in enumerate(("", "one/", "two/")):
+        write({f"{folder}{name}": f"K = {number}" for name in names})
+        write({f"{folder}{name}": text for name, text in through.items()})
+        write({f"{folder}net.py": IMPORTS[how]})
+    for number, folder in ((1, "one"), (2, "two"), (1, "one")):
+        assert plugins.load("models", f"{folder}/net.py", "value")() == number
+        sources = own_sources(f"{folder}/net.py")
+        assert len(sources) > 1
+        assert {path.resolve().relative_to(Path.cwd()).parts[0] for path in sources} == {folder}
+
+
 def test_a_module_may_say_what_a_batch_is():
     write(
         {"net.py": NETWORK + "def forward(model, batch):\n    return model(batch['x']), batch['y']"}

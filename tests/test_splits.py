@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from quantifind.utils.loaders import sample, whole_split
 from stages.prepare import create_splits, describe
 from stages.splits import read_split, split_of, write_split
 
@@ -78,6 +79,61 @@ def test_a_pair_is_inputs_and_targets(seen):
     assert tree is None
     assert torch.equal(tensors["inputs"], A)
     assert torch.equal(tensors["targets"], LABELS)
+
+
+class Halves(TensorDataset):
+    """Tensors, of which it gives the half."""
+
+    def __getitem__(self, index):
+        return tuple(tensor[index] / 2 for tensor in self.tensors)
+
+
+class Whole(Dataset):
+    """Has tensors by that name, which are not its examples."""
+
+    tensors = (A, LABELS)
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return A[index] / 2, LABELS[index] / 2
+
+
+def halved(examples):
+    return [torch.stack(parts) / 2 for parts in zip(*examples, strict=True)]
+
+
+class Halving(DataLoader):
+    def __iter__(self):
+        return ([part / 2 for part in batch] for batch in super().__iter__())
+
+
+OWN = {
+    "data set": lambda **how: DataLoader(Halves(A, LABELS), **how),
+    "tensors by name": lambda **how: DataLoader(Whole(), **how),
+    "collate": lambda **how: DataLoader(TensorDataset(A, LABELS), collate_fn=halved, **how),
+    "iteration": lambda **how: Halving(TensorDataset(A, LABELS), **how),
+    "none": lambda **how: DataLoader(TensorDataset(A / 2, LABELS / 2), **how),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_code_of_a_loaders_own_is_run(kind):
+    """Whatever reads a loader gives what going through it gives."""
+    loader = OWN[kind](batch_size=3)
+    wanted = [torch.cat(parts) for parts in zip(*loader, strict=True)]
+    assert torch.equal(wanted[0], A / 2)
+    tensors, tree = split_of(loader)
+    sampled = sample(loader, 7)
+    for found in (
+        [tensors["inputs"], tensors["targets"]],
+        whole_split(loader),
+        [torch.cat(parts).sort(0)[0] for parts in zip(*sampled, strict=True)],
+    ):
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1].sort()[0], wanted[1].sort()[0])
+    assert tree is None
 
 
 LOADERS = {

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantifind.metrics import Outcome, columns_of, outcome
+from quantifind.metrics import Outcome, columns_of, compared, gathered, judged
 from quantifind.mixed_precision.passes import Passes
 from quantifind.network.calibrated import Calibration
 from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
-from quantifind.network.foldable import foldable
+from quantifind.network.foldable import exact, foldable
 from quantifind.network.folding import Pairs, prepared
 from quantifind.network.modules import PASS_FAILS, plain, plain_copy, run
 from quantifind.network.trace import ProductFacts, macs
@@ -28,14 +28,14 @@ from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.storage.store import Store, fingerprint
 from quantifind.tensor.quantized import Quantized
-from quantifind.utils.batches import Batch, Forward, rows_of, tensors_of
+from quantifind.utils.batches import Batch, Forward, tensors_of
 from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import evaluating
 from quantifind.utils.loaders import sample
-from quantifind.utils.naming import naming
+from quantifind.utils.naming import first_line, naming
 
-# examples of training data, and of validation data whose outputs name the folder
-CALIBRATION, KEYED = 4_096, 64
+# examples of training data
+CALIBRATION = 4_096
 # seconds of work below which no task is split among workers, since each part has the candidates'
 # codes sent along
 BRIEF = 0.05
@@ -104,10 +104,17 @@ class Measurements:
         calibration = calibration_batches(
             sample(train_loader, CALIBRATION, seed=seed), model, forward
         )
-        folded = foldable(model, lambda net: run(net, calibration[0]))
-        model = prepared(model, folded)
+        found = foldable(model, partial(run, batch=calibration[0]))
+        found = exact(model, found, (partial(run, batch=batch) for batch in calibration))
         with naming("validation data"):
-            evaluator = Evaluator(model, val_loader, criterion, forward=forward, seed=seed)
+            how: Any = {"forward": forward}
+            evaluator = Evaluator(prepared(model, found), val_loader, criterion, seed=seed, **how)
+            judging = (partial(run, batch=batch) for batch in evaluator.given_batches())
+            folded = exact(model, found, judging)
+            if folded != found:
+                net, given = prepared(model, folded), evaluator.given_batches()
+                evaluator = Evaluator(net, given, criterion, **how)
+        model = prepared(model, folded)
         with evaluating(model), naming("training data"):
             run(plain_copy(model), calibration[0])
         started = time.perf_counter()
@@ -118,16 +125,15 @@ class Measurements:
         # outputs and losses tell of a network's code and a criterion's options what their names
         # don't: test_other_options_have_a_folder_of_their_own
         given = evaluator.given_batches()
-        some = given[0] if rows_of(given[0].data) is None else given[0][:KEYED]
-        made = outcome(plain_copy(model), [some], criterion).parts[0].values()
+        made = _by_example(plain_copy(model), given, evaluator.criterion)
         data = [t for batch in (*given, *calibration) for t in tensors_of(batch.data)]
-        key = fingerprint(model, str(model), seed, *made, *data)
+        key = fingerprint(model, str(model), seed, made, *data)
         store = Store(None if folder is None else Path(folder) / key[:16])
         return cls(
             model=model,
             folded=folded,
             train_loader=train_loader,
-            criterion=criterion,
+            criterion=evaluator.criterion,
             forward=forward,
             calibration=calibration,
             evaluator=evaluator,
@@ -235,6 +241,17 @@ class Measurements:
         return {name: v for name, v in self.__dict__.items() if name not in LOOKED_UP} | left
 
 
+def _by_example(
+    model: nn.Module, batches: Iterable[Batch], criterion: Criterion | None
+) -> dict[str, torch.Tensor]:
+    """The losses, their weights and the outputs' norms, (examples,) each, whatever the layout of a
+    pass."""
+    with evaluating(model):
+        made = (judged(criterion, *batch.clone().run(model)) for batch in batches)
+        found = gathered(compared(one, one) for one in made)
+    return {name: found[name] for name in ("loss", "weight", "squared_norm")}
+
+
 def _float_outcome(evaluator: Evaluator) -> Outcome:
     """Raises: ValueError for outputs or losses that are not finite."""
     try:
@@ -242,7 +259,7 @@ def _float_outcome(evaluator: Evaluator) -> Outcome:
     except PASS_FAILS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"the float network on validation data: {reason}") from error
     if original.nans:
         raise ValueError(

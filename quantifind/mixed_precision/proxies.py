@@ -21,8 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.modules import plain_copy
 from quantifind.network.products import Product, visiting
-from quantifind.utils.batches import Batch, Forward, rows_of
+from quantifind.runtime.checks import independent
+from quantifind.utils.batches import Batch, Forward
 from quantifind.utils.criteria import Criterion, losses, name_of
+from quantifind.utils.devices import evaluating
 
 
 def hessian_traces(
@@ -143,8 +145,9 @@ def fisher(
     if examples < 1:
         raise ValueError(f"examples is {examples}: 1 or more is needed")
     kept = calibration_batches(batches, model, forward)
-    if any(rows_of(batch.data) is None for batch in kept):
-        return {}
+    with evaluating(model):
+        if not (all(batch.apart for batch in kept) and independent(plain_copy(model), kept[0])):
+            return {}
     single = [batch[i : i + 1] for batch in kept for i in range(len(batch))]
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.randperm(len(single), generator=generator, device="cpu")[:examples].tolist()

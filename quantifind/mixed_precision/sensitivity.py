@@ -193,7 +193,7 @@ def _row(menu: Menu, key: str, columns: Columns | None) -> dict[str, Any]:
     if columns is not None:
         noise, signal = (columns[c].mean() for c in ("squared_error", "squared_norm"))
         row |= {
-            "original_criterion": columns["original_loss"].mean(),
+            "original_criterion": columns["original_loss"].sum() / columns["weight"].sum(),
             **degradation(columns),
             "sqnr_db": 10 * math.log10(signal / noise) if noise else math.inf,
         }
@@ -210,7 +210,9 @@ def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) ->
     menu = sensitivity.menu
     if criterion is None:
         return table
-    whole = joined(measurements.calibration)
+    # batches stay where the evaluator's do: test_rows_that_are_no_examples_stay_together
+    together = measurements.evaluator.whole is not None
+    whole = joined(measurements.calibration) if together else None
     if whole is None:
         some = itertools.accumulate(map(len, measurements.calibration), initial=0)
         pairs = zip(measurements.calibration, some, strict=False)

@@ -1,9 +1,9 @@
-"""Which norms of a network can be folded: one pass is watched, and one that is folded compared."""
+"""Which norms of a network can be folded: one pass is watched, and others, folded, are compared."""
 
 import copy
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from quantifind.network.folding import NORMS, PRODUCTS, Pairs, fold, fold_pair, outputs
+from quantifind.network.folding import NORMS, PRODUCTS, Pairs, fold, fold_pair, outputs, prepared
 from quantifind.network.memory import blocks
 from quantifind.network.modules import plain_copy
 from quantifind.utils.devices import device_of
@@ -48,8 +48,7 @@ def foldable(model: nn.Module, run_one_pass: Callable[[nn.Module], Any]) -> Pair
         pairs = watch.pairs(before)
         if pairs:
             fold(work, pairs)
-            with _seeded(work):
-                after = _outputs(run_one_pass, work)
+            after = _seeded_outputs(run_one_pass, work)
     except torch.OutOfMemoryError:
         raise
     except Exception:
@@ -57,6 +56,42 @@ def foldable(model: nn.Module, run_one_pass: Callable[[nn.Module], Any]) -> Pair
         # test_what_is_in_doubt_stays
         return ()
     return pairs if pairs and _alike(before, after) else ()
+
+
+@torch.no_grad()
+def exact(model: nn.Module, pairs: Pairs, passes: Iterable[Callable[[nn.Module], Any]]) -> Pairs:
+    """Those of the pairs with which other passes give the same outputs, too: what a pass of one
+    batch takes, that of another may leave out (test_a_norm_that_some_batches_leave_out_stays).
+
+    passes: as ``run_one_pass`` of `foldable`.
+    """
+    work = plain_copy(model).eval()
+    folded = prepared(work, pairs)
+    for run_one_pass in passes:
+        if not pairs:
+            break
+        try:
+            wanted = _seeded_outputs(run_one_pass, work)
+            if _alike(wanted, _seeded_outputs(run_one_pass, folded)):
+                continue
+            pairs = tuple(
+                pair
+                for pair in pairs
+                if _alike(wanted, _seeded_outputs(run_one_pass, prepared(work, (pair,))))
+            )
+            folded = prepared(work, pairs)
+            if not _alike(wanted, _seeded_outputs(run_one_pass, folded)):
+                return ()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return ()  # as in `foldable`
+    return pairs
+
+
+def _seeded_outputs(run_one_pass: Callable[[nn.Module], Any], model: nn.Module) -> list[Any]:
+    with _seeded(model):
+        return _outputs(run_one_pass, model)
 
 
 def _outputs(run_one_pass: Callable[[nn.Module], Any], model: nn.Module) -> list[Any]:

@@ -3,7 +3,7 @@ some written as the products inside."""
 
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantifind.network import meetings
 from quantifind.network.meetings import Labels
+from quantifind.utils.batches import tensors_of
 
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -73,19 +74,9 @@ def labels(
     return one, other, result[1:] if func in SUMS_OF_PRODUCTS else result
 
 
-def tensors(given: Any) -> Iterator[Tensor]:
-    if isinstance(given, Tensor):
-        yield given
-    elif isinstance(given, Mapping):
-        yield from tensors(list(given.values()))
-    elif isinstance(given, list | tuple):
-        for each in given:
-            yield from tensors(each)
-
-
 def plain(given: Any) -> bool:
     """Whether all tensors lie in memory: none is sparse, nested, or inside `torch.vmap`."""
-    return all(memory(tensor) is not None for tensor in tensors(given))
+    return all(memory(tensor) is not None for tensor in tensors_of(given))
 
 
 def memory(tensor: Tensor) -> int | None:

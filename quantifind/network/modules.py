@@ -13,7 +13,9 @@ from quantifind.network.closures import rebind
 from quantifind.network.memory import Copies, blocks, own_bytes, owners
 from quantifind.tensor.parts import is_dense
 from quantifind.tensor.quantized import QuantizedTensor
-from quantifind.utils.batches import BatchError, as_batch
+from quantifind.utils.batches import as_batch
+from quantifind.utils.forwards import BatchError
+from quantifind.utils.naming import first_line
 
 # what a pass raises where the network's own code does
 PASS_FAILS = (RuntimeError, LookupError, AssertionError, TypeError, AttributeError, ValueError)
@@ -153,7 +155,7 @@ def _copied(model: nn.Module) -> nn.Module:
                 replica = copy.deepcopy(model, memo)
             except Exception as error:
                 raise ValueError(_obstacle(model, error)) from error
-    rebind(replica, memo)
+            rebind(replica, memo)
     return replica
 
 
@@ -176,7 +178,7 @@ def _obstacle(model: nn.Module, error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _remove_parametrizations(module: nn.Module) -> None:
@@ -271,5 +273,5 @@ def run(model: nn.Module, batch: Any) -> tuple[Any, ...]:
     except (torch.OutOfMemoryError, BatchError):
         raise
     except PASS_FAILS as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"the network does not take {batch}: {reason}") from error

@@ -24,6 +24,7 @@ from quantifind.network import functions, meetings, recurrent
 from quantifind.network.meetings import Labels, Meeting, View
 from quantifind.network.modules import own_tensors
 from quantifind.tensor.matrices import Matrices
+from quantifind.utils.batches import tensors_of
 
 
 def _no_meeting() -> Meeting | None:
@@ -132,7 +133,7 @@ class _Visiting(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.note is not None and functions.chooses(func, args):
-            for tensor in functions.tensors((args, kwargs)):
+            for tensor in tensors_of((args, kwargs)):
                 if not tensor.is_floating_point() and functions.memory(tensor) is not None:
                     self.note(tensor)
         seen = _SEEN.get(func)

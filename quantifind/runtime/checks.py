@@ -1,5 +1,7 @@
 """Whether a network takes its batches, and whether two passes give the same."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,11 +9,43 @@ from torch import Tensor, nn
 
 from quantifind.metrics import judged
 from quantifind.network.modules import PASS_FAILS, run
-from quantifind.utils.batches import Batch, rows_of, tensors_of
-from quantifind.utils.criteria import Criterion, CriterionError, check_criterion, name_of
+from quantifind.utils.batches import Batch, joined, rows_of, tensors_of
+from quantifind.utils.criteria import (
+    Criterion,
+    CriterionError,
+    check_criterion,
+    name_of,
+    settled,
+)
+from quantifind.utils.forwards import DefaultForward
+from quantifind.utils.naming import first_line
 
 # examples of which it is seen whether the others of a batch count
 FEW = 4
+# of a larger batch so many are tried before everything, or fewer where that many fail
+PARTS = (256, 64, 16, 4)
+
+
+def checked(
+    model: nn.Module, given: Sequence[Batch], criterion: Criterion | None
+) -> tuple[Batch, Batch | None, Criterion | None]:
+    """What is tried before everything: one batch through a network and its criterion.
+
+    given: all batches.
+    Returns: that batch; one of all examples, None where they can't be in other batches; and the
+        criterion, as `quantifind.utils.criteria.settled`.
+    """
+    first = first_of(model, given[0])
+    check_batch(model, first, criterion)
+    literal = not isinstance(first.forward, DefaultForward)
+    some = itertools.chain([first], given[1:])
+    criterion, _ = settled(criterion, some, lambda batch: run(model, batch), literal=literal)
+    whole = joined(given)
+    if whole is not None:
+        # several examples, also where each is a batch: test_a_batch_that_counts_as_one_stays
+        several = first if len(first) > 1 else whole[:FEW]
+        whole = whole if independent(model, several) else None
+    return first, whole, criterion
 
 
 def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> None:
@@ -26,7 +60,7 @@ def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> 
     except CriterionError:
         raise
     except PASS_FAILS as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         given = ", ".join(str(list(tensor.shape)) for tensor in tensors_of([outputs, *targets]))
         raise ValueError(
             f"{name_of(criterion)} does not take what it is given, of shapes {given}: {reason}; "
@@ -34,28 +68,35 @@ def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> 
         ) from error
 
 
+def first_of(model: nn.Module, batch: Batch) -> Batch:
+    """All of a batch; of a large one a part, where its examples are `independent` there."""
+    if batch.apart and len(batch) > PARTS[0]:
+        for part in (batch[:size] for size in PARTS):
+            if independent(model, part):
+                return part
+    return batch
+
+
 def independent(model: nn.Module, batch: Batch) -> bool:
-    """Whether an example's outputs are the same in another batch
-    (test_a_batch_that_counts_as_one_stays)."""
-    some = first_of(batch)
-    if rows_of(some.data) is None:
+    """Whether a few examples' outputs are the same, each alone, as in their batch
+    (test_a_batch_that_counts_as_one_stays, test_rows_that_are_no_examples_stay_together)."""
+    if not batch.apart:
         return False
-    if len(some) < 2:
-        return True
+    few = range(min(FEW, len(batch)))
     try:
-        together = tensors_of(some.clone().run(model)[0])
-        alone = [tensors_of(some[i : i + 1].clone().run(model)[0]) for i in (0, 1)]
-        return all(
-            rows_of(whole) == len(some) and _close(torch.cat(parts), whole[:2])
-            for whole, *parts in zip(together, *alone, strict=True)
-        )
+        together = tensors_of(batch.clone().run(model)[0])
+        alone = [tensors_of(batch[i : i + 1].clone().run(model)[0]) for i in few]
     except PASS_FAILS:
         return False
-
-
-def first_of(batch: Batch) -> Batch:
-    """A few of its examples, where they can be told apart."""
-    return batch if rows_of(batch.data) is None else batch[:FEW]
+    if any(len(one) != len(together) for one in alone):
+        return False
+    return all(
+        rows_of(whole) == len(batch)
+        and all(part.shape[:1] == (1,) for part in parts)
+        and len({part.shape for part in parts}) == 1
+        and _close(torch.cat(parts), whole[: len(parts)])
+        for whole, *parts in zip(together, *alone, strict=True)
+    )
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
@@ -77,12 +118,11 @@ def excess(tolerance: float, found: Any, wanted: Any) -> float | None:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
     if not one.is_floating_point():
         return torch.equal(one, other)
+    if not other.numel():
+        return True
     scale = torch.where(other.isfinite(), other, 0.0).abs().max().item()
     return torch.allclose(one.float(), other.float(), rtol=0, atol=1e-3 * scale, equal_nan=True)
-
-
-def reason_of(error: Exception) -> str:
-    """Its first line."""
-    return str(error).partition("\n")[0]

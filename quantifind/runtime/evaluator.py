@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from quantifind.metrics import Outcome, compared, gathered, judged, outcome
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.modules import own_tensors, plain_copy, put_values
-from quantifind.runtime.checks import check_batch, equal, excess, first_of, independent, reason_of
-from quantifind.runtime.layouts import CONTIGUOUS, in_layout, layout_and_batch, on_device, to_layout
+from quantifind.runtime.checks import checked, equal, excess
+from quantifind.runtime.layouts import (
+    CONTIGUOUS,
+    CPU_BATCH,
+    in_layout,
+    layout_and_batch,
+    on_device,
+    to_layout,
+)
 from quantifind.runtime.pooling import pool_first
 from quantifind.runtime.replay import NotReplayable, Replay
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
@@ -22,14 +29,15 @@ from quantifind.utils.batches import (
     Batch,
     Forward,
     batches_of,
-    joined,
     kept,
+    regrouped,
     tensors_of,
     with_tensors,
 )
 from quantifind.utils.console import console
 from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import device_of, evaluating, is_out_of_memory
+from quantifind.utils.naming import first_line
 
 # between a replayed pass and a whole one, of the largest output
 TOLERANCE = 1e-5
@@ -63,14 +71,13 @@ class Evaluator:
         forward: Forward | None = None,
         seed: int | None = None,
     ) -> None:
-        self.criterion = criterion
-        self.work = plain_copy(model).eval()
         self.given = kept(batches_of(loader, model, criterion, forward))
         if not self.given:
             raise ValueError("the loader has no examples")
-        with evaluating(self.work):
-            check_batch(self.work, first_of(self.given[0]), criterion)
-        # the copy whose first pass that was may keep a table of it
+        # another copy, since it may keep a table of its first pass
+        tried = plain_copy(model).eval()
+        with evaluating(tried):
+            first, self.whole, self.criterion = checked(tried, self.given, criterion)
         self.work = plain_copy(model).eval()
         pool_first(self.work)
         self.device = device_of(self.work)
@@ -83,15 +90,10 @@ class Evaluator:
         # tensors of which a replayed pass was compared with a whole one
         self.compared: set[str] = set()
         # before what is put there counts as changed: test_a_layout_that_fails_is_left
-        self.stateful, self.edits_inputs = self._side_effects()
+        self.stateful, self.edits_inputs = self._side_effects(first)
         self.layout, self.batch = CONTIGUOUS, 0
         # by batch that stays, its examples, once they are known
         self.sizes: list[int] = []
-        self.whole = joined(self.given)
-        if self.whole is not None:
-            with evaluating(self.work):
-                self.whole = self.whole if independent(self.work, self.given[0]) else None
-            self._put({})
         order = torch.Generator().manual_seed(seed) if seed is not None else None
         if self.whole is not None:
             self.given = []
@@ -101,10 +103,9 @@ class Evaluator:
         elif order is not None:
             self.given = [self.given[i] for i in torch.randperm(len(self.given), generator=order)]
 
-    def _side_effects(self) -> tuple[set[str], bool]:
+    def _side_effects(self, given: Batch) -> tuple[set[str], bool]:
         """The tensors that a pass changes, such as running means, and whether it changes its inputs
         (test_what_a_pass_changes_is_put_back)."""
-        given = first_of(self.given[0])
         some = given.clone()
         with evaluating(self.work):
             some.run(self.work)
@@ -134,14 +135,14 @@ class Evaluator:
         return next((end for end in ends if end >= examples), self.examples)
 
     def given_batches(self) -> list[Batch]:
-        """All examples, as few batches as may be, whatever the layout of a pass."""
+        """All examples, in batches that may go through a network, whatever the layout of a pass."""
         if self.whole is None:
             return self.given
         plain = torch.contiguous_format
         data = with_tensors(
             lambda t: t.clone(memory_format=plain) if isinstance(t, Tensor) else t, self.whole.data
         )
-        return [Batch(data, self.whole.forward)]
+        return regrouped([Batch(data, self.whole.forward)], CPU_BATCH)
 
     def _lay_out(self, layout: str, batch: int) -> None:
         assert self.whole is not None
@@ -261,7 +262,7 @@ class Evaluator:
                 return self._guarded(lambda: self._replayed(name, values, first, last, beside))
             except NotReplayable as error:
                 self.replayable = False
-                console.print(f"Each pass is a whole one: {reason_of(error)}", markup=False)
+                console.print(f"Each pass is a whole one: {first_line(error)}", markup=False)
         each = (Quantized({name: value}) for value in values)
         return [self.outcome(one, first, last, beside=beside) for one in each]
 
@@ -298,7 +299,7 @@ class Evaluator:
                 if is_out_of_memory(error):
                     raise
                 # a whole pass may well do: test_a_failed_replay_leaves_the_layout
-                raise NotReplayable(reason_of(error)) from error
+                raise NotReplayable(first_line(error)) from error
             return [gathered(one) for one in outcomes]
 
     def _compare(self, replay: Replay, batch: Batch, name: str, value: QuantizedTensor) -> None:
@@ -339,7 +340,7 @@ class Evaluator:
             console.print(f"Out of memory: going on with batches of {self.batch}", markup=False)
         if self.whole is None or self.layout == CONTIGUOUS:
             raise failed
-        said = f"Layout {self.layout} failed ({reason_of(failed)}): going on with {CONTIGUOUS}"
+        said = f"Layout {self.layout} failed ({first_line(failed)}): going on with {CONTIGUOUS}"
         self._lay_out(CONTIGUOUS, self.batch)
         result = run()
         console.print(said, markup=False)

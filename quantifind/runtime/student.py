@@ -20,10 +20,11 @@ from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.ste import in_float32, round_through
 from quantifind.tensor.stored_scales import stored_scale
-from quantifind.utils.batches import Batch, DefaultForward, rows_of, tensors_of
+from quantifind.utils.batches import Batch, rows_of, tensors_of
 from quantifind.utils.console import console
-from quantifind.utils.criteria import IGNORED, aligned
+from quantifind.utils.criteria import IGNORED, aligned, class_axes, told
 from quantifind.utils.devices import device_of, is_out_of_memory
+from quantifind.utils.forwards import DefaultForward
 
 # scales and tables are trained by the logarithm of the factor that they are multiplied with
 SCALE_LEARNING_RATE = 2e-3
@@ -56,6 +57,7 @@ class Student:
         self.micro_batch = micro_batch
         # whether a batch may be taken in parts, None until the first that would be
         self.divisible: bool | None = None
+        self.classes = CLASSES
         self.teacher = prepared(model, start.folded).eval().requires_grad_(False)
         self.net: nn.Module = prepared(model, start.folded).eval().requires_grad_(False)
         self.start, self.prefix = start, ""
@@ -160,10 +162,12 @@ class Student:
         weights = {f"net.{self.prefix}{name}": weight for name, weight in weights.items()}
         with self.precision:
             outputs, *_ = functional_call(self.run, weights, (batch,))
-        known = class_labels(outputs, targets)
+        self.classes = told(self.classes, class_axes(outputs, targets))
+        known = class_labels(outputs, targets, self.classes)
         if known is None:
             return self._numbers_loss(outputs, wanted, targets, blend)
-        return self._classes_loss(known[0], known[1], aligned(CLASSES, wanted, targets)[0], blend)
+        wanted = aligned(self.classes, wanted, targets)[0]
+        return self._classes_loss(known[0], known[1], wanted, blend)
 
     def _numbers_loss(
         self, outputs: Any, wanted: Any, targets: list[Any], blend: "_Blend | None"
@@ -262,9 +266,14 @@ def _latent(values: Tensor, tensor: QuantizedTensor) -> Tensor:
     return level + INSIDE * (within - level)
 
 
-def class_labels(outputs: Any, targets: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-    """Outputs with classes in the second axis, and the labels; None where targets are others."""
-    outputs, targets = aligned(CLASSES, outputs, targets)
+def class_labels(
+    outputs: Any, targets: Sequence[Any], criterion: Any = CLASSES
+) -> tuple[Tensor, Tensor] | None:
+    """Outputs with classes in the second axis, and the labels; None where targets are others, and
+    for as many positions as classes where the criterion doesn't know (`told`)."""
+    if len(class_axes(outputs, targets)) > 1 and not hasattr(criterion, "classes_last"):
+        return None
+    outputs, targets = aligned(criterion, outputs, targets)
     if len(targets) != 1 or not isinstance(targets[0], Tensor) or not isinstance(outputs, Tensor):
         return None
     (labels,) = targets

@@ -17,6 +17,7 @@ from loky import ProcessPoolExecutor, cpu_count
 
 from quantifind.utils.console import console
 from quantifind.utils.memory import keep_freed_memory
+from quantifind.utils.naming import first_line
 from quantifind.utils.pickling import dumps
 
 ENGINES = ("sequential", "loky", "dask")
@@ -177,7 +178,7 @@ class Workers:
             return function(*arguments, **options)
         # the last, of a client that has given its scheduler up
         except (OSError, ValueError, AttributeError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             what = f"scheduler {self.scheduler}: no Dask workers there ({reason})"
             raise ValueError(what) from error
 

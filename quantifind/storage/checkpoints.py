@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quantifind.storage.states import load_plain
+from quantifind.utils.naming import first_line
 
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
@@ -45,7 +46,7 @@ def load_checkpoint(path: Path, keys: tuple[str, ...]) -> list[Any]:
         state = load_plain(path)
         return [state[key] for key in keys]
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"{path}: not a whole checkpoint ({reason})") from error
 
 

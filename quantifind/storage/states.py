@@ -8,17 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# of a sparse tensor, in the order in which torch's constructors take them
-COO = ("indices", "values")
-BY_ROWS = ("crow_indices", "col_indices", "values")
-BY_COLUMNS = ("ccol_indices", "row_indices", "values")
-PARTS = {
-    torch.sparse_coo: COO,
-    torch.sparse_csr: BY_ROWS,
-    torch.sparse_bsr: BY_ROWS,
-    torch.sparse_csc: BY_COLUMNS,
-    torch.sparse_bsc: BY_COLUMNS,
-}
+from quantifind.tensor.parts import SPARSE
 
 
 def parts_of(tensor: Tensor) -> dict[str, Tensor]:
@@ -29,11 +19,11 @@ def parts_of(tensor: Tensor) -> dict[str, Tensor]:
     tensor = tensor.detach()
     if tensor.layout == torch.strided:
         return {"": tensor}
-    if tensor.layout not in PARTS:
+    if tensor.layout not in SPARSE:
         raise ValueError(f"a tensor of layout {tensor.layout} can't be written")
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce()
-    return {part: getattr(tensor, part)() for part in PARTS[tensor.layout]}
+    return {part: getattr(tensor, part)() for part in SPARSE[tensor.layout]}
 
 
 def load_plain(source: Any) -> Any:
@@ -84,7 +74,7 @@ def unpack_state(
     for name, facts in sparse.items():
         layout = getattr(torch, facts["layout"])
         try:
-            first, *more = (state.pop(f"{name}/{part}") for part in PARTS[layout])
+            first, *more = (state.pop(f"{name}/{part}") for part in SPARSE[layout])
             shape = facts["shape"]
             if layout == torch.sparse_coo:
                 # its indices are in order and differ, as they were written

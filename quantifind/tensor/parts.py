@@ -4,11 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_COMPRESSED = {
-    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+# the parts of a sparse tensor, in the order in which torch's constructors take them
+_BY_ROWS = ("crow_indices", "col_indices", "values")
+_BY_COLUMNS = ("ccol_indices", "row_indices", "values")
+SPARSE = {
+    torch.sparse_coo: ("indices", "values"),
+    torch.sparse_csr: _BY_ROWS,
+    torch.sparse_bsr: _BY_ROWS,
+    torch.sparse_csc: _BY_COLUMNS,
+    torch.sparse_bsc: _BY_COLUMNS,
 }
 
 
@@ -47,8 +51,8 @@ def parts(tensor: Tensor) -> list[Tensor]:
     tensor = tensor.detach()
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
-    if tensor.layout in _COMPRESSED:
-        return [getattr(tensor, part)() for part in _COMPRESSED[tensor.layout]]
+    if tensor.layout in SPARSE:
+        return [getattr(tensor, part)() for part in SPARSE[tensor.layout]]
     if tensor.is_nested:
         return list(tensor.unbind())
     if tensor.is_quantized:
@@ -64,8 +68,7 @@ def _scales(tensor: Tensor) -> list[Tensor]:
 
 def value_count(tensor: Tensor) -> int:
     """How many values it has; of a sparse one those that are kept."""
-    sparse = tensor.layout == torch.sparse_coo or tensor.layout in _COMPRESSED
-    return parts(tensor)[-1].numel() if sparse else tensor.numel()
+    return parts(tensor)[-1].numel() if tensor.layout in SPARSE else tensor.numel()
 
 
 def stored_bytes(tensor: Tensor) -> int:

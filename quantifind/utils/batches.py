@@ -2,21 +2,19 @@
 
 import copy
 import dataclasses
-import inspect
-import math
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from quantifind.utils.devices import device_of
+from quantifind.utils.forwards import DefaultForward, by_name
 
 Forward = Callable[[nn.Module, Any], Any]
-# under which a batch by names has its targets
-TARGETS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +37,17 @@ class Batch:
         """Its examples, where each of its tensors has a row for each; else 1, taken as one."""
         return rows_of(self.data) or 1
 
+    @property
+    def apart(self) -> bool:
+        """Whether some of its examples can be taken: each tensor has a row for each, and no list or
+        array of other things has (test_what_stands_beside_tensors_is_not_cut)."""
+        count = rows_of(self.data)
+        return count is not None and not any(
+            _length(part) == count for part in _leaves(self.data, _holds_no_tensor)
+        )
+
     def __getitem__(self, rows: Any) -> "Batch":
-        """Some of its examples."""
+        """Some of its examples, where they are `apart`."""
         return Batch(
             with_tensors(lambda t: t[rows] if isinstance(t, Tensor) else t, self.data), self.forward
         )
@@ -95,11 +102,11 @@ def regrouped(batches: Sequence[Batch], size: int) -> list[Batch]:
 def joined(batches: Sequence[Batch]) -> Batch | None:
     """One batch of all examples; None where their tensors are not alike, or have not one row an
     example."""
-    if not batches or any(rows_of(batch.data) is None for batch in batches):
+    if not batches or not all(batch.apart for batch in batches):
         return None
     try:
         return Batch(with_tensors(_joined, *(batch.data for batch in batches)), batches[0].forward)
-    except (_UnlikeError, ValueError, KeyError, TypeError):
+    except (_UnlikeError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -114,9 +121,7 @@ def _packed_copy(leaf: Any) -> Any:
 
 def rows_of(data: Any) -> int | None:
     """How many rows each tensor of a tree has; None where they differ or there is no tensor."""
-    sizes: set[int | None] = set()
-    with_tensors(lambda leaf: sizes.add(_rows(leaf)), data)
-    sizes.discard(-1)
+    sizes = {_rows(leaf) for leaf in _leaves(data)} - {-1}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -132,18 +137,48 @@ def moved(data: Any, device: torch.device) -> Any:
 
 
 def tensors_of(data: Any) -> list[Tensor]:
-    """The tensors of a tree, in its order."""
-    found: list[Tensor] = []
+    """The tensors of a tree, in its order; of a packed sequence its data."""
+    return [
+        leaf.data if isinstance(leaf, PackedSequence) else leaf
+        for leaf in _leaves(data)
+        if isinstance(leaf, Tensor | PackedSequence)
+    ]
 
-    def take(leaf: Any) -> Any:
-        if isinstance(leaf, PackedSequence):
-            found.append(leaf.data)
-        elif isinstance(leaf, Tensor):
-            found.append(leaf)
-        return leaf
 
-    with_tensors(take, data)
-    return found
+def _leaves(data: Any, stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
+    """What a tree holds, in its order, and whatever ``stop`` says is none."""
+    if type(data) in (list, tuple) and all(type(part) is Tensor for part in data):
+        yield from data  # as most are
+        return
+    for leaf in tree_leaves(
+        data, is_leaf=lambda part: isinstance(part, PackedSequence) or stop(part)
+    ):
+        if _has_names(leaf) and not stop(leaf):
+            for part in by_name(leaf).values():
+                yield from _leaves(part, stop)
+        else:
+            yield leaf
+
+
+def _has_names(leaf: Any) -> bool:
+    """Whether it is a mapping or dataclass, which torch doesn't look into."""
+    return isinstance(leaf, Mapping) or (
+        dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+    )
+
+
+def _holds_no_tensor(part: Any) -> bool:
+    return type(part) in (list, tuple) and not tensors_of(part)
+
+
+def _length(part: Any) -> int:
+    """How many things it holds; -1 of a tensor, a text, and what holds none."""
+    if isinstance(part, Tensor | PackedSequence | str | bytes):
+        return -1
+    try:
+        return len(part)
+    except TypeError:
+        return -1
 
 
 class _UnlikeError(Exception):
@@ -179,143 +214,42 @@ def with_tensors(change: Callable[..., Any], *trees: Any) -> Any:
         return type(pair)(change(*parts) for parts in zip(*trees, strict=True))
 
     def leaf(first: Any, *others: Any) -> Any:
-        if isinstance(first, PackedSequence):
+        if isinstance(first, PackedSequence) or not _has_names(first):
             return change(first, *others)
-        if dataclasses.is_dataclass(first) and not isinstance(first, type):
-            names = [field.name for field in dataclasses.fields(first) if field.init]
-            every = {
-                n: with_tensors(change, *(getattr(t, n) for t in (first, *others))) for n in names
-            }
-            return dataclasses.replace(first, **every)
-        if isinstance(first, Mapping):  # such as a tokenizer's
-            mapped: Any = copy.copy(first)
-            for key in first:
-                mapped[key] = with_tensors(change, *(tree[key] for tree in (first, *others)))
-            return mapped
-        return change(first, *others)
+        parts = [by_name(tree) for tree in (first, *others)]
+        return _like(
+            first, {name: with_tensors(change, *(p[name] for p in parts)) for name in parts[0]}
+        )
 
     return tree_map(leaf, *trees, is_leaf=lambda part: isinstance(part, PackedSequence))
 
 
+def _like(first: Any, parts: dict[Any, Any]) -> Any:
+    """A mapping or dataclass of the same kind with other parts, made without running its code
+    (test_a_batch_of_ones_own_kind_is_left_alone); of a mapping whose copy isn't its own, a dict."""
+    made: Any
+    if not isinstance(first, Mapping):
+        made = copy.copy(first)
+        for name, part in parts.items():
+            object.__setattr__(made, name, part)
+        return made
+    try:
+        if isinstance(first, dict | UserDict):  # such as a tokenizer's
+            made = copy.copy(first)
+            if getattr(first, "__dict__", None) is first:  # whose items are its attributes
+                made.__dict__ = made
+            for name, part in parts.items():
+                made[name] = part
+            return made
+        memo = {id(first[name]): part for name, part in parts.items()}
+        made = copy.deepcopy(first, memo)
+        return made if all(made[name] is part for name, part in parts.items()) else parts
+    except Exception:
+        return parts
+
+
 def _shapes(data: Any) -> str:
-    named = dataclasses.is_dataclass(data) or isinstance(data, Mapping)
-    if named and not isinstance(data, PackedSequence):
-        return ", ".join(f"{name} {_shapes(part)}" for name, part in _by_name(data).items())
+    if _has_names(data):
+        return ", ".join(f"{name} {_shapes(part)}" for name, part in by_name(data).items())
     found = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(data))
     return found or type(data).__name__
-
-
-def _by_name(data: Any) -> dict[str, Any]:
-    if isinstance(data, Mapping):
-        return dict(data)
-    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-
-
-class BatchError(ValueError):
-    """It isn't known which parts of a batch are what."""
-
-
-class DefaultForward:
-    """How a network takes a batch that is inputs and targets, by what its forward asks for.
-
-    A batch is (inputs, targets), (a, b, …, targets) or ((a, b), targets) for a forward of several
-    arguments; a mapping or dataclass with the names of forward's arguments, and its targets under
-    one of `TARGETS`; or inputs alone. Of outputs that have ``logits``, torch's own criteria get
-    these.
-
-    Raises: BatchError, when called, for a batch of which this does not say what its parts are.
-    """
-
-    def __init__(self, model: nn.Module, criterion: Any = None) -> None:
-        self.takes_logits = criterion is None or type(criterion).__module__ == nn.L1Loss.__module__
-        parameters = inspect.signature(model.forward).parameters.values()
-        kinds = inspect.Parameter
-        positional = [
-            p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-        ]
-        self.least = sum(p.default is p.empty for p in positional)
-        some = any(p.kind is kinds.VAR_POSITIONAL for p in parameters)
-        self.most: float = math.inf if some else len(positional)
-        named = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-        self.names = [p.name for p in parameters if p.kind in named]
-        self.any_name = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
-
-    def __call__(self, model: nn.Module, data: Any) -> tuple[Any, ...]:
-        args, kwargs, targets = self.split(data)
-        outputs = model(*args, **kwargs)
-        if self.takes_logits and not isinstance(outputs, Tensor):
-            outputs = logits_of(outputs)
-        return outputs, *targets
-
-    def split(self, data: Any) -> tuple[Sequence[Any], dict[str, Any], Sequence[Any]]:
-        """The network's positional and named arguments, and the targets, of which there may be
-        none."""
-        if isinstance(data, Tensor | PackedSequence):
-            return [data], {}, []
-        if isinstance(data, Mapping) or dataclasses.is_dataclass(data):
-            return self._named(_by_name(data))
-        if not isinstance(data, list | tuple) or not data:
-            raise BatchError(f"a batch is a {type(data).__name__}: {_ADVICE}")
-        *inputs, last = data
-        if not inputs:
-            return *self._arguments(last), []
-        if len(inputs) == 1:
-            if self.least == 2 and self._plain(inputs[0]):
-                return data, {}, []
-            return *self._arguments(inputs[0]), [last]
-        if self._fits(len(inputs)):
-            return inputs, {}, [last]
-        if self._fits(len(data)):
-            return data, {}, []
-        raise BatchError(
-            f"a batch has {len(data)} parts, and the network's forward takes {self._count()}: "
-            f"{_ADVICE}"
-        )
-
-    def _arguments(self, inputs: Any) -> tuple[Sequence[Any], dict[str, Any]]:
-        if isinstance(inputs, Mapping) and all(map(self._takes, inputs)):
-            return [], dict(inputs)
-        several = isinstance(inputs, list | tuple) and not isinstance(inputs, PackedSequence)
-        if several and len(inputs) > 1 and self._fits(len(inputs)):
-            return inputs, {}
-        return [inputs], {}
-
-    def _named(self, data: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any], Sequence[Any]]:
-        targets = [name for name in TARGETS if name in data]
-        inputs = {name: part for name, part in data.items() if name not in targets}
-        if len(targets) > 1 or not inputs:
-            raise BatchError(f"a batch has {', '.join(data)}: {_ADVICE}")
-        judged = [data[name] for name in targets]
-        if all(map(self._takes, inputs)):
-            return [], inputs, judged
-        if len(inputs) == 1 and self._fits(1):
-            return [*inputs.values()], {}, judged
-        unknown = [name for name in inputs if not self._takes(name)]
-        raise BatchError(
-            f"a batch has {', '.join(unknown)}, and the network's forward takes "
-            f"{', '.join(self.names)}: {_ADVICE}"
-        )
-
-    def _takes(self, name: str) -> bool:
-        return self.any_name or name in self.names
-
-    def _fits(self, count: int) -> bool:
-        return self.least <= count <= self.most
-
-    def _plain(self, part: Any) -> bool:
-        return isinstance(part, Tensor | PackedSequence)
-
-    def _count(self) -> str:
-        return f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
-
-
-def logits_of(outputs: Any) -> Any:
-    """The logits of outputs that have some by this name; else the outputs."""
-    if isinstance(outputs, Mapping):
-        return outputs.get("logits", outputs)
-    return getattr(outputs, "logits", outputs)
-
-
-_ADVICE = (
-    "say what the criterion gets of it by forward=lambda model, batch: (model(batch[0]), batch[1])"
-)

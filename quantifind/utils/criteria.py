@@ -1,14 +1,17 @@
 """A criterion of single examples: their losses, and what each counts in a mean."""
 
 import copy
+import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantifind.utils.batches import rows_of, tensors_of, with_tensors
+from quantifind.utils.forwards import is_torchs
 
 # of one example or several: (outputs, targets, …) → a number, or one for each example
 Criterion = Callable[..., Tensor]
@@ -35,45 +38,214 @@ def aligned(criterion: Any, outputs: Any, targets: Sequence[Any]) -> tuple[Any, 
     same = labels.numel() == outputs.numel() and len(labels) == len(outputs)
     if same and isinstance(criterion, nn.BCEWithLogitsLoss | nn.BCELoss):
         return outputs, (labels.reshape(outputs.shape).to(outputs.dtype),)
-    if isinstance(criterion, BY_CLASS) and outputs.dim() > 2 and not labels.is_floating_point():
-        wanted = outputs.shape[:1] + outputs.shape[2:]
-        if labels.shape == outputs.shape[:-1] and labels.shape != wanted:
+    if isinstance(criterion, BY_CLASS):
+        axes = class_axes(outputs, targets)
+        if axes == {-1} or (-1 in axes and getattr(criterion, "classes_last", False)):
             return outputs.movedim(-1, 1), tuple(targets)
     return outputs, tuple(targets)
 
 
-def losses(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:
-    """The loss of each example, (examples,): a criterion's mean, or sum, within the example.
+def class_axes(outputs: Any, targets: Sequence[Any]) -> set[int]:
+    """Which axis of outputs at several positions, 1 or -1, may have the classes of the labels: both
+    where there are as many positions as classes; none where targets are no such labels."""
+    if len(targets) != 1 or not isinstance(outputs, Tensor) or not isinstance(targets[0], Tensor):
+        return set()
+    labels: Tensor = targets[0]
+    if outputs.dim() < 3 or labels.is_floating_point():
+        return set()
+    places = {1: outputs.shape[:1] + outputs.shape[2:], -1: outputs.shape[:-1]}
+    return {axis for axis, shape in places.items() if labels.shape == shape}
 
-    A criterion with a ``reduction`` of 'mean' or 'sum' is asked for its unreduced values (weights
-    it has for classes weigh an example's loss). One that gives a value for each example is taken at
-    its word; any other is called on one example at a time.
+
+def settled(
+    criterion: Any, given: Iterable[Any], look: Callable[[Any], Sequence[Any]], *, literal: bool
+) -> tuple[Any, Iterator[Any]]:
+    """A criterion of classes that knows which axis has them where a batch doesn't tell: as in the
+    first batch that does (test_as_many_positions_as_classes).
+
+    given: batches, of which no more are taken than it needs.
+    look: batch → outputs and targets.
+    literal: whether the criterion is given what it is to judge as it is, if none tells.
+    Returns: the criterion, and all of ``given``.
+    Raises: CriterionError if none tells.
     """
+    given, seen = iter(given), []
+    if isinstance(criterion, BY_CLASS) and not hasattr(criterion, "classes_last"):
+        for batch in given:
+            seen.append(batch)
+            outputs, *targets = look(batch)
+            axes = class_axes(outputs, targets)
+            criterion = told(criterion, axes)
+            if len(axes) < 2:
+                break
+        else:
+            if seen and literal:
+                criterion = told(criterion, {1})
+            elif seen:
+                raise CriterionError(
+                    f"outputs of {list(outputs.shape)} and labels of {list(targets[0].shape)} have "
+                    "their classes in the second axis or in the last: say so by forward=lambda "
+                    "model, batch: (outputs with the classes second, labels)"
+                )
+    return criterion, itertools.chain(seen, given)
+
+
+def told(criterion: Any, axes: set[int]) -> Any:
+    """A criterion of classes that knows their axis, where this is the only one."""
+    if len(axes) != 1:
+        return criterion
+    criterion = copy.copy(criterion)
+    criterion.classes_last = axes == {-1}
+    return criterion
+
+
+def losses(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:
+    """The loss of each example, (examples,), as `weighted` has it."""
     outputs, targets = aligned(criterion, outputs, targets)
+    return weighted(criterion, outputs, *targets)[0]
+
+
+def weighted(criterion: Criterion | None, outputs: Any, *targets: Any) -> tuple[Tensor, Tensor]:
+    """The loss of each example, (examples,), and what it, or each of its positions, (examples, …),
+    counts: the mean is the sum of the losses over the sum of all that counts.
+
+    Where a criterion is the mean over labels, each counts by its weight, and not at all if it is
+    ignored, so that padding adds nothing (test_padding_further_changes_nothing). A criterion with a
+    ``reduction`` of 'mean' or 'sum' is asked for its unreduced values; one that gives a value for
+    each example is taken at its word; any other is called on one example at a time.
+
+    outputs, targets: as `aligned` gives them.
+    Raises: CriterionError for labels that outputs have no class for, for shapes that torch would
+        broadcast, and for a criterion that is neither the mean nor the sum of its examples'.
+    """
     count = _count(criterion, outputs)
+    ones = torch.ones(count, device=tensors_of(outputs)[0].device)
     if criterion is None:
-        return torch.full((count,), math.nan, device=tensors_of(outputs)[0].device)
+        return torch.full_like(ones, math.nan), ones
     _check_shapes(criterion, outputs, targets)
-    reduction = getattr(criterion, "reduction", None)
-    if reduction in ("mean", "sum"):
-        unreduced = copy.copy(criterion)
-        unreduced.reduction = "none"  # type: ignore[attr-defined]
-        values = unreduced(outputs, *targets)
-        if isinstance(criterion, nn.CTCLoss) and reduction == "mean":
-            values = values / targets[-1].to(values).clamp(min=1)
-    else:
-        values = criterion(outputs, *targets)
-    if values.dim() and len(values) == count:
-        values = values.reshape(count, -1)
-        return values.sum(1) if reduction == "sum" else values.mean(1)
-    everything = (outputs, *targets)
+    labels = targets[0] if targets else None
+    if (
+        isinstance(criterion, BY_CLASS)
+        and isinstance(outputs, Tensor)
+        and isinstance(labels, Tensor)
+    ):
+        return _by_class(criterion, outputs, labels)
+    values = _values(criterion, outputs, targets)
+    if not values.dim() or len(values) != count:
+        return _one_at_a_time(criterion, outputs, targets, values)
+    loss, counts = _by_example(criterion, values, targets)
+    if hasattr(criterion, "reduction") and not is_torchs(criterion):
+        _check_whole(criterion, outputs, targets, loss, counts)
+    return loss, counts
+
+
+def _values(criterion: Any, outputs: Any, targets: Sequence[Any]) -> Tensor:
+    """What a criterion gives, unreduced where it knows how."""
+    if getattr(criterion, "reduction", None) not in ("mean", "sum"):
+        return criterion(outputs, *targets)
+    unreduced = copy.copy(criterion)
+    unreduced.reduction = "none"
+    values = unreduced(outputs, *targets)
+    if isinstance(criterion, nn.CTCLoss) and criterion.reduction == "mean":
+        values = values / targets[-1].to(values).clamp(min=1)
+    return values
+
+
+def _by_example(criterion: Any, values: Tensor, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Of values of examples or of their positions; labels are ignored only by what says so."""
+    kept = None if _ignored(criterion) is None else _kept(criterion, targets, len(values))
+    summed = getattr(criterion, "reduction", None) == "sum"
+    if kept is not None and kept.dim() > 1 and values.shape == kept.shape and not summed:
+        return torch.where(kept, values, 0.0).flatten(1).sum(1), kept.float()
+    counts = torch.ones(len(values), device=values.device)
+    if kept is not None:
+        counts = kept.reshape(len(kept), -1).any(1).float()
+    values = values.reshape(len(values), -1)
+    loss = values.sum(1) if summed else values.mean(1)
+    return torch.where(counts > 0, loss, 0.0), counts
+
+
+def _by_class(criterion: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one of `BY_CLASS`."""
+    counts = torch.ones(len(outputs), *outputs.shape[2:], device=outputs.device)
+    if not labels.is_floating_point():  # else they are shares of classes
+        kept = labels != criterion.ignore_index
+        classes = outputs.shape[1] if outputs.dim() == labels.dim() + 1 else 0
+        wrong = labels[kept & ((labels < 0) | (labels >= classes))] if classes else labels[:0]
+        if len(wrong):
+            raise CriterionError(
+                f"{len(wrong)} labels are out of range, such as {wrong[0].item()}: "
+                f"the network has outputs for 0 to {classes - 1}"
+            )
+        counts = kept.float()
+    loss = _values(criterion, outputs, [labels]).reshape(len(outputs), -1).sum(1)
+    if criterion.reduction == "sum":
+        return loss, (counts.reshape(len(counts), -1).sum(1) > 0).float()
+    if criterion.weight is not None and not labels.is_floating_point():
+        counts = counts * criterion.weight[labels.clamp(min=0)]
+    return loss, counts
+
+
+def _one_at_a_time(
+    criterion: Any, outputs: Any, targets: Sequence[Any], whole: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of a criterion that gives one number, ``whole`` of all of them."""
+    count, everything = _count(criterion, outputs), (outputs, *targets)
     ones = [
         with_tensors(lambda t, i=i: t[i : i + 1] if rows_of(t) == count else t, everything)
         for i in range(count)
     ]
     found = torch.stack([criterion(*one).reshape(()) for one in ones])
-    share = by_example(weights(criterion, outputs, *targets)).to(found)
-    return torch.where(share > 0, found * share, 0.0)
+    kept = _kept(criterion, targets, count)
+    counts = torch.ones_like(found) if kept is None else kept.to(found)
+    share = by_example(counts).to(found)
+    loss = torch.where(share > 0, found * share, 0.0)
+    if whole.dim() or not whole.isfinite() or _is_mean(whole, loss, share):
+        return loss, counts
+    if kept is None or kept.dim() == 1:
+        # numbers, of which one happens to be -100: test_whole_numbers_are_not_ignored
+        if _is_mean(whole, found, torch.ones_like(found)):
+            return found, torch.ones_like(found)
+        if _is_mean(whole, loss, loss.new_ones(1)):
+            return loss, counts
+    raise _of_a_batch(criterion, whole, loss, share)
+
+
+def _ignored(criterion: Any) -> int | None:
+    """The label that a criterion, or the one inside it, ignores; None where it says none."""
+    if isinstance(criterion, functools.partial):
+        return criterion.keywords.get("ignore_index", _ignored(criterion.func))
+    modules = criterion.modules() if isinstance(criterion, nn.Module) else [criterion]
+    said = {getattr(module, "ignore_index", None) for module in modules}
+    found = [label for label in said if isinstance(label, int)]
+    return found[0] if len(found) == 1 else None
+
+
+def _kept(criterion: Any, targets: Sequence[Any], count: int) -> Tensor | None:
+    """Which of an example's labels are not ignored, (examples, …); None where it has none."""
+    labels, ignored = targets[0] if targets else None, _ignored(criterion)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or rows_of(labels) != count:
+        return None
+    return labels != (IGNORED if ignored is None else ignored)
+
+
+def _is_mean(whole: Tensor, loss: Tensor, share: Tensor) -> bool:
+    """Whether a criterion of a batch is the mean of its examples' losses."""
+    loss, total = loss.detach().double(), share.double().sum()
+    if not total:
+        return True
+    # of what is added up, in the type that it was added up in
+    most = max(1e-3, 4 * torch.finfo(whole.dtype).eps) * loss.abs().sum() / total + 1e-6
+    return bool((whole.detach() - loss.sum() / total).abs() <= most)
+
+
+def _of_a_batch(criterion: Any, whole: Tensor, loss: Tensor, share: Tensor) -> CriterionError:
+    found = loss.double().sum() / share.double().sum()
+    return CriterionError(
+        f"{name_of(criterion)} is {whole.item():.6g} for a batch, and {found.item():.6g} in the "
+        "mean of its examples: it exists for a whole batch only; one that gives a loss "
+        "for each example, of shape (examples,), would do"
+    )
 
 
 def _check_shapes(criterion: Any, outputs: Any, targets: Sequence[Any]) -> None:
@@ -87,58 +259,23 @@ def _check_shapes(criterion: Any, outputs: Any, targets: Sequence[Any]) -> None:
             )
 
 
-def weights(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:
-    """What an example, (examples,), or each of its positions, (examples, ...), counts in a mean.
-
-    It is 0 for labels that are ignored, and a label's weight where classes have weights and a mean
-    is over them, as torch's are; else 1.
-
-    Raises: ValueError for labels that outputs have no class for.
-    """
-    outputs, targets = aligned(criterion, outputs, targets)
-    labels, count = targets[0] if targets else None, _count(criterion, outputs)
-    device = tensors_of(outputs)[0].device
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() == 0:
-        return torch.ones(count, device=device)
-    if len(labels) != count:
-        return torch.ones(count, device=device)
-    kept = labels != getattr(criterion, "ignore_index", IGNORED)
-    if not isinstance(criterion, BY_CLASS):
-        return kept.float()
-    classes = outputs.shape[1] if outputs.dim() == labels.dim() + 1 else 0
-    wrong = labels[kept & ((labels < 0) | (labels >= classes))] if classes else labels[:0]
-    if len(wrong):
-        raise CriterionError(
-            f"{len(wrong)} labels are out of range, such as {wrong[0].item()}: "
-            f"the network has outputs for 0 to {classes - 1}"
-        )
-    found = kept.float()
-    if criterion.reduction == "sum":
-        return (found.reshape(count, -1).sum(1) > 0).float()
-    if criterion.weight is not None:
-        found = found * criterion.weight[labels.clamp(min=0)]
-    return found
-
-
 def check_criterion(criterion: Criterion | None, outputs: Any, *targets: Any) -> None:
-    """Raise ValueError unless a criterion of a batch is the mean, or the sum, of its examples'."""
-    count = _count(criterion, outputs)
-    if criterion is None or count < 2:
-        return
+    """Raise CriterionError unless a criterion of a batch is the mean, or the sum, of its
+    examples'."""
     outputs, targets = aligned(criterion, outputs, targets)
-    single = losses(criterion, outputs, *targets).double()
-    whole = criterion(outputs, *targets)
-    if whole.dim():
+    if criterion is not None and _count(criterion, outputs) > 1:
+        loss, counts = weighted(criterion, outputs, *targets)
+        _check_whole(criterion, outputs, targets, loss, counts)
+
+
+def _check_whole(
+    criterion: Any, outputs: Any, targets: Sequence[Any], loss: Tensor, counts: Tensor
+) -> None:
+    whole, share = criterion(outputs, *targets), by_example(counts)
+    if whole.dim() or not whole.isfinite():
         return
-    share = by_example(weights(criterion, outputs, *targets)).to(single)
-    found = [(single.sum() / share.sum()).item(), single.sum().item()]
-    apart = [not math.isclose(whole.item(), f, rel_tol=1e-3, abs_tol=1e-6) for f in found]
-    if all(apart) and math.isfinite(whole.item()):
-        raise CriterionError(
-            f"{name_of(criterion)} is {whole.item():.6g} for a batch, and {found[0]:.6g} in the "
-            "mean of its examples: it exists for a whole batch only; one that gives a loss "
-            "for each example, of shape (examples,), would do"
-        )
+    if not _is_mean(whole, loss, share) and not _is_mean(whole, loss, share.new_ones(1)):
+        raise _of_a_batch(criterion, whole, loss, share)
 
 
 def name_of(criterion: Any) -> str:
@@ -173,5 +310,5 @@ def values_of(criterion: Any, outputs: Any) -> Tensor:
 
 
 def by_example(weight: Tensor) -> Tensor:
-    """What each example counts, (examples,), of `weights`."""
-    return weight.double().flatten(1).mean(1) if weight.dim() > 1 else weight.double()
+    """What each example counts, (examples,), of what its positions do."""
+    return weight.double().flatten(1).sum(1) if weight.dim() > 1 else weight.double()

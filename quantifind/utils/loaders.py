@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
     TensorDataset,
+    default_collate,
 )
 
 from quantifind.utils.batches import copied, rows_of
@@ -87,13 +89,46 @@ def whole_split(loader: DataLoader) -> tuple[Tensor, Tensor]:
     Raises: ValueError for a loader whose sampler leaves examples out or repeats them: what it would
     have drawn is not the whole data set (split that with torch.utils.data.Subset instead).
     """
-    dataset: Any = loader.dataset
-    check_draws_all(loader)
-    if isinstance(dataset, TensorDataset):
-        inputs, targets = dataset.tensors
+    tensors = whole_tensors(loader)
+    if tensors is not None:
+        inputs, targets = tensors
         return inputs, targets
-    batches = list(DataLoader(dataset, batch_size=256, collate_fn=loader.collate_fn))
+    batches = [copied(batch) for batch in in_order(loader)]
     return torch.cat([inputs for inputs, _ in batches]), torch.cat([t for _, t in batches])
+
+
+def whole_tensors(loader: DataLoader) -> tuple[Tensor, ...] | None:
+    """The tensors whose rows a loader's batches are; None where the data set, or what collates its
+    examples, has code of its own (test_code_of_a_loaders_own_is_run).
+
+    Raises: ValueError as `in_order`.
+    """
+    dataset: Any = loader.dataset
+    plain = type(dataset) in (TensorDataset, Tensors) and not _has_own_batches(loader)
+    if not plain or loader.collate_fn not in (default_collate, list):
+        return None
+    check_draws_all(loader)
+    return dataset.tensors
+
+
+def in_order(loader: DataLoader) -> Iterable[Any]:
+    """All batches of a loader, in the order of the data set where it is not the loader's own.
+
+    Raises: ValueError as `check_draws_all`.
+    """
+    if _has_own_batches(loader):
+        return loader
+    check_draws_all(loader)
+    return DataLoader(loader.dataset, batch_size=256, collate_fn=loader.collate_fn)
+
+
+def _has_own_batches(loader: DataLoader) -> bool:
+    """Whether the batches are made by the data set, or by an iteration of the loader's own."""
+    return (
+        type(loader).__iter__ is not DataLoader.__iter__
+        or isinstance(loader.dataset, IterableDataset)
+        or loader.batch_sampler is None
+    )
 
 
 def check_draws_all(loader: DataLoader) -> None:
@@ -145,6 +180,8 @@ def length_of(loader: Iterable[Any]) -> int:
 def _draws_all(loader: DataLoader) -> bool:
     sampler: Any = loader.sampler
     dataset: Any = loader.dataset
+    if _has_own_batches(loader):
+        return False
     if (
         type(loader.batch_sampler) is not BatchSampler
         or loader.batch_sampler.sampler is not sampler

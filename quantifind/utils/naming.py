@@ -1,4 +1,4 @@
-"""Errors that say which tensor they are about."""
+"""Errors that say which tensor they are about, in one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,3 +11,12 @@ def naming(what: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says.
+
+    >>> first_line(RuntimeError("no kernel\\nsee the log"))
+    'no kernel'
+    """
+    return str(error).strip().partition("\n")[0]

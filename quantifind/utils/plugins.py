@@ -1,9 +1,7 @@
 """A folder is its own table of plug-ins: a module put there is found by its name; anyone's module
 by its dotted path, and anyone's file by its own."""
 
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import sys
@@ -14,7 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from quantifind.utils.sources import is_file, own_sources
+from quantifind.utils.naming import first_line
+from quantifind.utils.own_files import of_file
+from quantifind.utils.sources import is_file
 
 
 def names(package: str) -> list[str]:
@@ -74,7 +74,7 @@ def _module(package: str, name: str) -> ModuleType:
     check(package, name)
     path = _path(package, name)
     try:
-        return _of_file(Path(name)) if is_file(name) else importlib.import_module(path)
+        return of_file(Path(name)) if is_file(name) else importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{path}.".startswith(f"{error.name}."):
             raise ValueError(f"no module {name!r} can be imported: no {error.name!r}") from error
@@ -83,41 +83,13 @@ def _module(package: str, name: str) -> ModuleType:
         raise ValueError(f"{path} can't be imported: {reason(error)}") from error
 
 
-def _of_file(path: Path) -> ModuleType:
-    """The module of a file; what stands beside it can be imported by it, as in a script."""
-    folder = str(path.resolve().parent)
-    # no other module has this name: test_a_file_may_be_called_as_a_module_of_python
-    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    import cloudpickle
-
-    # no other process finds them by their names: test_a_network_of_a_file_reaches_other_processes
-    sources = set(map(str, own_sources(str(path.resolve()))))
-    for found in list(sys.modules.values()):
-        if getattr(found, "__file__", None) in sources:
-            cloudpickle.register_pickle_by_value(found)
-    return module
-
-
 def reason(error: BaseException) -> str:
     """Of an error in someone's own code: its kind, its first line, and the place in that code.
 
     >>> reason(KeyError("weight"))
     "KeyError: 'weight'"
     """
-    first = str(error).strip().partition("\n")[0]
+    first = first_line(error)
     package = Path(__file__).parents[1]
     ours = (f"{package}/", f"{package.with_name('stages')}/")
     others = (*ours, sysconfig.get_path("stdlib"), "<frozen")

@@ -1,8 +1,9 @@
 """Which files a module is made of: its own, and those beside it that it imports; nothing runs."""
 
 import ast
+import sys
 from collections.abc import Iterator
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def own_sources(name: str, root: Path = Path()) -> list[Path]:
     if not is_file(name) and ("." not in name or name.startswith("quantifind.")):
         return []
     first = Path(name) if is_file(name) else _file_of(name)
-    folders = [root.resolve(), *([first.resolve().parent] if is_file(name) else [])]
+    # in this order, as it is run: test_a_file_imports_what_stands_beside_it
+    folders = [*([first.resolve().parent] if is_file(name) else []), root.resolve()]
     found: list[Path] = []
     waiting = [first.resolve()]
     if not is_file(name):
@@ -33,6 +35,21 @@ def own_sources(name: str, root: Path = Path()) -> list[Path]:
             found.append(path)
             waiting += _imported(path, folders)
     return [first, *sorted(found[1:])]
+
+
+def stands_in(folder: Path, name: str) -> bool:
+    """Whether a folder has a module of this name; a folder without ``__init__.py`` is one where
+    nothing else is called so."""
+    place = folder / name
+    if place.with_name(f"{name}.py").is_file() or (place / "__init__.py").is_file():
+        return True
+    return place.is_dir() and _found_elsewhere(name, folder) is None
+
+
+def _found_elsewhere(name: str, folder: Path) -> ModuleSpec | None:
+    others = [path for path in sys.path if Path(path).resolve() != folder.resolve()]
+    spec = PathFinder.find_spec(name, others)
+    return spec if spec is not None and spec.origin is not None else None
 
 
 def _file_of(name: str) -> Path:
@@ -67,18 +84,24 @@ def _imported(path: Path, folders: list[Path]) -> Iterator[Path]:
                 yield from _files(alias.name.split("."), folders)
         elif isinstance(node, ast.ImportFrom):
             module = node.module.split(".") if node.module else []
-            starts = [path.parents[node.level - 1]] if node.level else folders
             for alias in node.names:
-                yield from _files([*module, alias.name], starts)
+                names = [*module, alias.name]
+                if node.level:
+                    yield from _in_folder(names, path.parents[node.level - 1])
+                else:
+                    yield from _files(names, folders)
 
 
 def _files(parts: list[str], folders: list[Path]) -> Iterator[Path]:
-    for folder in folders:
-        if parts[0] in ("quantifind", "stages"):
-            continue  # dvc.yaml has them
-        place = folder
-        for part in parts:
-            place = place / part
-            for file in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
-                if file.is_file():
-                    yield file.resolve()
+    """Of the first folder that has them."""
+    if parts[0] not in ("quantifind", "stages"):  # which dvc.yaml has
+        for folder in [folder for folder in folders if stands_in(folder, parts[0])][:1]:
+            yield from _in_folder(parts, folder)
+
+
+def _in_folder(parts: list[str], folder: Path) -> Iterator[Path]:
+    for part in parts:
+        folder = folder / part
+        for file in (folder.with_name(f"{part}.py"), folder / "__init__.py"):
+            if file.is_file():
+                yield file.resolve()

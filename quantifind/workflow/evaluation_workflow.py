@@ -96,7 +96,7 @@ def evaluate_strategies(
     quantized: what each strategy has come to; by default they are quantized here.
     calibration: batches of training data, for strategies that need some.
     forward: (model, batch) → (outputs, targets), what the criterion gets; by default
-        `quantifind.utils.batches.DefaultForward`.
+        `quantifind.utils.forwards.DefaultForward`.
     confidence: of the intervals.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Returns: a row per strategy, in their order: ``bit_depth`` (missing where widths differ),

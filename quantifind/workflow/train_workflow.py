@@ -25,8 +25,8 @@ from quantifind.storage.checkpoints import (
 from quantifind.storage.states import check_plain, check_same_architecture, load_state
 from quantifind.utils.batches import Batch, Forward, batches_of
 from quantifind.utils.console import progress
-from quantifind.utils.criteria import aligned
-from quantifind.utils.devices import device_of
+from quantifind.utils.criteria import aligned, settled
+from quantifind.utils.devices import device_of, evaluating
 from quantifind.utils.loaders import length_of
 
 CHECK_EVERY = 50
@@ -92,6 +92,7 @@ def train_network(
                     optimizer,
                     schedule,
                     batches_of(train_loader, net, criterion, forward),
+                    forward is not None,
                     length,
                     epoch,
                     step,
@@ -135,10 +136,16 @@ def _train_epoch(
     optimizer: Optimizer,
     schedule: LambdaLR | None,
     batches: Iterable[Batch],
+    literal: bool,
     length: int,
     epoch: int,
     step: Callable[..., None],
 ) -> float:
+    def look(batch: Batch) -> tuple[Any, ...]:
+        with evaluating(net):
+            return batch.clone().run(net)
+
+    criterion, batches = settled(criterion, batches, look, literal=literal)
     net.train()
     total, examples = torch.zeros((), dtype=torch.float64, device=device_of(net)), 0
     for number, batch in enumerate(batches, start=1):
