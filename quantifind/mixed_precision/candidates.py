@@ -129,7 +129,7 @@ class Candidates:
         strategy, quantized, allocation = trial.strategy, trial.quantized, self.allocation
         increase = allocation.loss_increase(strategy.tensors, strategy.activations)
         costs = model_bytes.measure(allocation.model, quantized, [])
-        loss = self.measurements.original["loss"].mean().item()
+        loss = self.measurements.original.criterion
         row = {
             **vars(trial),
             "mean_bits": mean_bits(allocation.model, quantized),

@@ -11,7 +11,7 @@ are squared.
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ def score_options(
     *,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """By tensor, for each of its options, the predicted mean `quantifind.metrics.divergence`.
+    """By tensor, for each of its options, the predicted mean `quantifind.metrics.divergence`, by
+    what examples count.
 
     Of a weight or a bias the change of its product's output is what the option does on the same
     inputs; of any other parameter, the change itself is taken with its gradient.
@@ -47,14 +48,13 @@ def score_options(
     """
     generator = torch.Generator().manual_seed(seed)
     sums = {name: [0.0] * len(some) for name, some in options.items()}
-    examples = 0
+    count = 0.0
     with differentiable(model) as (work, parameters):
         for batch in batches:
-            examples += len(batch)
             others = {name: parameters[name] for name in options}
-            uses, gradients = products_of(
-                work, partial(_projected, work, criterion, batch, generator), others
-            )
+            given = _Projected(work, criterion, batch, generator)
+            uses, gradients = products_of(work, given, others)
+            count += given.count
             for name, some in options.items():
                 for i, option in enumerate(some):
                     values = option.dequantize().to(parameters[name])
@@ -64,35 +64,48 @@ def score_options(
                     else:
                         change = ((values - parameters[name]) * gradients[name]).sum()
                     sums[name][i] += 0.5 * change.double().square().sum().item()
-    if not examples:
+    if not count:
         raise ValueError("there are no examples to score with")
-    return {name: [found / examples for found in each] for name, each in sums.items()}
+    return {name: [found / count for found in each] for name, each in sums.items()}
 
 
-def _projected(
-    work: nn.Module, criterion: Criterion | None, batch: Batch, generator: torch.Generator
-) -> Tensor:
-    """A number whose gradient's square, times a change's, has the mean wanted: outputs in a random
-    direction v, by a root of their Fisher information and of what their positions weigh."""
-    found = judged(criterion, *batch.run(work))
-    outputs, weight = (found.parts[0][name] for name in ("outputs", "weight"))
-    signs = torch.randint(2, outputs.shape, generator=generator).to(outputs.device) * 2.0 - 1
-    values = outputs.detach().float()
-    if found.classes == "softmax":
-        root = values.softmax(1).sqrt()
-        direction = root * signs - root.square() * (root * signs).sum(1, keepdim=True)
-        positions = outputs[:, :1].numel() / len(outputs)
-        weight = weight.reshape(len(outputs), 1, *weight.shape[1:])
-        weight = weight.reshape(*weight.shape, *(1,) * (outputs.dim() - weight.dim()))
-        direction = direction * (weight / positions).sqrt()
-    else:
-        share = values.sigmoid() if found.classes == "sigmoid" else None
-        root = torch.full_like(values, math.sqrt(2)) if share is None else share * (1 - share)
-        root = root if share is None else root.sqrt()
-        direction = signs * root / math.sqrt(max(outputs[:1].numel(), 1))
-    # such as masked classes, which no change reaches
-    finite = outputs.isfinite()
-    return (direction.where(finite, 0.0) * outputs.where(finite, 0.0)).sum()
+@dataclass
+class _Projected:
+    """A pass of a batch → a number whose gradient's square, times a change's, has the mean wanted:
+    outputs in a random direction v, by a root of their Fisher information and of what they count.
+
+    count: what the batch's examples count in all, once it has been called.
+    """
+
+    work: nn.Module
+    criterion: Criterion | None
+    batch: Batch
+    generator: torch.Generator
+    count: float = 0.0
+
+    def __call__(self) -> Tensor:
+        found = judged(self.criterion, *self.batch.run(self.work))
+        outputs, weight = (found.parts[0][name] for name in ("outputs", "weight"))
+        self.count = float(weight.sum())
+        signs = torch.randint(2, outputs.shape, generator=self.generator).to(outputs.device)
+        values, places = outputs.detach().float(), max(math.prod(outputs.shape[1:]), 1)
+        signs = 2.0 * signs - 1
+        if found.classes == "softmax":
+            root = values.softmax(1).sqrt()
+            direction = root * signs - root.square() * (root * signs).sum(1, keepdim=True)
+            if weight.dim() == 1:
+                weight = weight * outputs.shape[1] / places
+            weight = weight.reshape(len(outputs), 1, *weight.shape[1:])
+            weight = weight.reshape(*weight.shape, *(1,) * (outputs.dim() - weight.dim()))
+            direction = direction * weight.sqrt()
+        elif found.classes == "sigmoid":
+            share = values.sigmoid()
+            direction = signs * (share * (1 - share) / places).sqrt()
+        else:
+            direction = signs * math.sqrt(2 / places)
+        # such as masked classes, which no change reaches
+        finite = outputs.isfinite()
+        return (direction.where(finite, 0.0) * outputs.where(finite, 0.0)).sum()
 
 
 def _changes(uses: Uses, examples: int | None) -> Tensor:

@@ -76,7 +76,7 @@ class Sensitivity:
     def table(self) -> pd.DataFrame:
         """A row for each that was measured or predicted, as `measure_sensitivity` has them."""
         increases = self.loss_increases
-        original = float(self.menu.measurements.original["loss"].mean())
+        original = self.menu.measurements.original.criterion
         return pd.DataFrame(
             [
                 _row(self.menu, key, self.measured.get(key))
@@ -121,7 +121,7 @@ def measure_sensitivity(
         0: use every example.
     Returns: with a table of the columns ``kind`` ("tensors" or "activations"), ``name``,
         ``scheme``, ``rounding``, ``bits`` of a code, ``stored_bits`` with scales,
-        ``loss_increase``, the mean of `quantifind.metrics.divergence`, those of
+        ``loss_increase``, the mean by weight of `quantifind.metrics.divergence`, those of
         `quantifind.certification.certificate.degradation`, ``sqnr_db`` of the network's outputs
         (arXiv:2302.05397), ``examples``, 0 where it is predicted alone, ``predicted_increase`` by
         the gradients, and ``choice``.
@@ -175,7 +175,7 @@ def _precise(columns: Columns, precision: float) -> bool:
 
 
 def _increase(columns: Columns) -> float:
-    increase = float(columns["divergence"].mean())
+    increase = float(columns["divergence"].sum() / columns["weight"].sum())
     return max(increase, 0.0) if math.isfinite(increase) else math.inf
 
 
