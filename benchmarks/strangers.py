@@ -7,7 +7,9 @@ Weights ship in packages, or are trained for a minute on the project's own data
 (benchmarks/stranger_networks.py); the data are synthesised or ship in packages
 (benchmarks/stranger_data.py). Each network has a process of its own, with one thread. A search sees
 train and validation data, and its ladder is judged on test data once. Writes
-benchmarks/results/strangers.csv, and the table of README.md. Its columns:
+benchmarks/results/strangers.csv, the table of docs/results.md, and what each phase took into
+benchmarks/results/scale.csv. The limit is CR ≤ 1.05 where the network was trained on the labels
+there are, else a relative error ≤ 0.05. Columns:
 
 - parameters, tensors: of the network;
 - limit: of the criterion ratio (CR), or of the relative error of the outputs where there are no
@@ -15,6 +17,7 @@ benchmarks/results/strangers.csv, and the table of README.md. Its columns:
 - mean_bits, criterion_ratio, relative_error, bytes: of the certified strategy, on test data;
 - uniform_bits: the certified depth where every tensor has the same, of `DEPTHS`;
 - float_bytes: of the network as it is;
+- passes: over the validation examples, that the search took;
 - seconds, peak_megabytes: of a core, for the search; and of its whole process;
 - adapter_lines: of code between batch and network that a person has to write;
 - note: what was left out, or why there is no answer.
@@ -50,7 +53,11 @@ DEPTHS = range(12, 1, -1)
 MOST_SECONDS = 1_800
 COLUMNS = ["network", "kind", "parameters", "tensors", "measure", "limit", "mean_bits"]
 COLUMNS += ["criterion_ratio", "relative_error", "uniform_bits", "bytes", "float_bytes"]
-COLUMNS += ["seconds", "peak_megabytes", "adapter_lines", "note"]
+COLUMNS += ["passes", "seconds", "peak_megabytes", "adapter_lines", "note"]
+# by phase what a search took
+PHASES = grids.ROOT / "benchmarks/results/scale.csv"
+PHASE_COLUMNS = ["network", "parameters", "tensors", "phase", "seconds", "passes"]
+PHASE_COLUMNS += ["peak_megabytes", "mean_bits", "criterion_ratio"]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -107,6 +114,9 @@ def searched(name: str) -> dict[str, Any]:
         "uniform_bits": DEPTHS[depths - 1] if depths else None,
         "float_bytes": sum(model_bytes.measure(net, Quantized({}), []).values()),
         "seconds": seconds,
+        "passes": found.passes.taken,
+        "by_phase": dict(found.passes.by_phase),
+        "seconds_by_phase": dict(found.passes.seconds),
         "adapter_lines": stranger.adapter_lines,
         "note": stranger.note,
     }
@@ -122,13 +132,13 @@ def markdown(results: pd.DataFrame) -> str:
     """The table, a line per network."""
     lines = [
         "| network | kind | parameters | limit | certified bits | one depth for all | kB, float → "
-        "certified | minutes | peak MB | adapter |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "certified | passes | minutes | peak MB | adapter |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     signs = {"criterion_ratio": "CR", "relative_error": "error"}
     for row in results.to_dict("records"):
         if pd.isna(row["parameters"]):
-            lines.append(f"| {row['network']} | {row['kind']} |{' – |' * 8}")
+            lines.append(f"| {row['network']} | {row['kind']} |{' – |' * 9}")
             continue
         bits, depth = row["mean_bits"], row["uniform_bits"]
         size = "–" if pd.isna(bits) else f"{row['bytes'] / 1e3:,.0f}"
@@ -140,12 +150,28 @@ def markdown(results: pd.DataFrame) -> str:
             "none" if pd.isna(bits) else f"**{bits:.3f}**",
             "none" if pd.isna(depth) else f"{depth:.0f}",
             f"{row['float_bytes'] / 1e3:,.0f} → {size}",
+            f"{row['passes']:.0f}",
             f"{row['seconds'] / 60:.1f}",
             f"{row['peak_megabytes']:,.0f}",
             f"{row['adapter_lines']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def write_phases(row: dict[str, Any]) -> None:
+    """Of one network, a line for each phase, and for all of them."""
+    whole = {name: row.get(name) for name in PHASE_COLUMNS}
+    lines = [
+        whole | {"phase": phase, "passes": taken, "seconds": row["seconds_by_phase"].get(phase)}
+        for phase, taken in row["by_phase"].items()
+    ]
+    lines.append(whole | {"phase": "all"})
+    table = pd.DataFrame(lines, columns=PHASE_COLUMNS)
+    if PHASES.exists():
+        kept = pd.read_csv(PHASES)
+        table = pd.concat([kept[kept["network"] != row["network"]], table])
+    table.to_csv(PHASES, index=False, float_format="%.6g")
 
 
 def write_rows(rows: pd.DataFrame) -> pd.DataFrame:
@@ -157,6 +183,17 @@ def write_rows(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.reindex(columns=COLUMNS).sort_values("network", key=lambda n: n.map(order.index))
     rows.to_csv(RESULTS, index=False)
     return rows
+
+
+def write(name: str) -> pd.DataFrame:
+    """Measure a network, and write its rows; all rows that there are."""
+    print(f"{name} …", flush=True)
+    row = measure(name)
+    if "by_phase" in row:
+        write_phases(row)
+    results = write_rows(pd.DataFrame([row]))
+    print(results[results["network"] == name].T.to_string(header=False), flush=True)
+    return results
 
 
 def main() -> None:
@@ -172,9 +209,7 @@ def main() -> None:
         chosen.into.write_text(json.dumps(row, default=float), encoding="utf-8")
         return
     for name in [chosen.network] if chosen.network else list(STRANGERS):
-        print(f"{name} …", flush=True)
-        results = write_rows(pd.DataFrame([measure(name)]))
-        print(results[results["network"] == name].T.to_string(header=False), flush=True)
+        results = write(name)
     grids.write_table(MARKERS, markdown(results))
 
 

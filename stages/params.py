@@ -44,6 +44,8 @@ class Search:
     limit: dict[str, float] | None = None
     budget: dict[str, float] | None = None
     learn: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    effort: Annotated[float, Field(gt=0)] | None = None
+    seconds: Annotated[float, Field(gt=0)] | None = None
     widths: Annotated[list[Width], Field(min_length=1)] | None = None
     activation_bits: list[Width] = field(default_factory=list)
 
@@ -84,7 +86,10 @@ class Params:
     def search_options(self) -> dict[str, Any]:
         """The arguments of `quantifind.search.find_strategy` that the pipeline sets."""
         beside = {"confidence": self.evaluate.confidence, "seed": self.seed, "proxies": True}
-        return asdict(self.search) | beside | self.workers
+        search = asdict(self.search)
+        if search["effort"] is None:
+            del search["effort"]  # the search has its own
+        return search | beside | self.workers
 
 
 def read_params(path: Path = Path("params.yaml")) -> Params:

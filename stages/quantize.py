@@ -34,6 +34,8 @@ def main(params: Params) -> None:
     folder = files.measured_folder()
     how: Any = {"forward": made.forward, "folder": folder, **params.search_options}
     found = find_strategy(net, train, val, criterion, **how)
+    if "interrupted" in found.passes.left_out:
+        raise ValueError("interrupted; what was measured is kept, and dvc repro goes on from there")
     objects = ["strategy", "quantized"]
     files.write_table(files.PLOTS / "weight_error.csv", errors)
     files.write_table(files.PLOTS / "candidates.csv", found.candidates.drop(columns=objects))
