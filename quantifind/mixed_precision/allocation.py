@@ -23,6 +23,9 @@ from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
 
+# of the loss increase that a limit allows, the least and the most that are predicted of an
+# allocation that is looked at
+LOW, HIGH = 0.03, 100.0
 # the widest of the uniform candidates
 UNIFORM_BITS = 8
 
@@ -196,6 +199,25 @@ class Allocation:
     def total(self, assignment: Assignment) -> float:
         """The cost of an assignment, with what is fixed."""
         return self.fixed + total_cost(self.groups, assignment)
+
+    def predicted(self, assignment: Assignment) -> float:
+        """The loss increase of an assignment."""
+        pairs = zip(self.groups, assignment, strict=True)
+        return sum(group[i].loss_increase for group, i in pairs)
+
+    def allowed(self) -> tuple[float, float]:
+        """Predicted loss increases between which allocations near the limit lie; of any size where
+        that can't be told."""
+        goal, original = self.goal, self.original
+        squares = original.classes is None and "outputs" in original
+        if goal.measure == "criterion_ratio" and goal.limit is not None:
+            allowed = max(goal.limit - 1, 1e-3) * original.criterion
+        elif goal.measure == "relative_error" and goal.limit and squares:
+            total = sum(float(p["outputs"].double().square().sum()) for p in original.parts)
+            allowed = goal.limit**2 * total / sum(p["outputs"].numel() for p in original.parts)
+        else:
+            return 0.0, math.inf
+        return LOW * allowed, HIGH * allowed
 
     def solve(
         self, budget: float, groups: Sequence[Sequence[Option]] | None = None

@@ -19,6 +19,8 @@ FINER = tuple(0.94**i for i in range(SWEEP))
 HALVINGS = 3
 # a walk down falling budgets ends when so many in a row fail
 FAILURES = 3
+# costlier ones that keep the goal, where no other does
+FIRST = 1
 # moves that take the same tensor down, before the next tensor has its turn
 TRIES = 3
 # of its cost, what a move saves at least: else there would be one for each small tensor
@@ -29,28 +31,35 @@ def sweep_budgets(candidates: Candidates) -> None:
     """Uniform strategies, and allocations under falling budgets; once more with the scales of the
     best adjusted."""
     goal, allocation = candidates.goal, candidates.allocation
+    low, high = allocation.allowed()
     uniform = [
         candidates.trial("uniform", strategy, allocation.alone(strategy.tensors, {}))
         for strategy in allocation.uniform_strategies()
+        if low <= allocation.loss_increase(strategy.tensors, {}) <= high
     ]
     candidates.measure(
         [t for t in uniform if goal.budget is None or allocation.cost(t.quantized) <= goal.budget]
     )
-    highest, lowest = (
+    most, least = (
         allocation.fixed + sum(group[end].cost for group in allocation.groups) for end in (0, -1)
     )
     if goal.budget is not None:
-        highest = min(goal.budget, highest)
-        lowest = max(lowest, 0.8 * highest)
-    _walk_down(
-        candidates, [highest * (lowest / highest) ** (i / (SWEEP - 1)) for i in range(SWEEP)]
-    )
+        most = min(goal.budget, most)
+        least = max(least, 0.8 * most)
+    solved = [allocation.solve(most * (least / most) ** (i / (SWEEP - 1))) for i in range(SWEEP)]
+    tried = [a for a in dict.fromkeys(solved) if a is not None]
+    # of those that are surely good enough, the last
+    sure = [i for i, a in enumerate(tried) if allocation.predicted(a) < low]
+    _walk_down(candidates, tried[max(sure, default=0) :])
+    if candidates.best_assignment() is None:
+        _walk_down(candidates, tried[: max(sure, default=0)][::-1], FIRST)
     best = candidates.best_assignment()
     if best is not None:
         row = candidates.best("allocated")
         assert row is not None
         _, candidates.factors = adjust_scales(candidates, row)
-        _walk_down(candidates, [allocation.total(best) * share for share in FINER])
+        finer = [allocation.solve(allocation.total(best) * share) for share in FINER]
+        _walk_down(candidates, [a for a in dict.fromkeys(finer) if a is not None])
         _halve(candidates)
 
 
@@ -73,18 +82,21 @@ def _halve(candidates: Candidates) -> None:
         candidates.measure([candidates.allocated(assignment)])
 
 
-def _walk_down(candidates: Candidates, budgets: Sequence[float]) -> None:
-    """Measure allocations, a few at a time, until several in a row don't keep the goal."""
-    solved = (candidates.allocation.solve(budget) for budget in budgets)
-    trials, failed = (candidates.allocated(a) for a in dict.fromkeys(solved) if a is not None), 0
-    with progress("allocating", total=len(budgets)) as step:
-        passes = candidates.measurements.passes
-        while failed < FAILURES and (wave := list(islice(trials, WAVE))):
+def _walk_down(
+    candidates: Candidates, assignments: Sequence[Assignment], until: int | None = None
+) -> None:
+    """Measure allocations, a few at a time, until several in a row don't keep the goal, or until
+    so many do."""
+    trials, failed, kept = (candidates.allocated(a) for a in assignments), 0, 0
+    passes = candidates.measurements.passes
+    with progress("allocating", total=len(assignments)) as step:
+        while wave := list(islice(trials, WAVE)):
             for row in candidates.measure(wave):
                 step(note(row))
-                failed = 0 if candidates.goal.keeps(row) else failed + 1
-                if failed == FAILURES:
-                    break
+                keeps = candidates.goal.keeps(row)
+                failed, kept = (0, kept + 1) if keeps else (failed + 1, kept)
+            if (until is not None and kept >= until) or (until is None and failed >= FAILURES):
+                return
             if passes.left <= 0:
                 passes.stopped("fewer budgets")
                 return

@@ -103,8 +103,6 @@ def add_safer_allocations(candidates: Candidates) -> None:
             assignment = candidates.allocation.solve(share * best[goal.cost])
             if assignment is not None:
                 (row,) = candidates.measure([candidates.allocated(assignment)])
-                if candidates.is_whole(row):
-                    row, _ = adjust_scales(candidates, row)
                 step(note(row))
 
 

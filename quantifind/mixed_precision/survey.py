@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantifind.certification.goal import Goal
-from quantifind.metrics import Outcome
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
@@ -24,9 +23,6 @@ SCORED, TOGETHER = 256, 16
 BY_GPTQ = 0.1
 # rounds of rounding and scoring, and of measuring, what has come near the frontier
 ROUNDS = 5
-# of the loss increase that the limit allows, the least and the most that are predicted of an
-# allocation that is looked at
-LOW, HIGH = 0.03, 100.0
 # costs of allocations that are looked at, as shares of a budget
 WITHIN = (0.6, 1.2)
 # whole candidates that the smallest search measures
@@ -138,7 +134,7 @@ def near_frontier(allocation: Allocation) -> list[str]:
     slopes = sorted({s for group in groups for s in _slopes(group)})
     if len(slopes) > SLOPES:
         slopes = [slopes[i] for i in np.linspace(0, len(slopes) - 1, SLOPES).round().astype(int)]
-    low, high = _allowed(allocation)
+    low, high = allocation.allowed()
     near: set[tuple[int, int]] = set()
     for slope in (0.0, *slopes):
         chosen = [_best(group, slope) for group in groups]
@@ -158,25 +154,6 @@ def near_frontier(allocation: Allocation) -> list[str]:
                 if choice is not None:
                     found.append(choice_key("tensors", name, choice))
     return list(dict.fromkeys(found))
-
-
-def _allowed(allocation: Allocation) -> tuple[float, float]:
-    """Loss increases between which allocations near the limit lie, where that can be told."""
-    goal, original = allocation.goal, allocation.original
-    if goal.measure == "criterion_ratio" and goal.limit is not None:
-        allowed = max(goal.limit - 1, 1e-3) * original.criterion
-    elif goal.measure == "relative_error" and goal.limit and _has_squares(original):
-        squares = sum(float(p["outputs"].double().square().sum()) for p in original.parts)
-        count = sum(part["outputs"].numel() for part in original.parts)
-        allowed = goal.limit**2 * squares / count
-    else:
-        return 0.0, math.inf
-    return LOW * allowed, HIGH * allowed
-
-
-def _has_squares(original: Outcome) -> bool:
-    """Whether the divergence is the squared error of outputs that are kept."""
-    return original.classes is None and "outputs" in original
 
 
 def _slopes(group: Sequence[Option]) -> list[float]:
