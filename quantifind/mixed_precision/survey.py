@@ -3,7 +3,7 @@ gradients predict; the rest is predicted alone."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from quantifind.mixed_precision.menu import Menu
 from quantifind.mixed_precision.scores import score_options
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.mixed_precision.sensitivity import PRECISION, Sensitivity, measure_options
+from quantifind.tensor.choice import Choice
 from quantifind.utils.batches import Batch, joined, regrouped
 
 # training examples that predict, so many at a time
@@ -46,15 +47,21 @@ def survey(
     _check_effort(measurements, space)
     menu.make(stand_ins.values())
     scored = _scored(menu, dict.fromkeys(stand_ins.values()))
-    scores = {k: scored[s] * (1.0 if k == s else BY_GPTQ) for k, s in stand_ins.items()}
+    scores = {k: scored[s] for k, s in stand_ins.items() if k == s}
     measured = measure_options(menu, activations, precision)
     for _ in range(ROUNDS):
-        allocation = Allocation.of(measurements, Sensitivity(menu, measured, scores), goal)
+        hoped = scores | {
+            key: _hoped(menu, key, scored[other], scores)
+            for key, other in stand_ins.items()
+            if key not in scores
+        }
+        allocation = Allocation.of(measurements, Sensitivity(menu, measured, hoped), goal)
         new = [key for key in near_frontier(allocation) if not menu.has_made(key)]
         if not new:
             break
         menu.make(new)
         scores |= _scored(menu, new)
+    scores = hoped | scores
     for _ in range(ROUNDS):
         sensitivity = Sensitivity(menu, measured, scores)
         allocation = Allocation.of(measurements, sensitivity, goal)
@@ -67,6 +74,25 @@ def survey(
         measured |= measure_options(menu, new, precision)
     sensitivity = Sensitivity(menu, measured, scores)
     return sensitivity, Allocation.of(measurements, sensitivity, goal)
+
+
+def _hoped(menu: Menu, key: str, nearest: float, scores: Mapping[str, float]) -> float:
+    """The least that rounding by GPTQ may lose: by what rounding to nearest loses, and by what
+    fewer levels lost, the square of whose number errors fall with.
+
+    Without the second, two bits are never tried where three levels do well.
+    """
+    _, name, choice = menu.choices[key]
+    found = [BY_GPTQ * nearest]
+    for other, score in scores.items():
+        _, own, tried = menu.choices[other]
+        if own == name and tried.rounding == "gptq" and _levels(tried) < _levels(choice):
+            found.append(score * (_levels(tried) / _levels(choice)) ** 2)
+    return min(found)
+
+
+def _levels(choice: Choice) -> int:
+    return choice.levels or 2**choice.width
 
 
 def _check_effort(measurements: Measurements, space: SearchSpace) -> None:

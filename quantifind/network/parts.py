@@ -13,8 +13,8 @@ from quantifind.utils.naming import naming
 BLOCK, TALL = 4_608, 4
 # fewer inputs together make up for little
 LEAST = 16
-# positions that tell enough, in all and for each input
-POSITIONS, POSITIONS_PER_INPUT = 2**16, 16
+# positions that tell enough, in all and for each input; more of few inputs, which cost little
+POSITIONS, POSITIONS_PER_INPUT, VALUES = 2**16, 16, 2**25
 # bytes of a number in a moment matrix
 NUMBER = 8
 
@@ -89,7 +89,7 @@ def _part(name: str, matrices: Matrices, used: Sequence[ProductFacts], limit: fl
     most = max(BLOCK, TALL * outputs)
     if met and (inputs > most or NUMBER * groups * inputs**2 > limit):
         most = min(BLOCK, int(limit // (NUMBER * groups * inputs)))
-    enough = max(POSITIONS, POSITIONS_PER_INPUT * inputs)
+    enough = max(POSITIONS, POSITIONS_PER_INPUT * inputs, VALUES // inputs)
     return Part(
         name,
         matrices,
