@@ -19,7 +19,6 @@ from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.passes import OutOfTime
 from quantifind.mixed_precision.refinement import (
     add_safer_allocations,
-    adjust_what_nearly_keeps,
     gptq_sequentially,
     learn_allocations,
 )
@@ -39,7 +38,7 @@ from quantifind.utils.loaders import length_of
 # passes that a search may take, and the shares of what is left that its phases may: of one that
 # needs less, the rest is the next ones'
 EFFORT = 200
-SURVEYED, SWEPT, MOVED, SEQUENTIAL, ADJUSTED = 0.4, 0.6, 0.4, 0.6, 0.8
+SURVEYED, SWEPT, MOVED, SEQUENTIAL = 0.4, 0.6, 0.4, 0.6
 
 
 def find_strategy(
@@ -148,15 +147,12 @@ def find_strategy(
 
 
 def refine(candidates: Candidates, learn: float) -> None:
-    """Better candidates near the best: moves, GPTQ layer by layer, adjusted scales, safer ones,
-    learned ones."""
+    """Better candidates near the best: moves, GPTQ layer by layer, safer ones, learned ones."""
     passes = candidates.measurements.passes
     with passes.of("moves", MOVED):
         try_neighbours(candidates)
     with passes.of("sequential", SEQUENTIAL):
         gptq_sequentially(candidates)
-    with passes.of("scales", ADJUSTED):
-        adjust_what_nearly_keeps(candidates)
     with passes.of("safer"):
         add_safer_allocations(candidates)
     if learn:

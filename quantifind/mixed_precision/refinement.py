@@ -32,8 +32,6 @@ SEQUENTIAL = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
 COSTLIER = (1.05, 1.1, 1.15, 1.2, 1.3)
 # what the scales of a tensor are multiplied with, step by step
 SHRINK, GROW = 0.94, 1.06
-# candidates that nearly keep the limit, whose scales are adjusted
-NEARLY = 6
 # factors at most
 GROUPS = 8
 # learning here follows the labels too, and may take large steps
@@ -89,32 +87,6 @@ def _stored(store: Store, key: str) -> Quantized:
     entry = store.get(key)
     assert entry is not None
     return artifact.unpack(*entry)
-
-
-def adjust_what_nearly_keeps(candidates: Candidates) -> None:
-    """Scales of cheaper candidates that keep the limit by their value, though not by their bound:
-    the likeliest first, each once."""
-    goal, passes, tried = candidates.goal, candidates.measurements.passes, set[str]()
-    best = candidates.best()
-    if best is None or goal.limit is None:
-        return
-    with progress("adjusting", total=NEARLY) as step:
-        for _ in range(NEARLY):
-            able = [
-                row
-                for row in candidates.whole()
-                if row[goal.cost] < best[goal.cost]
-                and row[goal.measure] <= goal.limit
-                and choices_key(row["strategy"]) not in tried
-                and not goal.keeps(row)
-            ]
-            if not able or passes.left <= 0:
-                return
-            row = min(able, key=lambda row: row[f"{goal.measure}_bound"])
-            tried.add(choices_key(row["strategy"]))
-            row, _ = adjust_scales(candidates, row)
-            step(note(row))
-            best = candidates.best() or best
 
 
 def add_safer_allocations(candidates: Candidates) -> None:
