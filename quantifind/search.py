@@ -127,23 +127,36 @@ def find_strategy(
                     sweep_budgets(candidates)
                 if candidates.best() is not None:
                     break
-            assert candidates is not None
-            refine(candidates, learn)
+            if candidates is not None:
+                refine(candidates, learn)
         except (KeyboardInterrupt, OutOfTime) as error:
-            late = isinstance(error, OutOfTime)
-            if candidates is None or candidates.best() is None:
-                if not late:
-                    raise
-                kept = "give a folder" if folder is None else f"what was done is in {folder}"
-                raise ValueError(
-                    f"seconds is {seconds:g}: over before any candidate kept the goal; {kept}, "
-                    "and another call goes on from there"
-                ) from error
-            passes.stopped("what would have come after the time" if late else "interrupted")
+            _cut_short(error, candidates, seconds, folder)
+        assert candidates is not None
         table = sensitivity.table
         if proxies:
             table = predict_sensitivity(measurements, sensitivity)
         return found_by(candidates, table, criterion, forward)
+
+
+def _cut_short(
+    error: BaseException,
+    candidates: Candidates | None,
+    seconds: float | None,
+    folder: Path | str | None,
+) -> None:
+    """Note that a search ended early; raise where there is no answer yet."""
+    late = isinstance(error, OutOfTime)
+    if candidates is not None and candidates.best() is not None:
+        what = "what would have come after the time" if late else "interrupted"
+        candidates.measurements.passes.stopped(what)
+    elif late:
+        kept = "give a folder" if folder is None else f"what was done is in {folder}"
+        raise ValueError(
+            f"seconds is {seconds:g}: over before any candidate kept the goal; {kept}, and another "
+            "call goes on from there"
+        ) from error
+    else:
+        raise error
 
 
 def refine(candidates: Candidates, learn: float) -> None:

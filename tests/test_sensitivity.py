@@ -11,9 +11,8 @@ from conftest import count_measured
 from torch import nn
 
 from quantifind.metrics import divergence, outcome, weight_error
-from quantifind.mixed_precision import menu, sensitivity
+from quantifind.mixed_precision import rounded_options, sensitivity
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.mixed_precision.menu import Menu
 from quantifind.mixed_precision.proxies import (
     fisher,
     fisher_increase,
@@ -21,6 +20,7 @@ from quantifind.mixed_precision.proxies import (
     hessian_traces,
     output_fisher_increases,
 )
+from quantifind.mixed_precision.rounded_options import RoundedOptions
 from quantifind.mixed_precision.search_space import (
     SearchSpace,
     choice_key,
@@ -88,7 +88,7 @@ def measured():
     measurements = measurements_of(network())
     space = space_of(measurements, [2, 4], [3])
     found = measure_sensitivity(measurements, space, precision=0)
-    return measurements, space, found.menu, found.table
+    return measurements, space, found.rounded_options, found.table
 
 
 def strategy_of(net, measurements, row):
@@ -138,8 +138,8 @@ def count_rounded(monkeypatch):
         seen.append(dict(choices))
         return fit_activations(model, choices, batches)
 
-    monkeypatch.setattr(menu, "quantize_each", rounded)
-    monkeypatch.setattr(menu, "fit_activations", fitted)
+    monkeypatch.setattr(rounded_options, "quantize_each", rounded)
+    monkeypatch.setattr(rounded_options, "fit_activations", fitted)
     return seen
 
 
@@ -147,7 +147,7 @@ def test_tensors_are_rounded_together(measured, monkeypatch):
     """Those of an activation each by itself."""
     _, space, quantized, _ = measured
     rounded = count_rounded(monkeypatch)
-    again = Menu(measurements_of(network()), space)
+    again = RoundedOptions(measurements_of(network()), space)
     again.make(again)
     same(again, quantized)
     assert rounded[0] == space.tensors
@@ -160,7 +160,7 @@ def test_workers_round_as_much(measured, monkeypatch, places):
     _, space, *_ = measured
     measurements = measurements_of(network())
     monkeypatch.setattr(type(measurements.workers), "places", places)
-    found = Menu(measurements, space)
+    found = RoundedOptions(measurements, space)
     tasks = found._tasks({("tensors", name): some for name, some in space.tensors.items()})
     assert sorted(n for _, names in tasks for n in names) == sorted(space.tensors)
     assert len(tasks) == min(places, len(space.tensors))
@@ -209,7 +209,7 @@ def test_what_is_in_the_folder_is_not_measured_again(tmp_path, monkeypatch):
     second = run()
     assert (len(rounded), len(seen)) == work
     pd.testing.assert_frame_equal(first.table, second.table)
-    same(first.menu, second.menu)
+    same(first.rounded_options, second.rounded_options)
 
 
 @pytest.mark.parametrize("precision", [0, 0.2, 0.5, 10])
@@ -383,7 +383,7 @@ def test_wide_choices_have_wide_scales():
         for choice in choices:
             narrow = (choice.bits or 2) <= 8
             assert choice.options["scale_dtype"] == ("float16" if narrow else "float32")
-    quantized, values = Menu(measurements, space), named_tensors(measurements.model)
+    quantized, values = RoundedOptions(measurements, space), named_tensors(measurements.model)
     for name, choices in space.tensors.items():
         for choice in choices:
             if (choice.bits or 0) > 8:
@@ -420,8 +420,8 @@ def test_every_module_can_be_quantized_alone():
     measurements = Measurements.start(net, train, val, CRITERION)
     space = space_of(measurements, [2], [8])
     found = measure_sensitivity(measurements, space)
-    assert len(found.menu) == sum(len(choices) for *_, choices in space.items())
-    gptq = {key.split()[0] for key in found.menu if "gptq" in key}
+    assert len(found.rounded_options) == sum(len(choices) for *_, choices in space.items())
+    gptq = {key.split()[0] for key in found.rounded_options if "gptq" in key}
     assert {f"tensors/{n}" for n in ("table.weight", "mix.weight", "head.weight")} <= gptq
     assert "tensors/layer.self_attn.in_proj_weight" in gptq
     assert found.table["loss_increase"].notna().all()
@@ -430,7 +430,7 @@ def test_every_module_can_be_quantized_alone():
 def test_a_transposed_convolution_can_be_quantized_alone():
     net = nn.Sequential(nn.ConvTranspose1d(3, 2, 1), nn.Flatten(), nn.Linear(8, 3))
     measurements = measurements_of(net)
-    found = Menu(measurements, space_of(measurements, [2, 8]))
+    found = RoundedOptions(measurements, space_of(measurements, [2, 8]))
     assert all(quantized.stored_bits for quantized in found.values())
 
 
@@ -455,7 +455,7 @@ def test_the_model_and_the_search_space_are_left_alone(measured):
 def test_what_is_quantized_is_kept_packed(tmp_path):
     measurements = measurements_of(network(), folder=tmp_path)
     space = SearchSpace({"head.weight": [{"scheme": "uniform", "bits": 3}]})
-    ((key, quantized),) = Menu(measurements, space).items()
+    ((key, quantized),) = RoundedOptions(measurements, space).items()
     kept = artifact.unpack(*measurements.store.get(f"quantized {key}"))
     assert torch.equal(kept.tensors["head.weight"].dequantize(), quantized.dequantize())
 

@@ -82,7 +82,7 @@ def test_small_changes_are_predicted(name):
     found = measure_sensitivity(measurements, space, precision=0)
     options = {n: [c for c in some if c.rounding == "nearest"] for n, some in space.tensors.items()}
     keys = {n: [choice_key("tensors", n, c) for c in some] for n, some in options.items()}
-    quantized = {n: [found.menu[key] for key in some] for n, some in keys.items()}
+    quantized = {n: [found.rounded_options[key] for key in some] for n, some in keys.items()}
     batches = [
         batch[i : i + 8] for batch in measurements.batches() for i in range(0, len(batch), 8)
     ]

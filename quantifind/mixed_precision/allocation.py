@@ -12,7 +12,7 @@ from quantifind.certification.goal import Goal
 from quantifind.metrics import Outcome
 from quantifind.mixed_precision.knapsack import Assignment, Option, allocate, pareto, total_cost
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.mixed_precision.menu import Menu
+from quantifind.mixed_precision.rounded_options import RoundedOptions
 from quantifind.mixed_precision.search_space import choice_key
 from quantifind.mixed_precision.sensitivity import Sensitivity
 from quantifind.network.folding import Pairs, parameter_count
@@ -39,7 +39,7 @@ class Allocation:
     products: of a pass, for the costs.
     folded: pairs of names, of the norms that are folded in ``model``.
     original: the float network's outcome.
-    menu: the choices, each alone.
+    rounded_options: the choices, each alone.
     loss_increases: by `choice_key`, of those that were measured or are predicted.
     options: one knapsack class per weight (with the activation it multiplies) or pair of
         activations: all its options.
@@ -53,7 +53,7 @@ class Allocation:
     folded: Pairs
     products: list[ProductFacts]
     original: Outcome
-    menu: Menu
+    rounded_options: RoundedOptions
     loss_increases: dict[str, float]
     options: list[list[Option]]
     groups: list[list[Option]]
@@ -75,7 +75,7 @@ class Allocation:
             "folded": measurements.folded,
             "products": measurements.products,
             "original": measurements.original,
-            "menu": sensitivity.menu,
+            "rounded_options": sensitivity.rounded_options,
             "loss_increases": sensitivity.loss_increases,
         }
         bare = cls(**given, options=[], groups=[], fixed=0.0)
@@ -96,7 +96,7 @@ class Allocation:
     def _group_names(self) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
         """Names of tensors and of activations that are chosen together, since one's cost depends on
         the other's width."""
-        own, met = self.menu.space.tensors, self.menu.space.activations
+        own, met = self.rounded_options.space.tensors, self.rounded_options.space.activations
         products = (p.activations for p in self.products if p.weight is None)
         pairs = {names for names in products if not met.keys().isdisjoint(names)}
         paired = {name for pair in pairs for name in pair}
@@ -129,7 +129,7 @@ class Allocation:
     def _combinations(
         self, tensors: Sequence[str], activations: Sequence[str]
     ) -> Iterator[tuple[dict[str, Choice | None], dict[str, Choice | None]]]:
-        space = self.menu.space
+        space = self.rounded_options.space
         tried: list[list[tuple[str, Choice | None]]] = []
         for name in tensors:
             tried.append([(name, choice) for choice in space.tensors[name]])
@@ -150,15 +150,18 @@ class Allocation:
     def alone(self, tensors: Any, activations: Any) -> Quantized:
         """Tensors and activations by their choices, each fitted with the rest in float."""
         keys = self._keys(tensors, activations)
-        self.menu.make(key for kind in keys for key in kind.values())
+        self.rounded_options.make(key for kind in keys for key in kind.values())
         return self._quantized(keys)
 
     def _stand_ins(self, tensors: Any, activations: Any) -> Quantized:
         """What costs the same, rounded or not."""
-        menu = self.menu
+        rounded_options = self.rounded_options
         return self._quantized(
             [
-                {n: k if menu.has_made(k) else menu.stand_in(k) for n, k in keys.items()}
+                {
+                    n: k if rounded_options.has_made(k) else rounded_options.stand_in(k)
+                    for n, k in keys.items()
+                }
                 for keys in self._keys(tensors, activations)
             ]
         )
@@ -171,8 +174,14 @@ class Allocation:
         ]
 
     def _quantized(self, keys: Sequence[Mapping[str, str]]) -> Quantized:
-        own, met = ({name: self.menu[key] for name, key in named.items()} for named in keys)
-        said = {n: self.menu.notes[k] for n, k in keys[0].items() if k in self.menu.notes}
+        own, met = (
+            {name: self.rounded_options[key] for name, key in named.items()} for named in keys
+        )
+        said = {
+            n: self.rounded_options.notes[k]
+            for n, k in keys[0].items()
+            if k in self.rounded_options.notes
+        }
         return Quantized(own, met, self.folded, said)  # type: ignore[arg-type]
 
     def cost(self, quantized: Quantized, names: set[str] | None = None) -> float:
@@ -244,7 +253,7 @@ class Allocation:
     def uniform_strategies(self) -> Iterator[Strategy]:
         """The same choice for every weight, where all have it, and others at as many bits or the
         nearest there are; all of few bits."""
-        own = self.menu.space.tensors
+        own = self.rounded_options.space.tensors
         weights = [name for name in own if self.values[name].dim() > 1]
         for choice in own[weights[0]] if weights else []:
             bits = choice.width
@@ -254,5 +263,7 @@ class Allocation:
                     nearest = min(choices, key=lambda c: abs(c.width - bits))
                     tensors[name] = choice if name in weights else nearest
                 # what is far from the goal is not rounded
-                if all(self.menu.has_made(k) for k in self._keys(tensors, {})[0].values()):
+                if all(
+                    self.rounded_options.has_made(k) for k in self._keys(tensors, {})[0].values()
+                ):
                     yield Strategy(tensors, folded=self.folded)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from quantifind.certification.certificate import degradation
 from quantifind.mixed_precision.measurements import Columns, Measurements
-from quantifind.mixed_precision.menu import Menu, network_of
 from quantifind.mixed_precision.proxies import (
     fisher,
     fisher_increase,
@@ -23,6 +22,7 @@ from quantifind.mixed_precision.proxies import (
     hessian_traces,
     output_fisher_increases,
 )
+from quantifind.mixed_precision.rounded_options import RoundedOptions, network_of
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.network.modules import named_tensors
 from quantifind.tensor.quantized import QuantizedTensor
@@ -45,12 +45,12 @@ PROXIES = ("sqnr_db", "hessian_increase", "fisher_increase", "output_fisher_incr
 class Sensitivity:
     """Every tensor and activation by each of its choices, the rest in float.
 
-    menu: what the choices have come to.
+    rounded_options: what the choices have come to.
     measured: by `choice_key`, the columns of those that were measured.
     predicted: by `choice_key`, the loss increase by the gradients, where that is known.
     """
 
-    menu: Menu
+    rounded_options: RoundedOptions
     measured: dict[str, Columns]
     predicted: dict[str, float]
 
@@ -61,12 +61,12 @@ class Sensitivity:
         increases = {key: _increase(columns) for key, columns in self.measured.items()}
         off = self._off()
         for key, predicted in self.predicted.items():
-            increases.setdefault(key, predicted * off.factor(*_place(self.menu, key)))
+            increases.setdefault(key, predicted * off.factor(*_place(self.rounded_options, key)))
         return increases
 
     def _off(self) -> "_Off":
         found = [
-            (*_place(self.menu, key), math.log(measured / self.predicted[key]))
+            (*_place(self.rounded_options, key), math.log(measured / self.predicted[key]))
             for key, columns in self.measured.items()
             if self.predicted.get(key, 0) > 0 and 0 < (measured := _increase(columns)) < math.inf
         ]
@@ -76,13 +76,13 @@ class Sensitivity:
     def table(self) -> pd.DataFrame:
         """A row for each that was measured or predicted, as `measure_sensitivity` has them."""
         increases = self.loss_increases
-        original = self.menu.measurements.original.criterion
+        original = self.rounded_options.measurements.original.criterion
         return pd.DataFrame(
             [
-                _row(self.menu, key, self.measured.get(key))
+                _row(self.rounded_options, key, self.measured.get(key))
                 | {"loss_increase": increases[key], "predicted_increase": self.predicted.get(key)}
                 | ({} if key in self.measured else {"original_criterion": original})
-                for key in self.menu
+                for key in self.rounded_options
                 if key in increases
             ]
         )
@@ -106,8 +106,8 @@ class _Off:
         return math.exp(statistics.median(alike))
 
 
-def _place(menu: Menu, key: str) -> tuple[str, str, int]:
-    _, name, choice = menu.choices[key]
+def _place(rounded_options: RoundedOptions, key: str) -> tuple[str, str, int]:
+    _, name, choice = rounded_options.choices[key]
     return name, choice.rounding, choice.width
 
 
@@ -126,26 +126,31 @@ def measure_sensitivity(
         (arXiv:2302.05397), ``examples``, 0 where it is predicted alone, ``predicted_increase`` by
         the gradients, and ``choice``.
     """
-    menu = Menu(measurements, space)
-    return Sensitivity(menu, measure_options(menu, list(menu), precision), {})
+    rounded_options = RoundedOptions(measurements, space)
+    return Sensitivity(
+        rounded_options, measure_options(rounded_options, list(rounded_options), precision), {}
+    )
 
 
 def measure_options(
-    menu: Menu, keys: Sequence[str], precision: float = PRECISION
+    rounded_options: RoundedOptions, keys: Sequence[str], precision: float = PRECISION
 ) -> dict[str, Columns]:
     """The columns of some choices, each alone; of as many as the passes allow, the first first."""
-    measurements = menu.measurements
-    menu.make(keys)
+    measurements = rounded_options.measurements
+    rounded_options.make(keys)
     measured: dict[str, Columns] = {}
     examples = EXAMPLES if precision else measurements.examples
     with progress("sensitivity", total=len(keys)) as step:
         going_on = list(keys)
         while going_on:
-            for some in _waves(menu, going_on):
+            for some in _waves(rounded_options, going_on):
                 if measurements.passes.left <= 0:
                     return measured
                 candidates = {
-                    f"alone {key}": network_of(menu.choices[key][1], menu[key]) for key in some
+                    f"alone {key}": network_of(
+                        rounded_options.choices[key][1], rounded_options[key]
+                    )
+                    for key in some
                 }
                 columns = measurements.all_columns(candidates, examples)
                 measured |= {key: columns[f"alone {key}"] for key in some}
@@ -157,12 +162,12 @@ def measure_options(
     return measured
 
 
-def _waves(menu: Menu, keys: Sequence[str]) -> Iterator[list[str]]:
+def _waves(rounded_options: RoundedOptions, keys: Sequence[str]) -> Iterator[list[str]]:
     """Some at a time: all of a tensor, of as many tensors as there are workers to keep busy."""
     by_name: dict[tuple[str, str], list[str]] = {}
     for key in keys:
-        by_name.setdefault(menu.choices[key][:2], []).append(key)
-    count = WAVE * menu.measurements.workers.places
+        by_name.setdefault(rounded_options.choices[key][:2], []).append(key)
+    count = WAVE * rounded_options.measurements.workers.places
     for first in range(0, len(by_name), count):
         yield [k for same in [*by_name.values()][first : first + count] for k in same]
 
@@ -179,9 +184,9 @@ def _increase(columns: Columns) -> float:
     return max(increase, 0.0) if math.isfinite(increase) else math.inf
 
 
-def _row(menu: Menu, key: str, columns: Columns | None) -> dict[str, Any]:
-    kind, name, choice = menu.choices[key]
-    made = menu[key if menu.has_made(key) else menu.stand_in(key)]
+def _row(rounded_options: RoundedOptions, key: str, columns: Columns | None) -> dict[str, Any]:
+    kind, name, choice = rounded_options.choices[key]
+    made = rounded_options[key if rounded_options.has_made(key) else rounded_options.stand_in(key)]
     row = {
         "kind": kind,
         "name": name,
@@ -207,7 +212,7 @@ def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) ->
         ``output_fisher_increase`` (`quantifind.mixed_precision.proxies`).
     """
     model, criterion, table = measurements.model, measurements.criterion, sensitivity.table
-    menu = sensitivity.menu
+    rounded_options = sensitivity.rounded_options
     if criterion is None:
         return table
     # batches stay where the evaluator's do: test_rows_that_are_no_examples_stay_together
@@ -225,7 +230,7 @@ def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) ->
     rows = table[(table["kind"] == "tensors") & (table["examples"] > 0)]
     candidates: dict[str, list[Tensor]] = {name: [] for name in rows["name"]}
     for name, choice in zip(rows["name"], rows["choice"], strict=True):
-        quantized = menu[choice_key("tensors", name, choice)]
+        quantized = rounded_options[choice_key("tensors", name, choice)]
         assert isinstance(quantized, QuantizedTensor)
         candidates[name].append(quantized.dequantize().to(values[name].device))
     by_output = output_fisher_increases(model, criterion, batches, candidates)

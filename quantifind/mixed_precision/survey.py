@@ -11,7 +11,7 @@ from quantifind.certification.goal import Goal
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.mixed_precision.menu import Menu
+from quantifind.mixed_precision.rounded_options import RoundedOptions
 from quantifind.mixed_precision.scores import score_options
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.mixed_precision.sensitivity import PRECISION, Sensitivity, measure_options
@@ -40,30 +40,36 @@ def survey(
     precision: as `quantifind.mixed_precision.sensitivity.measure_options` takes it.
     Returns: the sensitivities, and the problem that they make.
     """
-    menu = Menu(measurements, space)
+    rounded_options = RoundedOptions(measurements, space)
     scores: dict[str, float] = {}
-    activations = [key for key, (kind, *_) in menu.choices.items() if kind == "activations"]
-    stand_ins = {key: menu.stand_in(key) for key in menu if key not in activations}
+    activations = [
+        key for key, (kind, *_) in rounded_options.choices.items() if kind == "activations"
+    ]
+    stand_ins = {
+        key: rounded_options.stand_in(key) for key in rounded_options if key not in activations
+    }
     _check_effort(measurements, space)
-    menu.make(stand_ins.values())
-    scored = _scored(menu, dict.fromkeys(stand_ins.values()))
+    rounded_options.make(stand_ins.values())
+    scored = _scored(rounded_options, dict.fromkeys(stand_ins.values()))
     scores = {k: scored[s] for k, s in stand_ins.items() if k == s}
-    measured = measure_options(menu, activations, precision)
+    measured = measure_options(rounded_options, activations, precision)
     for _ in range(ROUNDS):
         hoped = scores | {
-            key: _hoped(menu, key, scored[other], scores)
+            key: _hoped(rounded_options, key, scored[other], scores)
             for key, other in stand_ins.items()
             if key not in scores
         }
-        allocation = Allocation.of(measurements, Sensitivity(menu, measured, hoped), goal)
-        new = [key for key in near_frontier(allocation) if not menu.has_made(key)]
+        allocation = Allocation.of(
+            measurements, Sensitivity(rounded_options, measured, hoped), goal
+        )
+        new = [key for key in near_frontier(allocation) if not rounded_options.has_made(key)]
         if not new:
             break
-        menu.make(new)
-        scores |= _scored(menu, new)
+        rounded_options.make(new)
+        scores |= _scored(rounded_options, new)
     scores = hoped | scores
     for _ in range(ROUNDS):
-        sensitivity = Sensitivity(menu, measured, scores)
+        sensitivity = Sensitivity(rounded_options, measured, scores)
         allocation = Allocation.of(measurements, sensitivity, goal)
         increases = sensitivity.loss_increases
         new = [key for key in near_frontier(allocation) if key not in measured]
@@ -71,21 +77,23 @@ def survey(
             break
         # what is off most where it counts: large increases leave the second order
         new.sort(key=lambda key: -increases[key])
-        measured |= measure_options(menu, new, precision)
-    sensitivity = Sensitivity(menu, measured, scores)
+        measured |= measure_options(rounded_options, new, precision)
+    sensitivity = Sensitivity(rounded_options, measured, scores)
     return sensitivity, Allocation.of(measurements, sensitivity, goal)
 
 
-def _hoped(menu: Menu, key: str, nearest: float, scores: Mapping[str, float]) -> float:
+def _hoped(
+    rounded_options: RoundedOptions, key: str, nearest: float, scores: Mapping[str, float]
+) -> float:
     """The least that rounding by GPTQ may lose: by what rounding to nearest loses, and by what
     fewer levels lost, the square of whose number errors fall with.
 
     Without the second, two bits are never tried where three levels do well.
     """
-    _, name, choice = menu.choices[key]
+    _, name, choice = rounded_options.choices[key]
     found = [BY_GPTQ * nearest]
     for other, score in scores.items():
-        _, own, tried = menu.choices[other]
+        _, own, tried = rounded_options.choices[other]
         if own == name and tried.rounding == "gptq" and _levels(tried) < _levels(choice):
             found.append(score * (_levels(tried) / _levels(choice)) ** 2)
     return min(found)
@@ -109,23 +117,25 @@ def _check_effort(measurements: Measurements, space: SearchSpace) -> None:
         )
 
 
-def _scored(menu: Menu, keys: Sequence[str] | dict[str, None]) -> dict[str, float]:
+def _scored(
+    rounded_options: RoundedOptions, keys: Sequence[str] | dict[str, None]
+) -> dict[str, float]:
     """By key, of tensors, what gradients predict; kept in the store."""
-    measurements, found = menu.measurements, dict[str, float]()
+    measurements, found = rounded_options.measurements, dict[str, float]()
     by_name: dict[str, list[str]] = {}
     for key in keys:
         kept = measurements.store.get(f"score {key}")
         if kept is not None:
             found[key] = kept[1]
         else:
-            by_name.setdefault(menu.choice(key)[1], []).append(key)
+            by_name.setdefault(rounded_options.choice(key)[1], []).append(key)
     batches = scored_batches(measurements.calibration)
     # forward and back, and the products again for each option
-    most = max(Counter(menu.choice(key)[1] for key in keys).values(), default=0)
+    most = max(Counter(rounded_options.choice(key)[1] for key in keys).values(), default=0)
     measurements.passes.add(sum(map(len, batches)) * (3 + most) if keys else 0.0)
     if not by_name:
         return found
-    options = {name: [menu[key] for key in same] for name, same in by_name.items()}
+    options = {name: [rounded_options[key] for key in same] for name, same in by_name.items()}
     scores = score_options(
         measurements.model,
         measurements.criterion,

@@ -1,5 +1,4 @@
-"""Losses of a network's quantized versions on one split: one working copy whose tensors are swapped
-in place."""
+"""Losses of a network's quantized versions on one split: a copy's tensors, swapped in place."""
 
 import itertools
 import math

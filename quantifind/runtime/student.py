@@ -334,9 +334,9 @@ def _blended(batch: Batch) -> tuple[Batch, _Blend | None]:
 
 
 def _rows(targets: Any, rows: Any) -> Any:
-    if isinstance(rows, Tensor) and isinstance(targets, Tensor):
-        rows = rows.to(targets.device)
-    return targets[rows] if isinstance(targets, Tensor) else None
+    if not isinstance(targets, Tensor):
+        return None
+    return targets[rows.to(targets.device) if isinstance(rows, Tensor) else rows]
 
 
 def _judged(labels: Tensor, classes: int) -> Tensor:

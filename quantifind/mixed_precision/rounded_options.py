@@ -23,7 +23,7 @@ Task = tuple[str, Mapping[str, Sequence[Choice]]]
 Place = tuple[str, str, Choice]
 
 
-class Menu(Mapping[str, Made]):
+class RoundedOptions(Mapping[str, Made]):
     """By `choice_key`, each tensor and activation by each of its choices, the rest in float.
 
     space: the choices.
