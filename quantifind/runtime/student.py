@@ -54,10 +54,9 @@ class Student:
         micro_batch: int | None = None,
     ) -> None:
         self.temperature, self.label_weight = temperature, label_weight
-        self.micro_batch = micro_batch
+        self.micro_batch, self.classes = micro_batch, CLASSES
         # whether a batch may be taken in parts, None until the first that would be
         self.divisible: bool | None = None
-        self.classes = CLASSES
         self.teacher = prepared(model, start.folded).eval().requires_grad_(False)
         self.net: nn.Module = prepared(model, start.folded).eval().requires_grad_(False)
         self.start, self.prefix = start, ""
