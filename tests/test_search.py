@@ -489,8 +489,9 @@ def test_every_scheme_can_be_searched(small):
     found = find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.5, search_space=space)
     assert set(found.sensitivity["scheme"]) == set(plugins.names("schemes"))
     uniform = found.candidates[found.candidates["origin"] == "uniform"]
+    # but for those that are surely good enough
     tried = {strategy.tensors["0.weight"].scheme for strategy in uniform["strategy"]}
-    assert tried == set(plugins.names("schemes"))
+    assert set() < tried <= set(plugins.names("schemes"))
     for choice in choices:  # each is allocated where it alone is allowed
         alone = {"tensors": {name: [choice] for name in space["tensors"]}}
         allocation = all_candidates(net, train, val, Goal.of(1.5, None), alone).allocation

@@ -6,6 +6,7 @@ import os
 import signal
 import statistics
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -19,7 +20,7 @@ from quantifind.mixed_precision.passes import Passes
 from quantifind.mixed_precision.refinement import GROUPS, _groups
 from quantifind.mixed_precision.scores import score_options
 from quantifind.mixed_precision.search_space import choice_key, default_search_space
-from quantifind.mixed_precision.sensitivity import measure_sensitivity
+from quantifind.mixed_precision.sensitivity import measure_sensitivity, rank_correlations
 from quantifind.mixed_precision.survey import survey
 from quantifind.search import find_strategy
 from quantifind.utils.loaders import Tensors, create_dataloaders
@@ -141,6 +142,19 @@ def test_the_table_says_what_is_predicted_alone():
     assert 0 < len(predicted) < len(table)
     assert predicted["criterion_ratio"].isna().all()
     assert table[["loss_increase", "original_criterion", "predicted_increase"]].notna().all().all()
+
+
+@pytest.mark.parametrize("limit", [1.0, 1.3, 1e9])
+def test_something_is_measured_whatever_the_limit(softmax, limit):
+    space = default_search_space(softmax.model, softmax.facts, [4, 8])
+    found, _ = survey(softmax, space, Goal.of(limit, None))
+    assert found.measured
+
+
+def test_what_is_predicted_alone_is_not_correlated():
+    rows = [{"loss_increase": x, "sqnr_db": -x, "examples": 9} for x in (1.0, 2.0, 3.0)]
+    predicted = [{"loss_increase": x, "sqnr_db": x, "examples": 0} for x in (4.0, 5.0, 6.0)]
+    assert rank_correlations(pd.DataFrame(rows + predicted))["sqnr_db"] == pytest.approx(1)
 
 
 def test_passes_are_counted_within_their_phases():

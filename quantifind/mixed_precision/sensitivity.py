@@ -259,7 +259,9 @@ def rank_correlations(table: pd.DataFrame) -> dict[str, float]:
     correlations = {}
     for proxy in PROXIES:
         if proxy in table:
-            both = table[["loss_increase", proxy]].replace([np.inf, -np.inf], np.nan).dropna()
+            # of what was measured: test_what_is_predicted_alone_is_not_correlated
+            measured = table[table["examples"] > 0]
+            both = measured[["loss_increase", proxy]].replace([np.inf, -np.inf], np.nan).dropna()
             sign = -1 if proxy == "sqnr_db" else 1
             enough = len(both) > 2
             found = both["loss_increase"].corr(both[proxy], method="spearman") if enough else 0

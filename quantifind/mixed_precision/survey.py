@@ -108,7 +108,7 @@ def _check_effort(measurements: Measurements, space: SearchSpace) -> None:
     scores, and a few candidates."""
     passes = measurements.passes
     most = max(map(len, space.tensors.values()))
-    examples = sum(map(len, scored_batches(measurements.calibration)))
+    examples = sum(map(len, scored_batches(measurements)))
     least = passes.taken + (3 + most) * examples / measurements.examples + CANDIDATES
     if passes.effort < least:
         raise ValueError(
@@ -129,7 +129,7 @@ def _scored(
             found[key] = kept[1]
         else:
             by_name.setdefault(rounded_options.choice(key)[1], []).append(key)
-    batches = scored_batches(measurements.calibration)
+    batches = scored_batches(measurements)
     # forward and back, and the products again for each option
     most = max(Counter(rounded_options.choice(key)[1] for key in keys).values(), default=0)
     measurements.passes.add(sum(map(len, batches)) * (3 + most) if keys else 0.0)
@@ -150,9 +150,10 @@ def _scored(
     return found
 
 
-def scored_batches(calibration: Sequence[Batch]) -> list[Batch]:
-    """Some of the calibration examples, few at a time where they can be told apart."""
-    whole = joined(calibration)
+def scored_batches(measurements: Measurements) -> list[Batch]:
+    """Some of the calibration examples, few at a time; batches stay where the evaluator's do."""
+    calibration = measurements.calibration
+    whole = joined(calibration) if measurements.evaluator.whole is not None else None
     if whole is not None:
         return regrouped([whole[:SCORED]], TOGETHER)
     found: list[Batch] = []
@@ -172,6 +173,8 @@ def near_frontier(allocation: Allocation) -> list[str]:
         slopes = [slopes[i] for i in np.linspace(0, len(slopes) - 1, SLOPES).round().astype(int)]
     low, high = allocation.allowed()
     near: set[tuple[int, int]] = set()
+    # of those outside, the nearest on each side: test_something_is_measured_whatever_the_limit
+    outside: dict[bool, list[int]] = {}
     for slope in (0.0, *slopes):
         chosen = [_best(group, slope) for group in groups]
         picked = [group[i] for group, i in zip(groups, chosen, strict=True)]
@@ -181,8 +184,12 @@ def near_frontier(allocation: Allocation) -> list[str]:
             inside = low <= increase <= high
         else:
             inside = WITHIN[0] * goal.budget <= cost <= WITHIN[1] * goal.budget
+        if not inside and (increase < low or True not in outside):
+            outside[increase >= low] = chosen
         if inside:
             near |= {(g, i + step) for g, i in enumerate(chosen) for step in (-1, 0, 1)}
+    if not near:
+        near = {(g, i) for chosen in outside.values() for g, i in enumerate(chosen)}
     found = []
     for g, i in sorted(near):
         if 0 <= i < len(groups[g]):
