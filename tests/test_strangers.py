@@ -64,4 +64,4 @@ def test_spoken_clips_overlap_and_have_both_kinds():
 def test_a_network_that_gave_no_answer_has_a_line():
     rows = [{"network": "one", "kind": "of a kind", "note": "no answer"}]
     table = strangers.markdown(pd.DataFrame(rows, columns=strangers.COLUMNS))
-    assert table.splitlines()[2] == f"| one | of a kind |{' – |' * 8}"
+    assert table.splitlines()[2] == f"| one | of a kind |{' – |' * 9}"
