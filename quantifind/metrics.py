@@ -4,7 +4,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,11 +25,15 @@ from quantifind.utils.criteria import (
     weighted,
 )
 from quantifind.utils.devices import evaluating
+from quantifind.utils.gains import OF_LOGITS, OF_SQUARES, Gains, gains_of
 
 # bytes of outputs that wait on a device before they are fetched
 WAITING = 2**28
 # outputs that are compared at a time, in float64
 COMPARED = 2**21
+# whose outputs are logits of classes, or are held to numbers, which a gain suits
+LOGITS = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+SQUARES = (nn.MSELoss,)
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,18 @@ class Outcome:
 
     parts: of examples that are alike in shape: ``outputs`` (examples, ...); ``loss`` (examples,)
         float64; ``weight`` (examples, ...), what an example, or each of its positions, counts; and,
-        where targets are class labels, ``correct`` (examples,) bool. An example of outputs in
+        where targets are class labels, ``answer`` (examples,) and ``correct`` (examples,) bool. An example of outputs in
         several tensors is all of them in a row. Where outputs are left out, ``nans`` (examples,)
-        is how many of them are NaN.
+        is how many of them are NaN. Where a gain suits the outputs, ``scaled_loss``
+        (examples, gains) float64 is the loss at each of `quantifind.utils.gains`.
     classes: "softmax" where outputs (examples, classes, ...) are logits of classes, "sigmoid" where
         each is one of its own, else None.
+    gain: what suits the outputs, where that has been fitted.
     """
 
     parts: list[dict[str, Tensor]]
     classes: str | None = None
+    gain: float | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """All examples' values."""
@@ -75,7 +82,14 @@ class Outcome:
                 break
             low, high = max(first - start, 0), min(last - start, len(part["loss"]))
             parts.append({name: values[low:high] for name, values in part.items()})
-        return Outcome(parts, self.classes)
+        return replace(self, parts=parts)
+
+    def calibrated(self) -> "Outcome":
+        """That with the gain with which the mean loss is least, where one suits the outputs."""
+        if "scaled_loss" not in self:
+            return self
+        losses = self["scaled_loss"].numpy()
+        return replace(self, gain=gains_of(losses).fitted(losses))
 
     @property
     def nans(self) -> int:
@@ -90,6 +104,15 @@ class Outcome:
         """The mean loss, by weight."""
         weight = torch.cat([by_example(part["weight"]) for part in self.parts])
         return (self["loss"].sum() / weight.sum()).item()
+
+    @property
+    def calibrated_criterion(self) -> float:
+        """The mean loss with the gain that suits the outputs, or without, where there is none."""
+        if self.gain is None:
+            return self.criterion
+        losses = self["scaled_loss"].numpy()
+        weight = torch.cat([by_example(part["weight"]) for part in self.parts])
+        return float(gains_of(losses).at(losses, self.gain).sum() / weight.sum().item())
 
     @property
     def accuracy(self) -> float:
@@ -179,17 +202,29 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
     loss, weight = weighted(criterion, outputs, *targets)
     values = values_of(criterion, outputs)
     part = {"outputs": values, "loss": loss.double(), "weight": weight}
+    gains = _gains(criterion)
+    if gains is not None and isinstance(outputs, Tensor):
+        tried = (weighted(criterion, outputs * gain, *targets)[0] for gain in gains.tried)
+        part["scaled_loss"] = torch.stack([each.double() for each in tried], 1)
     classes, labels = None, targets[0] if len(targets) == 1 else None
     if isinstance(labels, Tensor) and isinstance(outputs, Tensor):
         classes = _classes(criterion, outputs, labels)
         if classes == "softmax" and labels.dim() == 1 and not labels.is_floating_point():
-            part["correct"] = values.argmax(1) == labels
+            part["answer"] = values.argmax(1)
+            part["correct"] = part["answer"] == labels
         cut = {nn.BCEWithLogitsLoss: 0.0, nn.BCELoss: 0.5}.get(type(criterion))
         single = cut is not None and values.numel() == len(values)
         # as classes, not as shares: test_one_logit_has_two_classes
         if cut is not None and single and ((labels == 0) | (labels == 1)).all():
-            part["correct"] = ((values > cut) == (labels > 0.5)).flatten()
+            part["answer"] = (values > cut).flatten()
+            part["correct"] = part["answer"] == (labels > 0.5).flatten()
     return Outcome([part], classes)
+
+
+def _gains(criterion: Any) -> Gains | None:
+    if isinstance(criterion, LOGITS):
+        return OF_LOGITS
+    return OF_SQUARES if isinstance(criterion, SQUARES) else None
 
 
 def _classes(criterion: Any, outputs: Tensor, labels: Tensor) -> str | None:
@@ -214,8 +249,9 @@ def paired(quantized: Outcome, original: Outcome) -> dict[str, np.ndarray]:
     """Two outcomes on the same examples as columns, (examples,) each.
 
     Returns: ``loss`` and ``original_loss``; ``weight``; ``squared_error`` ‖f_b − f‖² and
-    ``squared_norm`` ‖f‖² of an example's outputs; for a classifier ``correct`` and
-    ``original_correct``.
+    ``squared_norm`` ‖f‖² of an example's outputs; for a classifier ``correct``,
+    ``original_correct`` and ``flipped``, whether its answer is another one; where the original has
+    a gain, ``scaled_loss`` (examples, gains) and ``original_calibrated_loss``.
     """
     columns = columns_of(compared(quantized, original))
     del columns["divergence"]
@@ -244,6 +280,10 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
             "original_loss": wanted["loss"],
             "weight": by_example(wanted["weight"]),
         }
+        if original.gain is not None and "scaled_loss" in part:
+            weights = gains_of(wanted["scaled_loss"]).weights(original.gain)
+            calibrated = wanted["scaled_loss"] @ torch.from_numpy(weights).to(there)
+            found |= {"scaled_loss": part["scaled_loss"], "original_calibrated_loss": calibrated}
         row = math.prod(part["outputs"].shape[1:])
         step = max(1, COMPARED // max(1, row))
         pieces = [
@@ -251,7 +291,7 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
                 part["outputs"][first : first + step],
                 wanted["outputs"][first : first + step],
                 wanted["weight"][first : first + step],
-                original.classes,
+                original,
             )
             for first in range(0, max(1, len(part["outputs"])), step)
         ]
@@ -260,6 +300,7 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
         apart = found.pop("divergence")
         if "correct" in part and "correct" in wanted:
             found |= {"correct": part["correct"], "original_correct": wanted["correct"]}
+            found["flipped"] = part["answer"] != wanted["answer"]
         parts.append(found | {"divergence": apart})
     return Outcome(parts, original.classes)
 
@@ -271,9 +312,10 @@ def columns_of(reduced: Outcome) -> dict[str, np.ndarray]:
 
 
 def _apart(
-    outputs: Tensor, wanted: Tensor, weight: Tensor, classes: str | None
+    outputs: Tensor, wanted: Tensor, weight: Tensor, original: Outcome
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared errors, squared norms and divergences of examples, (examples,) float64 each."""
+    classes, gain = original.classes, original.gain or 1.0
     outputs, wanted, weight = outputs.double(), wanted.double(), weight.double()
     if outputs.dim() == 1:
         outputs, wanted = outputs[:, None], wanted[:, None]
@@ -281,10 +323,11 @@ def _apart(
     squares = torch.where(outputs == wanted, 0.0, outputs - wanted).square()
     norms = torch.where(wanted.isinf(), 0.0, wanted).flatten(1).square().sum(1)
     if classes == "softmax":
-        apart = _kl(wanted.log_softmax(1), outputs.log_softmax(1)).sum(1)
+        apart = _kl((gain * wanted).log_softmax(1), (gain * outputs).log_softmax(1)).sum(1)
         apart = weight.reshape(*weight.shape, *(1,) * (apart.dim() - weight.dim())) * apart
     elif classes == "sigmoid":
-        yes, no = (_kl(F.logsigmoid(s * wanted), F.logsigmoid(s * outputs)) for s in (1, -1))
+        signs = (gain, -gain)
+        yes, no = (_kl(F.logsigmoid(s * wanted), F.logsigmoid(s * outputs)) for s in signs)
         apart = yes + no
     else:
         apart = squares

@@ -41,6 +41,16 @@ EFFORT = 200
 SURVEYED, SWEPT, MOVED, SEQUENTIAL = 0.4, 0.6, 0.4, 0.6
 
 
+# where the data have no other measure, and no limit is given
+RELATIVE_ERROR = 0.05
+# what a measure takes
+_LABELS = "needs targets that are class labels, one for each example"
+_LOSS = "a ratio needs a float network whose loss on validation data is above 0"
+_LOGITS = "needs logits, with cross entropy, or a squared error, and a loss above 0"
+_WANTS = {"accuracy_drop": _LABELS, "flips": _LABELS, "criterion_ratio": _LOSS}
+_WANTS |= {"calibrated_ratio": _LOGITS, "fidelity": _LOGITS}
+
+
 def find_strategy(
     model: nn.Module,
     train_loader: Iterable[Any],
@@ -77,9 +87,10 @@ def find_strategy(
         one number an example. None for data without labels: then a limit is of relative_error.
     forward: (model, batch) → (outputs, targets), what the criterion gets; by default
         `quantifind.utils.forwards.DefaultForward`.
-    limit: the criterion ratio, 1 or more, or ``{"criterion_ratio": 1.01}``,
-        ``{"accuracy_drop": 0.005}`` or ``{"relative_error": 0.05}``. The candidate's one-sided
-        bound on validation data is at most that.
+    limit: by measure of `quantifind.certification.measures.MEASURES`, such as
+        ``{"calibrated_ratio": 1.01, "accuracy_drop": 0.003}``, which is the default as far as the
+        data have them; a number is of the criterion ratio. The candidate's one-sided bounds on
+        validation data are at most that.
     budget: instead, mean bits per parameter, or one of ``mean_bits`` and the modules of
         `quantifind.costs`, such as ``{"model_bytes": 100_000}``.
     learn: epochs of training of each of the few best allocations; 0 for none.
@@ -114,7 +125,8 @@ def find_strategy(
     with Workers(engine, scheduler=scheduler) as workers, interruptible():
         how: Any = {"forward": forward, "folder": folder, "seed": seed, "workers": workers}
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
-        _check_measure(goal, measurements.original)
+        default = limit is None and budget is None
+        goal = _measurable(goal, measurements.original, default=default)
         passes = measurements.passes
         passes.effort, passes.deadline = effort, deadline
         candidates: Candidates | None = None
@@ -178,28 +190,38 @@ def _goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goal:
     goal = Goal.of(limit, budget)
     if criterion is not None:
         return goal
-    if goal.limit is None:
+    if not goal.limits:
         return replace(goal, measure="relative_error")
-    if goal.measure != "relative_error":
+    if goal.limits.keys() != {"relative_error"}:
         raise ValueError(
-            f"limit {goal.measure} needs a criterion; without one, limit "
+            f"limit {', '.join(goal.limits)} needs a criterion; without one, limit "
             "{'relative_error': 0.05} holds the outputs to the float network's"
         )
     return goal
 
 
-def _check_measure(goal: Goal, original: Outcome) -> None:
-    """Raise ValueError for a measure that the data have not."""
-    if goal.measure == "accuracy_drop" and not is_classification(original):
-        raise ValueError(
-            "limit accuracy_drop needs targets that are class labels, one for each example; "
-            "limit {'relative_error': 0.05} needs none"
-        )
-    if goal.measure == "criterion_ratio" and not original.criterion > 0:
-        raise ValueError(
-            f"the float network's loss on validation data is {original.criterion}: a ratio to it "
-            "needs one above 0; limit {'relative_error': 0.05} needs none"
-        )
+def _measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
+    """The goal; of the default limits, those that the data have.
+
+    Raises: ValueError for a measure that the data have not.
+    """
+    have = ["relative_error"]
+    if original.criterion > 0:
+        have.append("criterion_ratio")
+        if original.gain is not None:
+            have += ["calibrated_ratio", "fidelity"]
+    if is_classification(original):
+        have += ["accuracy_drop", "flips"]
+    limits = {name: limit for name, limit in goal.limits.items() if name in have}
+    if default and not limits:
+        limits = {"relative_error": RELATIVE_ERROR}
+    if len(limits) == len(goal.limits) or default:
+        return replace(goal, measure=next(iter(limits), goal.measure), limits=limits)
+    missing = ", ".join(name for name in goal.limits if name not in limits)
+    raise ValueError(
+        f"limit {missing}: {_WANTS[next(n for n in goal.limits if n not in limits)]}; this network "
+        f"and its data have {', '.join(have)}"
+    )
 
 
 def _check(

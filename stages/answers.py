@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from quantifind.certification.certificate import certified_depth, certified_steps
-from quantifind.certification.goal import MEASURES
+from quantifind.certification.measures import MEASURES
 from quantifind.utils import plugins
 
 # what a quantized tensor becomes: its scheme, bits and options; None stays in float
@@ -31,7 +31,7 @@ def recommend(
         candidates under ``validation_…``.
     uniform: those rows of the uniform depths.
     choices: of each row of found, "tensors" and "activations", by name the choice.
-    measure: what is certified, one of `quantifind.certification.goal.MEASURES`.
+    measure: what is certified, one of `quantifind.certification.measures.MEASURES`.
     limit: the most that the measure may be.
     budget: what was searched for, if it was no limit.
     confidence: of the certificate.

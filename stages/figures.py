@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator
 
 from quantifind.certification.certificate import certified_steps, minimum_safe_bits
-from quantifind.certification.goal import MEASURES
+from quantifind.certification.measures import MEASURES
 from quantifind.workflow.visualization_workflow import (
     CERTIFIED,
     DEPTH_TICKS,
@@ -55,7 +55,7 @@ def visualize_frontier(
         `quantifind.workflow.evaluation_workflow.evaluate_strategies` has them.
     uniform: those of the uniform depths.
     name: of the network, for the title.
-    measure: what is certified, one of `quantifind.certification.goal.MEASURES`.
+    measure: what is certified, one of `quantifind.certification.measures.MEASURES`.
     limit: the most that it may be; what is certified is marked on each of the two.
     limits: those of the other pictures, whose colours they have here too.
     Returns: the whole range above, and below it the region in which the limit lies.

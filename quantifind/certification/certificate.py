@@ -1,7 +1,7 @@
-"""How sure a degradation is: paired intervals, when to give a candidate up, and certificates."""
+"""How sure a degradation is: paired intervals and bounds, and what they certify."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -54,7 +54,11 @@ def ratio_interval(
 
 
 def ratio_bound(
-    losses: ArrayLike, original_losses: ArrayLike, *, confidence: float = 0.95
+    losses: ArrayLike,
+    original_losses: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    near: float = 1.0,
 ) -> float:
     """The one-sided upper bound of the ratio of mean losses.
 
@@ -64,8 +68,9 @@ def ratio_bound(
     losses: (examples,), those of the quantized network.
     original_losses: (examples,), those of the original, in the same order.
     confidence: that the true ratio is below the bound.
+    near: as `ratio_interval` takes it.
     """
-    return ratio_interval(losses, original_losses, confidence=2 * confidence - 1)[1]
+    return ratio_interval(losses, original_losses, confidence=2 * confidence - 1, near=near)[1]
 
 
 def accuracy_drop_interval(
@@ -86,126 +91,18 @@ def accuracy_drop_interval(
     """
     right, was_right = np.asarray(right, dtype=bool), np.asarray(was_right, dtype=bool)
     tail = (1 - confidence) / 4
-    lost = _share_interval(int((was_right & ~right).sum()), len(right), tail)
-    won = _share_interval(int((~was_right & right).sum()), len(right), tail)
+    lost = share_interval(int((was_right & ~right).sum()), len(right), tail)
+    won = share_interval(int((~was_right & right).sum()), len(right), tail)
     return lost[0] - won[1], lost[1] - won[0]
 
 
-def _share_interval(count: int, examples: int, tail: float) -> tuple[float, float]:
+def share_interval(count: int, examples: int, tail: float) -> tuple[float, float]:
     """The exact interval of a binomial share (Clopper and Pearson 1934)."""
     # scipy.stats.binomtest has the same by a search, in milliseconds that a race has not:
     # test_a_share_has_the_interval_of_scipy
     low = special.betaincinv(count, examples - count + 1, tail) if count else 0.0
     high = special.betaincinv(count + 1, examples - count, 1 - tail) if count < examples else 1.0
     return float(low), float(high)
-
-
-def degradation(columns: Columns, *, confidence: float = 0.95) -> dict[str, float]:
-    """What a quantized network lost, by each measure of a limit, with intervals.
-
-    columns: by example, as `quantifind.metrics.paired` has them.
-    confidence: of the intervals.
-    Returns: ``criterion_ratio`` CR, mean loss / mean original loss; ``relative_error``
-    ‖f_b − f‖/‖f‖ of the outputs over all examples; for a classifier ``accuracy_drop``. Beside each
-    its two-sided interval, ``…_low`` and ``…_high``, and ``…_bound``. The true value lies below the
-    bound with this confidence; that is one-sided, so the bound is below ``…_high``.
-    """
-    row: dict[str, float] = {}
-    for name in ("criterion_ratio", "accuracy_drop", "relative_error"):
-        if name != "accuracy_drop" or "correct" in columns:
-            value, interval = _measured(columns, name)
-            low, high = interval(confidence)
-            bound = interval(2 * confidence - 1)[1]
-            row |= {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_bound": bound}
-    return row
-
-
-def _measured(
-    columns: Columns, measure: str
-) -> tuple[float, Callable[[float], tuple[float, float]]]:
-    """The value of a measure, and its interval at a level of confidence."""
-    if measure == "accuracy_drop":
-        right, was_right = columns["correct"], columns["original_correct"]
-        if "weight" in columns:  # less what is ignored: test_ignored_labels_are_not_judged
-            judged = columns["weight"] > 0
-            right, was_right = right[judged], was_right[judged]
-        value = float(was_right.mean() - right.mean())
-        return value, lambda level: accuracy_drop_interval(right, was_right, confidence=level)
-    if measure == "relative_error":
-        error, norm = columns["squared_error"], columns["squared_norm"]
-        value = math.sqrt(error.sum() / norm.sum() if norm.sum() else math.nan)
-        return value, lambda level: _root(ratio_interval(error, norm, confidence=level, near=0.0))
-    loss, original = columns["loss"], columns["original_loss"]
-    value = loss.mean() / original.mean() if original.mean() > 0 else math.nan
-    return value, lambda level: ratio_interval(loss, original, confidence=level)
-
-
-def _root(interval: tuple[float, float]) -> tuple[float, float]:
-    low, high = (math.sqrt(max(end, 0.0)) for end in interval)
-    return low, high
-
-
-def hopeless(
-    columns: Columns,
-    measure: str,
-    limit: float,
-    examples: int,
-    *,
-    confidence: float = 0.95,
-    level: float = 0.95,
-) -> bool:
-    """Whether a candidate, seen on a part of the examples, is unlikely to keep a limit on all.
-
-    This is stochastic curtailment: the bound on all examples is extrapolated. Its distance to the
-    value falls with the root of their number, and the value moves within an interval for those not
-    seen yet. On all examples, it is whether the bound is above the limit.
-
-    columns: of the examples seen so far, as `quantifind.metrics.paired` has them.
-    measure: one of `quantifind.certification.goal.MEASURES`.
-    limit: the most that the bound on all examples may be.
-    examples: how many there are in all.
-    confidence: of the bound.
-    level: of the interval within which the value may still move.
-    Returns: False where too few are seen to tell.
-    """
-    value, interval = _measured(columns, measure)
-    bound, low = interval(2 * confidence - 1)[1], interval(level)[0]
-    share = len(columns["loss"]) / examples
-    if not math.isfinite(bound - low):
-        return False
-    lowest = value + (bound - value) * math.sqrt(share) - (value - low) * math.sqrt(1 - share)
-    return lowest > limit
-
-
-def outdone(
-    columns: Columns, rival: Columns, *, confidence: float = 0.95, level: float = 0.68
-) -> bool:
-    """Whether a candidate, seen on a part of the examples, is likely to be worse than a rival.
-
-    Worse is a higher bound of the criterion ratio on all examples. This is stochastic curtailment,
-    as in `hopeless`, of the difference of the two bounds. The level is low, since giving up one
-    step of many costs little.
-
-    columns: of the examples seen so far, as `quantifind.metrics.paired` has them.
-    rival: of all examples, those seen so far first.
-    confidence: of the bounds.
-    level: of the interval within which the difference may still move.
-    Returns: False where too few are seen to tell.
-    """
-    examples, whole = len(columns["loss"]), len(rival["loss"])
-    same = {name: column[:examples] for name, column in rival.items()}
-    values, bounds = [], []
-    for seen in (columns, same):
-        value, interval = _measured(seen, "criterion_ratio")
-        values.append(value)
-        bounds.append(interval(2 * confidence - 1)[1])
-    low, high = ratio_interval(columns["loss"], same["loss"], confidence=level)
-    if not math.isfinite(bounds[0] + bounds[1] + high):
-        return False  # test_what_was_seen_on_few_examples_is_not_outdone
-    worse, wider = values[0] - values[1], bounds[0] - bounds[1]
-    worse += (wider - worse) * math.sqrt(examples / whole)
-    error = (high - low) / 2 * values[1]
-    return worse > error * math.sqrt(1 - examples / whole)
 
 
 def certified_steps(bounds: Sequence[float], limit: float) -> int:

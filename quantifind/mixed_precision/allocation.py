@@ -219,7 +219,9 @@ class Allocation:
         that can't be told."""
         goal, original = self.goal, self.original
         squares = original.classes is None and "outputs" in original
-        if goal.measure == "criterion_ratio" and goal.limit is not None:
+        if goal.measure == "calibrated_ratio" and goal.limit is not None:
+            allowed = max(goal.limit - 1, 1e-3) * original.calibrated_criterion
+        elif goal.measure == "criterion_ratio" and goal.limit is not None:
             allowed = max(goal.limit - 1, 1e-3) * original.criterion
         elif goal.measure == "relative_error" and goal.limit and squares:
             total = sum(float(p["outputs"].double().square().sum()) for p in original.parts)

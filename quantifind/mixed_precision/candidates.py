@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from quantifind.certification.certificate import degradation, hopeless, outdone, ratio_interval
+from quantifind.certification.certificate import ratio_interval
+from quantifind.certification.measures import degradation
+from quantifind.certification.race import hopeless, outdone
 from quantifind.costs import model_bytes
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.knapsack import Assignment
@@ -117,10 +119,11 @@ class Candidates:
             and outdone(columns, rival, confidence=confidence, level=ABANDON)
         ):
             return True
-        if goal.limit is not None:
+        if goal.limits:
             everything = self.measurements.examples
-            return hopeless(
-                columns, goal.measure, goal.limit, everything, confidence=confidence, level=FUTILE
+            return any(
+                hopeless(columns, *limit, everything, confidence=confidence, level=FUTILE)
+                for limit in goal.limits.items()
             )
         losses, best = columns["loss"], self._best_losses
         return best is not None and ratio_interval(losses, best[: len(losses)])[0] > 1

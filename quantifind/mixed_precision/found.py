@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -28,7 +28,7 @@ class Found:
     candidates: a row per candidate, largest first; intermediate scale-tuning steps are left out.
         Columns: ``strategy``, ``quantized``, ``origin``, ``scales_adjusted``, ``mean_bits``, each
         of `quantifind.costs`, ``predicted_ratio``, the ``examples`` it was measured on, those of
-        `quantifind.certification.certificate.degradation`, ``on_ladder`` and ``chosen``.
+        `quantifind.certification.measures.degradation`, ``on_ladder`` and ``chosen``.
     sensitivity: the table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
     goal: what was asked for.
     confidence: of the bounds.
@@ -67,7 +67,7 @@ class Found:
 
     @property
     def loss(self) -> float:
-        """What it loses on validation data, by the measure of the goal."""
+        """What it loses on validation data, by the first measure of the goal."""
         return float(self.chosen[self.goal.measure])
 
     @property
@@ -131,15 +131,18 @@ def _nearest(candidates: Candidates) -> Row:
 
     Raises: ValueError, naming it, where it doesn't.
     """
-    measure, limit = candidates.goal.measure, candidates.goal.limit
+    goal, measure = candidates.goal, candidates.goal.measure
     rows = [row for row in candidates.rows.values() if math.isfinite(row[measure])]
-    if limit is None or not rows:
+    if not goal.limits or not rows:
         raise ValueError("no candidate can be measured: all losses are NaN or infinite")
     rows = [row for row in rows if candidates.is_whole(row)] or rows
-    row = candidates.completed(min(rows, key=lambda row: row[f"{measure}_bound"]))
-    value, bound, examples = row[measure], row[f"{measure}_bound"], row["examples"]
-    if candidates.goal.keeps(row):
+    row = candidates.completed(min(rows, key=goal.excess))
+    if goal.keeps(row):
         return row
+    # that which it keeps least
+    measure = max(goal.limits, key=lambda one: replace(goal, limits={one: goal.limits[one]}).excess(row))
+    value, bound, examples = row[measure], row[f"{measure}_bound"], row["examples"]
+    limit = goal.limits[measure]
     text = (
         f"no candidate keeps {measure} at most {limit:g} with {candidates.confidence:.0%} "
         f"confidence on {examples} validation examples; the nearest has {value:.6g} (at most "

@@ -118,7 +118,7 @@ class Measurements:
         with evaluating(model), naming("training data"):
             run(plain_copy(model), calibration[0])
         started = time.perf_counter()
-        original = _float_outcome(evaluator)
+        original = _float_outcome(evaluator).calibrated()
         pace = (time.perf_counter() - started) / evaluator.examples
         passes = Passes(evaluator.examples)
         passes.add(evaluator.examples)
@@ -291,4 +291,11 @@ def _measure(
     else:
         parts = [quantized.tensors[name] for quantized in candidates]
         measured = evaluator.one_tensor(name, parts, *span, beside=beside)
-    return [columns_of(one) for one in measured], evaluator.taken - before
+    columns = [columns_of(one) for one in measured]
+    if name is not None:  # of one tensor the divergence is all that is asked for
+        for one in columns:
+            one.pop("scaled_loss", None)
+    for one in columns:
+        if "scaled_loss" in one:
+            one["scaled_loss"] = one["scaled_loss"].astype(np.float32)
+    return columns, evaluator.taken - before

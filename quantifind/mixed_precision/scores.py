@@ -32,6 +32,7 @@ def score_options(
     batches: Sequence[Batch],
     options: Mapping[str, Sequence[QuantizedTensor]],
     *,
+    gain: float = 1.0,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """By tensor, for each of its options, the predicted mean `quantifind.metrics.divergence`, by
@@ -43,6 +44,7 @@ def score_options(
     criterion: by which the outputs are seen as classes, or as numbers; None for numbers.
     batches: of training data; the fewer examples in each, the surer the scores of what is in no
         product.
+    gain: what logits are multiplied with, as the divergence has them.
     seed: of the outputs that are drawn.
     Raises: ValueError for batches without examples.
     """
@@ -52,7 +54,7 @@ def score_options(
     with differentiable(model) as (work, parameters):
         for batch in batches:
             others = {name: parameters[name] for name in options}
-            given = _Projected(work, criterion, batch, generator)
+            given = _Projected(work, criterion, batch, generator, gain)
             uses, gradients = products_of(work, given, others)
             count += given.count
             for name, some in options.items():
@@ -81,6 +83,7 @@ class _Projected:
     criterion: Criterion | None
     batch: Batch
     generator: torch.Generator
+    gain: float
     count: float = 0.0
 
     def __call__(self) -> Tensor:
@@ -91,16 +94,16 @@ class _Projected:
         values, places = outputs.detach().float(), max(math.prod(outputs.shape[1:]), 1)
         signs = 2.0 * signs - 1
         if found.classes == "softmax":
-            root = values.softmax(1).sqrt()
+            root = (self.gain * values).softmax(1).sqrt()
             direction = root * signs - root.square() * (root * signs).sum(1, keepdim=True)
             if weight.dim() == 1:
                 weight = weight * outputs.shape[1] / places
             weight = weight.reshape(len(outputs), 1, *weight.shape[1:])
             weight = weight.reshape(*weight.shape, *(1,) * (outputs.dim() - weight.dim()))
-            direction = direction * weight.sqrt()
+            direction = self.gain * direction * weight.sqrt()
         elif found.classes == "sigmoid":
-            share = values.sigmoid()
-            direction = signs * (share * (1 - share) / places).sqrt()
+            share = (self.gain * values).sigmoid()
+            direction = self.gain * signs * (share * (1 - share) / places).sqrt()
         else:
             direction = signs * math.sqrt(2 / places)
         # such as masked classes, which no change reaches

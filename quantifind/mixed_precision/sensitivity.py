@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 from torch import Tensor
 
-from quantifind.certification.certificate import degradation
+from quantifind.certification.measures import degradation
 from quantifind.mixed_precision.measurements import Columns, Measurements
 from quantifind.mixed_precision.proxies import (
     fisher,
@@ -122,7 +122,7 @@ def measure_sensitivity(
     Returns: with a table of the columns ``kind`` ("tensors" or "activations"), ``name``,
         ``scheme``, ``rounding``, ``bits`` of a code, ``stored_bits`` with scales,
         ``loss_increase``, the mean by weight of `quantifind.metrics.divergence`, those of
-        `quantifind.certification.certificate.degradation`, ``sqnr_db`` of the network's outputs
+        `quantifind.certification.measures.degradation`, ``sqnr_db`` of the network's outputs
         (arXiv:2302.05397), ``examples``, 0 where it is predicted alone, ``predicted_increase`` by
         the gradients, and ``choice``.
     """

@@ -141,6 +141,7 @@ def _scored(
         measurements.criterion,
         batches,
         options,  # type: ignore[arg-type]
+        gain=measurements.original.gain or 1.0,
         seed=measurements.seed,
     )
     for name, same in by_name.items():

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import nn
 
-from quantifind.certification.certificate import certified_steps, degradation
-from quantifind.certification.goal import MEASURES
+from quantifind.certification.certificate import certified_steps
+from quantifind.certification.measures import MEASURES, degradation
 from quantifind.metrics import Outcome, columns_of, compared
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.folding import Pairs, prepared
@@ -248,7 +248,7 @@ def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) 
     quantized, original: as `quantifind.metrics.outcome` has them.
     confidence: of the intervals.
     Returns: ``criterion``, ``original_criterion``, the degradation and its intervals as
-    `quantifind.certification.certificate.degradation` has them; for a classifier also ``accuracy``,
+    `quantifind.certification.measures.degradation` has them; for a classifier also ``accuracy``,
     ``original_accuracy`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).
     """
     return _row(compared(quantized, original), original.criterion, confidence)

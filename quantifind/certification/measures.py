@@ -1,0 +1,192 @@
+"""What a limit may be of: what a quantized network lost, with intervals and bounds."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantifind.certification.certificate import (
+    Columns,
+    accuracy_drop_interval,
+    ratio_bound,
+    ratio_interval,
+    share_interval,
+)
+from quantifind.utils.gains import gains_of
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measure's value on some examples.
+
+    interval: level of confidence → the two-sided interval.
+    bound: level of confidence → the one-sided upper bound.
+    """
+
+    value: float
+    interval: Callable[[float], Interval]
+    bound: Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One that a limit may be of.
+
+    words, unit: for people.
+    lossless: its value where nothing is lost.
+    needs: the columns, of `quantifind.metrics.paired`, without which there is none.
+    of: columns → its value.
+    """
+
+    words: str
+    unit: str
+    lossless: float
+    needs: tuple[str, ...]
+    of: Callable[[Columns], Measured]
+
+
+def calibrated(columns: Columns, gain: float | None = None) -> Columns:
+    """Columns with ``calibrated_loss``, where a gain suits the outputs.
+
+    gain: what the quantized network's outputs are multiplied with, as it was fitted on validation
+        data; by default it is fitted to these examples.
+    """
+    if "scaled_loss" not in columns:
+        return columns
+    losses = columns["scaled_loss"]
+    gains = gains_of(losses)
+    if gain is None:
+        gain = gains.fitted(losses)
+    loss = np.full(len(losses), math.nan) if math.isnan(gain) else gains.at(losses, gain)
+    return {**columns, "calibrated_loss": loss, "gain": np.full(len(losses), gain)}
+
+
+def degradation(
+    columns: Columns, *, confidence: float = 0.95, gain: float | None = None
+) -> dict[str, float]:
+    """What a quantized network lost, by each measure that there is, with intervals.
+
+    columns: by example, as `quantifind.metrics.paired` has them.
+    confidence: of the intervals.
+    gain: as `calibrated` takes it.
+    Returns: of `MEASURES` those whose columns are there. Beside each its two-sided interval,
+    ``…_low`` and ``…_high``, and ``…_bound``. The true value lies below the bound with this
+    confidence; that is one-sided, so the bound is below ``…_high``. ``temperature`` is what the
+    outputs were divided by for the calibrated ratio.
+    """
+    row: dict[str, float] = {}
+    columns = calibrated(columns, gain)
+    for name, measure in MEASURES.items():
+        if columns.keys() >= {*measure.needs}:
+            found = measure.of(columns)
+            low, high = found.interval(confidence)
+            bound = found.bound(confidence)
+            row |= {
+                name: found.value,
+                f"{name}_low": low,
+                f"{name}_high": high,
+                f"{name}_bound": bound,
+            }
+    if "gain" in columns:
+        row["temperature"] = float(1 / columns["gain"][0])
+    return row
+
+
+def _ratio(above: str, below: str, near: float = 1.0) -> Callable[[Columns], Measured]:
+    """The ratio of two columns' means."""
+
+    def of(columns: Columns) -> Measured:
+        loss, original = columns[above], columns[below]
+        mean = original.mean()
+        return Measured(
+            float(loss.mean() / mean) if mean > 0 else math.nan,
+            lambda level: ratio_interval(loss, original, confidence=level, near=near),
+            lambda level: ratio_bound(loss, original, confidence=level, near=near),
+        )
+
+    return of
+
+
+def _relative_error(columns: Columns) -> Measured:
+    squares = _ratio("squared_error", "squared_norm", near=0.0)(columns)
+
+    def root(interval: Interval) -> Interval:
+        low, high = (math.sqrt(max(end, 0.0)) for end in interval)
+        return low, high
+
+    return Measured(
+        math.sqrt(squares.value) if not math.isnan(squares.value) else math.nan,
+        lambda level: root(squares.interval(level)),
+        lambda level: math.sqrt(max(squares.bound(level), 0.0)),
+    )
+
+
+def _accuracy_drop(columns: Columns) -> Measured:
+    right, was_right = _judged(columns, "correct"), _judged(columns, "original_correct")
+
+    def interval(level: float) -> Interval:
+        return accuracy_drop_interval(right, was_right, confidence=level)
+
+    value = float(was_right.mean() - right.mean())
+    return Measured(value, interval, lambda level: interval(2 * level - 1)[1])
+
+
+def _flips(columns: Columns) -> Measured:
+    flipped = _judged(columns, "flipped")
+    count, examples = int(flipped.sum()), len(flipped)
+    return Measured(
+        count / examples if examples else math.nan,
+        lambda level: share_interval(count, examples, (1 - level) / 2),
+        lambda level: share_interval(count, examples, 1 - level)[1],
+    )
+
+
+def _judged(columns: Columns, name: str) -> np.ndarray:
+    """Less what is ignored: test_ignored_labels_are_not_judged."""
+    column = columns[name].astype(bool)
+    return column[columns["weight"] > 0] if "weight" in columns else column
+
+
+MEASURES: Mapping[str, Measure] = {
+    "criterion_ratio": Measure(
+        "criterion ratio",
+        "(1 is lossless)",
+        1.0,
+        ("loss", "original_loss"),
+        _ratio("loss", "original_loss"),
+    ),
+    "calibrated_ratio": Measure(
+        "calibrated ratio",
+        "(1 is lossless)",
+        1.0,
+        ("calibrated_loss", "original_calibrated_loss"),
+        _ratio("calibrated_loss", "original_calibrated_loss"),
+    ),
+    "accuracy_drop": Measure(
+        "accuracy drop",
+        "(share of examples)",
+        0.0,
+        ("correct", "original_correct"),
+        _accuracy_drop,
+    ),
+    "flips": Measure(
+        "share of answers that change", "(share of examples)", 0.0, ("flipped",), _flips
+    ),
+    "fidelity": Measure(
+        "divergence from the float network over its loss",
+        "(0 is lossless)",
+        0.0,
+        ("divergence", "original_calibrated_loss"),
+        _ratio("divergence", "original_calibrated_loss", near=0.0),
+    ),
+    "relative_error": Measure(
+        "relative error of the outputs",
+        "(share of their norm)",
+        0.0,
+        ("squared_error", "squared_norm"),
+        _relative_error,
+    ),
+}
