@@ -42,9 +42,9 @@ class Outcome:
 
     parts: of examples that are alike in shape: ``outputs`` (examples, ...); ``loss`` (examples,)
         float64; ``weight`` (examples, ...), what an example, or each of its positions, counts; and,
-        where targets are class labels, ``answer`` (examples,) and ``correct`` (examples,) bool. An example of outputs in
-        several tensors is all of them in a row. Where outputs are left out, ``nans`` (examples,)
-        is how many of them are NaN. Where a gain suits the outputs, ``scaled_loss``
+        where targets are class labels, ``answer`` (examples,) and ``correct`` (examples,) bool. An
+        example of outputs in several tensors is all of them in a row. Where outputs are left out,
+        ``nans`` (examples,) is how many of them are NaN. Where a gain suits them, ``scaled_loss``
         (examples, gains) float64 is the loss at each of `quantifind.utils.gains`.
     classes: "softmax" where outputs (examples, classes, ...) are logits of classes, "sigmoid" where
         each is one of its own, else None.
@@ -89,7 +89,7 @@ class Outcome:
         if "scaled_loss" not in self:
             return self
         losses = self["scaled_loss"].numpy()
-        return replace(self, gain=gains_of(losses).fitted(losses))
+        return replace(self, gain=gains_of(losses.shape[1]).fitted(losses))
 
     @property
     def nans(self) -> int:
@@ -112,7 +112,7 @@ class Outcome:
             return self.criterion
         losses = self["scaled_loss"].numpy()
         weight = torch.cat([by_example(part["weight"]) for part in self.parts])
-        return float(gains_of(losses).at(losses, self.gain).sum() / weight.sum().item())
+        return float(gains_of(losses.shape[1]).at(losses, self.gain).sum() / weight.sum().item())
 
     @property
     def accuracy(self) -> float:
@@ -281,7 +281,7 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
             "weight": by_example(wanted["weight"]),
         }
         if original.gain is not None and "scaled_loss" in part:
-            weights = gains_of(wanted["scaled_loss"]).weights(original.gain)
+            weights = gains_of(wanted["scaled_loss"].shape[1]).weights(original.gain)
             calibrated = wanted["scaled_loss"] @ torch.from_numpy(weights).to(there)
             found |= {"scaled_loss": part["scaled_loss"], "original_calibrated_loss": calibrated}
         row = math.prod(part["outputs"].shape[1:])

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from quantifind.certification.certificate import certified_depth, certified_steps
+from quantifind.certification.certificate import certified_depth
+from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
 from quantifind.utils import plugins
 
@@ -19,8 +20,7 @@ def recommend(
     uniform: pd.DataFrame,
     choices: Sequence[Mapping[str, Mapping[str, Choice]]],
     *,
-    measure: str = "criterion_ratio",
-    limit: float = 1.01,
+    limits: Mapping[str, float],
     budget: Mapping[str, float] | None = None,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
@@ -31,25 +31,25 @@ def recommend(
         candidates under ``validation_…``.
     uniform: those rows of the uniform depths.
     choices: of each row of found, "tensors" and "activations", by name the choice.
-    measure: what is certified, one of `quantifind.certification.measures.MEASURES`.
-    limit: the most that the measure may be.
+    limits: what is certified: by measure of `quantifind.certification.measures.MEASURES`, the most
+        that it may be.
     budget: what was searched for, if it was no limit.
     confidence: of the certificate.
     Returns: plain values; ``certified`` is the last strategy of the ladder that passes when it is
     walked from the top, or None; ``chosen`` the one chosen on validation data.
     """
-    steps = certified_steps(found[f"{measure}_bound"].tolist(), limit)
+    steps = steps_that_keep(found, limits)
     uniform = uniform.sort_values("bit_depth", ascending=False)
-    depths = certified_steps(uniform[f"{measure}_bound"].tolist(), limit)
+    depths = steps_that_keep(uniform, limits)
     rows = found.to_dict("records")
     chosen = next(i for i, row in enumerate(rows) if row["validation_chosen"])
     best = steps - 1 if steps else chosen
     return {
-        "limit": {measure: limit},
+        "limit": dict(limits),
         "budget": budget,
         "confidence": confidence,
-        "certified": _facts(rows[best], measure) if steps else None,
-        "chosen": _facts(rows[chosen], measure),
+        "certified": _facts(rows[best], limits) if steps else None,
+        "chosen": _facts(rows[chosen], limits),
         "certified_uniform_depth": int(uniform["bit_depth"].iloc[depths - 1]) if depths else None,
         **{
             kind: {name: words_of(choice) for name, choice in choices[best][kind].items()}
@@ -58,9 +58,20 @@ def recommend(
     }
 
 
-def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
-    """A judged strategy: its costs, and its degradation on test beside that on validation data."""
-    value, on_validation = float(row[measure]), float(row[f"validation_{measure}"])
+def _facts(row: Mapping[Any, Any], limits: Mapping[str, float]) -> dict[str, Any]:
+    """A judged strategy: its costs, and its degradation on test beside that on validation data; of
+    the first measure of the limits flat, of all under ``measures``."""
+    measures = {
+        name: {
+            "value": float(row[name]),
+            **{end: float(row[f"{name}_{end}"]) for end in ("low", "high", "bound")},
+            "on_validation": float(row[f"validation_{name}"]),
+        }
+        for name in MEASURES
+        if name in row and f"validation_{name}" in row
+    }
+    measure = next(iter(limits))
+    first = dict(measures[measure])
     return {
         "mean_bits": float(row["mean_bits"]),
         "model_bytes": int(row["validation_model_bytes"]),
@@ -72,10 +83,10 @@ def _facts(row: Mapping[Any, Any], measure: str) -> dict[str, Any]:
         },
         "origin": str(row["validation_origin"]),
         "scales_adjusted": bool(row["validation_scales_adjusted"]),
-        measure: value,
-        **{end: float(row[f"{measure}_{end}"]) for end in ("low", "high", "bound")},
-        "on_validation": on_validation,
-        "validation_gap": value - on_validation,
+        measure: first.pop("value"),
+        **first,
+        "validation_gap": measures[measure]["value"] - first["on_validation"],
+        "measures": measures,
     }
 
 
@@ -107,10 +118,10 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
     answer: what `recommend` returns.
     name: of the network.
     """
-    ((measure, limit),) = answer["limit"].items()
-    what, best = MEASURES[measure][0], answer["certified"]
-    uniform = answer["certified_uniform_depth"]
-    lines = [f"# {name}: {what} at most {limit:g}", ""]
+    measure, best = next(iter(answer["limit"])), answer["certified"]
+    what, uniform = MEASURES[measure].words, answer["certified_uniform_depth"]
+    limits = " and ".join(f"{MEASURES[m].words} at most {v:g}" for m, v in answer["limit"].items())
+    lines = [f"# {name}: {limits}", ""]
     if answer["budget"] is not None:
         ((cost, most),) = answer["budget"].items()
         lines += [f"Searched for the least {what} with {cost.replace('_', ' ')} ≤ {most:g}.", ""]
@@ -129,6 +140,14 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
             f"chose it, it was {best['on_validation']:.4g}."
         )
     lines += [
+        "",
+        "| measure | test data | at most, one-sided | validation data |",
+        "|---|---|---|---|",
+        *(
+            f"| {MEASURES[name].words} | {found['value']:.4g} [{found['low']:.4g}, "
+            f"{found['high']:.4g}] | {found['bound']:.4g} | {found['on_validation']:.4g} |"
+            for name, found in best["measures"].items()
+        ),
         "",
         f"With the same bit depth for all tensors, rounded to nearest, "
         f"{'no depth' if uniform is None else f'{uniform} bits'} would be certified.",

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from quantifind.certification.goal import Goal
 from quantifind.strategy import Strategy
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, networks
@@ -23,16 +22,23 @@ def main(params: Params) -> None:
     test = networks.read_loader("test", batch_size=files.TEST_BATCH)
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
     how: Any = {"confidence": confidence, "forward": made.forward, **params.workers}
+    temperatures: dict[str, Any] = {}
     table = evaluate_strategies(net, uniform, test, criterion, **how)
-    found = evaluate_strategies(net, strategies, test, criterion, quantized=quantized, **how)
-    goal = Goal.of(params.search.limit, params.search.budget)
+    if "temperature" in facts:
+        # fixed by validation data, as the strategies are
+        temperatures = {
+            "temperatures": facts["temperature"].tolist(),
+            "original_temperature": float(facts["original_temperature"].iloc[0]),
+        }
+    found = evaluate_strategies(
+        net, strategies, test, criterion, quantized=quantized, **temperatures, **how
+    )
     frontier = found.join(facts.add_prefix("validation_"))
     answer = recommend(
         frontier,
         table,
         [strategy.choices for strategy in strategies],
-        measure=goal.measure,
-        limit=goal.limit_to_certify(limits),
+        limits=files.read_json(files.LIMITS) or {"criterion_ratio": limits[0]},
         budget=params.search.budget,
         confidence=confidence,
     )

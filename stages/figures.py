@@ -61,7 +61,8 @@ def visualize_frontier(
     Returns: the whole range above, and below it the region in which the limit lies.
     """
     uniform = uniform.sort_values("mean_bits", ascending=False)
-    words, unit, lossless = MEASURES[measure]
+    shown_as = MEASURES[measure]
+    words, unit, lossless = shown_as.words, shown_as.unit, shown_as.lossless
     colour = CERTIFIED[[*limits, limit].index(limit) % len(CERTIFIED)]
     figure, (whole, near) = plt.subplots(
         2, 1, figsize=(8, 7), layout="constrained", sharex=True, height_ratios=(2, 3)

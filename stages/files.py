@@ -42,6 +42,8 @@ NETWORK = Path("out/checkpoint/network.json")
 RESUME = Path("out/resume")
 UNIFORM = Path("out/strategies/uniform.json")
 LADDER = Path("out/strategies/ladder.json")
+# the limits of the search, by measure
+LIMITS = Path("out/strategies/limits.json")
 MEASURED = Path("out/search")
 METRICS = Path("metrics")
 PLOTS = Path("plots")

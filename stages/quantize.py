@@ -43,6 +43,7 @@ def main(params: Params) -> None:
     correlations = {"rank_correlation": rank_correlations(found.sensitivity)}
     files.write_json(files.METRICS / "sensitivity.json", correlations)
     files.write_json(files.UNIFORM, [strategy.choices for strategy in uniform])
+    files.write_json(files.LIMITS, dict(found.goal.limits))
     ladder.write_ladder(found.ladder)
 
 

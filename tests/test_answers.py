@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from quantifind.certification.goal import MEASURES
+from quantifind.certification.measures import MEASURES
 from stages.answers import in_words, recommend, words_of
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}
@@ -54,8 +54,7 @@ def answer_of(bounds, *, uniform=None, limit=1.01, measure="criterion_ratio", ch
         judged(bounds, measure, chosen),
         depths(uniform, measure),
         choices(len(bounds)),
-        measure=measure,
-        limit=limit,
+        limits={measure: limit},
     )
 
 
@@ -97,6 +96,15 @@ def test_the_last_one_passed_is_certified(bounds, certified):
             "bound": bounds[best],
             "on_validation": pytest.approx(bounds[best] - 0.003),
             "validation_gap": pytest.approx(0.001),
+            "measures": {
+                "criterion_ratio": {
+                    "value": pytest.approx(bounds[best] - 0.002),
+                    "low": pytest.approx(bounds[best] - 0.005),
+                    "high": pytest.approx(bounds[best] + 0.001),
+                    "bound": bounds[best],
+                    "on_validation": pytest.approx(bounds[best] - 0.003),
+                }
+            },
         }
 
 
@@ -126,14 +134,14 @@ CERTIFIED = [[1.0, 1.005, 1.03], [1.02, 1.0]]
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("bounds", CERTIFIED)
 def test_plain_values_that_say_the_same_as_the_words(measure, bounds):
-    shift = 0 if measure == "criterion_ratio" else 1
+    shift = 1 - MEASURES[measure].lossless
     limit = 1.01 - shift
     answer = answer_of([bound - shift for bound in bounds], measure=measure, limit=limit)
     assert json.loads(json.dumps(answer)) == answer
     assert answer["limit"] == {measure: limit}
     page = in_words(answer, "my_net")
     best = answer["certified"] or answer["chosen"]
-    assert page.startswith(f"# my_net: {MEASURES[measure][0]} at most {limit:g}\n")
+    assert page.startswith(f"# my_net: {MEASURES[measure].words} at most {limit:g}\n")
     for figure in (
         f"{best['model_bytes']:,} bytes",
         "95% confidence",

@@ -13,13 +13,12 @@ from quantifind.certification.certificate import (
     accuracy_drop_interval,
     certified_depth,
     certified_steps,
-    degradation,
-    hopeless,
     minimum_safe_bits,
-    outdone,
     ratio_bound,
     ratio_interval,
 )
+from quantifind.certification.measures import degradation
+from quantifind.certification.race import hopeless, outdone
 from stages.answers import mark_certified
 
 

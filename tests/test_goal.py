@@ -4,10 +4,12 @@ import math
 from itertools import pairwise
 
 import hypothesis.strategies as st
+import pandas as pd
 import pytest
 from hypothesis import assume, given
 
-from quantifind.certification.goal import MEASURES, STEP, Goal, ladder
+from quantifind.certification.goal import DEFAULT_LIMIT, STEP, TOP, Goal, ladder, steps_that_keep
+from quantifind.certification.measures import MEASURES
 from quantifind.utils import plugins
 
 COSTS = ["mean_bits", *plugins.names("costs")]
@@ -16,21 +18,23 @@ COSTS = ["mean_bits", *plugins.names("costs")]
 @pytest.mark.parametrize(
     ("limit", "goal"),
     [
-        (1, Goal("criterion_ratio", 1.0, "model_bytes", None)),
-        (1.01, Goal("criterion_ratio", 1.01, "model_bytes", None)),
-        ({"criterion_ratio": 1.01}, Goal("criterion_ratio", 1.01, "model_bytes", None)),
-        ({"accuracy_drop": 0}, Goal("accuracy_drop", 0.0, "model_bytes", None)),
-        ({"relative_error": 0.05}, Goal("relative_error", 0.05, "model_bytes", None)),
+        (1, {"criterion_ratio": 1.0}),
+        (1.01, {"criterion_ratio": 1.01}),
+        ({"criterion_ratio": 1.01}, {"criterion_ratio": 1.01}),
+        ({"accuracy_drop": 0}, {"accuracy_drop": 0.0}),
+        ({"relative_error": 0.05}, {"relative_error": 0.05}),
+        ({"flips": 0.01, "fidelity": 0.1}, {"flips": 0.01, "fidelity": 0.1}),
+        (None, DEFAULT_LIMIT),
     ],
 )
 def test_limits(limit, goal):
-    assert Goal.of(limit, None) == goal
+    assert Goal.of(limit, None) == Goal(next(iter(goal)), goal, "model_bytes", None)
 
 
 @pytest.mark.parametrize("cost", COSTS)
 def test_budgets(cost):
-    assert Goal.of(None, {cost: 100}) == Goal("criterion_ratio", None, cost, 100.0)
-    assert Goal.of(None, 3) == Goal("criterion_ratio", None, "mean_bits", 3.0)
+    assert Goal.of(None, {cost: 100}) == Goal("criterion_ratio", {}, cost, 100.0)
+    assert Goal.of(None, 3) == Goal("criterion_ratio", {}, "mean_bits", 3.0)
 
 
 NO_NUMBERS = [True, False, "1.01", "", [1.01], (1.01,), 1j, b"1"]
@@ -39,7 +43,7 @@ NO_NUMBERS = [True, False, "1.01", "", [1.01], (1.01,), 1j, b"1"]
 @pytest.mark.parametrize("value", [0.999, 0, -1, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("measure", MEASURES)
 def test_limits_out_of_range(measure, value):
-    if 0 <= value < 1 and measure != "criterion_ratio":
+    if 0 <= value < 1 and MEASURES[measure].lossless == 0:
         assert Goal.of({measure: value}, None).limit == value
         return
     with pytest.raises(ValueError, match=f"limit {measure} is {value:g}: [01] or more is needed"):
@@ -66,17 +70,21 @@ def test_what_is_no_number(value):
 
 
 @pytest.mark.parametrize(
-    "asked", [{}, {"loss": 1.01}, {"criterion_ratio": 1.01, "accuracy_drop": 0.1}, {1: 1}], ids=str
+    "asked", [{}, {"loss": 1.01}, {"criterion_ratio": 1.01, "loss": 0.1}, {1: 1}], ids=str
 )
 def test_unknown_names_and_too_many(asked):
-    with pytest.raises(ValueError, match=r"limit is \{.*: a number or one of criterion_ratio, acc"):
+    with pytest.raises(
+        ValueError, match=r"limit is \{.*: a number or some of criterion_ratio, cal"
+    ):
         Goal.of(asked, None)
-    with pytest.raises(ValueError, match=r"budget is \{.*: a number or one of mean_bits, bit_oper"):
+    with pytest.raises(ValueError, match=r"budget is \{.*: a number or some of mean_bits, bit_ope"):
         Goal.of(None, asked)
+    with pytest.raises(ValueError, match=r"budget is \{.*: one cost is needed"):
+        Goal.of(None, {"mean_bits": 2, "model_bytes": 100})
 
 
-def test_both_and_none():
-    for limit, budget in ((None, None), (1.01, 4), (1.01, {"model_bytes": 4})):
+def test_a_limit_and_a_budget():
+    for limit, budget in ((1.01, 4), (1.01, {"model_bytes": 4})):
         with pytest.raises(ValueError, match=r"either a limit or a budget, not limit=.*, budget="):
             Goal.of(limit, budget)
 
@@ -113,14 +121,28 @@ def test_the_margin_counts_standard_errors():
     assert budget.margin(row(1, 1.0, 1.01)) > budget.margin(row(1, 0.9, 1.02))
 
 
-def test_the_limit_to_certify_is_that_of_the_search():
-    assert Goal.of({"accuracy_drop": 0.02}, None).limit_to_certify([1.05, 1.01]) == 0.02
-    assert Goal.of(None, 4).limit_to_certify([1.05, 1.01]) == 1.05
+@given(st.lists(st.tuples(*[st.floats(-0.05, 0.05)] * 2), min_size=1, max_size=6))
+def test_several_limits_are_kept_where_each_is(margins):
+    """And a ladder ends where the first of them fails."""
+    limits = {"criterion_ratio": 1.01, "accuracy_drop": 0.003}
+    goal, rows = Goal.of(limits, None), []
+    for ratio, drop in margins:
+        rows.append(row(100, 1.0, 1.01 + ratio) | row(100, 0.0, 0.003 + drop, "accuracy_drop"))
+    kept = [Goal.of(1.01, None).keeps(r) and r["accuracy_drop_bound"] <= 0.003 for r in rows]
+    assert [goal.keeps(r) for r in rows] == kept == [goal.excess(r) <= 0 for r in rows]
+    walked = steps_that_keep(pd.DataFrame(rows), limits)
+    assert walked == next((i for i, keeps in enumerate(kept) if not keeps), len(kept))
+
+
+def test_a_ladder_starts_near_the_chosen():
+    rows = [row(size, 1.0, 1.0 + 1 / size) for size in range(100, 1000, 20)]
+    steps = ladder(rows, rows[0], Goal.of(1.01, None))
+    assert TOP * 100 - 20 <= steps[0]["model_bytes"] <= TOP * 100
 
 
 @st.composite
 def candidates(draw, measure="criterion_ratio"):
-    lowest = 1.0 if measure == "criterion_ratio" else 0.0
+    lowest = MEASURES[measure].lossless
     rows = []
     for size in draw(st.lists(st.integers(100, 400), min_size=1, max_size=12)):
         value = lowest + draw(st.floats(-0.02, 0.04))

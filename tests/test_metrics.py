@@ -171,7 +171,7 @@ def test_paired_columns_of_a_classifier_are_their_definitions():
     torch.manual_seed(1)
     quantized, original = outcomes_of(nn.CrossEntropyLoss(), torch.randint(5, (40,)))
     columns = paired(quantized, original)
-    names = "loss original_loss weight squared_error squared_norm correct original_correct"
+    names = "loss original_loss weight squared_error squared_norm correct original_correct flipped"
     assert list(columns) == names.split()
     columns["divergence"] = divergence(quantized, original)
     outputs, wanted = quantized["outputs"].double(), original["outputs"].double()
@@ -313,6 +313,7 @@ def by_hand(name, measured, original):
     if is_classification(original):
         columns["correct"] = measured["correct"].tolist()
         columns["original_correct"] = original["correct"].tolist()
+        columns["flipped"] = (measured["answer"] != original["answer"]).tolist()
     return columns
 
 

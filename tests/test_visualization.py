@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from quantifind.certification.certificate import minimum_safe_bits
-from quantifind.certification.goal import MEASURES
+from quantifind.certification.measures import MEASURES
 from quantifind.utils import plugins
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.visualization_workflow import (

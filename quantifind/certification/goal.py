@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
+from quantifind.certification.certificate import certified_steps
 from quantifind.certification.measures import MEASURES
 from quantifind.utils import plugins
 
@@ -45,7 +48,8 @@ class Goal:
     def of(cls, limit: Limit | None, budget: Limit | None) -> "Goal":
         """A goal from what `quantifind.search.find_strategy` takes.
 
-        limit: the criterion ratio, or measures by their names; None for a budget, or `DEFAULT_LIMIT`.
+        limit: the criterion ratio, or measures by their names; None for a budget, or for
+            `DEFAULT_LIMIT`.
         budget: mean bits per parameter, or a cost by its name; None for a limit.
         Raises: ValueError for both, an unknown name, or a value out of range.
         """
@@ -75,15 +79,16 @@ class Goal:
             return False  # test_a_loss_that_is_nan_is_no_answer
         if self.budget is not None:
             return bool(row[self.cost] <= self.budget * (1 + 1e-9))
-        return self.excess(row) <= 0
+        return all(bool(row[f"{name}_bound"] <= limit) for name, limit in self.limits.items())
 
     def excess(self, row: Mapping[str, Any]) -> float:
-        """By how many standard errors a bound is above its limit, of the measure that is furthest
-        above, or nearest below; NaN counts as above all."""
-        found = (
-            (row[f"{name}_bound"] - limit) / max(row[f"{name}_bound"] - row[name], 1e-12)
-            for name, limit in self.limits.items()
-        )
+        """How far the bounds are above their limits, of the measure that is furthest: as a multiple
+        of what its limit allows to be lost. Above 0 where one does not keep its limit.
+
+        row: as `keeps` takes it.
+        """
+        allowed = {n: max(v - MEASURES[n].lossless, 1e-9) for n, v in self.limits.items()}
+        found = [(row[f"{n}_bound"] - v) / allowed[n] for n, v in self.limits.items()]
         return max((math.inf if math.isnan(one) else one for one in found), default=0.0)
 
     def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
@@ -102,16 +107,12 @@ class Goal:
 
         row: as `keeps` takes it.
         """
-        if self.limit is None:
+        if not self.limits:
             return -float(row[f"{self.measure}_bound"])
-        return 1 - self.excess(row)
-
-    def limits_to_certify(self, limits: Sequence[float]) -> dict[str, float]:
-        """The limits of the search; for a budget, the first of those given.
-
-        limits: of the criterion ratio.
-        """
-        return dict(self.limits) or {"criterion_ratio": limits[0]}
+        return min(
+            float((limit - row[n]) / max(row[f"{n}_bound"] - row[n], 1e-12))
+            for n, limit in self.limits.items()
+        )
 
 
 def _named(kind: str, given: Limit, default: str) -> dict[str, float]:
@@ -123,6 +124,17 @@ def _named(kind: str, given: Limit, default: str) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{kind} {name} is {value!r}: a number is needed")
     return {name: float(value) for name, value in named.items()}
+
+
+def steps_that_keep(steps: pd.DataFrame, limits: Mapping[str, float]) -> int:
+    """How many rungs of a ladder, from most bytes to fewest, pass: those above the first of which
+    a bound is above its limit (`quantifind.certification.certificate.certified_steps`).
+
+    steps: a row for each, with the columns of `quantifind.certification.measures.degradation`.
+    limits: by measure; all must hold.
+    """
+    above = [steps[f"{measure}_bound"] - limit for measure, limit in limits.items()]
+    return certified_steps(pd.concat(above, axis=1).max(axis=1, skipna=False).tolist(), 0.0)
 
 
 def ladder(

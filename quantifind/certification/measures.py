@@ -57,7 +57,7 @@ def calibrated(columns: Columns, gain: float | None = None) -> Columns:
     if "scaled_loss" not in columns:
         return columns
     losses = columns["scaled_loss"]
-    gains = gains_of(losses)
+    gains = gains_of(losses.shape[1])
     if gain is None:
         gain = gains.fitted(losses)
     loss = np.full(len(losses), math.nan) if math.isnan(gain) else gains.at(losses, gain)

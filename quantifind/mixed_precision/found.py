@@ -34,6 +34,8 @@ class Found:
     confidence: of the bounds.
     passes: what the search has cost, by phase, and what was left out.
     criterion, forward: by which it was judged, as `find_strategy` was given them.
+    temperature: what the float network's logits are divided by for the calibrated ratio, fitted to
+        validation data; None where there are none.
     """
 
     strategy: Strategy
@@ -45,6 +47,7 @@ class Found:
     passes: Passes
     criterion: Any = None
     forward: Forward | None = None
+    temperature: float | None = None
 
     def __iter__(self) -> Iterator[Any]:
         """What most ask for: ``quantized, candidates = find_strategy(…)``."""
@@ -84,7 +87,7 @@ def found_by(
     Raises: ValueError naming the nearest, where none keeps the goal.
     """
     best, rows = chosen(candidates)
-    passes = candidates.measurements.passes
+    passes, gain = candidates.measurements.passes, candidates.measurements.original.gain
     console.print(f"{passes}", markup=False, highlight=False)
     return Found(
         best["strategy"],
@@ -96,6 +99,7 @@ def found_by(
         passes,
         criterion,
         forward,
+        None if gain is None else 1 / gain,
     )
 
 
@@ -121,6 +125,9 @@ def chosen(candidates: Candidates) -> tuple[Row, pd.DataFrame]:
     table = pd.DataFrame(rows)
     costs = pd.DataFrame([candidates.allocation.costs(row["quantized"]) for row in rows])
     table = table.join(costs[costs.columns.difference(table.columns)])
+    gain = candidates.measurements.original.gain
+    if gain is not None:
+        table["original_temperature"] = 1 / gain
     table["on_ladder"] = table["key"].isin(on_ladder)
     table["chosen"] = table["key"] == best["key"]
     return best, table.drop(columns="key")
@@ -140,7 +147,9 @@ def _nearest(candidates: Candidates) -> Row:
     if goal.keeps(row):
         return row
     # that which it keeps least
-    measure = max(goal.limits, key=lambda one: replace(goal, limits={one: goal.limits[one]}).excess(row))
+    measure = max(
+        goal.limits, key=lambda one: replace(goal, limits={one: goal.limits[one]}).excess(row)
+    )
     value, bound, examples = row[measure], row[f"{measure}_bound"], row["examples"]
     limit = goal.limits[measure]
     text = (

@@ -4,14 +4,15 @@ The arguments after the model may stand in either order, ``(test_loader, criteri
 ``(criterion, test_loader)``: the criterion is the one that can be called.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import nn
 
-from quantifind.certification.certificate import certified_steps
+from quantifind.certification.goal import Goal, Limit, steps_that_keep
 from quantifind.certification.measures import MEASURES, degradation
 from quantifind.metrics import Outcome, columns_of, compared
 from quantifind.network.calibration import calibration_batches
@@ -85,6 +86,8 @@ def evaluate_strategies(
     *,
     quantized: Iterable[Quantized] | None = None,
     calibration: Iterable[Any] | None = None,
+    temperatures: Sequence[float] | None = None,
+    original_temperature: float | None = None,
     forward: Forward | None = None,
     confidence: float = 0.95,
     engine: str = "sequential",
@@ -95,6 +98,9 @@ def evaluate_strategies(
     test_loader, criterion: in either order.
     quantized: what each strategy has come to; by default they are quantized here.
     calibration: batches of training data, for strategies that need some.
+    temperatures, original_temperature: what each quantized network's logits, and the float one's,
+        are divided by for the calibrated ratio, as a search fitted them to validation data; by
+        default they are fitted to the loader's examples.
     forward: (model, batch) → (outputs, targets), what the criterion gets; by default
         `quantifind.utils.forwards.DefaultForward`.
     confidence: of the intervals.
@@ -107,8 +113,9 @@ def evaluate_strategies(
     loader, criterion = _loader_and_criterion(test_loader, criterion)
     strategies = list(strategies)
     given = strategies if quantized is None else list(quantized)
-    tasks = list(zip(strategies, given, strict=True))
-    for number, (strategy, known) in enumerate(tasks):
+    known_temperatures = [None] * len(strategies) if temperatures is None else temperatures
+    tasks = list(zip(strategies, given, known_temperatures, strict=True))
+    for number, (strategy, known, _) in enumerate(tasks):
         if isinstance(known, Quantized) and not _belongs(known, strategy):
             raise ValueError(f"quantized {number} is not what strategy {number} names")
     with Workers(engine, scheduler=scheduler) as workers:
@@ -120,7 +127,12 @@ def evaluate_strategies(
         for pairs in {one.folded for one in given} - {()}:
             net = prepared(model, pairs)
             evaluators[pairs] = Evaluator(net, evaluator.given_batches(), criterion)
-        judge = _Judge(model, evaluators, evaluator.original(), batches, confidence)
+        original = evaluator.original()
+        if original_temperature is None:
+            original = original.calibrated()
+        elif not math.isnan(original_temperature):
+            original = replace(original, gain=1 / original_temperature)
+        judge = _Judge(model, evaluators, original, batches, confidence)
         rows = []
         with progress("judging", total=len(tasks)) as step:
             for row in workers.map(_Judge.row, judge, tasks):
@@ -150,13 +162,14 @@ class _Judge:
     calibration: Sequence[Batch] | None
     confidence: float
 
-    def row(self, task: tuple[Strategy, Strategy | Quantized]) -> dict[str, Any]:
-        strategy, given = task
+    def row(self, task: tuple[Strategy, Strategy | Quantized, float | None]) -> dict[str, Any]:
+        strategy, given, temperature = task
         quantized = quantize(self.model, given, self.calibration)
         evaluator = self.evaluators[quantized.folded]
         measured = evaluator.outcome(quantized, beside=self.original)
         depth, bits = strategy.bit_depth, mean_bits(self.model, quantized)
-        row = _row(measured, self.original.criterion, self.confidence)
+        gain = None if temperature is None else 1 / temperature
+        row = _row(measured, self.original.criterion, self.confidence, gain)
         scr = row["criterion"] / (depth or bits)
         return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
 
@@ -171,28 +184,31 @@ def _loader_and_criterion(first: Any, second: Any) -> tuple[Any, Any]:
 class Certificate:
     """What test data say of what a search found.
 
-    measure, limit, confidence: what is certified: that the measure is at most the limit.
+    limits, confidence: what is certified: that each measure is at most its limit.
     steps: a row per strategy of the ladder, from most bytes to fewest: the columns of
         `evaluate_strategies`, and ``certified``.
     strategy, quantized: the last that passed, None where none did.
     """
 
-    measure: str
-    limit: float
+    limits: Mapping[str, float]
     confidence: float
     steps: pd.DataFrame
     strategy: Strategy | None
     quantized: Quantized | None
 
     def __str__(self) -> str:
-        words, certified = MEASURES[self.measure][0], self.steps[self.steps["certified"]]
+        certified = self.steps[self.steps["certified"]]
         row = (self.steps if certified.empty else certified).iloc[-1]
         bits = f"{row['mean_bits']:.4g} bits per parameter"
-        found = f"{words} {row[self.measure]:.4g}, at most {row[f'{self.measure}_bound']:.4g}"
+        limits = " and ".join(f"{MEASURES[n].words} {v:g}" for n, v in self.limits.items())
+        found = "; ".join(
+            f"{MEASURES[n].words} {row[n]:.4g}, at most {row[f'{n}_bound']:.4g}"
+            for n in self.limits
+        )
         if certified.empty:
-            return f"Nothing is certified at {words} {self.limit:g}: {bits} have {found}"
+            return f"Nothing is certified at {limits}: {bits} have {found}"
         return (
-            f"{bits} are certified at {words} {self.limit:g}: {found} "
+            f"{bits} are certified at {limits}: {found} "
             f"with {self.confidence:.0%} confidence on test data"
         )
 
@@ -202,25 +218,27 @@ def certify(
     found: "Found",
     test_loader: Iterable[Any],
     *,
-    limit: float | None = None,
+    limit: Limit | None = None,
     engine: str = "sequential",
     scheduler: str | None = None,
 ) -> Certificate:
     """Walk down the ladder of a search on test data, for as long as each step keeps the limit.
 
     Several strategies are tried, and what passes last is certified at the level of a single test
-    (`quantifind.certification.certificate.certified_steps`).
+    (`quantifind.certification.goal.steps_that_keep`).
 
     model: the network of the search.
     found: of `quantifind.search.find_strategy`, whose measure, criterion and confidence count.
     test_loader: batches of test data, which took no part in the search.
-    limit: of the measure, by default that of the search; one is needed where that had a budget.
+    limit: as `quantifind.search.find_strategy` takes it, by default that of the search; one is
+        needed where that had a budget. A number is of the search's measure.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Raises: ValueError as `evaluate_strategies`, and where there is no limit.
     """
-    wanted = found.goal.limit if limit is None else limit
-    measure = found.goal.measure
-    if wanted is None:
+    limits, measure = found.goal.limits, found.goal.measure
+    if limit is not None:
+        limits = Goal.of(limit if isinstance(limit, Mapping) else {measure: limit}, None).limits
+    if not limits:
         raise ValueError(f"the search had a budget: give the limit of {measure} to certify")
     ladder = found.ladder
     steps = evaluate_strategies(
@@ -229,17 +247,17 @@ def certify(
         test_loader,
         found.criterion,
         quantized=ladder["quantized"],
+        temperatures=ladder["temperature"].tolist() if "temperature" in ladder else None,
+        original_temperature=found.temperature,
         forward=found.forward,
         confidence=found.confidence,
         engine=engine,
         scheduler=scheduler,
     )
-    passed = certified_steps(steps[f"{measure}_bound"].tolist(), wanted)
+    passed = steps_that_keep(steps, limits)
     steps["certified"] = [number < passed for number in range(len(steps))]
     last = ladder.iloc[passed - 1] if passed else {"strategy": None, "quantized": None}
-    return Certificate(
-        measure, wanted, found.confidence, steps, last["strategy"], last["quantized"]
-    )
+    return Certificate(limits, found.confidence, steps, last["strategy"], last["quantized"])
 
 
 def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) -> dict[str, float]:
@@ -251,16 +269,19 @@ def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) 
     `quantifind.certification.measures.degradation` has them; for a classifier also ``accuracy``,
     ``original_accuracy`` and the flips ``right_to_wrong`` and ``wrong_to_right`` (examples).
     """
-    return _row(compared(quantized, original), original.criterion, confidence)
+    measured = compared(quantized, original.calibrated())
+    return _row(measured, original.criterion, confidence)
 
 
-def _row(measured: Outcome, original_criterion: float, confidence: float) -> dict[str, float]:
+def _row(
+    measured: Outcome, original_criterion: float, confidence: float, gain: float | None = None
+) -> dict[str, float]:
     """That of what was `quantifind.metrics.compared`."""
     columns = columns_of(measured)
     row = {
         "criterion": measured.criterion,
         "original_criterion": original_criterion,
-        **degradation(columns, confidence=confidence),
+        **degradation(columns, confidence=confidence, gain=gain),
     }
     if "correct" in columns:
         judged = columns["weight"] > 0

@@ -1,0 +1,146 @@
+"""The ratio at each network's own temperature, beside torch and scipy on raw logits."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import optimize
+from torch import nn
+
+from quantifind import certify, evaluate_strategies, find_strategy, quantize_model
+from quantifind.certification.goal import DEFAULT_LIMIT
+from quantifind.certification.measures import calibrated, degradation
+from quantifind.metrics import columns_of, compared, outcome
+from quantifind.utils.loaders import Tensors, create_dataloaders
+
+CRITERIA = {
+    "softmax": nn.CrossEntropyLoss(),
+    "weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5, 1.0])),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "sigmoid": nn.BCEWithLogitsLoss(),
+    "squares": nn.MSELoss(),
+}
+
+
+def case(kind, scale=3.0, examples=600):
+    """Outputs of two networks, and targets."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = scale * torch.randn(examples, 4, generator=generator)
+    noisy = 1.7 * outputs + torch.randn(examples, 4, generator=generator)
+    blurred = outputs / scale + torch.randn(examples, 4, generator=generator)
+    if kind == "sigmoid":
+        targets = (blurred > 0).float()
+    elif kind == "squares":
+        targets = blurred
+    else:
+        targets = blurred.argmax(1)
+    return outputs, noisy, targets
+
+
+def judged_pair(kind, **how):
+    criterion = CRITERIA[kind]
+    outputs, noisy, targets = case(kind, **how)
+    float_, other = (
+        outcome(nn.Identity(), [(each, targets)], criterion) for each in (outputs, noisy)
+    )
+    return columns_of(compared(other, float_.calibrated())), (outputs, noisy, targets)
+
+
+def best_loss(criterion, outputs, targets):
+    def loss(logarithm):
+        return criterion(outputs.double() * math.exp(logarithm), _exact(targets)).item()
+
+    found = optimize.minimize_scalar(
+        loss, bounds=(-2, 1.2), method="bounded", options={"xatol": 1e-9}
+    )
+    return found.fun, math.exp(-found.x)
+
+
+def _exact(targets):
+    return targets.double() if targets.is_floating_point() else targets
+
+
+@pytest.mark.parametrize("kind", ["softmax", "smoothed", "sigmoid", "squares"])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_calibrated_losses_are_those_of_torch(kind, scale):
+    columns, (outputs, noisy, targets) = judged_pair(kind, scale=scale)
+    row = degradation(columns)
+    (above, temperature), (below, _) = (
+        best_loss(CRITERIA[kind], each, targets) for each in (noisy, outputs)
+    )
+    assert row["calibrated_ratio"] == pytest.approx(above / below, rel=2e-4)
+    assert row["temperature"] == pytest.approx(temperature, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", CRITERIA)
+@pytest.mark.parametrize("softened", [0.5, 0.8, 1.25])
+def test_softening_buys_nothing(kind, softened):
+    """Outputs multiplied by any number are as good as before, whatever the criterion ratio says."""
+    criterion, (outputs, _, targets) = CRITERIA[kind], case(kind)
+    float_, other = (
+        outcome(nn.Identity(), [(each, targets)], criterion)
+        for each in (outputs, softened * outputs)
+    )
+    row = degradation(columns_of(compared(other, float_.calibrated())))
+    assert row["calibrated_ratio"] == pytest.approx(1, abs=1e-3)
+    assert abs(row["criterion_ratio"] - 1) > 0.01
+    assert row["calibrated_ratio_bound"] < 1.01
+
+
+def test_fidelity_and_flips_are_those_of_a_loop():
+    columns, (outputs, noisy, targets) = judged_pair("softmax")
+    row = degradation(columns)
+    _, temperature = best_loss(CRITERIA["softmax"], outputs, targets)
+    soft = [(each.double() / temperature).log_softmax(1) for each in (outputs, noisy)]
+    apart = F.kl_div(soft[1], soft[0], log_target=True, reduction="none").sum(1)
+    loss = F.nll_loss(soft[0], targets)
+    assert row["fidelity"] == pytest.approx((apart.mean() / loss).item(), rel=2e-3)
+    assert row["flips"] == (outputs.argmax(1) != noisy.argmax(1)).double().mean().item()
+
+
+def test_what_is_measured_on_parts_is_that_of_the_whole():
+    """A temperature that validation data fixed is used as it is."""
+    columns, (_, noisy, targets) = judged_pair("softmax")
+    fixed = calibrated(columns, gain=0.5)["calibrated_loss"]
+    wanted = F.cross_entropy(0.5 * noisy, targets, reduction="none").numpy()
+    np.testing.assert_allclose(fixed, wanted, atol=0.02 * wanted.mean())
+
+
+def test_the_default_limit_and_its_certificate():
+    torch.manual_seed(0)
+    inputs = torch.randn(20_000, 6)
+    labels = (inputs[:, :3] + torch.randn(20_000, 3) / 2).argmax(1)
+    train, val, test = create_dataloaders(
+        Tensors(inputs, labels), batch_size=250, fractions=(0.3, 0.5, 0.2)
+    )
+    net, criterion = nn.Linear(6, 3), nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(net.parameters(), 0.03)
+    for some, wanted in train:
+        optimizer.zero_grad()
+        criterion(net(some), wanted).backward()
+        optimizer.step()
+    found = find_strategy(net, train, val, criterion)
+    assert found.goal.limits == DEFAULT_LIMIT
+    assert found.temperature is not None
+    assert all(found.chosen[f"{n}_bound"] <= v for n, v in DEFAULT_LIMIT.items())
+    proof = certify(net, found, test, limit={"calibrated_ratio": 2.0, "flips": 0.5})
+    again = evaluate_strategies(
+        net,
+        found.ladder["strategy"],
+        test,
+        criterion,
+        quantized=found.ladder["quantized"],
+        temperatures=found.ladder["temperature"].tolist(),
+        original_temperature=found.temperature,
+    )
+    assert proof.steps["calibrated_ratio"].tolist() == again["calibrated_ratio"].tolist()
+    by_hand = quantize_model(net, found.ladder["quantized"].iloc[-1])
+    with torch.no_grad():
+        inputs, targets = (torch.cat(each) for each in zip(*test, strict=True))
+        above, below = (
+            criterion(n(inputs) / t, targets).item()
+            for n, t in ((by_hand, found.ladder["temperature"].iloc[-1]), (net, found.temperature))
+        )
+    assert again["calibrated_ratio"].iloc[-1] == pytest.approx(above / below, rel=1e-3)
