@@ -164,7 +164,7 @@ def check_ladder(rows, chosen, goal):
 @given(data=st.data())
 def test_a_ladder_falls_in_bytes_and_margin_to_the_chosen_and_on(measure, data):
     rows = data.draw(candidates(measure))
-    goal = Goal.of({measure: 1.01 if measure == "criterion_ratio" else 0.01}, None)
+    goal = Goal.of({measure: MEASURES[measure].lossless + 0.01}, None)
     keeping = [row for row in rows if goal.keeps(row)]
     assume(keeping)
     chosen = min(keeping, key=goal.rank)

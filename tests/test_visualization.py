@@ -133,7 +133,7 @@ def series(axes, label):
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_frontier_marks_what_is_certified_at_any_measure(measure):
-    lossless = MEASURES[measure][2]
+    lossless = MEASURES[measure].lossless
     tables = [
         judged(bits, lossless + np.array(lost), lossless + np.array(lost) + 0.001, measure)
         for bits, lost in (([9.0, 5.5, 3.0], [0.001, 0.004, 0.5]), ([8.0, 4.0], [0.002, 0.3]))
@@ -151,9 +151,9 @@ def test_frontier_marks_what_is_certified_at_any_measure(measure):
     assert whole.get_yscale() == ("linear" if measure == "accuracy_drop" else "log")
     assert near.get_xscale() == "log"
     assert near.get_xlabel() == "mean bits per parameter"
-    assert whole.get_ylabel() == "\n".join(MEASURES[measure][:2])
+    assert whole.get_ylabel() == f"{MEASURES[measure].words}\n{MEASURES[measure].unit}"
     assert near.get_ylim()[1] == pytest.approx(lossless + 0.02)
-    assert figure.get_suptitle() == f"Bits and {MEASURES[measure][0]}: toy"
+    assert figure.get_suptitle() == f"Bits and {MEASURES[measure].words}: toy"
 
 
 def test_frontier_near_the_limit_holds_what_is_certified():
