@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from quantifind.mixed_precision.adjusted_scales import adjust_scales
 from quantifind.mixed_precision.candidates import Candidates, choices_key, note
 from quantifind.mixed_precision.knapsack import Assignment, neighbours, total_cost
-from quantifind.mixed_precision.refinement import adjust_scales
 from quantifind.utils.console import progress
 
 # candidates at most, of a sweep over budgets, and of local moves
@@ -57,7 +57,7 @@ def sweep_budgets(candidates: Candidates) -> None:
     if best is not None:
         row = candidates.best("allocated")
         assert row is not None
-        _, candidates.factors = adjust_scales(candidates, row)
+        adjust_scales(candidates, row)
         finer = [allocation.solve(allocation.total(best) * share) for share in FINER]
         _walk_down(candidates, [a for a in dict.fromkeys(finer) if a is not None])
         _halve(candidates)

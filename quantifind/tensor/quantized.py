@@ -105,6 +105,15 @@ class Quantized:
     folded: tuple[tuple[str, str], ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
+    def with_scales(self, scales: Mapping[str, Tensor]) -> "Quantized":
+        """With other scales, of the same shape and dtype, of the tensors named."""
+        other = {
+            name: replace(tensor, qparams=replace(tensor.qparams, scale=scales[name]))
+            for name, tensor in self.tensors.items()
+            if name in scales
+        }
+        return replace(self, tensors=self.tensors | other)
+
     def scaled(self, factors: Mapping[str, float]) -> "Quantized":
         """With the scales of the tensors named multiplied."""
         grown = {name: self.tensors[name].scaled(factor) for name, factor in factors.items()}
