@@ -177,37 +177,6 @@ def hopeless(
     return lowest > limit
 
 
-def outdone(
-    columns: Columns, rival: Columns, *, confidence: float = 0.95, level: float = 0.68
-) -> bool:
-    """Whether a candidate, seen on a part of the examples, is likely to be worse than a rival.
-
-    Worse is a higher bound of the criterion ratio on all examples. This is stochastic curtailment,
-    as in `hopeless`, of the difference of the two bounds. The level is low, since giving up one
-    step of many costs little.
-
-    columns: of the examples seen so far, as `quantifind.metrics.paired` has them.
-    rival: of all examples, those seen so far first.
-    confidence: of the bounds.
-    level: of the interval within which the difference may still move.
-    Returns: False where too few are seen to tell.
-    """
-    examples, whole = len(columns["loss"]), len(rival["loss"])
-    same = {name: column[:examples] for name, column in rival.items()}
-    values, bounds = [], []
-    for seen in (columns, same):
-        value, interval = _measured(seen, "criterion_ratio")
-        values.append(value)
-        bounds.append(interval(2 * confidence - 1)[1])
-    low, high = ratio_interval(columns["loss"], same["loss"], confidence=level)
-    if not math.isfinite(bounds[0] + bounds[1] + high):
-        return False  # test_what_was_seen_on_few_examples_is_not_outdone
-    worse, wider = values[0] - values[1], bounds[0] - bounds[1]
-    worse += (wider - worse) * math.sqrt(examples / whole)
-    error = (high - low) / 2 * values[1]
-    return worse > error * math.sqrt(1 - examples / whole)
-
-
 def certified_steps(bounds: Sequence[float], limit: float) -> int:
     """How many strategies of a ladder, from most bits to fewest, pass: fixed-sequence testing.
 

@@ -3,7 +3,7 @@ data say that nothing is worse."""
 
 from itertools import accumulate
 
-from quantifind.mixed_precision.candidates import Candidates, Row, Trial
+from quantifind.mixed_precision.candidates import Candidates, Row
 from quantifind.mixed_precision.measurements import Columns, Measurements
 from quantifind.runtime.scale_fitting import cost, fit_scales
 from quantifind.tensor.quantized import Quantized
@@ -14,9 +14,11 @@ SHARE, LEAST = 0.25, 64
 
 
 def adjust_scales(candidates: Candidates, row: Row) -> Row:
-    """A candidate with fitted scales, kept beside it; or itself, where that is worse by one of
-    `_measures` (test_adjusted_scales_are_never_worse)."""
+    """A candidate with fitted scales, which is kept beside it; or itself, where that is worse by
+    one of `_measures` (test_adjusted_scales_are_never_worse), or the candidate was given up."""
     measurements = candidates.measurements
+    if not candidates.is_whole(row):
+        return row
     batches = _affordable(measurements)
     if not batches:
         measurements.passes.stopped("fitting of scales")
@@ -24,36 +26,26 @@ def adjust_scales(candidates: Candidates, row: Row) -> Row:
     fitted = _fitted(measurements, row["key"], row["quantized"], batches)
     if fitted is None:
         return row
-    trial = Trial(f"{row['key']} fitted", row["origin"], True, row["strategy"], fitted)
-    (other,) = candidates.measured([trial])
+    (other,) = candidates.measured([candidates.fitted(row, fitted)])
     if not candidates.is_whole(other):
         return row
-    row = candidates.completed(row)
-    if any(
-        not theirs <= ours
-        for ours, theirs in zip(_measures(candidates, row), _measures(candidates, other), strict=True)
-    ):
+    before, after = (_measures(candidates, one) for one in (row, other))
+    if not all(new <= old for new, old in zip(after, before, strict=True)):
         return row
-    candidates.replace(row, other)
+    candidates.keep(other)
     return other
 
 
 def _measures(candidates: Candidates, row: Row) -> list[float]:
     """What fitted scales may not make larger, on all validation examples."""
-    columns = candidates.measurements.columns(row["key"], row["quantized"])
-    found = [
-        row[f"{candidates.goal.measure}_bound"],
-        columns["divergence"].sum(),
-    ]
-    if "correct" in columns:
-        found.append(-_right(columns))
-    return found
+    columns = candidates.columns(row)
+    found = [float(row[f"{candidates.goal.measure}_bound"]), float(columns["divergence"].sum())]
+    return [*found, -_right(columns)] if "correct" in columns else found
 
 
 def _right(columns: Columns) -> float:
     """How many answers are right, less what is ignored."""
-    right = columns["correct"]
-    return float(right[columns["weight"] > 0].sum() if "weight" in columns else right.sum())
+    return float(columns["correct"][columns["weight"] > 0].sum())
 
 
 def _affordable(measurements: Measurements) -> list[Batch]:

@@ -38,11 +38,14 @@ LEARNABLE, BESIDE = 4, 8
 
 
 def gptq_sequentially(candidates: Candidates) -> None:
-    """The best allocations again: each layer makes up for what those before it lost, then scales
-    are fitted."""
+    """The best allocations again: each layer makes up for what those before it lost; scales of
+    these, and of the best as it is, are fitted."""
     best, goal, allocation = candidates.best_assignment(), candidates.goal, candidates.allocation
     if best is None:
         return
+    row = candidates.best("allocated")
+    assert row is not None
+    adjust_scales(candidates, row)
     cost = allocation.total(best)
     shares = SEQUENTIAL if goal.budget is None else (1.0, 0.97)
     solved = (allocation.solve(cost * share) for share in shares)
