@@ -315,13 +315,26 @@ def _apart(
     outputs: Tensor, wanted: Tensor, weight: Tensor, original: Outcome
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared errors, squared norms and divergences of examples, (examples,) float64 each."""
-    classes, gain = original.classes, original.gain or 1.0
+    apart = divergences(outputs, wanted, weight, original.classes, original.gain or 1.0)
+    outputs, wanted = outputs.double(), wanted.double()
+    norms = torch.where(wanted.isinf(), 0.0, wanted).reshape(len(wanted), -1).square().sum(1)
+    return _squares(outputs, wanted).reshape(len(outputs), -1).sum(1), norms, apart
+
+
+def divergences(
+    outputs: Tensor, wanted: Tensor, weight: Tensor, classes: str | None, gain: float = 1.0
+) -> Tensor:
+    """What `divergence` is of outputs, with gradients.
+
+    outputs, wanted: (examples, ...), the original's are wanted.
+    weight: (examples, ...), what an example, or each of its positions, counts.
+    classes: as of `Outcome`.
+    gain: what logits are multiplied with.
+    Returns: (examples,) float64.
+    """
     outputs, wanted, weight = outputs.double(), wanted.double(), weight.double()
     if outputs.dim() == 1:
         outputs, wanted = outputs[:, None], wanted[:, None]
-    # equal infinities, such as of masked classes, are no change
-    squares = torch.where(outputs == wanted, 0.0, outputs - wanted).square()
-    norms = torch.where(wanted.isinf(), 0.0, wanted).flatten(1).square().sum(1)
     if classes == "softmax":
         apart = _kl((gain * wanted).log_softmax(1), (gain * outputs).log_softmax(1)).sum(1)
         apart = weight.reshape(*weight.shape, *(1,) * (apart.dim() - weight.dim())) * apart
@@ -330,12 +343,17 @@ def _apart(
         yes, no = (_kl(F.logsigmoid(s * wanted), F.logsigmoid(s * outputs)) for s in signs)
         apart = yes + no
     else:
-        apart = squares
+        apart = _squares(outputs, wanted)
     if apart.dim() > 1:
         # of positions that count by themselves, as their losses are
         summed = classes == "softmax" and weight.dim() > 1
         apart = apart.flatten(1).sum(1) if summed else apart.flatten(1).mean(1)
-    return squares.flatten(1).sum(1), norms, apart
+    return apart
+
+
+def _squares(outputs: Tensor, wanted: Tensor) -> Tensor:
+    # equal infinities, such as of masked classes, are no change
+    return torch.where(outputs == wanted, 0.0, outputs - wanted).square()
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from quantifind.certification.certificate import ratio_interval
 from quantifind.certification.measures import degradation
-from quantifind.certification.race import hopeless, outdone
+from quantifind.certification.race import hopeless
 from quantifind.costs import model_bytes
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.knapsack import Assignment
@@ -21,8 +21,6 @@ from quantifind.tensor.quantized import Quantized
 
 # shares of the validation examples after each of which a candidate is given up or goes on
 RACE = (0.125, 0.25, 0.5, 1.0)
-# confidence at which a scale-tuning step is abandoned early; losing a good one costs little
-ABANDON = 0.68
 # a candidate is stopped for futility when, at this confidence, its bound on all examples would
 # still exceed the limit
 FUTILE = 0.95
@@ -35,7 +33,7 @@ class Trial:
 
     key: stable.
     origin: "uniform", "allocated", "sequential" or "learned … epochs".
-    scales_adjusted: whether its scales are multiplied by factors found on validation data.
+    scales_adjusted: whether its scales are fitted on training inputs to follow the float network.
     """
 
     key: str
@@ -52,7 +50,6 @@ class Candidates:
     confidence: of the bounds.
     rows: by key, those to choose among.
     assignments: by `choices_key`, of allocated candidates.
-    factors: what the scales of weights are multiplied with in allocations.
     """
 
     def __init__(
@@ -62,7 +59,6 @@ class Candidates:
         self.goal, self.confidence = allocation.goal, confidence
         self.rows: dict[str, Row] = {}
         self.assignments: dict[str, Assignment] = {}
-        self.factors: dict[str, float] = {}
         self._best_losses: np.ndarray | None = None
 
     def trial(self, origin: str, strategy: Strategy, quantized: Quantized) -> Trial:
@@ -70,22 +66,15 @@ class Candidates:
         return Trial(f"{origin} {choices_key(strategy)}", origin, False, strategy, quantized)
 
     def allocated(self, assignment: Assignment) -> Trial:
-        """An allocation to measure, each tensor fitted with the rest in float, scales adjusted."""
+        """An allocation to measure, each tensor fitted with the rest in float."""
         strategy = self.allocation.strategy(assignment)
         self.assignments[choices_key(strategy)] = assignment
         quantized = self.allocation.alone(strategy.tensors, strategy.activations)
-        trial = self.trial("allocated", strategy, quantized)
-        return self.rescaled(vars(trial), self.factors) if self.factors else trial
+        return self.trial("allocated", strategy, quantized)
 
-    def rescaled(self, row: Mapping[str, Any], factors: Mapping[str, float]) -> Trial:
-        """A candidate with the scales of tensors multiplied."""
-        return Trial(
-            f"{row['key']} {json.dumps(dict(factors))}",
-            row["origin"],
-            True,
-            row["strategy"],
-            row["quantized"].scaled(factors),
-        )
+    def fitted(self, row: Row, quantized: Quantized) -> Trial:
+        """A candidate with fitted scales."""
+        return Trial(f"{row['key']} fitted", row["origin"], True, row["strategy"], quantized)
 
     def measure(self, trials: Sequence[Trial]) -> list[Row]:
         """Their rows, which are kept."""
@@ -94,31 +83,21 @@ class Candidates:
             self.keep(row)
         return [self.rows[trial.key] for trial in trials]
 
-    def measured(self, trials: Sequence[Trial], rival: Row | None = None) -> list[Row]:
-        """Their rows: of each from as many examples as it takes to give it up, else all.
-
-        rival: a row of all examples; a trial that is likely to be worse is given up, too.
-        """
+    def measured(self, trials: Sequence[Trial]) -> list[Row]:
+        """Their rows: of each from as many examples as it takes to give it up, else all."""
         everything, going_on = self.measurements.examples, dict.fromkeys(range(len(trials)))
-        other = None if rival is None else self._columns(rival)
         found: dict[int, Columns] = {}
         for share in RACE:
             quantized = {trials[i].key: trials[i].quantized for i in going_on}
             measured = self.measurements.all_columns(quantized, math.ceil(share * everything))
             for i in list(going_on):
                 found[i] = measured[trials[i].key]
-                if self._is_given_up(found[i], other):
+                if self._is_given_up(found[i]):
                     del going_on[i]
         return [self._row(trial, found[i]) for i, trial in enumerate(trials)]
 
-    def _is_given_up(self, columns: Columns, rival: Columns | None) -> bool:
+    def _is_given_up(self, columns: Columns) -> bool:
         goal, confidence = self.goal, self.confidence
-        if (
-            rival is not None
-            and goal.measure == "criterion_ratio"
-            and outdone(columns, rival, confidence=confidence, level=ABANDON)
-        ):
-            return True
         if goal.limits:
             everything = self.measurements.examples
             return any(
@@ -149,24 +128,19 @@ class Candidates:
         """The row of one that was given up, of all examples, which is kept; any other as it is."""
         if self.is_whole(row):
             return row
-        columns = self._columns(row)
+        columns = self.columns(row)
         whole = {**row, "examples": len(columns["loss"])}
         self.rows[row["key"]] = whole | degradation(columns, confidence=self.confidence)
         return self.rows[row["key"]]
-
-    def replace(self, row: Row, better: Row) -> None:
-        """Keep a candidate with better scales instead of one whose scales were adjusted, too."""
-        if row["scales_adjusted"]:
-            self.rows.pop(row["key"], None)
-        self.keep(better)
 
     def keep(self, row: Row) -> None:
         """Let a measured candidate be one of those to choose among."""
         self.rows[row["key"]] = row
         if self.goal.limit is None and self.is_best(row):
-            self._best_losses = self._columns(row)["loss"]
+            self._best_losses = self.columns(row)["loss"]
 
-    def _columns(self, row: Row) -> Columns:
+    def columns(self, row: Row) -> Columns:
+        """Of all examples."""
         return self.measurements.columns(row["key"], row["quantized"])
 
     def whole(self) -> list[Row]:

@@ -6,7 +6,6 @@ from itertools import islice
 
 from quantifind.mixed_precision.candidates import Candidates, choices_key, note
 from quantifind.mixed_precision.knapsack import Assignment, neighbours, total_cost
-from quantifind.mixed_precision.refinement import adjust_scales
 from quantifind.utils.console import progress
 
 # candidates at most, of a sweep over budgets, and of local moves
@@ -28,8 +27,7 @@ SAVING = 0.003
 
 
 def sweep_budgets(candidates: Candidates) -> None:
-    """Uniform strategies, and allocations under falling budgets; once more with the scales of the
-    best adjusted."""
+    """Uniform strategies, and allocations under falling budgets, then finer below the best."""
     goal, allocation = candidates.goal, candidates.allocation
     low, high = allocation.allowed()
     uniform = [
@@ -55,9 +53,6 @@ def sweep_budgets(candidates: Candidates) -> None:
         _walk_down(candidates, tried[: max(sure, default=0)][::-1], FIRST)
     best = candidates.best_assignment()
     if best is not None:
-        row = candidates.best("allocated")
-        assert row is not None
-        _, candidates.factors = adjust_scales(candidates, row)
         finer = [allocation.solve(allocation.total(best) * share) for share in FINER]
         _walk_down(candidates, [a for a in dict.fromkeys(finer) if a is not None])
         _halve(candidates)

@@ -1,16 +1,16 @@
-"""What is done to a search's few best allocations: GPTQ layer by layer, scales tuned, codes
+"""What is done to a search's few best allocations: GPTQ layer by layer, scales fitted, codes
 learned."""
 
-import itertools
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from quantifind.learning import fit_temperature
 from quantifind.learning import learn as learn_codes
+from quantifind.mixed_precision.adjusted_scales import adjust_scales
 from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
 from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
 from quantifind.mixed_precision.measurements import Measurements
@@ -30,10 +30,6 @@ FITTED = 2
 # shares of the best cost so far: of allocations quantized sequentially, and of costlier ones
 SEQUENTIAL = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
 COSTLIER = (1.05, 1.1, 1.15, 1.2, 1.3)
-# what the scales of a tensor are multiplied with, step by step
-SHRINK, GROW = 0.94, 1.06
-# factors at most
-GROUPS = 8
 # learning here follows the labels too, and may take large steps
 LEARNING_RATE, LABEL_WEIGHT = 1e-3, 1.0
 LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
@@ -42,11 +38,14 @@ LEARNABLE, BESIDE = 4, 8
 
 
 def gptq_sequentially(candidates: Candidates) -> None:
-    """The best allocations again: each layer makes up for what those before it lost, then scales
-    are adjusted."""
+    """The best allocations again: each layer makes up for what those before it lost; scales of
+    these, and of the best as it is, are fitted."""
     best, goal, allocation = candidates.best_assignment(), candidates.goal, candidates.allocation
     if best is None:
         return
+    row = candidates.best("allocated")
+    assert row is not None
+    adjust_scales(candidates, row)
     cost = allocation.total(best)
     shares = SEQUENTIAL if goal.budget is None else (1.0, 0.97)
     solved = (allocation.solve(cost * share) for share in shares)
@@ -62,7 +61,7 @@ def gptq_sequentially(candidates: Candidates) -> None:
             fitted = _sequential(candidates.measurements, strategies)
             for strategy, quantized in zip(strategies, fitted, strict=True):
                 (row,) = candidates.measure([candidates.trial("sequential", strategy, quantized)])
-                row, _ = adjust_scales(candidates, row, candidates.factors)
+                row = adjust_scales(candidates, row)
                 step(note(row))
                 failed = 0 if goal.keeps(row) else failed + 1
                 if failed == 2:  # each of these takes seconds
@@ -164,7 +163,7 @@ def _learn(candidates: Candidates, strategy: Strategy, epochs: float) -> Row:
     )
     trial = candidates.trial(f"learned {epochs:g} epochs", learned, quantized)
     (row,) = candidates.measure([trial])
-    return adjust_scales(candidates, row)[0]
+    return row
 
 
 def _to_begin_with(choice: Choice) -> Choice:
@@ -209,57 +208,3 @@ def _learned(measurements: Measurements, start: Strategy, epochs: float) -> Quan
     if resume is not None:
         shutil.rmtree(resume, ignore_errors=True)
     return _stored(store, key)
-
-
-def adjust_scales(
-    candidates: Candidates, row: Row, start: Mapping[str, float] | None = None
-) -> tuple[Row, dict[str, float]]:
-    """Coordinate descent on a factor of weights' scales, the last weight first; of a deep network,
-    one for each of several weights that follow each other.
-
-    start: factors to begin with, of the tensors that are adjusted at all; by default all weights.
-    Returns: the best row measured, and its factors.
-    """
-    bound, passes = f"{candidates.goal.measure}_bound", candidates.measurements.passes
-    weights = [
-        name
-        for name, tensor in row["quantized"].tensors.items()
-        if candidates.allocation.values[name].dim() > 1 and tensor.qparams.scale is not None
-    ]
-    best, factors = candidates.completed(row), dict[str, float]()
-
-    def improve(proposals: Sequence[Mapping[str, float]]) -> bool:
-        """Measure the proposals together; keep the best if it beats the best so far."""
-        nonlocal best, factors
-        improved = False
-        if passes.left <= 0:
-            passes.stopped("steps of scales")
-            return False
-        trials = [candidates.rescaled(row, proposed) for proposed in proposals]
-        for proposed, measured in zip(proposals, candidates.measured(trials, best), strict=True):
-            if candidates.is_whole(measured) and measured[bound] < best[bound]:
-                candidates.replace(best, measured)
-                best, factors, improved = measured, dict(proposed), True
-        return improved
-
-    if start:
-        improve([start])
-        weights = [name for name in weights if name in start]
-    for group in _groups(weights[::-1]):
-
-        def stepped(step: float, group: Sequence[str] = group) -> dict[str, float]:
-            return factors | {name: factors.get(name, 1.0) * step for name in group}
-
-        before = factors.get(group[0], 1.0)
-        better = improve([stepped(SHRINK), stepped(GROW)])
-        step = GROW if factors.get(group[0], 1.0) > before else SHRINK
-        while better:  # on in the direction that helped, two steps at a time
-            better = improve([stepped(step), stepped(step**2)])
-    return best, factors
-
-
-def _groups(weights: Sequence[str]) -> list[Sequence[str]]:
-    """Weights that follow each other, as equal in number as may be, in so few groups."""
-    count = min(len(weights), GROUPS)
-    ends = [len(weights) * i // max(count, 1) for i in range(count + 1)]
-    return [weights[a:b] for a, b in itertools.pairwise(ends)]

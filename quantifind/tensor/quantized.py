@@ -9,7 +9,6 @@ from torch import Tensor
 
 from quantifind.tensor import packing
 from quantifind.tensor.qparams import QParams, from_rows, to_rows
-from quantifind.tensor.stored_scales import stored_scale
 
 # what codes are kept in, the first that holds all of a grid's
 NARROW = (torch.int8, torch.uint8, torch.int16)
@@ -83,14 +82,6 @@ class QuantizedTensor:
         codes = (codes.long() + qparams.grid.lowest_code).int()
         return cls(codes.reshape(shape), qparams, dtype)
 
-    def scaled(self, factor: float) -> "QuantizedTensor":
-        """With its scales multiplied, and stored as wide as before; as it is where it has none."""
-        scale = self.qparams.scale
-        if scale is None:
-            return self
-        grown = stored_scale(scale.double() * factor, scale.dtype)
-        return replace(self, qparams=replace(self.qparams, scale=grown))
-
 
 @dataclass(frozen=True)
 class Quantized:
@@ -105,7 +96,11 @@ class Quantized:
     folded: tuple[tuple[str, str], ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
-    def scaled(self, factors: Mapping[str, float]) -> "Quantized":
-        """With the scales of the tensors named multiplied."""
-        grown = {name: self.tensors[name].scaled(factor) for name, factor in factors.items()}
-        return replace(self, tensors=self.tensors | grown)
+    def with_scales(self, scales: Mapping[str, Tensor]) -> "Quantized":
+        """With other scales, of the same shape and dtype, of the tensors named."""
+        other = {
+            name: replace(tensor, qparams=replace(tensor.qparams, scale=scales[name]))
+            for name, tensor in self.tensors.items()
+            if name in scales
+        }
+        return replace(self, tensors=self.tensors | other)
