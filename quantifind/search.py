@@ -61,6 +61,7 @@ def find_strategy(
     limit: Limit | None = None,
     budget: Limit | None = None,
     learn: float = 0,
+    labels: bool = False,
     effort: float = EFFORT,
     seconds: float | None = None,
     widths: Iterable[int] | None = None,
@@ -93,7 +94,10 @@ def find_strategy(
         validation data are at most that.
     budget: instead, mean bits per parameter, or one of ``mean_bits`` and the modules of
         `quantifind.costs`, such as ``{"model_bytes": 100_000}``.
-    learn: epochs of training of each of the few best allocations; 0 for none.
+    learn: epochs of training of each of the few best allocations, whose codes learn to follow the
+        float network's outputs; 0 for none.
+    labels: whether they follow the labels of the training data, too. That trains the network
+        further, which quantization alone does not: its ratio is not that of quantization.
     effort: passes over the validation data that the search may take, without learning; a part of
         the examples, or of the network, counts as that part of one. What was left out is said.
     seconds: that it may take; the best so far is the answer. None for no end.
@@ -140,7 +144,7 @@ def find_strategy(
                 if candidates.best() is not None:
                     break
             if candidates is not None:
-                refine(candidates, learn)
+                refine(candidates, learn, labels)
         except (KeyboardInterrupt, OutOfTime) as error:
             _cut_short(error, candidates, seconds, folder)
         assert candidates is not None
@@ -172,7 +176,7 @@ def _cut_short(
         raise error
 
 
-def refine(candidates: Candidates, learn: float) -> None:
+def refine(candidates: Candidates, learn: float, labels: bool) -> None:
     """Better candidates near the best: moves, GPTQ layer by layer, safer ones, learned ones."""
     passes = candidates.measurements.passes
     with passes.of("moves", MOVED):
@@ -183,7 +187,7 @@ def refine(candidates: Candidates, learn: float) -> None:
         add_safer_allocations(candidates)
     if learn:
         with passes.of("learning", math.inf):
-            learn_allocations(candidates, learn)
+            learn_allocations(candidates, learn, labels)
 
 
 def _goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goal:

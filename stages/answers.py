@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from quantifind.certification.certificate import certified_depth
-from quantifind.certification.goal import steps_that_keep
+from quantifind.certification.goal import ANSWERS, answer_of, steps_that_keep
 from quantifind.certification.measures import MEASURES
 from quantifind.utils import plugins
 
@@ -81,6 +81,7 @@ def _facts(row: Mapping[Any, Any], limits: Mapping[str, float]) -> dict[str, Any
             for cost in plugins.names("costs")
             if cost != "model_bytes"
         },
+        "answer": answer_of(str(row["validation_origin"])),
         "origin": str(row["validation_origin"]),
         "scales_adjusted": bool(row["validation_scales_adjusted"]),
         measure: first.pop("value"),
@@ -139,6 +140,7 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
             f"Its {what} on test data is {_interval(best, measure)}; on validation data, which "
             f"chose it, it was {best['on_validation']:.4g}."
         )
+    lines += ["", f"This answer is {ANSWERS[best['answer']]}."]
     lines += [
         "",
         "| measure | test data | at most, one-sided | validation data |",

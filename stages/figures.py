@@ -30,7 +30,8 @@ from quantifind.workflow.visualization_workflow import (
 )
 
 FOUND, NOT_TRIED = "black", "0.85"
-ORIGINS = {"allocated": "tab:cyan", "sequential": "tab:pink", "learned": "tab:olive"}
+ORIGINS = {"allocated": "tab:cyan", "sequential": "tab:pink"}
+ORIGINS |= {"following": "tab:olive", "trained": "tab:brown"}
 ADJUSTED = ", scales adjusted"
 # titles of the panels of `visualize_sensitivity`
 ROUNDINGS = {"nearest": "round to nearest", "gptq": "GPTQ"}

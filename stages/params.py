@@ -44,6 +44,7 @@ class Search:
     limit: dict[str, float] | None = None
     budget: dict[str, float] | None = None
     learn: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    labels: Annotated[bool, Field(strict=True)] = False
     effort: Annotated[float, Field(gt=0)] | None = None
     seconds: Annotated[float, Field(gt=0)] | None = None
     widths: Annotated[list[Width], Field(min_length=1)] | None = None

@@ -369,7 +369,7 @@ def test_a_budget_of_operations_is_kept_when_codes_are_learned(small):
         learn=1,
     )
     table = found.candidates
-    assert table["origin"].str.startswith("learned").any()
+    assert table["origin"].str.startswith("following").any()
     assert (table["bit_operations"] <= budget * (1 + 1e-9)).all()
 
 

@@ -269,7 +269,7 @@ def test_sensitivity_of_forty_tensors_stays_readable():
 
 def candidates():
     table = judged([8.0, 4.0, 3.0, 2.0, 1.5], [1.0, 1.02, 0.9, 1.03, 5.0], 1.0)
-    origins = ["uniform", "allocated", "sequential", "learned 2 epochs", "uniform"]
+    origins = ["uniform", "allocated", "sequential", "following 2 epochs", "uniform"]
     return table.assign(
         origin=origins,
         scales_adjusted=[False, False, True, False, False],

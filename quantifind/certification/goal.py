@@ -14,6 +14,12 @@ from quantifind.utils import plugins
 Limit = float | Mapping[str, float]
 # where a search is given neither a limit nor a budget; of accuracy, where there is one
 DEFAULT_LIMIT = {"calibrated_ratio": 1.01, "accuracy_drop": 0.003}
+# what a strategy took, by a candidate's origin: the answers of a search that are told apart
+ANSWERS = {
+    "as_is": "as it is: calibrated on training inputs; no label, no training",
+    "following": "following: its codes learned to follow the float network's outputs; no label",
+    "trained": "trained further: its codes learned from labels, too; the network was trained on",
+}
 # each step of a ladder has at most this share of the bytes of the one above it
 STEP = 0.97
 # and the first at most so many times those of the chosen one
@@ -124,6 +130,12 @@ def _named(kind: str, given: Limit, default: str) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{kind} {name} is {value!r}: a number is needed")
     return {name: float(value) for name, value in named.items()}
+
+
+def answer_of(origin: str) -> str:
+    """Which of the three `ANSWERS` a candidate of an origin is."""
+    kind = origin.split()[0]
+    return kind if kind in ANSWERS else "as_is"
 
 
 def steps_that_keep(steps: pd.DataFrame, limits: Mapping[str, float]) -> int:

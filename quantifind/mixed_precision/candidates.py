@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from quantifind.certification.certificate import ratio_interval
+from quantifind.certification.goal import answer_of
 from quantifind.certification.measures import degradation
 from quantifind.certification.race import hopeless
 from quantifind.costs import model_bytes
@@ -32,7 +33,7 @@ class Trial:
     """A candidate to measure.
 
     key: stable.
-    origin: "uniform", "allocated", "sequential" or "learned … epochs".
+    origin: "uniform", "allocated", "sequential", "following … epochs" or "trained … epochs".
     scales_adjusted: whether its scales are fitted on training inputs to follow the float network.
     """
 
@@ -114,6 +115,7 @@ class Candidates:
         loss = self.measurements.original.criterion
         row = {
             **vars(trial),
+            "answer": answer_of(trial.origin),
             "mean_bits": mean_bits(allocation.model, quantized),
             "model_bytes": sum(costs.values()),
             "predicted_ratio": 1 + increase / (loss if loss > 0 else math.nan),

@@ -105,7 +105,7 @@ def add_safer_allocations(candidates: Candidates) -> None:
                 step(note(row))
 
 
-def learn_allocations(candidates: Candidates, epochs: float) -> None:
+def learn_allocations(candidates: Candidates, epochs: float, labels: bool) -> None:
     """Learn the codes of few-bit allocations: at the budget and below it; or, for a limit, where
     halving the ratio of the best cost to the cheapest leads."""
     allocation, goal, best = candidates.allocation, candidates.goal, candidates.best()
@@ -126,7 +126,7 @@ def learn_allocations(candidates: Candidates, epochs: float) -> None:
             if assignment is None:
                 break
             if assignment not in learned:
-                row = _learn(candidates, allocation.strategy(assignment, groups), epochs)
+                row = _learn(candidates, allocation.strategy(assignment, groups), epochs, labels)
                 learned[assignment] = goal.keeps(row)
                 step(note(row))
             if goal.budget is None:
@@ -145,14 +145,14 @@ def _learnable(candidates: Candidates, option: Option) -> bool:
     return True
 
 
-def _learn(candidates: Candidates, strategy: Strategy, epochs: float) -> Row:
+def _learn(candidates: Candidates, strategy: Strategy, epochs: float, labels: bool) -> Row:
     measurements = candidates.measurements
     start = Strategy(
         {name: None if c is None else _to_begin_with(c) for name, c in strategy.tensors.items()},
         strategy.activations,
         strategy.folded,
     )
-    quantized = _learned(measurements, start, epochs)
+    quantized = _learned(measurements, start, epochs, labels)
     learned = Strategy(
         {
             name: None if c is None else Choice.of({**c.plain(), "rounding": "learned"})
@@ -161,7 +161,8 @@ def _learn(candidates: Candidates, strategy: Strategy, epochs: float) -> Row:
         start.activations,
         start.folded,
     )
-    trial = candidates.trial(f"learned {epochs:g} epochs", learned, quantized)
+    how = "trained" if labels else "following"
+    trial = candidates.trial(f"{how} {epochs:g} epochs", learned, quantized)
     (row,) = candidates.measure([trial])
     return row
 
@@ -174,11 +175,14 @@ def _to_begin_with(choice: Choice) -> Choice:
     return Choice.of({**choice.plain(), "half_integer": half_integer})
 
 
-def _learned(measurements: Measurements, start: Strategy, epochs: float) -> Quantized:
+def _learned(measurements: Measurements, start: Strategy, epochs: float, labels: bool) -> Quantized:
     """The codes that a strategy learns, or as they are kept."""
-    # a network trained to the end is overconfident, and so would its followers be
-    temperature = fit_temperature(measurements.model, measurements.batches())
-    label_weight = LABEL_WEIGHT if isinstance(measurements.criterion, LABELLED) else 0.0
+    labels = labels and isinstance(measurements.criterion, LABELLED)
+    label_weight, temperature = LABEL_WEIGHT if labels else 0.0, 1.0
+    if labels:
+        # a network trained to the end is overconfident, and so would its followers be; by training
+        # data, which is all that learning sees
+        temperature = fit_temperature(measurements.model, measurements.calibration)
     loader, store = measurements.train_loader, measurements.store
     dataset = getattr(loader, "dataset", None)
     whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
