@@ -16,7 +16,6 @@ from quantifind.certification.certificate import (
     degradation,
     hopeless,
     minimum_safe_bits,
-    outdone,
     ratio_bound,
     ratio_interval,
 )
@@ -354,38 +353,6 @@ def test_few_that_would_keep_the_limit_are_hopeless(measure):
 def test_one_example_is_too_few_to_be_hopeless(measure):
     columns = seen(near_the_limit(np.random.default_rng(0), 2_000), 1)
     assert not hopeless(columns, measure, -1, 2_000)
-
-
-def test_few_that_would_end_below_a_rival_are_outdone():
-    """Candidates near a rival, each seen on a growing part of its examples."""
-    whole, generator = 2_000, np.random.default_rng(0)
-    wrong = better = early = 0
-    for _ in range(300):
-        original = generator.gamma(0.5, size=whole)
-        ours, rival = (
-            {"loss": original * ratio + generator.normal(0, 0.05, whole), "original_loss": original}
-            for ratio in (generator.uniform(1.02, 1.04), 1.03)
-        )
-        given_up = {n: outdone(seen(ours, n), rival) for n in (250, 500, 1_000, whole)}
-        bounds = [ratio_bound(c["loss"], original) for c in (ours, rival)]
-        assert given_up[whole] == (bounds[0] > bounds[1])
-        better += bounds[0] <= bounds[1]
-        wrong += bounds[0] <= bounds[1] and any(given_up.values())
-        early += given_up[500]
-    assert wrong <= 0.32 * better
-    assert better > 50
-    assert early > 50
-
-
-@pytest.mark.parametrize("examples", [1, 2, 500])
-def test_what_was_seen_on_few_examples_is_not_outdone(examples):
-    generator = np.random.default_rng(0)
-    original = generator.exponential(size=1_000)
-    columns, rival = (
-        {"loss": ratio * original * generator.uniform(0.9, 1.1, 1_000), "original_loss": original}
-        for ratio in (1.5, 1.0)
-    )
-    assert outdone(seen(columns, examples), rival) == (examples == 500)
 
 
 def curve(name, loss_increases, kind="tensors", original=0.5):

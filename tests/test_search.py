@@ -190,41 +190,6 @@ def test_rows_are_those_of_their_codes_whatever_was_searched_for_before(small, t
             assert row["criterion_ratio"] == pytest.approx(ratio.item(), rel=1e-5)
 
 
-def stepped(net, train, val):
-    """Candidates, and those of all tensors at 2, 4 and 8 bits, to measure."""
-    candidates = all_candidates(net, train, val, Goal.of(2.0, None))
-    allocation = candidates.allocation
-    uniform = {
-        strategy.bit_depth: candidates.trial(
-            "step", strategy, allocation.alone(strategy.tensors, {})
-        )
-        for strategy in allocation.uniform_strategies()
-    }
-    return candidates, [uniform[bits] for bits in (2, 4, 8)]
-
-
-def test_steps_that_are_worse_are_given_up_early(small):
-    candidates, trials = stepped(*small[:3])
-    worst, middle, best = candidates.measured(trials)
-    assert {row["examples"] for row in (worst, middle, best)} == {1_000}
-    given_up, itself, better = candidates.measured(trials, middle)
-    assert given_up["examples"] < 1_000
-    assert given_up["criterion_ratio_bound"] > middle["criterion_ratio_bound"]
-    assert itself["strategy"].choices == middle["strategy"].choices
-    assert [row["examples"] for row in (itself, better)] == [1_000, 1_000]
-
-
-def test_the_scales_of_one_that_was_given_up_are_adjusted_on_all_examples(small):
-    candidates, trials = stepped(*small[:3])
-    (given_up,) = candidates.measured(trials[:1], candidates.measured(trials[1:2])[0])
-    candidates.keep(given_up)
-    assert given_up["examples"] < 1_000
-    row, _ = refining.adjust_scales(candidates, given_up)
-    assert row["examples"] == 1_000
-    (whole,) = candidates.measured(trials[:1])
-    assert row["criterion_ratio_bound"] <= whole["criterion_ratio_bound"]
-
-
 def test_measures_and_costs(small):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
