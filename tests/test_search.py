@@ -88,18 +88,26 @@ def every_candidate(net, train, val, goal):
     ]
 
 
+def efficient(row, rows):
+    """Whether no other has as few bytes, and as small a prediction."""
+    own = row["model_bytes"], row["predicted_ratio"]
+    others = [(r["model_bytes"], r["predicted_ratio"]) for r in rows]
+    return not any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in others)
+
+
 @pytest.mark.parametrize("limit", [1.003, 1.01, 1.05, 1.2])
-def test_a_limit_is_kept_with_no_more_bytes_than_the_best_of_all_strategies(small, limit):
+def test_a_limit_is_kept_with_no_more_bytes_than_the_best_allocation(small, limit):
+    """Of all strategies with fewer bytes, or less that is predicted, than any other."""
     net, train, val, _ = small
     goal = Goal.of(limit, None)
     everything = every_candidate(net, train, val, goal)
-    least = min(row["model_bytes"] for row in everything if goal.keeps(row))
+    least = min(r["model_bytes"] for r in everything if goal.keeps(r) and efficient(r, everything))
     found = find_strategy(
         net, train, val, nn.CrossEntropyLoss(), limit=limit, search_space=space(net)
     )
     strategy, table = found.strategy, found.candidates
     chosen = table[table["chosen"]].iloc[0]
-    # scales that are adjusted may take it below what the plain strategies reach
+    # scales that are fitted may take it below what the plain strategies reach
     assert chosen["model_bytes"] <= least
     assert chosen["criterion_ratio_bound"] <= limit
     assert chosen["strategy"] is strategy
@@ -267,7 +275,7 @@ def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
     assert len(seen) > 2 * count - 2  # without a folder all is
 
 
-@pytest.mark.parametrize("stop_after", [1, 40, 120])
+@pytest.mark.parametrize("stop_after", [1, 40, 70])
 def test_a_killed_search_goes_on(small, tmp_path, monkeypatch, stop_after):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
