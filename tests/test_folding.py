@@ -296,7 +296,7 @@ def test_a_strategy_of_a_folded_network(residual, options):
     assert "folded" not in Strategy(tensors).choices
     quantized = intact(net, lambda: quantize(net, strategy, batches))
     assert quantized.folded == FOLDED
-    assert quantized.scaled({"deep.weight": 1.5}).folded == FOLDED
+    assert quantized.with_scales({}).folded == FOLDED
     alone = quantize(plain, Strategy(tensors), batches)
     for name, tensor in alone.tensors.items():
         assert torch.equal(tensor.dequantize(), quantized.tensors[name].dequantize())

@@ -486,7 +486,7 @@ def test_checkpoints_of_other_codes_are_refused(tmp_path, change):
     net = network()
     strategy = uniform_strategy(net, 3)
     fitted = quantize(net, strategy)
-    other = fitted.scaled({"0.weight": 2.0})
+    other = fitted.with_scales({"0.weight": 2 * fitted.tensors["0.weight"].qparams.scale})
     if change == "codes":
         moved = net.state_dict() | {"0.weight": net[0].weight.detach().flip(0)}
         flipped = network()

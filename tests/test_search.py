@@ -88,18 +88,26 @@ def every_candidate(net, train, val, goal):
     ]
 
 
+def efficient(row, rows):
+    """Whether no other has as few bytes, and as small a prediction."""
+    own = row["model_bytes"], row["predicted_ratio"]
+    others = [(r["model_bytes"], r["predicted_ratio"]) for r in rows]
+    return not any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in others)
+
+
 @pytest.mark.parametrize("limit", [1.003, 1.01, 1.05, 1.2])
-def test_a_limit_is_kept_with_no_more_bytes_than_the_best_of_all_strategies(small, limit):
+def test_a_limit_is_kept_with_no_more_bytes_than_the_best_allocation(small, limit):
+    """Of all strategies with fewer bytes, or less that is predicted, than any other."""
     net, train, val, _ = small
     goal = Goal.of(limit, None)
     everything = every_candidate(net, train, val, goal)
-    least = min(row["model_bytes"] for row in everything if goal.keeps(row))
+    least = min(r["model_bytes"] for r in everything if goal.keeps(r) and efficient(r, everything))
     found = find_strategy(
         net, train, val, nn.CrossEntropyLoss(), limit=limit, search_space=space(net)
     )
     strategy, table = found.strategy, found.candidates
     chosen = table[table["chosen"]].iloc[0]
-    # scales that are adjusted may take it below what the plain strategies reach
+    # scales that are fitted may take it below what the plain strategies reach
     assert chosen["model_bytes"] <= least
     assert chosen["criterion_ratio_bound"] <= limit
     assert chosen["strategy"] is strategy
@@ -190,41 +198,6 @@ def test_rows_are_those_of_their_codes_whatever_was_searched_for_before(small, t
             assert row["criterion_ratio"] == pytest.approx(ratio.item(), rel=1e-5)
 
 
-def stepped(net, train, val):
-    """Candidates, and those of all tensors at 2, 4 and 8 bits, to measure."""
-    candidates = all_candidates(net, train, val, Goal.of(2.0, None))
-    allocation = candidates.allocation
-    uniform = {
-        strategy.bit_depth: candidates.trial(
-            "step", strategy, allocation.alone(strategy.tensors, {})
-        )
-        for strategy in allocation.uniform_strategies()
-    }
-    return candidates, [uniform[bits] for bits in (2, 4, 8)]
-
-
-def test_steps_that_are_worse_are_given_up_early(small):
-    candidates, trials = stepped(*small[:3])
-    worst, middle, best = candidates.measured(trials)
-    assert {row["examples"] for row in (worst, middle, best)} == {1_000}
-    given_up, itself, better = candidates.measured(trials, middle)
-    assert given_up["examples"] < 1_000
-    assert given_up["criterion_ratio_bound"] > middle["criterion_ratio_bound"]
-    assert itself["strategy"].choices == middle["strategy"].choices
-    assert [row["examples"] for row in (itself, better)] == [1_000, 1_000]
-
-
-def test_the_scales_of_one_that_was_given_up_are_adjusted_on_all_examples(small):
-    candidates, trials = stepped(*small[:3])
-    (given_up,) = candidates.measured(trials[:1], candidates.measured(trials[1:2])[0])
-    candidates.keep(given_up)
-    assert given_up["examples"] < 1_000
-    row, _ = refining.adjust_scales(candidates, given_up)
-    assert row["examples"] == 1_000
-    (whole,) = candidates.measured(trials[:1])
-    assert row["criterion_ratio_bound"] <= whole["criterion_ratio_bound"]
-
-
 def test_measures_and_costs(small):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
@@ -302,7 +275,7 @@ def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
     assert len(seen) > 2 * count - 2  # without a folder all is
 
 
-@pytest.mark.parametrize("stop_after", [1, 40, 120])
+@pytest.mark.parametrize("stop_after", [1, 40, 70])
 def test_a_killed_search_goes_on(small, tmp_path, monkeypatch, stop_after):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()

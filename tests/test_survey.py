@@ -9,15 +9,12 @@ import statistics
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from quantifind.certification.goal import Goal
 from quantifind.mixed_precision import exploration
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.passes import Passes
-from quantifind.mixed_precision.refinement import GROUPS, _groups
 from quantifind.mixed_precision.scores import score_options
 from quantifind.mixed_precision.search_space import choice_key, default_search_space
 from quantifind.mixed_precision.sensitivity import measure_sensitivity, rank_correlations
@@ -174,16 +171,6 @@ def test_passes_are_counted_within_their_phases():
         assert passes.left == math.inf
     assert passes.taken == pytest.approx(1 + 5 + 10**4)
     assert passes.by_phase == {"network": 1, "one": 5, "free": 10**4}
-
-
-@given(st.integers(0, 60))
-def test_weights_share_factors_in_a_deep_network(count):
-    names = [f"{i}.weight" for i in range(count)]
-    groups = list(_groups(names))
-    assert [name for group in groups for name in group] == names
-    assert len(groups) == min(count, GROUPS)
-    sizes = {len(group) for group in groups}
-    assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
 def search(measurements, effort=10_000, **options):

@@ -25,9 +25,9 @@ class Found:
 
     strategy: the chosen one.
     quantized: what it has come to for the network.
-    candidates: a row per candidate, largest first; intermediate scale-tuning steps are left out.
-        Columns: ``strategy``, ``quantized``, ``origin``, ``scales_adjusted``, ``mean_bits``, each
-        of `quantifind.costs`, ``predicted_ratio``, the ``examples`` it was measured on, those of
+    candidates: a row per candidate, largest first. Columns: ``strategy``, ``quantized``,
+        ``origin``, ``answer`` (`quantifind.certification.goal.ANSWERS`), ``scales_adjusted``, ``mean_bits``, each of `quantifind.costs`,
+        ``predicted_ratio``, the ``examples`` it was measured on, those of
         `quantifind.certification.measures.degradation`, ``on_ladder`` and ``chosen``.
     sensitivity: the table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
     goal: what was asked for.
