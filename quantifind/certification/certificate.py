@@ -1,7 +1,9 @@
 """How sure a degradation is: paired intervals, when to give a candidate up, and certificates."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,37 +37,75 @@ def ratio_interval(
     >>> low < 2.0 < high
     True
     """
-    original = np.asarray(original_losses, dtype=np.float64)
-    # r − 1 is estimated, not r: exact where nothing changed (test_ratio_of_equal_losses_is_one)
-    excess = np.asarray(losses, dtype=np.float64) - near * original
+    original, excess = _beside(losses, original_losses, near)
     examples = len(original)
     if examples < 2:
         return -math.inf, math.inf
     t = special.stdtrit(examples - 1, (1 + confidence) / 2)
-    variance = t**2 * np.cov(excess, original) / examples
-    mean_excess, mean = excess.mean(), original.mean()
+    means = np.array([excess.mean(), original.mean()])
+    low, high = _ends(means, np.cov(excess, original) / examples, t)
+    return near + low, near + high
+
+
+def _beside(
+    losses: ArrayLike, original_losses: ArrayLike, near: float
+) -> tuple[np.ndarray, np.ndarray]:
+    original = np.asarray(original_losses, dtype=np.float64)
+    # r − 1 is estimated, not r: exact where nothing changed (test_ratio_of_equal_losses_is_one)
+    return original, np.asarray(losses, dtype=np.float64) - near * original
+
+
+def _ends(means: np.ndarray, covariance: np.ndarray, t: float) -> tuple[float, float]:
+    """Where (means[0] − r · means[1])² is t² times its variance (Fieller 1954)."""
+    variance, (mean_excess, mean) = t**2 * covariance, means
     a = mean**2 - variance[1, 1]
     b = mean * mean_excess - variance[0, 1]
     c = mean_excess**2 - variance[0, 0]
     if not (a > 0 and mean > 0):
         return -math.inf, math.inf
     spread = math.sqrt(max(b**2 - a * c, 0.0))
-    return near + (b - spread) / a, near + (b + spread) / a
+    return (b - spread) / a, (b + spread) / a
 
 
 def ratio_bound(
-    losses: ArrayLike, original_losses: ArrayLike, *, confidence: float = 0.95
+    losses: ArrayLike,
+    original_losses: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    near: float = 1.0,
 ) -> float:
-    """The one-sided upper bound of the ratio of mean losses.
+    """The one-sided upper bound of the ratio of mean losses, which holds on tails, too.
 
-    A paired t-test at level 1 − confidence rejects "the ratio is above the limit" for the limits at
-    or above the bound, and for no others.
+    A paired t-test at level 1 − confidence, in which the worst example counts once more, rejects
+    "the ratio is above the limit" for the limits at or above the bound, and for no others. The
+    worst is the one that has the most of loss − limit · original loss: where few examples carry the
+    change, a sample that has met too few of them has also too small a spread
+    (docs/statistics.md has how often each bound errs).
 
     losses: (examples,), those of the quantized network.
     original_losses: (examples,), those of the original, in the same order.
     confidence: that the true ratio is below the bound.
+    near: a ratio it is likely to be close to, about which it is computed exactly.
+    Returns: at least the one-sided bound of the t-test alone; inf where `ratio_interval` has it.
     """
-    return ratio_interval(losses, original_losses, confidence=2 * confidence - 1)[1]
+    bound = ratio_interval(losses, original_losses, confidence=2 * confidence - 1, near=near)[1]
+    original, excess = _beside(losses, original_losses, near)
+    examples = len(original)
+    if not math.isfinite(bound):
+        return bound
+    t = special.stdtrit(examples - 1, confidence)
+    means, covariance = np.array([excess.mean(), original.mean()]), np.cov(excess, original)
+    while True:
+        # the worst at a higher bound adds more to it than any other, so that the bound rises until
+        # its own worst is counted: test_bound_is_the_limit_at_which_scipy_starts_to_reject
+        worst = int(np.argmax(excess - (bound - near) * original))
+        off = np.array([excess[worst], original[worst]]) - means
+        # moments of one example more (Welford 1962)
+        grown = covariance * (examples - 1) / examples + np.outer(off, off) / (examples + 1)
+        higher = near + _ends(means + off / (examples + 1), grown / (examples + 1), t)[1]
+        if not higher > bound:
+            return bound
+        bound = higher
 
 
 def accuracy_drop_interval(
@@ -108,41 +148,54 @@ def degradation(columns: Columns, *, confidence: float = 0.95) -> dict[str, floa
     Returns: ``criterion_ratio`` CR, mean loss / mean original loss; ``relative_error``
     ‖f_b − f‖/‖f‖ of the outputs over all examples; for a classifier ``accuracy_drop``. Beside each
     its two-sided interval, ``…_low`` and ``…_high``, and ``…_bound``. The true value lies below the
-    bound with this confidence; that is one-sided, so the bound is below ``…_high``.
+    bound with this confidence. That is one-sided, so the bound is below ``…_high``, but where a few
+    examples carry the change (`ratio_bound`).
     """
     row: dict[str, float] = {}
     for name in ("criterion_ratio", "accuracy_drop", "relative_error"):
         if name != "accuracy_drop" or "correct" in columns:
-            value, interval = _measured(columns, name)
+            value, interval, bounded = _measured(columns, name)
             low, high = interval(confidence)
-            bound = interval(2 * confidence - 1)[1]
+            bound = bounded(confidence)
             row |= {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_bound": bound}
     return row
 
 
 def _measured(
     columns: Columns, measure: str
-) -> tuple[float, Callable[[float], tuple[float, float]]]:
-    """The value of a measure, and its interval at a level of confidence."""
+) -> tuple[float, Callable[[float], tuple[float, float]], Callable[[float], float]]:
+    """The value of a measure, and its interval and its bound at a level of confidence."""
     if measure == "accuracy_drop":
         right, was_right = columns["correct"], columns["original_correct"]
         if "weight" in columns:  # less what is ignored: test_ignored_labels_are_not_judged
             judged = columns["weight"] > 0
             right, was_right = right[judged], was_right[judged]
         value = float(was_right.mean() - right.mean())
-        return value, lambda level: accuracy_drop_interval(right, was_right, confidence=level)
+        exact = partial(accuracy_drop_interval, right, was_right)
+        return (
+            value,
+            lambda level: exact(confidence=level),
+            lambda level: exact(confidence=2 * level - 1)[1],
+        )
     if measure == "relative_error":
         error, norm = columns["squared_error"], columns["squared_norm"]
         value = math.sqrt(error.sum() / norm.sum() if norm.sum() else math.nan)
-        return value, lambda level: _root(ratio_interval(error, norm, confidence=level, near=0.0))
+        return (
+            value,
+            lambda level: _root(ratio_interval(error, norm, confidence=level, near=0.0)),
+            lambda level: _root([ratio_bound(error, norm, confidence=level, near=0.0)])[0],
+        )
     loss, original = columns["loss"], columns["original_loss"]
     value = loss.mean() / original.mean() if original.mean() > 0 else math.nan
-    return value, lambda level: ratio_interval(loss, original, confidence=level)
+    return (
+        value,
+        lambda level: ratio_interval(loss, original, confidence=level),
+        lambda level: ratio_bound(loss, original, confidence=level),
+    )
 
 
-def _root(interval: tuple[float, float]) -> tuple[float, float]:
-    low, high = (math.sqrt(max(end, 0.0)) for end in interval)
-    return low, high
+def _root(ends: Iterable[float]) -> Any:
+    return tuple(math.sqrt(max(end, 0.0)) for end in ends)
 
 
 def hopeless(
@@ -168,8 +221,8 @@ def hopeless(
     level: of the interval within which the value may still move.
     Returns: False where too few are seen to tell.
     """
-    value, interval = _measured(columns, measure)
-    bound, low = interval(2 * confidence - 1)[1], interval(level)[0]
+    value, interval, bounded = _measured(columns, measure)
+    bound, low = bounded(confidence), interval(level)[0]
     share = len(columns["loss"]) / examples
     if not math.isfinite(bound - low):
         return False
@@ -196,9 +249,9 @@ def outdone(
     same = {name: column[:examples] for name, column in rival.items()}
     values, bounds = [], []
     for seen in (columns, same):
-        value, interval = _measured(seen, "criterion_ratio")
+        value, _, bounded = _measured(seen, "criterion_ratio")
         values.append(value)
-        bounds.append(interval(2 * confidence - 1)[1])
+        bounds.append(bounded(confidence))
     low, high = ratio_interval(columns["loss"], same["loss"], confidence=level)
     if not math.isfinite(bounds[0] + bounds[1] + high):
         return False  # test_what_was_seen_on_few_examples_is_not_outdone
