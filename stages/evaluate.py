@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from quantifind.certification.certificate import degradation
 from quantifind.certification.goal import Goal
+from quantifind.certification.resampling import bits_interval
+from quantifind.certification.tails import change_skewness
 from quantifind.strategy import Strategy
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
-from stages import files, ladder, networks
+from stages import files, ladder, looks, networks
 from stages.answers import in_words, mark_certified, recommend, summarize
 from stages.params import Params
 
@@ -24,17 +27,31 @@ def main(params: Params) -> None:
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
     how: Any = {"confidence": confidence, "forward": made.forward, **params.workers}
     table = evaluate_strategies(net, uniform, test, criterion, **how)
-    found = evaluate_strategies(net, strategies, test, criterion, quantized=quantized, **how)
+    found = evaluate_strategies(
+        net, strategies, test, criterion, quantized=quantized, columns=True, **how
+    )
     goal = Goal.of(params.search.limit, params.search.budget)
+    measure, limit = goal.measure, goal.limit_to_certify(limits)
+    look = looks.count({measure: limit}, confidence=confidence)
+    columns = list(found.pop("columns"))
+    found[f"{measure}_look_bound"] = [
+        degradation(c, confidence=look.confidence)[f"{measure}_bound"] for c in columns
+    ]
+    found["change_skewness"] = [change_skewness(c, measure) for c in columns]
+    found["examples"] = [len(c["loss"]) for c in columns]
     frontier = found.join(facts.add_prefix("validation_"))
     answer = recommend(
         frontier,
         table,
         [strategy.choices for strategy in strategies],
-        measure=goal.measure,
-        limit=goal.limit_to_certify(limits),
+        measure=measure,
+        limit=limit,
         budget=params.search.budget,
+        look=look,
         confidence=confidence,
+        bits_interval=bits_interval(
+            columns, list(found["mean_bits"]), {measure: limit}, confidence=look.confidence
+        ),
     )
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
     files.write_table(files.PLOTS / "frontier.csv", frontier)

@@ -269,7 +269,9 @@ def frontier(candidates: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 def _certified(table: pd.DataFrame, measure: str, limit: float) -> pd.Series | None:
     """The last row that passes when the table is walked from the top, None where none does."""
-    steps = certified_steps(table[f"{measure}_bound"].tolist(), limit)
+    of_look = f"{measure}_look_bound"
+    bound = of_look if of_look in table else f"{measure}_bound"
+    steps = certified_steps(table[bound].tolist(), limit)
     return table.iloc[steps - 1] if steps else None
 
 

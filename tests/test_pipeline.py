@@ -204,6 +204,40 @@ def test_another_limit_measures_nothing_again(project):
     assert {path: path.stat().st_mtime_ns for path in alone} == alone
 
 
+def test_each_ladder_is_a_look_and_the_cache_none(project):
+    """Judged again it has the look that it had; an experiment beside the project counts there."""
+    ledger = project.folder / "looks.json"
+
+    def look():
+        answer = json.loads((project.folder / "metrics/recommendation.json").read_text())
+        return answer["look"]["k"]
+
+    def search(limit):
+        project.write_params({**project.params(), "search": {**given, "limit": limit}})
+        return project.dvc("repro")
+
+    def counted():
+        (ladders,) = json.loads(ledger.read_text())["splits"].values()
+        return len(ladders)
+
+    given, before, first = project.params()["search"], counted(), look()
+    assert first == before
+    assert project.run("stages.evaluate").returncode == 0
+    assert (counted(), look()) == (before, first)
+    assert search({"criterion_ratio": 1.3})[-2:] == ["evaluate", "plot"]
+    assert (counted(), look()) == (before + 1, first + 1)
+    assert search(given["limit"]) == []
+    assert (counted(), look()) == (before + 1, first)
+    limit = "search.limit.criterion_ratio=1.4"
+    project.dvc("exp", "run", "--temp", "-n", "beside", "-S", limit)
+    assert (counted(), look()) == (before + 2, first)
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole[:-30])
+    fails(project, "evaluate", "looks.json: a damaged ledger of looks")
+    ledger.write_bytes(whole)
+    project.dvc("checkout", "--force")
+
+
 def test_a_limit_that_cannot_be_kept(project):
     params = project.params()
     params["search"]["limit"] = {"criterion_ratio": 1.0}

@@ -71,7 +71,7 @@ def test_it_is_what_degradation_says_of_splits_drawn_anew(seed, rungs, measures,
 
 def test_few_bits_come_first_and_nothing_is_infinite():
     ladder = ladder_near(0, 5, 3_000)
-    low, high = bits_interval(ladder, [8, 6, 4, 3, 2], {"criterion_ratio": 1.02})
+    low, high = bits_interval(ladder, [8, 6, 4, 3, 2], {"criterion_ratio": 1.025})
     assert 2 <= low < high <= 8
     assert bits_interval(ladder, [8, 6, 4, 3, 2], {"criterion_ratio": 0.5}) == (math.inf,) * 2
     assert bits_interval(ladder, [8, 6, 4, 3, 2], {"criterion_ratio": 9.0}) == (2, 2)

@@ -24,7 +24,7 @@ FORMAT = "quantifind looks 1"
 class Look:
     """One ladder, judged on a test split.
 
-    k: the how manieth ladder it is that was judged there, from 1.
+    k: which one it is of all that were judged there, from 1.
     level: how often it may err, of what all looks may.
     """
 

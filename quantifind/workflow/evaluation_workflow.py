@@ -87,6 +87,7 @@ def evaluate_strategies(
     calibration: Iterable[Any] | None = None,
     forward: Forward | None = None,
     confidence: float = 0.95,
+    columns: bool = False,
     engine: str = "sequential",
     scheduler: str | None = None,
 ) -> pd.DataFrame:
@@ -98,6 +99,8 @@ def evaluate_strategies(
     forward: (model, batch) → (outputs, targets), what the criterion gets; by default
         `quantifind.utils.forwards.DefaultForward`.
     confidence: of the intervals.
+    columns: also what was measured of each example, as `quantifind.metrics.paired` has it, in a
+        column ``columns``.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Returns: a row per strategy, in their order: ``bit_depth`` (missing where widths differ),
         ``mean_bits`` per parameter with everything counted, ``signal_to_complexity`` (criterion per
@@ -120,7 +123,7 @@ def evaluate_strategies(
         for pairs in {one.folded for one in given} - {()}:
             net = prepared(model, pairs)
             evaluators[pairs] = Evaluator(net, evaluator.given_batches(), criterion)
-        judge = _Judge(model, evaluators, evaluator.original(), batches, confidence)
+        judge = _Judge(model, evaluators, evaluator.original(), batches, confidence, columns)
         rows = []
         with progress("judging", total=len(tasks)) as step:
             for row in workers.map(_Judge.row, judge, tasks):
@@ -149,6 +152,7 @@ class _Judge:
     original: Outcome
     calibration: Sequence[Batch] | None
     confidence: float
+    columns: bool
 
     def row(self, task: tuple[Strategy, Strategy | Quantized]) -> dict[str, Any]:
         strategy, given = task
@@ -158,7 +162,8 @@ class _Judge:
         depth, bits = strategy.bit_depth, mean_bits(self.model, quantized)
         row = _row(measured, self.original.criterion, self.confidence)
         scr = row["criterion"] / (depth or bits)
-        return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
+        beside = {"columns": columns_of(measured)} if self.columns else {}
+        return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row | beside
 
 
 def _loader_and_criterion(first: Any, second: Any) -> tuple[Any, Any]:
