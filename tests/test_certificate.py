@@ -466,3 +466,15 @@ def test_minimum_safe_bits_are_relative_to_the_float_loss():
     loss_increases = [(4, 0.003), (2, 0.03)]
     assert minimum_safe_bits(curve("a", loss_increases, original=1.0), 1.01) == {"a": 4.0}
     assert minimum_safe_bits(curve("a", loss_increases, original=10.0), 1.01) == {"a": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("errors", "bits"), [(-2, 2.0), (-1, 3.0), (0, 3.0), (1, 4.0), (2, 4.0), (9, None)]
+)
+def test_minimum_safe_bits_with_what_their_increases_may_be_off(errors, bits):
+    """At most 0.005 is allowed; of what was predicted alone no error is known."""
+    table = curve("a", [(8, 0.0), (4, 0.002), (3, 0.004), (2, 0.008)])
+    table["increase_error"] = [0.001, 0.0015, 0.002, 0.0016]
+    assert minimum_safe_bits(table, 1.01, errors=errors) == {"a": bits}
+    table["increase_error"] = math.nan
+    assert minimum_safe_bits(table, 1.01, errors=errors) == {"a": 3.0}

@@ -287,7 +287,9 @@ def certified_depth(results: pd.DataFrame, limit: float) -> int | None:
     return int(ladder["bit_depth"].iloc[steps - 1]) if steps else None
 
 
-def minimum_safe_bits(sensitivity: pd.DataFrame, limit: float) -> dict[str, float | None]:
+def minimum_safe_bits(
+    sensitivity: pd.DataFrame, limit: float, *, errors: float = 0.0
+) -> dict[str, float | None]:
     """By quantized tensor, the fewest bits predicted to be safe when it alone is quantized.
 
     At these bits and at all more bits that were tried, 1 + loss increase / float loss, with the
@@ -295,9 +297,16 @@ def minimum_safe_bits(sensitivity: pd.DataFrame, limit: float) -> dict[str, floa
 
     sensitivity: a table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
     limit: of the criterion ratio.
+    errors: standard errors that are added to each loss increase, as it was measured on a part of
+        the examples: from −2 to 2 gives the range in which the bits are. None is known, and none
+        added, of what was not measured.
     Returns: by name, activations as ``input of …``; None where even the most bits are not safe.
     """
     found: dict[str, float | None] = {}
+    increase = sensitivity["loss_increase"]
+    if errors:
+        increase = increase + errors * sensitivity["increase_error"].fillna(0.0)
+    sensitivity = sensitivity.assign(loss_increase=increase)
     for kind, name in dict.fromkeys(zip(sensitivity["kind"], sensitivity["name"], strict=True)):
         rows = sensitivity[(sensitivity["kind"] == kind) & (sensitivity["name"] == name)]
         least = rows.groupby("bits")["loss_increase"].min().sort_index(ascending=False)
