@@ -49,39 +49,41 @@ CHUNK = 100
 FOREMOST = 64
 
 
-def kept(
-    changes: np.ndarray, weights: np.ndarray, *, confidence: float | np.ndarray = 0.95
-) -> np.ndarray:
-    """Whether each of `BOUNDS` keeps a limit, that is, whether its test at that limit rejects.
+def statistics(changes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """That of each of `BOUNDS`, at a limit; where it is −t of a level or less, the limit is kept.
 
     changes: (cases, examples), losses − limit · original losses.
     weights: (draws, examples), how often each draw has an example.
-    confidence: of the bounds; or (cases,), of each case's.
     Returns: (bounds, draws, cases).
     """
-    examples, powers = changes.shape[1], [changes, changes**2, changes**3]
-    total, squares, cubes = (weights @ power.T for power in powers)
+    examples = changes.shape[1]
+    total, squares, cubes = (weights @ power.T for power in (changes, changes**2, changes**3))
     few = np.argpartition(-changes, FOREMOST, axis=1)[:, :FOREMOST]
     order = np.take_along_axis(few, np.argsort(-np.take_along_axis(changes, few, 1), axis=1), 1)
     first = [np.argmax(weights[:, foremost] > 0, axis=1) for foremost in order]
-    worst = [c[o][f] for c, o, f in zip(changes, order, first, strict=True)]
-    t = special.stdtrit(examples - 1, confidence)
+    worst = np.transpose([c[o][f] for c, o, f in zip(changes, order, first, strict=True)])
 
-    def statistic(more: int) -> np.ndarray:
-        count, sums = examples + more, total + more * np.transpose(worst)
-        mean = sums / count
-        spread = np.sqrt((squares + more * np.transpose(worst) ** 2) / count - mean**2)
+    def of_t(more: int) -> np.ndarray:
+        count = examples + more
+        mean = (total + more * worst) / count
+        spread = np.sqrt((squares + more * worst**2) / count - mean**2)
         result: np.ndarray = mean / spread * np.sqrt(count - 1)
         return result
 
-    plain, mean = statistic(0), total / examples
+    plain, mean = of_t(0), total / examples
     spread = np.sqrt(squares / examples - mean**2)
     skew = (cubes / examples - 3 * mean * squares / examples + 2 * mean**3) / spread**3
-    off = mean / spread
     # Johnson 1978
-    corrected = plain + (skew / (6 * examples) + skew * off**2 / 3) * np.sqrt(examples)
-    once, twice = (np.maximum(plain, statistic(more)) for more in (1, 2))
-    return np.stack([plain, corrected, once, twice]) <= -t
+    off = skew / (6 * examples) + skew * (mean / spread) ** 2 / 3
+    counted = [np.maximum(plain, of_t(more)) for more in (1, 2)]
+    return np.stack([plain, plain + off * np.sqrt(examples), *counted])
+
+
+def kept(changes: np.ndarray, weights: np.ndarray, *, confidence: float = 0.95) -> np.ndarray:
+    """Whether each of `BOUNDS` keeps the limit, of `statistics`' arguments and shape."""
+    t = special.stdtrit(changes.shape[1] - 1, confidence)
+    result: np.ndarray = statistics(changes, weights) <= -t
+    return result
 
 
 def measure(network: str) -> Iterator[dict[str, Any]]:
@@ -159,15 +161,15 @@ def _change(generator: np.random.Generator, draw: Draw, spread: float, looks: in
 def looks() -> Iterator[dict[str, Any]]:
     """How often one of the first k strategies, all of which just break the limit, is certified."""
     once = BOUNDS.index("worst once more")
-    levels = {"5% each": np.full(max(LOOKS), 0.05)}
-    levels["5% / (k (k + 1))"] = np.array([level_of(k + 1) for k in range(max(LOOKS))])
+    each = np.array([level_of(k + 1) for k in range(max(LOOKS))])
+    levels = {"5% each": np.full_like(each, 0.05), "5% / (k (k + 1))": each}
+    t = special.stdtrit(EXAMPLES - 1, 1 - np.array(list(levels.values())))
     for name, draw in LOSSES.items():
         for spread in SPREADS:
             generator, found = np.random.default_rng(0), []
             for _ in range(LOOK_DRAWS):
                 changes = _change(generator, draw, spread, max(LOOKS))
-                each = (kept(changes, ONCE, confidence=1 - level) for level in levels.values())
-                found.append([one[once, 0] for one in each])
+                found.append(statistics(changes, ONCE)[once, 0] <= -t)
             wrong = np.cumsum(found, axis=2) > 0
             for i, level in enumerate(levels):
                 for k in LOOKS:
