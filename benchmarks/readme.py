@@ -24,8 +24,8 @@ RECOMMENDATION_MARKERS = grids.markers("metrics/recommendation.md")
 EXAMPLE_MARKERS = grids.markers("python -m benchmarks.readme --example")
 BLOCK = re.compile(r"```py\n(.*?)```", re.DOTALL)
 NETWORK, LIMIT = "dense_mnist", 1.01
-# lines of metrics/recommendation.md: the answer, below the title
-FIRST, LAST = 2, 5
+# lines of metrics/recommendation.md: the answer and the looks, below the title
+FIRST, LAST = 2, 7
 
 
 def summary(found: pd.DataFrame, of_peers: pd.DataFrame, networks: pd.DataFrame) -> str:

@@ -108,7 +108,8 @@ def find_strategy(
         its fields.
     confidence: of the bounds, above 0.5 and below 1.
     precision: stop measuring a tensor once the standard error of its loss increase is this fraction
-        of the increase; 0: use every example.
+        of the increase (`quantifind.mixed_precision.sensitivity.measure_sensitivity`); 0: use every
+        example.
     proxies: whether the sensitivity table also has what is predicted without measuring.
     folder: keeps all that is measured. A call that was killed goes on, and another limit for the
         same network and data does not measure again what is there.

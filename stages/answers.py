@@ -1,5 +1,6 @@
 """What to do with a network: the strategy that test data certify, in numbers and in words."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,9 @@ import pandas as pd
 
 from quantifind.certification.certificate import certified_depth
 from quantifind.certification.goal import ANSWERS, answer_of, steps_that_keep
+from quantifind.certification.ledger import Look
 from quantifind.certification.measures import MEASURES
+from quantifind.certification.tails import tail_warning
 from quantifind.utils import plugins
 
 # what a quantized tensor becomes: its scheme, bits and options; None stays in float
@@ -22,23 +25,30 @@ def recommend(
     *,
     limits: Mapping[str, float],
     budget: Mapping[str, float] | None = None,
+    look: Look,
     confidence: float = 0.95,
+    bits_interval: tuple[float, float],
 ) -> dict[str, Any]:
     """The answer of a search, judged on test data.
 
     found: of the search's ladder, from most bytes to fewest, the rows of
         `quantifind.workflow.evaluation_workflow.evaluate_strategies`, with the columns of the
-        candidates under ``validation_…``.
+        candidates under ``validation_…``; with ``…_look_bound``, the measure's bound at the level
+        of the look, ``change_skewness`` and ``examples``.
     uniform: those rows of the uniform depths.
     choices: of each row of found, "tensors" and "activations", by name the choice.
     limits: what is certified: by measure of `quantifind.certification.measures.MEASURES`, the most
         that it may be.
     budget: what was searched for, if it was no limit.
-    confidence: of the certificate.
-    Returns: plain values; ``certified`` is the last strategy of the ladder that passes when it is
-    walked from the top, or None; ``chosen`` the one chosen on validation data.
+    look: which one it is of the ladders that were judged on the test split.
+    confidence: of all looks together; and of the intervals, and of what is certified alone.
+    bits_interval: as `quantifind.certification.resampling.bits_interval` has it, for this look.
+    Returns: plain values; ``certified`` is the last strategy of the ladder that passes at the level
+    of the look when it is walked from the top, or None; ``certified_alone`` likewise, were this the
+    only ladder that was ever judged on the split; ``chosen`` the one chosen on validation data.
     """
-    steps = steps_that_keep(found, limits)
+    steps = steps_that_keep(found, limits, "look_bound")
+    alone = steps_that_keep(found, limits)
     uniform = uniform.sort_values("bit_depth", ascending=False)
     depths = steps_that_keep(uniform, limits)
     rows = found.to_dict("records")
@@ -48,7 +58,10 @@ def recommend(
         "limit": dict(limits),
         "budget": budget,
         "confidence": confidence,
+        "look": {"k": look.k, "level": look.level, "confidence": look.confidence},
         "certified": _facts(rows[best], limits) if steps else None,
+        "certified_bits": dict(zip(("low", "high"), map(_known, bits_interval), strict=True)),
+        "certified_alone": _facts(rows[alone - 1], limits) if alone else None,
         "chosen": _facts(rows[chosen], limits),
         "certified_uniform_depth": int(uniform["bit_depth"].iloc[depths - 1]) if depths else None,
         **{
@@ -64,7 +77,11 @@ def _facts(row: Mapping[Any, Any], limits: Mapping[str, float]) -> dict[str, Any
     measures = {
         name: {
             "value": float(row[name]),
-            **{end: float(row[f"{name}_{end}"]) for end in ("low", "high", "bound")},
+            **{
+                end: float(row[f"{name}_{end}"])
+                for end in ("low", "high", "bound", "look_bound")
+                if f"{name}_{end}" in row
+            },
             "on_validation": float(row[f"validation_{name}"]),
         }
         for name in MEASURES
@@ -87,8 +104,14 @@ def _facts(row: Mapping[Any, Any], limits: Mapping[str, float]) -> dict[str, Any
         measure: first.pop("value"),
         **first,
         "validation_gap": measures[measure]["value"] - first["on_validation"],
+        "change_skewness": _known(row["change_skewness"]),
+        "examples": int(row["examples"]),
         "measures": measures,
     }
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def words_of(choice: Choice) -> str:
@@ -126,21 +149,26 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
     if answer["budget"] is not None:
         ((cost, most),) = answer["budget"].items()
         lines += [f"Searched for the least {what} with {cost.replace('_', ' ')} ≤ {most:g}.", ""]
+    sure = f"{_percent(answer['look']['confidence'])} confidence"
     if best is None:
         best = answer["chosen"]
         lines.append(
-            f"**Nothing is certified** with {answer['confidence']:.0%} confidence on test data. "
+            f"**Nothing is certified** with {sure} on test data. "
             f"The strategy chosen on validation data, {best['mean_bits']:.3f} bits per parameter, "
             f"{_size(best)}, has a {what} of {_interval(best, measure)} there."
         )
     else:
         lines.append(
-            f"**{best['mean_bits']:.3f} bits per parameter**, with {answer['confidence']:.0%} "
-            f"confidence: {_size(best)}, {best['compression']:.1f} times smaller than in float32. "
-            f"Its {what} on test data is {_interval(best, measure)}; on validation data, which "
-            f"chose it, it was {best['on_validation']:.4g}."
+            f"**{best['mean_bits']:.3f} bits per parameter**, with {sure}: {_size(best)}, "
+            f"{best['compression']:.1f} times smaller than in float32. "
+            f"Its {what} on test data is {_interval(best, measure)}, with this confidence at most "
+            f"{best['look_bound']:.4g}; on validation data, which chose it, it was "
+            f"{best['on_validation']:.4g}."
         )
-    lines += ["", f"This answer is {ANSWERS[best['answer']]}."]
+    lines += ["", f"This answer is {ANSWERS[best['answer']]}.", "", _looks(answer)]
+    skewness = best["change_skewness"]
+    warning = "" if skewness is None else tail_warning(skewness, best["examples"])
+    lines += ["", warning] if warning else []
     lines += [
         "",
         "| measure | test data | at most, one-sided | validation data |",
@@ -160,6 +188,28 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
         *(f"| input of {name} | {words} |" for name, words in answer["activations"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _looks(answer: Mapping[str, Any]) -> str:
+    """How often the test split was looked at, and what the examples that it has by chance do."""
+    look, alone, bits = answer["look"], answer["certified_alone"], answer["certified_bits"]
+    count = "the first ladder" if look["k"] == 1 else f"ladder number {look['k']}"
+    all_looks, this = _percent(1 - answer["confidence"]), _percent(look["level"])
+    plain = "nothing" if alone is None else f"{alone['mean_bits']:.3f} bits (at most "
+    plain += "" if alone is None else f"{alone['bound']:.4g})"
+    low, high = ("nothing" if end is None else f"{end:.3f}" for end in (bits["low"], bits["high"]))
+    drawn = low if low == high else f"{low} to {high}"
+    drawn += "" if high == "nothing" else " bits"
+    return (
+        f"This is {count} that was judged on this test split, so it may err in {this}: all of "
+        f"them together then err in at most {all_looks}. Were it the only one, {plain} would be "
+        f"certified. Had other examples been drawn for the test (bootstrap), {drawn} would be "
+        "certified in 90 of 100 draws."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _size(row: Mapping[str, Any]) -> str:

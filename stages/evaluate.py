@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from quantifind.certification.measures import calibrated, degradation
+from quantifind.certification.resampling import bits_interval
+from quantifind.certification.tails import change_skewness
 from quantifind.strategy import Strategy
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
-from stages import files, ladder, networks
+from stages import files, ladder, looks, networks
 from stages.answers import in_words, mark_certified, recommend, summarize
 from stages.params import Params
 
@@ -24,23 +27,39 @@ def main(params: Params) -> None:
     how: Any = {"confidence": confidence, "forward": made.forward, **params.workers}
     temperatures: dict[str, Any] = {}
     table = evaluate_strategies(net, uniform, test, criterion, **how)
+    gains: list[float | None] = [None] * len(strategies)
     if "temperature" in facts:
         # fixed by validation data, as the strategies are
         temperatures = {
             "temperatures": facts["temperature"].tolist(),
             "original_temperature": float(facts["original_temperature"].iloc[0]),
         }
-    found = evaluate_strategies(
-        net, strategies, test, criterion, quantized=quantized, **temperatures, **how
-    )
+        gains = [1 / temperature for temperature in facts["temperature"]]
+    how |= {"quantized": quantized, "columns": True}
+    found = evaluate_strategies(net, strategies, test, criterion, **temperatures, **how)
+    asked = files.read_json(files.LIMITS) or {"criterion_ratio": limits[0]}
+    look = looks.count(asked, confidence=confidence)
+    columns = [calibrated(*pair) for pair in zip(found.pop("columns"), gains, strict=True)]
+    again = [
+        degradation(each, confidence=look.confidence, gain=gain)
+        for each, gain in zip(columns, gains, strict=True)
+    ]
+    for measure in asked:
+        found[f"{measure}_look_bound"] = [row[f"{measure}_bound"] for row in again]
+    found["change_skewness"] = [change_skewness(c, next(iter(asked))) for c in columns]
+    found["examples"] = [len(c["loss"]) for c in columns]
     frontier = found.join(facts.add_prefix("validation_"))
     answer = recommend(
         frontier,
         table,
         [strategy.choices for strategy in strategies],
-        limits=files.read_json(files.LIMITS) or {"criterion_ratio": limits[0]},
+        limits=asked,
         budget=params.search.budget,
+        look=look,
         confidence=confidence,
+        bits_interval=bits_interval(
+            columns, list(found["mean_bits"]), asked, confidence=look.confidence
+        ),
     )
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
     files.write_table(files.PLOTS / "frontier.csv", frontier)

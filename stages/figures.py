@@ -36,6 +36,8 @@ ADJUSTED = ", scales adjusted"
 # titles of the panels of `visualize_sensitivity`
 ROUNDINGS = {"nearest": "round to nearest", "gptq": "GPTQ"}
 # loss increases as shares of the loss: below the first a tensor costs nothing that can be seen
+# standard errors by which a tensor is to be safe
+SURE = 2
 SHARES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)
 # ratios nearer to 1 are told apart on a linear scale
 LINEAR = 1e-3
@@ -110,8 +112,8 @@ def visualize_sensitivity(
 ) -> Figure:
     """What each tensor alone costs at each width: a row per tensor, a panel per kind of rounding.
 
-    The `quantifind.certification.certificate.minimum_safe_bits` at each limit are marked in the
-    panel in which the loss increases least.
+    The `quantifind.certification.certificate.minimum_safe_bits` at each limit, with `SURE` standard
+    errors added to what was measured, are marked in the panel in which the loss increases least.
 
     sensitivity: a table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`; the least
         loss increase of a width is shown.
@@ -149,9 +151,9 @@ def visualize_sensitivity(
     sizes = np.linspace(11, 6, len(limits))
     rings: list[Artist] = []
     for limit, size, colour in zip(limits, sizes, cycle(CERTIFIED), strict=False):
-        safe = minimum_safe_bits(sensitivity, limit)
+        safe = minimum_safe_bits(sensitivity, limit, errors=SURE)
         ring = {"marker": "o", "ms": size, "mew": 2, "mfc": "none", "ls": "", "color": colour}
-        label = f"minimum safe bits, predicted, for CR ≤ {limit:g}"
+        label = f"safe by {SURE} standard errors, predicted, for CR ≤ {limit:g}"
         rings.append(Line2D([], [], label=label, **ring))
         for row, tensor in enumerate(labels.unique()):
             bits = safe[tensor]
@@ -271,7 +273,9 @@ def frontier(candidates: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 def _certified(table: pd.DataFrame, measure: str, limit: float) -> pd.Series | None:
     """The last row that passes when the table is walked from the top, None where none does."""
-    steps = certified_steps(table[f"{measure}_bound"].tolist(), limit)
+    of_look = f"{measure}_look_bound"
+    bound = of_look if of_look in table else f"{measure}_bound"
+    steps = certified_steps(table[bound].tolist(), limit)
     return table.iloc[steps - 1] if steps else None
 
 

@@ -20,7 +20,7 @@ def write_ladder(ladder: pd.DataFrame) -> None:
     for number, row in enumerate(ladder.to_dict("records")):
         strategy, quantized = row.pop("strategy"), row.pop("quantized")
         tensors, description = artifact.pack(quantized)
-        files.write_tensors(_codes(number), tensors)
+        files.write_tensors(codes_of(number), tensors)
         described.append({**strategy.choices, "description": description, "facts": row})
     files.write_json(files.LADDER, described)
 
@@ -33,12 +33,16 @@ def read_ladder() -> tuple[list[Strategy], list[Quantized], pd.DataFrame]:
     strategies, quantized, facts = [], [], []
     for number, step in enumerate(files.read_json(files.LADDER)):
         strategies.append(Strategy(step["tensors"], step["activations"]))
-        tensors = files.read_tensors(_codes(number))
+        tensors = files.read_tensors(codes_of(number))
         quantized.append(artifact.unpack(tensors, step["description"]))
         # what JSON does not have: test_numbers_that_are_none_come_back_as_missing
         facts.append({k: math.nan if v is None else v for k, v in step["facts"].items()})
     return strategies, quantized, pd.DataFrame(facts)
 
 
-def _codes(number: int) -> Path:
+def codes_of(number: int) -> Path:
+    """The file with the codes of a step of the ladder.
+
+    number: from 0.
+    """
     return files.LADDER.with_name(f"codes-{number:02d}.safetensors")

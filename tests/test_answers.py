@@ -1,18 +1,23 @@
 """The answer of a search, on tables made by hand."""
 
 import json
+import math
 
 import pandas as pd
 import pytest
 
+from quantifind.certification.ledger import Look
 from quantifind.certification.measures import MEASURES
 from stages.answers import in_words, recommend, words_of
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}
 
 
-def judged(bounds, measure="criterion_ratio", chosen=1):
-    """A ladder of strategies by their bounds on test data."""
+LOOK = Look(2, 0.05 / 6)
+
+
+def judged(bounds, measure="criterion_ratio", chosen=1, apart=0.0, skewness=0.5):
+    """A ladder of strategies by their bounds on test data; those of the look are higher."""
     rows = [
         {
             "bit_depth": None,
@@ -21,6 +26,9 @@ def judged(bounds, measure="criterion_ratio", chosen=1):
             f"{measure}_low": bound - 0.005,
             f"{measure}_high": bound + 0.001,
             f"{measure}_bound": bound,
+            f"{measure}_look_bound": bound + apart,
+            "change_skewness": skewness,
+            "examples": 10_000,
             f"validation_{measure}": bound - 0.003,
             "validation_model_bytes": 10_000 - 1_000 * number,
             "validation_bit_operations": 80.0 - number,
@@ -48,13 +56,24 @@ def choices(count):
     ]
 
 
-def answer_of(bounds, *, uniform=None, limit=1.01, measure="criterion_ratio", chosen=1):
+def answer_of(
+    bounds,
+    *,
+    uniform=None,
+    limit=1.01,
+    measure="criterion_ratio",
+    chosen=1,
+    interval=(2.0, 6.0),
+    **how,
+):
     uniform = {8: limit, 4: limit + 1} if uniform is None else uniform
     return recommend(
-        judged(bounds, measure, chosen),
+        judged(bounds, measure, chosen, **how),
         depths(uniform, measure),
         choices(len(bounds)),
         limits={measure: limit},
+        look=LOOK,
+        bits_interval=interval,
     )
 
 
@@ -95,6 +114,9 @@ def test_the_last_one_passed_is_certified(bounds, certified):
             "low": pytest.approx(bounds[best] - 0.005),
             "high": pytest.approx(bounds[best] + 0.001),
             "bound": bounds[best],
+            "look_bound": bounds[best],
+            "change_skewness": 0.5,
+            "examples": 10_000,
             "on_validation": pytest.approx(bounds[best] - 0.003),
             "validation_gap": pytest.approx(0.001),
             "measures": {
@@ -103,6 +125,7 @@ def test_the_last_one_passed_is_certified(bounds, certified):
                     "low": pytest.approx(bounds[best] - 0.005),
                     "high": pytest.approx(bounds[best] + 0.001),
                     "bound": bounds[best],
+                    "look_bound": bounds[best],
                     "on_validation": pytest.approx(bounds[best] - 0.003),
                 }
             },
@@ -145,7 +168,10 @@ def test_plain_values_that_say_the_same_as_the_words(measure, bounds):
     assert page.startswith(f"# my_net: {MEASURES[measure].words} at most {limit:g}\n")
     for figure in (
         f"{best['model_bytes']:,} bytes",
-        "95% confidence",
+        "99.2% confidence",
+        "This is ladder number 2 that was judged on this test split, so it may err in 0.833%",
+        "err in at most 5%",
+        "(bootstrap), 2.000 to 6.000 bits would be certified in 90 of 100",
         f"{best[measure]:.4g} [{best['low']:.4g}, {best['high']:.4g}]",
         "8 bits would be certified",
         "| bias | float |",
@@ -154,12 +180,60 @@ def test_plain_values_that_say_the_same_as_the_words(measure, bounds):
     if answer["certified"]:
         assert f"**{best['mean_bits']:.3f} bits per parameter**" in page
         assert f"{best['compression']:.1f} times smaller" in page
+        assert f"at most {best['look_bound']:.4g}; on validation" in page
         assert f"it was {best['on_validation']:.4g}" in page
     else:
         assert "**Nothing is certified**" in page
         assert "times smaller" not in page
     assert all(f"| {name} | {words} |" in page for name, words in answer["tensors"].items())
     assert page.endswith("|\n")
+
+
+@pytest.mark.parametrize(
+    ("apart", "certified", "alone"),
+    [(0.0, 2, 2), (0.002, 1, 2), (0.006, 0, 2), (0.02, None, 2)],
+)
+def test_the_answer_of_one_look_stands_beside_that_of_this_one(apart, certified, alone):
+    """The certified one has the bound of the look within the limit, the other the plain one."""
+    answer = answer_of([1.0, 1.005, 1.009], apart=apart)
+    assert answer["look"] == {"k": 2, "level": LOOK.level, "confidence": LOOK.confidence}
+    page = in_words(answer, "net")
+    assert answer["certified_alone"]["mean_bits"] == 8.0 - alone
+    assert (
+        f"Were it the only one, {8.0 - alone:.3f} bits (at most 1.009) would be certified" in page
+    )
+    if certified is None:
+        assert answer["certified"] is None
+    else:
+        assert answer["certified"]["mean_bits"] == 8.0 - certified
+        assert f"**{8.0 - certified:.3f} bits per parameter**" in page
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ((1.94, 3.731), "1.940 to 3.731 bits"),
+        ((1.94, math.inf), "1.940 to nothing"),
+        ((math.inf, math.inf), "nothing"),
+        ((3.0, 3.0), "3.000 bits"),
+    ],
+)
+def test_the_interval_of_the_bits_in_words(interval, words):
+    answer = answer_of([1.0, 1.0], interval=interval)
+    assert list(answer["certified_bits"].values()) == [
+        None if end == math.inf else end for end in interval
+    ]
+    assert f"(bootstrap), {words} would be certified" in in_words(answer, "net")
+
+
+@pytest.mark.parametrize("skewness", [0.5, -20.0, 9.5, math.nan])
+def test_a_tail_is_warned_of(skewness):
+    page = in_words(answer_of([1.0, 1.0], skewness=skewness), "net")
+    assert ("Few examples carry the change" in page) == (abs(skewness) > 9.1)
+
+
+def test_nothing_would_be_certified_alone():
+    assert "nothing would be certified" in in_words(answer_of([1.02, 1.0]), "net")
 
 
 def test_no_uniform_depth_in_words():

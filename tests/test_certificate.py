@@ -29,12 +29,36 @@ def paired_losses(seed: int, examples: int = 300, ratio: float = 1.05):
     return ratio * (0.8 * original + 0.2 * noise), original
 
 
-@given(seed=st.integers(0, 10_000), limit=st.floats(0.9, 1.3))
-def test_bound_is_the_limit_at_which_scipy_starts_to_reject(seed, limit):
-    losses, original = paired_losses(seed)
-    bound = ratio_bound(losses, original)
-    test = stats.ttest_1samp(losses - limit * original, 0, alternative="less")
-    assert (bound <= limit) == (test.pvalue <= 0.05)
+def rejects(losses, original, limit, confidence):
+    """Whether scipy's t-test of the examples, the worst at this limit twice, rejects it, and that
+    of the examples as they are does."""
+    change = losses - limit * original
+    test, plain = (
+        stats.ttest_1samp(values, 0).statistic
+        for values in (np.append(change, change.max()), change)
+    )
+    return max(test, plain) <= stats.t.ppf(1 - confidence, len(change) - 1)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    examples=st.integers(2, 300),
+    tail=st.floats(0.1, 2),
+    near=st.sampled_from([0.0, 1.0]),
+    confidence=st.sampled_from([0.9, 0.95, 0.999]),
+)
+def test_bound_is_the_limit_at_which_scipy_starts_to_reject(seed, examples, tail, near, confidence):
+    losses, original = paired_losses(seed, examples)
+    losses = losses * np.exp(tail * np.random.default_rng(seed).standard_normal(examples))
+    bound = ratio_bound(losses, original, confidence=confidence, near=near)
+    one_sided = ratio_interval(losses, original, confidence=2 * confidence - 1)[1]
+    assert bound >= one_sided - 1e-9
+    if np.isfinite(bound):
+        for off in (1e-6, 0.01, 0.1, 1.0):
+            assert rejects(losses, original, bound + off, confidence)
+        assert not rejects(losses, original, bound - 1e-6, confidence)
+    else:
+        assert one_sided == np.inf
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -55,15 +79,17 @@ def test_interval_agrees_with_scipys_paired_bootstrap(seed):
 
 
 def test_interval_covers_the_true_ratio_as_often_as_it_says():
-    covered, above = 0, 0
+    covered, above, bounded = 0, 0, 0
     for seed in range(1000):
         losses, original = paired_losses(seed)
         low, high = ratio_interval(losses, original)
         covered += low <= 1.05 <= high
-        above += ratio_bound(losses, original) >= 1.05
+        above += ratio_interval(losses, original, confidence=0.9)[1] >= 1.05
+        bounded += ratio_bound(losses, original) >= 1.05
     # two standard errors of 1,000 draws are 1.4 points
     assert covered / 1000 == pytest.approx(0.95, abs=0.014)
     assert above / 1000 == pytest.approx(0.95, abs=0.014)
+    assert bounded / 1000 >= 0.95
 
 
 def test_ratio_of_equal_losses_is_one():
@@ -163,15 +189,12 @@ def test_a_certificate_is_wrong_in_at_most_five_percent(ladder, losses, spread):
 def test_certificates_are_wrong_nearly_as_often_as_they_may():
     """A walk that certifies next to nothing would keep any limit."""
     ratios = LADDERS["above after the first"]
-    assert share_of_wrong_certificates(ratios, LOSSES["gamma"], 0.02) > 0.03
+    assert share_of_wrong_certificates(ratios, LOSSES["gamma"], 0.02) > 0.02
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Student's t covers too little where a few examples carry mean and noise: 10% to 14%",
-)
 @pytest.mark.parametrize("losses", LOSSES)
 def test_a_certificate_under_noise_as_large_as_the_losses(losses):
+    """Of a few examples that carry mean and noise, where Student's t alone errs in 10% to 13%."""
     assert share_of_wrong_certificates([JUST_ABOVE, 1.2], LOSSES[losses], 1.0) <= ALLOWED
 
 
@@ -283,7 +306,7 @@ def test_degradation_is_that_of_each_measure(seed, confidence):
     assert interval == accuracy_drop_interval(right, was_right, confidence=confidence)
     for name in names:
         low, high, bound = (row[f"{name}_{end}"] for end in ("low", "high", "bound"))
-        assert low <= row[name] <= bound <= high
+        assert low <= row[name] <= min(bound, high)
 
 
 def test_degradation_of_a_network_without_classes_and_of_one_that_lost_nothing():
@@ -410,3 +433,15 @@ def test_minimum_safe_bits_are_relative_to_the_float_loss():
     loss_increases = [(4, 0.003), (2, 0.03)]
     assert minimum_safe_bits(curve("a", loss_increases, original=1.0), 1.01) == {"a": 4.0}
     assert minimum_safe_bits(curve("a", loss_increases, original=10.0), 1.01) == {"a": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("errors", "bits"), [(-2, 2.0), (-1, 3.0), (0, 3.0), (1, 4.0), (2, 4.0), (9, None)]
+)
+def test_minimum_safe_bits_with_what_their_increases_may_be_off(errors, bits):
+    """At most 0.005 is allowed; of what was predicted alone no error is known."""
+    table = curve("a", [(8, 0.0), (4, 0.002), (3, 0.004), (2, 0.008)])
+    table["increase_error"] = [0.001, 0.0015, 0.002, 0.0016]
+    assert minimum_safe_bits(table, 1.01, errors=errors) == {"a": bits}
+    table["increase_error"] = math.nan
+    assert minimum_safe_bits(table, 1.01, errors=errors) == {"a": 3.0}

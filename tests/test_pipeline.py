@@ -204,6 +204,33 @@ def test_another_limit_measures_nothing_again(project):
     assert {path: path.stat().st_mtime_ns for path in alone} == alone
 
 
+def test_each_ladder_is_a_look_and_the_cache_none(project):
+    """Judged again it has the look that it had; an experiment beside the project counts there."""
+    ledger = project.folder / "looks.json"
+
+    def look():
+        answer = json.loads((project.folder / "metrics/recommendation.json").read_text())
+        (ladders,) = json.loads(ledger.read_text())["splits"].values()
+        return answer["look"]["k"], len(ladders)
+
+    given, (k, counted) = project.params(), look()
+    assert k == counted
+    assert project.run("stages.evaluate").returncode == 0
+    assert look() == (k, counted)
+    limit = "search.limit.criterion_ratio=1.4"
+    project.dvc("exp", "run", "--temp", "-n", "beside", "-S", limit)
+    assert look() == (k, counted + 1)
+    project.write_params(given | {"search": given["search"] | {"limit": {"criterion_ratio": 1.4}}})
+    assert project.dvc("repro") == []
+    assert look() == (counted + 1, counted + 1)
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole[:-30])
+    fails(project, "evaluate", "looks.json: a damaged ledger of looks")
+    ledger.write_bytes(whole)
+    project.write_params(given)
+    project.dvc("checkout", "--force")
+
+
 def test_a_limit_that_cannot_be_kept(project):
     params = project.params()
     params["search"]["limit"] = {"criterion_ratio": 1.0}

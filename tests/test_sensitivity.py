@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import count_measured
+from scipy import stats
 from torch import nn
 
 from quantifind.metrics import divergence, outcome, weight_error
@@ -27,6 +28,8 @@ from quantifind.mixed_precision.search_space import (
     default_search_space,
 )
 from quantifind.mixed_precision.sensitivity import (
+    EXAMPLES,
+    PRECISION,
     UNCHANGED,
     _precise,
     measure_sensitivity,
@@ -493,3 +496,34 @@ def test_no_increase_is_not_taken_for_granted():
     assert _precise({"divergence": many}, 0.25)
     assert _precise({"divergence": few + 1}, 0.25)
     assert not _precise({"divergence": np.append(few, 1)}, 0.25)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda generator: generator.lognormal(-2, 2, size=5_000),  # of mean exp(-2 + 2² / 2)
+        lambda generator: (
+            generator.exponential(1 / 1.99, size=5_000)
+            * np.where(generator.random(5_000) < 0.01, 100, 1)
+        ),
+    ],
+    ids=["lognormal", "one of a hundred"],
+)
+def test_stopping_early_takes_little_off_the_increase(draw):
+    """Though it is likelier where a tail has not been met: 1 is the true mean, of 600 draws."""
+    generator, found = np.random.default_rng(0), []
+    for _ in range(600):
+        values, count = draw(generator), EXAMPLES
+        while count < 5_000 and not _precise({"divergence": values[:count]}, PRECISION):
+            count *= 2
+        found.append(values[:count].mean())
+    assert 0.92 < np.mean(found) < 1
+
+
+def test_the_error_of_an_increase_is_that_of_its_mean(measured):
+    """scipy's, where examples count alike."""
+    measurements, *_, table = measured
+    for row in table.to_dict("records"):
+        key = f"alone {choice_key(row['kind'], row['name'], row['choice'])}"
+        divergences = measurements.store.get(key)[0]["divergence"].numpy()
+        assert row["increase_error"] == pytest.approx(stats.sem(divergences))

@@ -213,6 +213,7 @@ def alone(*, tensors=2, sites=0, original=0.5):
                             "rounding": rounding,
                             "bits": float(bits),
                             "loss_increase": increase,
+                            "increase_error": 0.0,
                             "original_criterion": original,
                         }
                     )
@@ -245,7 +246,10 @@ def test_sensitivity_has_a_row_per_tensor_and_a_ring_at_the_minimum_safe_bits():
     assert figure.axes[2].get_ylabel() == "loss increase / float loss"
     assert figure.get_suptitle().endswith(": toy")
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == [*(f"minimum safe bits, predicted, for CR ≤ {x}" for x in limits), "not tried"]
+    assert texts == [
+        *(f"safe by 2 standard errors, predicted, for CR ≤ {x}" for x in limits),
+        "not tried",
+    ]
 
 
 def test_sensitivity_of_one_tensor_of_which_no_width_is_safe():

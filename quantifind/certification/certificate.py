@@ -35,22 +35,34 @@ def ratio_interval(
     >>> low < 2.0 < high
     True
     """
-    original = np.asarray(original_losses, dtype=np.float64)
-    # r − 1 is estimated, not r: exact where nothing changed (test_ratio_of_equal_losses_is_one)
-    excess = np.asarray(losses, dtype=np.float64) - near * original
+    original, excess = _beside(losses, original_losses, near)
     examples = len(original)
     if examples < 2:
         return -math.inf, math.inf
     t = special.stdtrit(examples - 1, (1 + confidence) / 2)
-    variance = t**2 * np.cov(excess, original) / examples
-    mean_excess, mean = excess.mean(), original.mean()
+    means = np.array([excess.mean(), original.mean()])
+    low, high = _ends(means, np.cov(excess, original) / examples, t)
+    return near + low, near + high
+
+
+def _beside(
+    losses: ArrayLike, original_losses: ArrayLike, near: float
+) -> tuple[np.ndarray, np.ndarray]:
+    original = np.asarray(original_losses, dtype=np.float64)
+    # r − 1 is estimated, not r: exact where nothing changed (test_ratio_of_equal_losses_is_one)
+    return original, np.asarray(losses, dtype=np.float64) - near * original
+
+
+def _ends(means: np.ndarray, covariance: np.ndarray, t: float) -> tuple[float, float]:
+    """Where (means[0] − r · means[1])² is t² times its variance (Fieller 1954)."""
+    variance, (mean_excess, mean) = t**2 * covariance, means
     a = mean**2 - variance[1, 1]
     b = mean * mean_excess - variance[0, 1]
     c = mean_excess**2 - variance[0, 0]
     if not (a > 0 and mean > 0):
         return -math.inf, math.inf
     spread = math.sqrt(max(b**2 - a * c, 0.0))
-    return near + (b - spread) / a, near + (b + spread) / a
+    return (b - spread) / a, (b + spread) / a
 
 
 def ratio_bound(
@@ -60,17 +72,38 @@ def ratio_bound(
     confidence: float = 0.95,
     near: float = 1.0,
 ) -> float:
-    """The one-sided upper bound of the ratio of mean losses.
+    """The one-sided upper bound of the ratio of mean losses, which holds on tails, too.
 
-    A paired t-test at level 1 − confidence rejects "the ratio is above the limit" for the limits at
-    or above the bound, and for no others.
+    A paired t-test at level 1 − confidence, in which the worst example counts once more, rejects
+    "the ratio is above the limit" for the limits at or above the bound, and for no others. The
+    worst is the one that has the most of loss − limit · original loss: where few examples carry the
+    change, a sample that has met too few of them has also too small a spread
+    (docs/statistics.md has how often each bound errs).
 
     losses: (examples,), those of the quantized network.
     original_losses: (examples,), those of the original, in the same order.
     confidence: that the true ratio is below the bound.
-    near: as `ratio_interval` takes it.
+    near: a ratio it is likely to be close to, about which it is computed exactly.
+    Returns: at least the one-sided bound of the t-test alone; inf where `ratio_interval` has it.
     """
-    return ratio_interval(losses, original_losses, confidence=2 * confidence - 1, near=near)[1]
+    bound = ratio_interval(losses, original_losses, confidence=2 * confidence - 1, near=near)[1]
+    original, excess = _beside(losses, original_losses, near)
+    examples = len(original)
+    if not math.isfinite(bound):
+        return bound
+    t = special.stdtrit(examples - 1, confidence)
+    means, covariance = np.array([excess.mean(), original.mean()]), np.cov(excess, original)
+    while True:
+        # the worst at a higher bound adds more to it than any other, so that the bound rises until
+        # its own worst is counted: test_bound_is_the_limit_at_which_scipy_starts_to_reject
+        worst = int(np.argmax(excess - (bound - near) * original))
+        off = np.array([excess[worst], original[worst]]) - means
+        # moments of one example more (Welford 1962)
+        grown = covariance * (examples - 1) / examples + np.outer(off, off) / (examples + 1)
+        higher = near + _ends(means + off / (examples + 1), grown / (examples + 1), t)[1]
+        if not higher > bound:
+            return bound
+        bound = higher
 
 
 def accuracy_drop_interval(
@@ -131,7 +164,9 @@ def certified_depth(results: pd.DataFrame, limit: float) -> int | None:
     return int(ladder["bit_depth"].iloc[steps - 1]) if steps else None
 
 
-def minimum_safe_bits(sensitivity: pd.DataFrame, limit: float) -> dict[str, float | None]:
+def minimum_safe_bits(
+    sensitivity: pd.DataFrame, limit: float, *, errors: float = 0.0
+) -> dict[str, float | None]:
     """By quantized tensor, the fewest bits predicted to be safe when it alone is quantized.
 
     At these bits and at all more bits that were tried, 1 + loss increase / float loss, with the
@@ -139,9 +174,16 @@ def minimum_safe_bits(sensitivity: pd.DataFrame, limit: float) -> dict[str, floa
 
     sensitivity: a table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
     limit: of the criterion ratio.
+    errors: standard errors that are added to each loss increase, as it was measured on a part of
+        the examples: from −2 to 2 gives the range in which the bits are. None is known, and none
+        added, of what was not measured.
     Returns: by name, activations as ``input of …``; None where even the most bits are not safe.
     """
     found: dict[str, float | None] = {}
+    increase = sensitivity["loss_increase"]
+    if errors:
+        increase = increase + errors * sensitivity["increase_error"].fillna(0.0)
+    sensitivity = sensitivity.assign(loss_increase=increase)
     for kind, name in dict.fromkeys(zip(sensitivity["kind"], sensitivity["name"], strict=True)):
         rows = sensitivity[(sensitivity["kind"] == kind) & (sensitivity["name"] == name)]
         least = rows.groupby("bits")["loss_increase"].min().sort_index(ascending=False)

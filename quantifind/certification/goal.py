@@ -138,14 +138,15 @@ def answer_of(origin: str) -> str:
     return kind if kind in ANSWERS else "as_is"
 
 
-def steps_that_keep(steps: pd.DataFrame, limits: Mapping[str, float]) -> int:
+def steps_that_keep(steps: pd.DataFrame, limits: Mapping[str, float], bound: str = "bound") -> int:
     """How many rungs of a ladder, from most bytes to fewest, pass: those above the first of which
     a bound is above its limit (`quantifind.certification.certificate.certified_steps`).
 
     steps: a row for each, with the columns of `quantifind.certification.measures.degradation`.
     limits: by measure; all must hold.
+    bound: which of the bounds, ``bound`` or, at the level of a look, ``look_bound``.
     """
-    above = [steps[f"{measure}_bound"] - limit for measure, limit in limits.items()]
+    above = [steps[f"{measure}_{bound}"] - limit for measure, limit in limits.items()]
     return certified_steps(pd.concat(above, axis=1).max(axis=1, skipna=False).tolist(), 0.0)
 
 

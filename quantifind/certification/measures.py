@@ -39,6 +39,7 @@ class Measure:
     lossless: its value where nothing is lost.
     needs: the columns, of `quantifind.metrics.paired`, without which there is none.
     of: columns → its value.
+    ratio: whether it is the ratio of the means of the two columns that it needs.
     """
 
     words: str
@@ -46,6 +47,7 @@ class Measure:
     lossless: float
     needs: tuple[str, ...]
     of: Callable[[Columns], Measured]
+    ratio: bool = False
 
 
 def calibrated(columns: Columns, gain: float | None = None) -> Columns:
@@ -157,6 +159,7 @@ MEASURES: Mapping[str, Measure] = {
         1.0,
         ("loss", "original_loss"),
         _ratio("loss", "original_loss"),
+        True,
     ),
     "calibrated_ratio": Measure(
         "calibrated ratio",
@@ -164,6 +167,7 @@ MEASURES: Mapping[str, Measure] = {
         1.0,
         ("calibrated_loss", "original_calibrated_loss"),
         _ratio("calibrated_loss", "original_calibrated_loss"),
+        True,
     ),
     "accuracy_drop": Measure(
         "accuracy drop",
@@ -181,6 +185,7 @@ MEASURES: Mapping[str, Measure] = {
         0.0,
         ("divergence", "original_calibrated_loss"),
         _ratio("divergence", "original_calibrated_loss", near=0.0),
+        True,
     ),
     "relative_error": Measure(
         "relative error of the outputs",
@@ -188,5 +193,6 @@ MEASURES: Mapping[str, Measure] = {
         0.0,
         ("squared_error", "squared_norm"),
         _relative_error,
+        True,
     ),
 }

@@ -26,7 +26,8 @@ class Found:
     strategy: the chosen one.
     quantized: what it has come to for the network.
     candidates: a row per candidate, largest first. Columns: ``strategy``, ``quantized``,
-        ``origin``, ``answer`` (`quantifind.certification.goal.ANSWERS`), ``scales_adjusted``, ``mean_bits``, each of `quantifind.costs`,
+        ``origin``, ``answer`` (`quantifind.certification.goal.ANSWERS`), ``scales_adjusted``,
+        ``mean_bits``, each of `quantifind.costs`,
         ``predicted_ratio``, the ``examples`` it was measured on, those of
         `quantifind.certification.measures.degradation`, ``on_ladder`` and ``chosen``.
     sensitivity: the table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.

@@ -90,6 +90,7 @@ def evaluate_strategies(
     original_temperature: float | None = None,
     forward: Forward | None = None,
     confidence: float = 0.95,
+    columns: bool = False,
     engine: str = "sequential",
     scheduler: str | None = None,
 ) -> pd.DataFrame:
@@ -104,6 +105,8 @@ def evaluate_strategies(
     forward: (model, batch) → (outputs, targets), what the criterion gets; by default
         `quantifind.utils.forwards.DefaultForward`.
     confidence: of the intervals.
+    columns: also what was measured of each example, as `quantifind.metrics.paired` has it, in a
+        column ``columns``.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Returns: a row per strategy, in their order: ``bit_depth`` (missing where widths differ),
         ``mean_bits`` per parameter with everything counted, ``signal_to_complexity`` (criterion per
@@ -132,7 +135,7 @@ def evaluate_strategies(
             original = original.calibrated()
         elif not math.isnan(original_temperature):
             original = replace(original, gain=1 / original_temperature)
-        judge = _Judge(model, evaluators, original, batches, confidence)
+        judge = _Judge(model, evaluators, original, batches, confidence, columns)
         rows = []
         with progress("judging", total=len(tasks)) as step:
             for row in workers.map(_Judge.row, judge, tasks):
@@ -161,6 +164,7 @@ class _Judge:
     original: Outcome
     calibration: Sequence[Batch] | None
     confidence: float
+    columns: bool
 
     def row(self, task: tuple[Strategy, Strategy | Quantized, float | None]) -> dict[str, Any]:
         strategy, given, temperature = task
@@ -171,7 +175,8 @@ class _Judge:
         gain = None if temperature is None else 1 / temperature
         row = _row(measured, self.original.criterion, self.confidence, gain)
         scr = row["criterion"] / (depth or bits)
-        return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row
+        beside = {"columns": columns_of(measured)} if self.columns else {}
+        return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row | beside
 
 
 def _loader_and_criterion(first: Any, second: Any) -> tuple[Any, Any]:
