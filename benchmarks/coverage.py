@@ -49,12 +49,15 @@ CHUNK = 100
 FOREMOST = 64
 
 
-def statistics(changes: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """That of each of `BOUNDS`, at a limit; where it is −t of a level or less, the limit is kept.
+def kept(
+    changes: np.ndarray, weights: np.ndarray, *, confidence: float | np.ndarray = 0.95
+) -> np.ndarray:
+    """Whether each of `BOUNDS` keeps a limit.
 
     changes: (cases, examples), losses − limit · original losses.
     weights: (draws, examples), how often each draw has an example.
-    Returns: (bounds, draws, cases).
+    confidence: of the bounds; or (levels, 1, 1, cases).
+    Returns: (bounds, draws, cases), or (levels, bounds, draws, cases).
     """
     examples = changes.shape[1]
     total, squares, cubes = (weights @ power.T for power in (changes, changes**2, changes**3))
@@ -63,7 +66,7 @@ def statistics(changes: np.ndarray, weights: np.ndarray) -> np.ndarray:
     first = [np.argmax(weights[:, foremost] > 0, axis=1) for foremost in order]
     worst = np.transpose([c[o][f] for c, o, f in zip(changes, order, first, strict=True)])
 
-    def of_t(more: int) -> np.ndarray:
+    def of_t(more: Any) -> np.ndarray:
         count = examples + more
         mean = (total + more * worst) / count
         spread = np.sqrt((squares + more * worst**2) / count - mean**2)
@@ -75,14 +78,12 @@ def statistics(changes: np.ndarray, weights: np.ndarray) -> np.ndarray:
     skew = (cubes / examples - 3 * mean * squares / examples + 2 * mean**3) / spread**3
     # Johnson 1978
     off = skew / (6 * examples) + skew * (mean / spread) ** 2 / 3
-    counted = [np.maximum(plain, of_t(more)) for more in (1, 2)]
-    return np.stack([plain, plain + off * np.sqrt(examples), *counted])
-
-
-def kept(changes: np.ndarray, weights: np.ndarray, *, confidence: float = 0.95) -> np.ndarray:
-    """Whether each of `BOUNDS` keeps the limit, of `statistics`' arguments and shape."""
-    t = special.stdtrit(changes.shape[1] - 1, confidence)
-    result: np.ndarray = statistics(changes, weights) <= -t
+    more = np.log(1 - confidence) / np.log(0.05)
+    once, twice = (np.maximum(plain, of_t(times * more)) for times in (1, 2))
+    corrected = plain + off * np.sqrt(examples)
+    found = np.stack(np.broadcast_arrays(plain, corrected, once, twice), axis=-3)
+    found = found if np.ndim(confidence) == 0 else found[:, 0]
+    result: np.ndarray = found <= -special.stdtrit(examples - 1, confidence)
     return result
 
 
@@ -163,13 +164,13 @@ def looks() -> Iterator[dict[str, Any]]:
     once = BOUNDS.index("worst once more")
     each = np.array([level_of(k + 1) for k in range(max(LOOKS))])
     levels = {"5% each": np.full_like(each, 0.05), "5% / (k (k + 1))": each}
-    t = special.stdtrit(EXAMPLES - 1, 1 - np.array(list(levels.values())))
+    confidence = 1 - np.array(list(levels.values()))[:, None, None]
     for name, draw in LOSSES.items():
         for spread in SPREADS:
             generator, found = np.random.default_rng(0), []
             for _ in range(LOOK_DRAWS):
                 changes = _change(generator, draw, spread, max(LOOKS))
-                found.append(statistics(changes, ONCE)[once, 0] <= -t)
+                found.append(kept(changes, ONCE, confidence=confidence)[:, once, 0])
             wrong = np.cumsum(found, axis=2) > 0
             for i, level in enumerate(levels):
                 for k in LOOKS:

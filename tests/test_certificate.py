@@ -29,13 +29,13 @@ def paired_losses(seed: int, examples: int = 300, ratio: float = 1.05):
     return ratio * (0.8 * original + 0.2 * noise), original
 
 
-def rejects(losses, original, limit, confidence):
-    """Whether scipy's t-test of the examples, the worst at this limit twice, rejects it, and that
-    of the examples as they are does."""
+def rejects(losses, original, limit, confidence, more):
+    """Whether scipy's t-test of the examples, the worst at this limit counted more, rejects it, and
+    that of the examples as they are does."""
     change = losses - limit * original
     test, plain = (
         stats.ttest_1samp(values, 0).statistic
-        for values in (np.append(change, change.max()), change)
+        for values in (np.append(change, [change.max()] * more), change)
     )
     return max(test, plain) <= stats.t.ppf(1 - confidence, len(change) - 1)
 
@@ -45,20 +45,27 @@ def rejects(losses, original, limit, confidence):
     examples=st.integers(2, 300),
     tail=st.floats(0.1, 2),
     near=st.sampled_from([0.0, 1.0]),
-    confidence=st.sampled_from([0.9, 0.95, 0.999]),
+    more=st.integers(1, 3),
 )
-def test_bound_is_the_limit_at_which_scipy_starts_to_reject(seed, examples, tail, near, confidence):
+def test_bound_is_the_limit_at_which_scipy_starts_to_reject(seed, examples, tail, near, more):
+    """At 5%, and at the levels where the worst counts two or three times more."""
     losses, original = paired_losses(seed, examples)
     losses = losses * np.exp(tail * np.random.default_rng(seed).standard_normal(examples))
+    confidence = 1 - 0.05**more
     bound = ratio_bound(losses, original, confidence=confidence, near=near)
     one_sided = ratio_interval(losses, original, confidence=2 * confidence - 1)[1]
     assert bound >= one_sided - 1e-9
     if np.isfinite(bound):
         for off in (1e-6, 0.01, 0.1, 1.0):
-            assert rejects(losses, original, bound + off, confidence)
-        assert not rejects(losses, original, bound - 1e-6, confidence)
-    else:
-        assert one_sided == np.inf
+            assert rejects(losses, original, bound * (1 + off), confidence, more)
+        assert not rejects(losses, original, bound * (1 - 1e-6), confidence, more)
+
+
+@given(seed=st.integers(0, 10_000), confidences=st.tuples(*[st.floats(0.6, 0.9999)] * 2))
+def test_bounds_of_more_confidence_are_higher(seed, confidences):
+    losses, original = paired_losses(seed)
+    low, high = (ratio_bound(losses, original, confidence=c) for c in sorted(confidences))
+    assert low <= high
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -74,10 +74,10 @@ def ratio_bound(
 ) -> float:
     """The one-sided upper bound of the ratio of mean losses, which holds on tails, too.
 
-    A paired t-test at level 1 − confidence, in which the worst example counts once more, rejects
-    "the ratio is above the limit" for the limits at or above the bound, and for no others. The
-    worst is the one that has the most of loss − limit · original loss: where few examples carry the
-    change, a sample that has met too few of them has also too small a spread
+    A paired t-test at level 1 − confidence, in which the worst example counts `times_more`, at 5%
+    once more, rejects "the ratio is above the limit" for the limits at or above the bound, and for
+    no others. The worst is the one that has the most of loss − limit · original loss: where few
+    examples carry the change, a sample that has met too few of them has also too small a spread
     (docs/statistics.md has how often each bound errs).
 
     losses: (examples,), those of the quantized network.
@@ -91,19 +91,33 @@ def ratio_bound(
     examples = len(original)
     if not math.isfinite(bound):
         return bound
-    t = special.stdtrit(examples - 1, confidence)
+    t, more = special.stdtrit(examples - 1, confidence), times_more(confidence)
     means, covariance = np.array([excess.mean(), original.mean()]), np.cov(excess, original)
+    count = examples + more
     while True:
         # the worst at a higher bound adds more to it than any other, so that the bound rises until
         # its own worst is counted: test_bound_is_the_limit_at_which_scipy_starts_to_reject
         worst = int(np.argmax(excess - (bound - near) * original))
         off = np.array([excess[worst], original[worst]]) - means
-        # moments of one example more (Welford 1962)
-        grown = covariance * (examples - 1) / examples + np.outer(off, off) / (examples + 1)
-        higher = near + _ends(means + off / (examples + 1), grown / (examples + 1), t)[1]
+        # moments of so many examples more (Welford 1962)
+        squares = covariance * (examples - 1) + np.outer(off, off) * examples * more / count
+        error = squares / (count - 1) / count
+        higher = near + _ends(means + off * more / count, error, t)[1]
         if not higher > bound:
             return bound
         bound = higher
+
+
+def times_more(confidence: float) -> float:
+    """How many times more the worst example counts in a bound: once at 95%, more at higher ones.
+
+    What n examples have not shown may be, in an error e of all cases, ln(1 / e) / n of all there is
+    (the rule of three); and a t-test's error for skewness grows alike, by its quantile's square.
+
+    >>> [round(times_more(confidence), 2) for confidence in (0.95, 0.975, 0.9975)]
+    [1.0, 1.23, 2.0]
+    """
+    return math.log(1 - confidence) / math.log(0.05)
 
 
 def accuracy_drop_interval(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy import special
 
+from quantifind.certification.certificate import times_more
 from quantifind.certification.measures import MEASURES
 
 # splits drawn at a time
@@ -78,11 +79,11 @@ def _test(columns: Columns, measure: str, limit: float, confidence: float) -> Te
 def _ratio_test(change: np.ndarray, original: np.ndarray, confidence: float) -> Test:
     """The t-test of `quantifind.certification.certificate.ratio_bound`, at the limit alone."""
     examples = len(change)
-    t = special.stdtrit(examples - 1, confidence)
+    t, more = special.stdtrit(examples - 1, confidence), times_more(confidence)
     features = np.stack([change, change**2, original, original**2], axis=1)
     foremost = np.argsort(-change)[:FOREMOST]
 
-    def high(total: np.ndarray, squares: np.ndarray, count: int) -> np.ndarray:
+    def high(total: np.ndarray, squares: np.ndarray, count: float) -> np.ndarray:
         mean = total / count
         return mean + t * np.sqrt(np.maximum(squares / count - mean**2, 0) / (count - 1))
 
@@ -90,7 +91,7 @@ def _ratio_test(change: np.ndarray, original: np.ndarray, confidence: float) -> 
         total, squares, *originals = (weights @ features).T
         worst = change[foremost][np.argmax(weights[:, foremost] > 0, axis=1)]
         told = high(-originals[0], originals[1], examples) < 0
-        again = high(total + worst, squares + worst**2, examples + 1)
+        again = high(total + more * worst, squares + more * worst**2, examples + more)
         kept: np.ndarray = told & (high(total, squares, examples) <= 0) & (again <= 0)
         return kept
 
