@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from quantifind.certification.certificate import certified_steps, degradation
+from quantifind.certification.certificate import certified_steps
+from quantifind.certification.measures import degradation
 from quantifind.certification.resampling import bits_interval
 
 LIMITS = {"criterion_ratio": 1.02, "relative_error": 0.3, "accuracy_drop": 0.02}

@@ -164,7 +164,7 @@ def test_gradients_are_those_of_finite_differences(name):
     batch = next(batches_of([tuple(part[:20] for part in data)], net))
     start = quantize(net, on_grid(net, {"bits": 3, "axis": 0}))
     names = list(start.tensors)
-    fit = scale_fitting._Fit(net, start, names, criterion)
+    fit = scale_fitting._Fit(net, start, names, criterion, 1.0)
     with fit.differentiable():
         assert fit.backward(batch, 1.0)
 
@@ -172,7 +172,7 @@ def test_gradients_are_those_of_finite_differences(name):
         scale = start.tensors[key].qparams.scale
         other = start.with_scales({key: (scale.double() * (moved * step).exp()).float()})
         with torch.no_grad():
-            apart, count = scale_fitting._Fit(net, other, names, criterion).divergence(
+            apart, count = scale_fitting._Fit(net, other, names, criterion, 1.0).divergence(
                 batch, scale_fitting.SOFTENING
             )
         return apart.item() / count

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from scipy import stats
 
-from quantifind.certification.tails import RATIOS, change_skewness, excess_error, tail_warning
+from quantifind.certification.tails import change_skewness, excess_error, tail_warning
 
 
 @given(seed=st.integers(0, 10_000), examples=st.integers(3, 300), tail=st.floats(0.1, 2))
