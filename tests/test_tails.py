@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from scipy import stats
 
+from quantifind.certification.measures import MEASURES
 from quantifind.certification.tails import change_skewness, excess_error, tail_warning
 
 
