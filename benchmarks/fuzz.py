@@ -1,6 +1,6 @@
 """Searches of many drawn networks, each held to a plain loop: what was found.
 
-    python -m benchmarks.fuzz [--networks 5000] [--seed 0] [--processes 2]
+    python -m benchmarks.fuzz [--networks 5000] [--seed 0] [--processes 2] [--seconds 600]
 
 Draws networks from benchmarks/grammar.py, as tests/test_fuzz.py does with fewer and other ones.
 Writes benchmarks/results/fuzz.csv (a row per kind of part: networks that have it, those with a
