@@ -7,7 +7,7 @@ repro: .venv/installed
 	$(ACTIVATE) && dvc repro
 
 test: .venv/installed
-	$(ACTIVATE) && python -m pytest
+	$(ACTIVATE) && python -m pytest --numprocesses auto --dist loadfile
 
 # In dvc.yaml, the code that each stage depends on, after a change of imports.
 deps: .venv/installed

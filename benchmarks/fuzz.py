@@ -1,6 +1,6 @@
 """Searches of many drawn networks, each held to a plain loop: what was found.
 
-    python -m benchmarks.fuzz [--networks 5000] [--seed 0]
+    python -m benchmarks.fuzz [--networks 5000] [--seed 0] [--processes 2] [--seconds 600]
 
 Draws networks from benchmarks/grammar.py, as tests/test_fuzz.py does with fewer and other ones.
 Writes benchmarks/results/fuzz.csv (a row per kind of part: networks that have it, those with a
@@ -9,8 +9,12 @@ raises is a fault. A core takes about a second for each.
 """
 
 import argparse
+import math
+import multiprocessing
+import time
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import pandas as pd
 import torch
@@ -42,9 +46,14 @@ def parts_of(drawn: Drawn) -> set[str]:
     return named | ({"tied embedding"} if drawn.tied else set())
 
 
-def measure(number: int, chosen_seed: int) -> pd.DataFrame:
-    """Rows of the table, the first of all networks."""
+def measure(number: int, chosen_seed: int, seconds: float) -> tuple[Counter[str], Counter[str]]:
+    """How many networks were searched with each part, and how many of them had faults."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    warnings.filterwarnings("ignore")
+    console.quiet = True
     drawn_with, wrong_with = Counter[str](), Counter[str]()
+    end = time.monotonic() + seconds
 
     @seed(chosen_seed)
     @settings(
@@ -56,6 +65,8 @@ def measure(number: int, chosen_seed: int) -> pd.DataFrame:
     )
     @given(networks())
     def search_one(drawn: Drawn) -> None:
+        if time.monotonic() > end:
+            return
         found = faults_of(drawn)
         drawn_with.update({ANY, *parts_of(drawn)})
         wrong_with.update({ANY, *parts_of(drawn)} if found else ())
@@ -65,6 +76,11 @@ def measure(number: int, chosen_seed: int) -> pd.DataFrame:
             print(f"{drawn_with[ANY]} networks, {wrong_with[ANY]} with faults", flush=True)
 
     search_one()
+    return drawn_with, wrong_with
+
+
+def table(drawn_with: Counter[str], wrong_with: Counter[str]) -> pd.DataFrame:
+    """Its rows, the first of all networks."""
     rows = [
         {"part": part, "networks": count, "with_faults": wrong_with[part]}
         for part, count in sorted(drawn_with.items(), key=lambda pair: (pair[0] != ANY, pair))
@@ -92,12 +108,14 @@ def main() -> None:
     )
     parser.add_argument("--networks", type=int, default=5_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="each has a seed of its own")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which none is drawn")
     chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    warnings.filterwarnings("ignore")
-    console.quiet = True
-    rows = measure(chosen.networks, chosen.seed)
+    seeds = range(chosen.seed, chosen.seed + chosen.processes)
+    each = chosen.networks // chosen.processes
+    with ProcessPoolExecutor(chosen.processes, multiprocessing.get_context("spawn")) as pool:
+        counts = pool.map(measure, [each] * len(seeds), seeds, [chosen.seconds] * len(seeds))
+        rows = table(*(sum(parts, Counter[str]()) for parts in zip(*counts, strict=True)))
     rows.to_csv(RESULTS, index=False)
     grids.write_table(MARKERS, markdown(rows))
     print(markdown(rows))

@@ -61,7 +61,7 @@ def test_spoken_clips_overlap_and_have_both_kinds():
         assert heard.std(2)[voiced == 1].mean() > heard.std(2)[voiced == 0].mean()
 
 
-def test_a_network_that_gave_no_answer_has_a_line():
+def test_a_network_that_gave_no_answer_has_no_line():
     rows = [{"network": "one", "kind": "of a kind", "note": "no answer"}]
     table = strangers.markdown(pd.DataFrame(rows, columns=strangers.COLUMNS))
-    assert table.splitlines()[2] == f"| one | of a kind |{' – |' * 9}"
+    assert len(table.splitlines()) == 2

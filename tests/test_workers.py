@@ -30,26 +30,34 @@ ELSEWHERE = ENGINES[1:]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
+def two_workers() -> distributed.LocalCluster:
+    return distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    )
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[distributed.LocalCluster]:
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    ) as cluster:
+    with two_workers() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster_to_kill() -> Iterator[distributed.LocalCluster]:
+    """Of one test alone: a worker that is killed while it starts never comes back."""
+    with two_workers() as cluster:
         yield cluster
 
 
 @pytest.fixture
 def how(request):
-    """The arguments of each engine, by its name; the cluster with both of its workers."""
+    """The arguments of each engine, by its name."""
 
-    def arguments(engine):
+    def arguments(engine, cluster="cluster"):
         if engine != "dask":
             return {"engine": engine}
-        local = request.getfixturevalue("cluster")
-        # a worker that was killed while it started is not started again by itself
-        local.scale(2)
-        local.wait_for_workers(2, timeout=60)
-        return {"engine": engine, "scheduler": local.scheduler_address}
+        scheduler = request.getfixturevalue(cluster).scheduler_address
+        return {"engine": engine, "scheduler": scheduler}
 
     return arguments
 
@@ -181,15 +189,15 @@ def dying(folder, task):
 @pytest.mark.parametrize("deaths", [{3: 1}, {0: 1, 1: 1}, {0: 1, 4: 1, 7: 2}], ids=str)
 def test_a_killed_worker_loses_nothing(tmp_path, how, engine, deaths):
     tasks = [(item, deaths.get(item, 0)) for item in range(8)]
-    with Workers(**how(engine)) as made:
+    with Workers(**how(engine, "cluster_to_kill")) as made:
         assert list(made.map(dying, tmp_path, tasks)) == list(range(8))
         assert list(made.map(slow_at_first, 2, range(4))) == [0, 2, 4, 6]
     assert len(list(tmp_path.iterdir())) == sum(deaths.values())
 
 
-def test_a_cluster_that_gives_a_task_up_is_asked_again(monkeypatch, tmp_path, cluster, how):
-    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
-    with Workers(**how("dask")) as made:
+def test_a_cluster_that_gives_a_task_up_is_asked_again(monkeypatch, tmp_path, cluster_to_kill, how):
+    monkeypatch.setattr(cluster_to_kill.scheduler, "allowed_failures", 0)
+    with Workers(**how("dask", "cluster_to_kill")) as made:
         assert list(made.map(dying, tmp_path, [(0, 1), (1, 0), (2, 0)])) == [0, 1, 2]
 
 
@@ -214,13 +222,16 @@ def losing(mark, _):
 
 def test_a_result_that_is_lost_with_its_worker(tmp_path, how):
     """It is made again, and what happens then is told."""
-    with Workers(**how("dask")) as made, pytest.raises(OSError, match="failed the second time"):
+    with (
+        Workers(**how("dask", "cluster_to_kill")) as made,
+        pytest.raises(OSError, match="failed the second time"),
+    ):
         list(made.map(losing, tmp_path / "mark", [1, 2]))
 
 
 @pytest.mark.parametrize("engine", ELSEWHERE)
 def test_a_task_that_no_worker_survives_ends_the_work(tmp_path, how, engine):
-    with Workers(**how(engine)) as made:
+    with Workers(**how(engine, "cluster_to_kill")) as made:
         found = made.map(dying, tmp_path, [(0, 0), (1, 10**6), (2, 0)])
         with pytest.raises(RuntimeError, match="workers were lost 3 times, without a result"):
             list(found)
@@ -236,12 +247,17 @@ def joins(noted, task):
 def test_a_worker_that_joins_gets_what_was_sent(tmp_path, how):
     """Not what another worker, from which it has it, made of it."""
     (tmp_path / "notes").mkdir()
-    with Workers(**how("dask")) as made:
-        noted = Noted(tmp_path / "notes")
-        found = list(made.map(joins, noted, [*[None] * 6, tmp_path / "dead", None]))
+    with Workers(**how("dask", "cluster_to_kill")) as made:
+        noted, found = Noted(tmp_path / "notes"), []
         deadline = time.monotonic() + 60
-        while len({pid for pid, _ in found}) < 3 and time.monotonic() < deadline:
-            found += made.map(joins, noted, [None] * 6)
+
+        def use_until(workers):
+            while len({pid for pid, _ in found}) < workers and time.monotonic() < deadline:
+                found.extend(made.map(joins, noted, [None] * 6))
+
+        use_until(2)
+        found.extend(made.map(joins, noted, [tmp_path / "dead", None]))
+        use_until(3)
     uses = {pid: sorted(n for p, n in found if p == pid) for pid, _ in found}
     assert len(uses) == 3
     survivors = [n for n in uses.values() if n == list(range(1, len(n) + 1))]
