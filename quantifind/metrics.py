@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantifind.utils.batches import Forward, batches_of
@@ -25,6 +24,7 @@ from quantifind.utils.criteria import (
     weighted,
 )
 from quantifind.utils.devices import evaluating
+from quantifind.utils.divergences import divergences, squares
 from quantifind.utils.gains import OF_LOGITS, OF_SQUARES, Gains, gains_of
 
 # bytes of outputs that wait on a device before they are fetched
@@ -318,47 +318,7 @@ def _apart(
     apart = divergences(outputs, wanted, weight, original.classes, original.gain or 1.0)
     outputs, wanted = outputs.double(), wanted.double()
     norms = torch.where(wanted.isinf(), 0.0, wanted).reshape(len(wanted), -1).square().sum(1)
-    return _squares(outputs, wanted).reshape(len(outputs), -1).sum(1), norms, apart
-
-
-def divergences(
-    outputs: Tensor, wanted: Tensor, weight: Tensor, classes: str | None, gain: float = 1.0
-) -> Tensor:
-    """What `divergence` is of outputs, with gradients.
-
-    outputs, wanted: (examples, ...), the original's are wanted.
-    weight: (examples, ...), what an example, or each of its positions, counts.
-    classes: as of `Outcome`.
-    gain: what logits are multiplied with.
-    Returns: (examples,) float64.
-    """
-    outputs, wanted, weight = outputs.double(), wanted.double(), weight.double()
-    if outputs.dim() == 1:
-        outputs, wanted = outputs[:, None], wanted[:, None]
-    if classes == "softmax":
-        apart = _kl((gain * wanted).log_softmax(1), (gain * outputs).log_softmax(1)).sum(1)
-        apart = weight.reshape(*weight.shape, *(1,) * (apart.dim() - weight.dim())) * apart
-    elif classes == "sigmoid":
-        signs = (gain, -gain)
-        yes, no = (_kl(F.logsigmoid(s * wanted), F.logsigmoid(s * outputs)) for s in signs)
-        apart = yes + no
-    else:
-        apart = _squares(outputs, wanted)
-    if apart.dim() > 1:
-        # of positions that count by themselves, as their losses are
-        summed = classes == "softmax" and weight.dim() > 1
-        apart = apart.flatten(1).sum(1) if summed else apart.flatten(1).mean(1)
-    return apart
-
-
-def _squares(outputs: Tensor, wanted: Tensor) -> Tensor:
-    # equal infinities, such as of masked classes, are no change
-    return torch.where(outputs == wanted, 0.0, outputs - wanted).square()
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0)
+    return squares(outputs, wanted).reshape(len(outputs), -1).sum(1), norms, apart
 
 
 def weight_error(values: Tensor, quantized: Tensor) -> dict[str, float]:

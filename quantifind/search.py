@@ -45,7 +45,7 @@ SURVEYED, SWEPT, MOVED, SEQUENTIAL = 0.4, 0.6, 0.4, 0.6
 RELATIVE_ERROR = 0.05
 # what a measure takes
 _LABELS = "needs targets that are class labels, one for each example"
-_LOSS = "a ratio needs a float network whose loss on validation data is above 0"
+_LOSS = "a ratio needs a float network whose mean loss is above 0"
 _LOGITS = "needs logits, with cross entropy, or a squared error, and a loss above 0"
 _WANTS = {"accuracy_drop": _LABELS, "flips": _LABELS, "criterion_ratio": _LOSS}
 _WANTS |= {"calibrated_ratio": _LOGITS, "fidelity": _LOGITS}

@@ -354,9 +354,9 @@ def test_a_loss_below_0_has_no_ratio():
     def criterion(outputs, targets):
         return (outputs - targets).square().mean() - 100
 
-    with pytest.raises(ValueError, match="needs one above 0"):
+    with pytest.raises(ValueError, match=r"a ratio needs .* above 0"):
         find_strategy(net, loader, loader, criterion, limit=1.01)
-    with pytest.raises(ValueError, match="accuracy_drop needs targets that are class labels"):
+    with pytest.raises(ValueError, match="accuracy_drop: needs targets that are class labels"):
         find_strategy(net, loader, loader, nn.MSELoss(), limit={"accuracy_drop": 0.1})
 
 
@@ -370,11 +370,10 @@ def test_learning_is_kept(small, tmp_path, monkeypatch):
 
 
 BAD = [
-    ({}, "either a limit or a budget"),
     ({"limit": 1.01, "budget": 4}, "either a limit or a budget"),
     ({"limit": 0.99}, "limit criterion_ratio is 0.99: 1 or more is needed"),
     ({"limit": math.nan}, "limit criterion_ratio is nan"),
-    ({"limit": {"loss": 2}}, "criterion_ratio, accuracy_drop, relative_error"),
+    ({"limit": {"loss": 2}}, "some of criterion_ratio, calibrated_ratio"),
     ({"budget": 0.5}, "budget mean_bits is 0.5: the smallest candidate takes"),
     ({"budget": -1}, "budget mean_bits is -1: a number above 0"),
     ({"limit": 1.01, "learn": -1}, "learn is -1"),

@@ -85,7 +85,10 @@ def test_small_changes_are_predicted(name):
         batch[i : i + 8] for batch in measurements.batches() for i in range(0, len(batch), 8)
     ]
     model, criterion = measurements.model, measurements.criterion
-    draws = [score_options(model, criterion, batches, quantized, seed=s) for s in range(4)]
+    gain = measurements.original.gain or 1.0
+    draws = [
+        score_options(model, criterion, batches, quantized, gain=gain, seed=s) for s in range(4)
+    ]
     off = []
     for n, some in keys.items():
         for i, key in enumerate(some):

@@ -11,7 +11,6 @@ from scipy import stats
 from quantifind.certification.measures import MEASURES
 from quantifind.certification.tails import change_skewness, excess_error, tail_warning
 
-
 RATIOS = {name: measure.needs for name, measure in MEASURES.items() if measure.ratio}
 
 

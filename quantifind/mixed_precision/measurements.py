@@ -181,8 +181,13 @@ class Measurements:
         self,
         candidates: Mapping[str, Quantized],
         examples: int | None = None,
+        *,
+        gains: bool = True,
     ) -> dict[str, Columns]:
-        """The `columns` of several candidates by their keys, measured by the workers."""
+        """The `columns` of several candidates by their keys, measured by the workers.
+
+        gains: whether with ``scaled_loss``, which is most of what is kept of an example.
+        """
         wanted = self.evaluator.aligned(self.examples if examples is None else examples)
         kept = {key: self._kept(key) for key in candidates}
         taken = {key: self._taken(key) for key in candidates}
@@ -199,7 +204,7 @@ class Measurements:
             for (done, _), keys in groups.items()
             for first, last in self._spans(done, wanted, shares, len(keys))
         ]
-        tasks = [([candidates[key] for key in keys], *span) for keys, *span in spans]
+        tasks = [([candidates[key] for key in keys], *span, gains) for keys, *span in spans]
         measured = self.workers.map(_measure, self, tasks)
         for (keys, *_), (columns, examples_taken) in zip(spans, measured, strict=True):
             for key, fresh in zip(keys, columns, strict=True):
@@ -281,10 +286,10 @@ def _alone(quantized: Quantized) -> str | None:
 
 
 def _measure(
-    measurements: Measurements, task: tuple[Sequence[Quantized], int, int]
+    measurements: Measurements, task: tuple[Sequence[Quantized], int, int, bool]
 ) -> tuple[list[Columns], float]:
     """Their columns, and how many examples went through the network for them."""
-    (candidates, *span), evaluator = task, measurements.evaluator
+    (candidates, *span, gains), evaluator = task, measurements.evaluator
     name, beside, before = _alone(candidates[0]), measurements.original, evaluator.taken
     if name is None:
         measured = [evaluator.outcome(q, *span, beside=beside) for q in candidates]
@@ -292,10 +297,8 @@ def _measure(
         parts = [quantized.tensors[name] for quantized in candidates]
         measured = evaluator.one_tensor(name, parts, *span, beside=beside)
     columns = [columns_of(one) for one in measured]
-    if name is not None:  # of one tensor the divergence is all that is asked for
-        for one in columns:
-            one.pop("scaled_loss", None)
     for one in columns:
         if "scaled_loss" in one:
-            one["scaled_loss"] = one["scaled_loss"].astype(np.float32)
+            losses = one.pop("scaled_loss")
+            one |= {"scaled_loss": losses.astype(np.float32)} if gains else {}
     return columns, evaluator.taken - before

@@ -22,6 +22,7 @@ from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.console import progress
+from quantifind.utils.naming import NotFinite
 
 # candidates of learning at most
 LEARNED = 4
@@ -60,6 +61,8 @@ def gptq_sequentially(candidates: Candidates) -> None:
             strategies = [allocation.strategy(a) for a in assignments[first : first + FITTED]]
             fitted = _sequential(candidates.measurements, strategies)
             for strategy, quantized in zip(strategies, fitted, strict=True):
+                if quantized is None:
+                    continue
                 (row,) = candidates.measure([candidates.trial("sequential", strategy, quantized)])
                 row = adjust_scales(candidates, row)
                 step(note(row))
@@ -68,24 +71,30 @@ def gptq_sequentially(candidates: Candidates) -> None:
                     return
 
 
-def _sequential(measurements: Measurements, strategies: Sequence[Strategy]) -> list[Quantized]:
-    """Strategies quantized by the workers, or as they are kept."""
+def _sequential(
+    measurements: Measurements, strategies: Sequence[Strategy]
+) -> list[Quantized | None]:
+    """Strategies quantized by the workers, or as they are kept; None where what comes before a
+    layer has lost so much that its inputs are no numbers (test_a_loss_that_is_nan_is_no_answer)."""
     keys = [f"sequential codes {choices_key(strategy)}" for strategy in strategies]
     missing = [i for i, key in enumerate(keys) if measurements.store.get(key) is None]
     made = measurements.workers.map(_quantize, measurements, [strategies[i] for i in missing])
     for i, quantized in zip(missing, made, strict=True):
-        measurements.store.put(keys[i], *artifact.pack(quantized))
+        if quantized is not None:
+            measurements.store.put(keys[i], *artifact.pack(quantized))
     return [_stored(measurements.store, key) for key in keys]
 
 
-def _quantize(measurements: Measurements, strategy: Strategy) -> Quantized:
-    return quantize(measurements.model, strategy, measurements.calibration)
+def _quantize(measurements: Measurements, strategy: Strategy) -> Quantized | None:
+    try:
+        return quantize(measurements.model, strategy, measurements.calibration)
+    except NotFinite:
+        return None
 
 
-def _stored(store: Store, key: str) -> Quantized:
+def _stored(store: Store, key: str) -> Quantized | None:
     entry = store.get(key)
-    assert entry is not None
-    return artifact.unpack(*entry)
+    return None if entry is None else artifact.unpack(*entry)
 
 
 def add_safer_allocations(candidates: Candidates) -> None:
@@ -127,8 +136,8 @@ def learn_allocations(candidates: Candidates, epochs: float, labels: bool) -> No
                 break
             if assignment not in learned:
                 row = _learn(candidates, allocation.strategy(assignment, groups), epochs, labels)
-                learned[assignment] = goal.keeps(row)
-                step(note(row))
+                learned[assignment] = row is not None and goal.keeps(row)
+                step("" if row is None else note(row))
             if goal.budget is None:
                 low, high = (low, target) if learned[assignment] else (target, high)
 
@@ -145,14 +154,17 @@ def _learnable(candidates: Candidates, option: Option) -> bool:
     return True
 
 
-def _learn(candidates: Candidates, strategy: Strategy, epochs: float, labels: bool) -> Row:
+def _learn(candidates: Candidates, strategy: Strategy, epochs: float, labels: bool) -> Row | None:
     measurements = candidates.measurements
     start = Strategy(
         {name: None if c is None else _to_begin_with(c) for name, c in strategy.tensors.items()},
         strategy.activations,
         strategy.folded,
     )
-    quantized = _learned(measurements, start, epochs, labels)
+    try:
+        quantized = _learned(measurements, start, epochs, labels)
+    except NotFinite:
+        return None
     learned = Strategy(
         {
             name: None if c is None else Choice.of({**c.plain(), "rounding": "learned"})
@@ -211,4 +223,6 @@ def _learned(measurements: Measurements, start: Strategy, epochs: float, labels:
         store.put(key, *artifact.pack(quantized))
     if resume is not None:
         shutil.rmtree(resume, ignore_errors=True)
-    return _stored(store, key)
+    learned = _stored(store, key)
+    assert learned is not None
+    return learned

@@ -157,7 +157,7 @@ def measure_options(
                     )
                     for key in some
                 }
-                columns = measurements.all_columns(candidates, examples)
+                columns = measurements.all_columns(candidates, examples, gains=False)
                 measured |= {key: columns[f"alone {key}"] for key in some}
             left = [key for key in going_on if not _precise(measured[key], precision)]
             if examples >= measurements.examples:

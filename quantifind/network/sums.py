@@ -10,6 +10,7 @@ from torch import Tensor
 from quantifind.network.parts import Part
 from quantifind.tensor.gptq import Moments
 from quantifind.tensor.matrices import Matrices
+from quantifind.utils.naming import NotFinite
 
 # elements of few positions that wait to be multiplied together with others
 WAITING = 2**18
@@ -131,7 +132,7 @@ def moments_of(parts: Iterable[PartSums], weight: Tensor) -> dict[Matrices, Mome
                 squares = sums.met.done()[index]
                 total = sums.met.sums[index].total
                 if not total.isfinite().all():
-                    raise ValueError("its inputs on calibration data are NaN or infinite")
+                    raise NotFinite("its inputs on calibration data are NaN or infinite")
                 # what the weight makes of its inputs, if nothing else is wanted
                 if sums.outputs is None:
                     made = list(block.of(weight.detach()).double() @ total)

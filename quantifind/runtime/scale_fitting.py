@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantifind.metrics import divergences, judged
+from quantifind.metrics import judged
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
 from quantifind.network.memory import view_places
@@ -22,6 +22,7 @@ from quantifind.tensor.stored_scales import stored_scale
 from quantifind.utils.batches import Batch, joined
 from quantifind.utils.criteria import Criterion, aligned, values_of
 from quantifind.utils.devices import device_of, evaluating
+from quantifind.utils.divergences import divergences
 from quantifind.utils.naming import first_line
 
 # times through the training examples at most, and of the logarithm of a factor the first steps

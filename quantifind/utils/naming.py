@@ -4,13 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class NotFinite(ValueError):
+    """Of what comes to NaN or infinity."""
+
+
 @contextmanager
 def naming(what: str) -> Iterator[None]:
     """Within it, a ValueError's text begins with ``what``; the error itself is its cause."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+        kind = NotFinite if isinstance(error, NotFinite) else ValueError
+        raise kind(f"{what}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:
