@@ -34,6 +34,8 @@ from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
 from quantifind.utils.loaders import Loaders
 from quantifind.workflow.evaluation_workflow import compare
+from quantifind.workflow.train_workflow import train_network
+from stages.networks import Context, create_network
 from stages.params import read_params
 
 ROOT = Path(__file__).parent.parent
@@ -84,12 +86,32 @@ def trained(network: str) -> tuple[nn.Module, nn.Module]:
     return net.eval(), criterion
 
 
-def loaders(network: str) -> Loaders:
-    """The loaders of train, validation and test that the pipeline prepares for it."""
+def newly_trained(
+    network: str, *, seed: int | None = None, split: int | None = None
+) -> tuple[Context, Loaders, pd.DataFrame]:
+    """A network trained here, as the pipeline trains it: what it is made of, the loaders that it
+    has seen, and the history of the epochs.
+
+    seed, split: of the weights it begins with, and of the splits and the order of the examples; by
+    default those of params.yaml.
+    """
+    params = read_params(ROOT / "params.yaml")
+    entry, splits = params.models[network], loaders(network, seed=split)
+    torch.manual_seed(params.seed if seed is None else seed)
+    made = create_network(entry.network, entry.options, {})
+    how: Any = {"epochs": entry.epochs, "decay": entry.decay, "forward": made.forward}
+    return made, splits, train_network(*made[:3], *splits[:2], **how)
+
+
+def loaders(network: str, *, seed: int | None = None) -> Loaders:
+    """The loaders of train, validation and test that the pipeline prepares for it.
+
+    seed: of the splits and the order of training data, by default that of params.yaml.
+    """
     params = read_params(ROOT / "params.yaml")
     entry = params.models[network]
     create = plugins.load("data", entry.data, "create_dataloaders")
-    return create(batch_size=entry.batch_size, seed=params.seed)
+    return create(batch_size=entry.batch_size, seed=params.seed if seed is None else seed)
 
 
 def measure(network: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from quantifind.quantize import quantize
+from quantifind.runtime.control import Control
 from quantifind.runtime.student import Student, class_labels
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import (
@@ -50,6 +51,7 @@ SECONDS = 600.0
 KEPT = ("work", "began_with", "epoch_began", "random_state", "done", "within")
 # whose order follows from the random state
 SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+Made = TypeVar("Made", bound=Student)
 
 
 def learn(
@@ -97,6 +99,58 @@ def learn(
         work, outputs that are not finite or, with ``micro_batch``, depend on a batch's other
         examples, and as `quantifind.quantize.quantize`.
     """
+    made = _trained(
+        Student,
+        model,
+        strategy,
+        loader,
+        epochs=epochs,
+        calibration=calibration,
+        forward=forward,
+        temperature=temperature,
+        label_weight=label_weight,
+        learning_rate=learning_rate,
+        micro_batch=micro_batch,
+        checkpoints=checkpoints,
+        seed=seed,
+    )
+    return made.quantized()
+
+
+def train_control(
+    model: nn.Module, strategy: Strategy | Quantized, loader: Iterable[Any], **recipe: Any
+) -> nn.Module:
+    """Train a network's float weights further, as `learn` trains codes; ``model`` is intact.
+
+    What is learned from labels is trained further, too: its loss beside the control's is what
+    quantization costs it, beside ``model``'s it is both together.
+
+    strategy: whose codes learn; those of its parameters that it quantizes are trained.
+    loader: as `learn` takes it; examples, their order and their blends are the same.
+    recipe: what else `learn` was given.
+    Returns: a copy in eval mode.
+    Raises: ValueError as `learn`; where the training diverges, naming the batch.
+    """
+    return _trained(Control, model, strategy, loader, **recipe).trained()
+
+
+def _trained(
+    kind: type[Made],
+    model: nn.Module,
+    strategy: Strategy | Quantized,
+    loader: Iterable[Any],
+    *,
+    epochs: float,
+    calibration: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    temperature: float = 1.0,
+    label_weight: float = 0.0,
+    learning_rate: float | None = None,
+    micro_batch: int | None = None,
+    checkpoints: Path | str | None = None,
+    seed: int = 0,
+) -> Made:
+    """A student of a kind, trained; the arguments are those of `learn`."""
     learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
     _check_number("label_weight", label_weight, zero=True)
     _check_number("epochs", epochs)
@@ -107,8 +161,11 @@ def learn(
     batches = length_of(loader)
     if batches == 0:
         raise ValueError("the loader has no batches")
-    given = artifact.pack(strategy) if isinstance(strategy, Quantized) else [strategy.choices]
-    work = fingerprint(model, [epochs, temperature, label_weight, learning_rate, seed], *given)
+    given = artifact.pack(strategy) if isinstance(strategy, Quantized) else (strategy.choices,)
+    given = (*given, *([] if kind is Student else [kind.__name__]))
+    work = fingerprint(
+        model, [epochs, temperature, label_weight, learning_rate, seed, kind.__name__], *given
+    )
     kept = _kept(checkpoints, work)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
@@ -118,7 +175,7 @@ def learn(
         if calibration is None:
             calibration = [copied(batch) for batch in islice(loader, CALIBRATION_BATCHES)]
         start = quantize(model, strategy, calibration, forward=forward)
-        student = Student(model, start, temperature, label_weight, micro_batch)
+        student = kind(model, start, temperature, label_weight, micro_batch)
         optimizer = student.optimizer(learning_rate)
         keeping = _Keeping(checkpoints, loader, student, optimizer, work, began_with)
         if kept is not None:
@@ -129,7 +186,7 @@ def learn(
                 epoch = keeping.left(batches_of(loader, model, forward=forward))
                 _epoch(keeping, epoch, epochs * batches, step)
                 keeping.end_epoch()
-        return student.quantized()
+        return student
 
 
 def fit_temperature(
