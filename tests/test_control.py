@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantifind.learning import learn, train_control
+from quantifind.quantize import quantize, quantize_model
 from quantifind.runtime import student as students
+from quantifind.search import find_strategy
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.loaders import Tensors, batch_loader
+from quantifind.workflow.evaluation_workflow import matched_ratio
 
 RATE, SEED = 3e-3, 3
 
@@ -21,8 +24,8 @@ def network():
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)).eval()
 
 
-def training():
-    x = torch.randn(256, 6, generator=torch.Generator().manual_seed(1))
+def training(seed=1):
+    x = torch.randn(256, 6, generator=torch.Generator().manual_seed(seed))
     return batch_loader(Tensors(x, x[:, :4].argmax(1)), batch_size=32, shuffle=True, seed=0)
 
 
@@ -84,5 +87,51 @@ def test_what_stays_in_float_is_not_trained():
 
 def test_a_control_that_diverges_is_said():
     net = network()
-    with pytest.raises(ValueError, match="the loss became .* by batch"):
+    with pytest.raises(ValueError, match=r"the loss became .* by batch"):
         train_control(net, uniform_strategy(net, 2), training(), epochs=2, learning_rate=1e30)
+
+
+@torch.no_grad()
+def test_the_matched_ratio_is_one_mean_loss_over_the_other():
+    net, other, judged = network(), network(), training(2)
+    other[3].bias[0] += 0.3
+    quantized = quantize(net, uniform_strategy(net, 3))
+    found = matched_ratio(net, other, quantized, judged, nn.CrossEntropyLoss(), confidence=0.9)
+    x, y = judged.dataset.tensors
+    nets = (net, other, quantize_model(net, quantized))
+    plain, control, rounded = (F.cross_entropy(one(x), y).item() for one in nets)
+    assert found["matched_ratio"] == pytest.approx(rounded / control)
+    assert found["control_ratio"] == pytest.approx(control / plain)
+    for name in ("matched_ratio", "control_ratio"):
+        assert found[f"{name}_low"] < found[name] < found[f"{name}_bound"] < found[f"{name}_high"]
+
+
+def test_a_search_with_labels_has_the_control_of_what_it_trained(tmp_path, monkeypatch):
+    net, train, criterion = network(), training(), nn.CrossEntropyLoss()
+    val = batch_loader(training(2).dataset, batch_size=64, shuffle=False, seed=0)
+    how = {"limit": 1.5, "labels": True, "folder": tmp_path, "widths": [1, 2], "effort": 60}
+    found = find_strategy(net, train, val, criterion, learn=1, **how)
+    assert "trained" in set(found.candidates["answer"])
+    x, y = val.dataset.tensors
+    with torch.no_grad():
+        nets = (found.control.network(net), net)
+        losses = [F.cross_entropy(one(x), y).item() for one in nets]
+    assert found.control.ratio == pytest.approx(losses[0] / losses[1], rel=1e-4)
+    assert "float weights trained further by the same recipe" in str(found.control)
+
+    monkeypatch.setattr("quantifind.mixed_precision.matched.train_control", diverged)
+    kept = find_strategy(net, train, val, criterion, learn=1, **how).control
+    assert kept.ratio == found.control.ratio
+    assert all(torch.equal(kept.weights[name], w) for name, w in found.control.weights.items())
+    other = find_strategy(net, train, val, criterion, learn=0.5, **how).control
+    assert math.isnan(other.ratio)
+    assert not other.weights
+    assert str(other) == (
+        "The control's training diverged (the loss became nan by batch 7): there is no matched "
+        "ratio"
+    )
+    assert find_strategy(net, train, val, criterion, **how).control is None  # nothing is trained
+
+
+def diverged(*_args, **_kwargs):
+    raise ValueError("the loss became nan by batch 7")

@@ -15,6 +15,7 @@ from quantifind.certification.race import hopeless
 from quantifind.costs import model_bytes
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.knapsack import Assignment
+from quantifind.mixed_precision.matched import Control
 from quantifind.mixed_precision.measurements import Columns, Measurements
 from quantifind.quantize import mean_bits
 from quantifind.strategy import Strategy
@@ -51,6 +52,7 @@ class Candidates:
     confidence: of the bounds.
     rows: by key, those to choose among.
     assignments: by `choices_key`, of allocated candidates.
+    control: of those that were trained further.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Candidates:
         self.goal, self.confidence = allocation.goal, confidence
         self.rows: dict[str, Row] = {}
         self.assignments: dict[str, Assignment] = {}
+        self.control: Control | None = None
         self._best_losses: np.ndarray | None = None
 
     def trial(self, origin: str, strategy: Strategy, quantized: Quantized) -> Trial:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from quantifind.certification.goal import Goal, ladder
 from quantifind.mixed_precision.candidates import Candidates, Row
+from quantifind.mixed_precision.matched import Control
 from quantifind.mixed_precision.passes import Passes
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
@@ -37,6 +38,8 @@ class Found:
     criterion, forward: by which it was judged, as `find_strategy` was given them.
     temperature: what the float network's logits are divided by for the calibrated ratio, fitted to
         validation data; None where there are none.
+    control: float weights that had the training of the codes that learned from labels; None where
+        none did.
     """
 
     strategy: Strategy
@@ -49,6 +52,7 @@ class Found:
     criterion: Any = None
     forward: Forward | None = None
     temperature: float | None = None
+    control: Control | None = None
 
     def __iter__(self) -> Iterator[Any]:
         """What most ask for: ``quantized, candidates = find_strategy(…)``."""
@@ -101,6 +105,7 @@ def found_by(
         criterion,
         forward,
         None if gain is None else 1 / gain,
+        candidates.control,
     )
 
 

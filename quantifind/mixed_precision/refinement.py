@@ -3,7 +3,10 @@ learned."""
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -13,6 +16,7 @@ from quantifind.learning import learn as learn_codes
 from quantifind.mixed_precision.adjusted_scales import adjust_scales
 from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
 from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
+from quantifind.mixed_precision.matched import Control, control_of
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.quantize import quantize
 from quantifind.storage import artifact
@@ -21,7 +25,7 @@ from quantifind.storage.store import Store, fingerprint
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized
-from quantifind.utils.console import progress
+from quantifind.utils.console import console, progress
 from quantifind.utils.naming import NotFinite
 
 # candidates of learning at most
@@ -118,6 +122,11 @@ def learn_allocations(candidates: Candidates, epochs: float, labels: bool) -> No
     """Learn the codes of few-bit allocations: at the budget and below it; or, for a limit, where
     halving the ratio of the best cost to the cheapest leads."""
     allocation, goal, best = candidates.allocation, candidates.goal, candidates.best()
+    criterion = candidates.measurements.criterion
+    if labels and not isinstance(criterion, LABELLED):
+        names = " and ".join(kind.__name__ for kind in LABELLED)
+        console.print(f"Labels are learned with {names} alone: codes follow the outputs")
+        labels = False
     groups = [
         pareto([o for o in options if _learnable(candidates, o)]) or group[-1:]
         for options, group in zip(allocation.options, allocation.groups, strict=True)
@@ -140,6 +149,12 @@ def learn_allocations(candidates: Candidates, epochs: float, labels: bool) -> No
                 step("" if row is None else note(row))
             if goal.budget is None:
                 low, high = (low, target) if learned[assignment] else (target, high)
+    keeping = [assignment for assignment, keeps in learned.items() if keeps]
+    if labels and keeping:
+        # the same tensors are trained, of how many bits the codes may be
+        start = _begun(allocation.strategy(keeping[-1], groups))
+        candidates.control = _control(candidates.measurements, start, epochs)
+        console.print(f"{candidates.control}", markup=False, highlight=False)
 
 
 def _learnable(candidates: Candidates, option: Option) -> bool:
@@ -156,11 +171,7 @@ def _learnable(candidates: Candidates, option: Option) -> bool:
 
 def _learn(candidates: Candidates, strategy: Strategy, epochs: float, labels: bool) -> Row | None:
     measurements = candidates.measurements
-    start = Strategy(
-        {name: None if c is None else _to_begin_with(c) for name, c in strategy.tensors.items()},
-        strategy.activations,
-        strategy.folded,
-    )
+    start = _begun(strategy)
     try:
         quantized = _learned(measurements, start, epochs, labels)
     except NotFinite:
@@ -179,6 +190,12 @@ def _learn(candidates: Candidates, strategy: Strategy, epochs: float, labels: bo
     return row
 
 
+def _begun(strategy: Strategy) -> Strategy:
+    """What learning begins with."""
+    tensors = {n: None if c is None else _to_begin_with(c) for n, c in strategy.tensors.items()}
+    return Strategy(tensors, strategy.activations, strategy.folded)
+
+
 def _to_begin_with(choice: Choice) -> Choice:
     """±½ and ±1½ waste no level, which learned codes make use of."""
     if choice.rounding == "nearest" or choice.bits != 2 or choice.scheme != "uniform":
@@ -189,40 +206,63 @@ def _to_begin_with(choice: Choice) -> Choice:
 
 def _learned(measurements: Measurements, start: Strategy, epochs: float, labels: bool) -> Quantized:
     """The codes that a strategy learns, or as they are kept."""
-    labels = labels and isinstance(measurements.criterion, LABELLED)
-    label_weight, temperature = LABEL_WEIGHT if labels else 0.0, 1.0
-    if labels:
-        # a network trained to the end is overconfident, and so would its followers be; by training
-        # data, which is all that learning sees
-        temperature = fit_temperature(measurements.model, measurements.calibration)
-    loader, store = measurements.train_loader, measurements.store
-    dataset = getattr(loader, "dataset", None)
-    whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
-    options = [epochs, temperature, label_weight, LEARNING_RATE]
-    key = f"learned codes {fingerprint(*options, *whole)} {choices_key(start)}"
-    resume = None if store.folder is None else store.folder / f"learning-{fingerprint(key)[:16]}"
+    key, recipe = _recipe(measurements, epochs, labels)
+    key, store = f"learned codes {key} {choices_key(start)}", measurements.store
+    recipe["checkpoints"] = resume = _resumed(store, key)
     if store.get(key) is None:
-        # each candidate sees the same order: test_a_killed_learning_search_goes_on
-        before = random_state(loader)
-        try:
-            quantized = learn_codes(
-                measurements.model,
-                start,
-                loader,
-                epochs=epochs,
-                calibration=measurements.calibration,
-                forward=measurements.forward,
-                temperature=temperature,
-                label_weight=label_weight,
-                learning_rate=LEARNING_RATE,
-                checkpoints=resume,
-                seed=measurements.seed,
-            )
-        finally:
-            set_random_state(before, loader)
+        loader = measurements.train_loader
+        with _in_order(loader):
+            quantized = learn_codes(measurements.model, start, loader, **recipe)
         store.put(key, *artifact.pack(quantized))
     if resume is not None:
         shutil.rmtree(resume, ignore_errors=True)
     learned = _stored(store, key)
     assert learned is not None
     return learned
+
+
+def _control(measurements: Measurements, start: Strategy, epochs: float) -> Control:
+    """What becomes of float weights by the recipe of codes that learn from labels."""
+    key, recipe = _recipe(measurements, epochs, True)
+    trained = sorted(name for name, choice in start.tensors.items() if choice is not None)
+    key = f"control {key} {fingerprint(trained, start.folded)}"
+    recipe["checkpoints"] = _resumed(measurements.store, key)
+    with _in_order(measurements.train_loader):
+        return control_of(measurements, start, key, recipe)
+
+
+def _recipe(measurements: Measurements, epochs: float, labels: bool) -> tuple[str, dict[str, Any]]:
+    """What `quantifind.learning.learn` is given, and a key of it and of the data."""
+    label_weight, temperature = LABEL_WEIGHT if labels else 0.0, 1.0
+    if labels:
+        # a network trained to the end is overconfident, and so would its followers be; by training
+        # data, which is all that learning sees
+        temperature = fit_temperature(measurements.model, measurements.calibration)
+    dataset = getattr(measurements.train_loader, "dataset", None)
+    whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
+    options = [epochs, temperature, label_weight, LEARNING_RATE]
+    recipe = {
+        "epochs": epochs,
+        "calibration": measurements.calibration,
+        "forward": measurements.forward,
+        "temperature": temperature,
+        "label_weight": label_weight,
+        "learning_rate": LEARNING_RATE,
+        "seed": measurements.seed,
+    }
+    return fingerprint(*options, *whole), recipe
+
+
+def _resumed(store: Store, key: str) -> Path | None:
+    """Where a learning that was killed goes on."""
+    return None if store.folder is None else store.folder / f"learning-{fingerprint(key)[:16]}"
+
+
+@contextmanager
+def _in_order(loader: Iterable[Any]) -> Iterator[None]:
+    """Each learning sees the same order: test_a_killed_learning_search_goes_on."""
+    before = random_state(loader)
+    try:
+        yield
+    finally:
+        set_random_state(before, loader)

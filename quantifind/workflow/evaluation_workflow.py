@@ -17,7 +17,7 @@ from quantifind.certification.measures import MEASURES, degradation
 from quantifind.metrics import Outcome, columns_of, compared
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.folding import Pairs, prepared
-from quantifind.quantize import mean_bits, quantize
+from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy, uniform_strategy
@@ -276,6 +276,36 @@ def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) 
     """
     measured = compared(quantized, original.calibrated())
     return _row(measured, original.criterion, confidence)
+
+
+def matched_ratio(
+    model: nn.Module,
+    control: nn.Module,
+    quantized: Quantized,
+    test_loader: Iterable[Any],
+    criterion: Any,
+    *,
+    forward: Forward | None = None,
+    confidence: float = 0.95,
+) -> dict[str, float]:
+    """What was trained further beside float weights that had the same training.
+
+    model: that both began with.
+    control: as `quantifind.learning.train_control` gives it.
+    quantized: what learned from labels.
+    test_loader, criterion, forward, confidence: as `evaluate_strategies` takes them.
+    Returns: ``matched_ratio``, the quantized network's loss over the control's, with ``…_low``,
+    ``…_high`` and ``…_bound``; ``control_ratio``, the control's loss over the model's, likewise.
+    """
+    batches = Evaluator(model, test_loader, criterion, forward=forward).given_batches()
+    nets = (model, control, quantize_model(model, quantized))
+    judged = [Evaluator(net, batches, criterion).outcome() for net in nets]
+    found = {}
+    for name, pair in (("matched", (judged[2], judged[1])), ("control", (judged[1], judged[0]))):
+        row = compare(*pair, confidence=confidence)
+        for end in ("", "_low", "_high", "_bound"):
+            found[f"{name}_ratio{end}"] = row[f"criterion_ratio{end}"]
+    return found
 
 
 def _row(
