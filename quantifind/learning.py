@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from quantifind.quantize import quantize
-from quantifind.runtime.control import Control
+from quantifind.runtime.control import FloatStudent
 from quantifind.runtime.student import Student, class_labels
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import (
@@ -131,7 +131,7 @@ def train_control(
     Returns: a copy in eval mode.
     Raises: ValueError as `learn`; where the training diverges, naming the batch.
     """
-    return _trained(Control, model, strategy, loader, **recipe).trained()
+    return _trained(FloatStudent, model, strategy, loader, **recipe).trained()
 
 
 def _trained(

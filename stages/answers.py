@@ -27,6 +27,7 @@ def recommend(
     budget: Mapping[str, float] | None = None,
     look: Look,
     confidence: float = 0.95,
+    control: str | None = None,
     bits_interval: tuple[float, float],
 ) -> dict[str, Any]:
     """The answer of a search, judged on test data.
@@ -42,6 +43,7 @@ def recommend(
     budget: what was searched for, if it was no limit.
     look: which one it is of the ladders that were judged on the test split.
     confidence: of all looks together; and of the intervals, and of what is certified alone.
+    control: of what was trained further, what is said of float weights that had its training.
     bits_interval: as `quantifind.certification.resampling.bits_interval` has it, for this look.
     Returns: plain values; ``certified`` is the last strategy of the ladder that passes at the level
     of the look when it is walked from the top, or None; ``certified_alone`` likewise, were this the
@@ -63,6 +65,7 @@ def recommend(
         "certified_bits": dict(zip(("low", "high"), map(_known, bits_interval), strict=True)),
         "certified_alone": _facts(rows[alone - 1], limits) if alone else None,
         "chosen": _facts(rows[chosen], limits),
+        "control": control if _facts(rows[best], limits)["answer"] == "trained" else None,
         "certified_uniform_depth": int(uniform["bit_depth"].iloc[depths - 1]) if depths else None,
         **{
             kind: {name: words_of(choice) for name, choice in choices[best][kind].items()}
@@ -107,6 +110,19 @@ def _facts(row: Mapping[Any, Any], limits: Mapping[str, float]) -> dict[str, Any
         "change_skewness": _known(row["change_skewness"]),
         "examples": int(row["examples"]),
         "measures": measures,
+        "matched": _matched(row),
+    }
+
+
+def _matched(row: Mapping[Any, Any]) -> dict[str, Any] | None:
+    """The ratios to float weights that had the same training, and of these; None where there are
+    none."""
+    if not math.isfinite(row.get("matched_ratio", math.nan)):
+        return None
+    return {
+        name: {"value": float(row[name])}
+        | {end: float(row[f"{name}_{end}"]) for end in ("low", "high", "bound")}
+        for name in ("matched_ratio", "control_ratio")
     }
 
 
@@ -165,7 +181,9 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
             f"{best['look_bound']:.4g}; on validation data, which chose it, it was "
             f"{best['on_validation']:.4g}."
         )
-    lines += ["", f"This answer is {ANSWERS[best['answer']]}.", "", _looks(answer)]
+    lines += ["", f"This answer is {ANSWERS[best['answer']]}."]
+    lines += ["", _control(answer["control"], best["matched"])] if answer["control"] else []
+    lines += ["", _looks(answer)]
     skewness = best["change_skewness"]
     warning = "" if skewness is None else tail_warning(skewness, best["examples"])
     lines += ["", warning] if warning else []
@@ -188,6 +206,20 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
         *(f"| input of {name} | {words} |" for name, words in answer["activations"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _control(said: str, matched: Mapping[str, Mapping[str, float]] | None) -> str:
+    """What the same training makes of float weights, and what quantization costs beside them."""
+    if matched is None:
+        return f"{said}."
+    control, ratio = (
+        f"{matched[name]['value']:.4g} [{matched[name]['low']:.4g}, {matched[name]['high']:.4g}]"
+        for name in ("control_ratio", "matched_ratio")
+    )
+    return (
+        f"{said}; on test data {control}. Beside them, which had all that this answer had but the "
+        f"quantization, its loss is **{ratio}** times as large (matched ratio)."
+    )
 
 
 def _looks(answer: Mapping[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from quantifind.certification.goal import answer_of
 from quantifind.certification.measures import calibrated, degradation
 from quantifind.certification.resampling import bits_interval
 from quantifind.certification.tails import change_skewness
 from quantifind.strategy import Strategy
-from quantifind.workflow.evaluation_workflow import evaluate_strategies
+from quantifind.workflow.evaluation_workflow import evaluate_strategies, matched_ratios
 from stages import files, ladder, looks, networks
 from stages.answers import in_words, mark_certified, recommend, summarize
 from stages.params import Params
@@ -48,6 +49,15 @@ def main(params: Params) -> None:
         found[f"{measure}_look_bound"] = [row[f"{measure}_bound"] for row in again]
     found["change_skewness"] = [change_skewness(c, next(iter(asked))) for c in columns]
     found["examples"] = [len(c["loss"]) for c in columns]
+    control = ladder.read_control()
+    if control is not None and not control.fault:
+        trained = [
+            one if answer_of(origin) == "trained" else None
+            for one, origin in zip(columns, facts["origin"], strict=True)
+        ]
+        options: Any = {"forward": made.forward, "confidence": confidence}
+        beside = matched_ratios(trained, control.network(net), test, criterion, **options)
+        found = found.join(beside)
     frontier = found.join(facts.add_prefix("validation_"))
     answer = recommend(
         frontier,
@@ -57,6 +67,7 @@ def main(params: Params) -> None:
         budget=params.search.budget,
         look=look,
         confidence=confidence,
+        control=None if control is None else f"{control}",
         bits_interval=bits_interval(
             columns, list(found["mean_bits"]), asked, confidence=look.confidence
         ),

@@ -44,6 +44,8 @@ UNIFORM = Path("out/strategies/uniform.json")
 LADDER = Path("out/strategies/ladder.json")
 # the limits of the search, by measure
 LIMITS = Path("out/strategies/limits.json")
+# float weights that had the training of what learned from labels
+CONTROL = Path("out/strategies/control.safetensors")
 MEASURED = Path("out/search")
 METRICS = Path("metrics")
 PLOTS = Path("plots")

@@ -1,10 +1,14 @@
-"""The ladder of a search as files: what each strategy chose, its facts, and its packed codes."""
+"""The ladder of a search as files: what each strategy chose, its facts, and its packed codes; the
+control of what was trained further."""
 
+import json
 import math
 from pathlib import Path
 
 import pandas as pd
 
+from quantifind.network.folding import checked_pairs
+from quantifind.runtime.control import Control
 from quantifind.storage import artifact
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
@@ -38,6 +42,30 @@ def read_ladder() -> tuple[list[Strategy], list[Quantized], pd.DataFrame]:
         # what JSON does not have: test_numbers_that_are_none_come_back_as_missing
         facts.append({k: math.nan if v is None else v for k, v in step["facts"].items()})
     return strategies, quantized, pd.DataFrame(facts)
+
+
+def write_control(control: Control | None) -> None:
+    """Write the control of what was trained further, where there is one.
+
+    control: of a search.
+    """
+    if control is not None:
+        ratio = None if control.fault else control.ratio
+        facts = {"folded": control.folded, "ratio": ratio, "fault": control.fault}
+        files.write_tensors(files.CONTROL, dict(control.weights), {"facts": json.dumps(facts)})
+
+
+def read_control() -> Control | None:
+    """What `write_control` wrote; None where nothing was trained further.
+
+    Raises: ValueError where the file is not whole; OSError where it can't be read.
+    """
+    if not files.CONTROL.exists():
+        return None
+    facts = json.loads(files.read_facts(files.CONTROL)["facts"])
+    folded, ratio = checked_pairs(facts["folded"]), facts["ratio"]
+    weights = files.read_tensors(files.CONTROL)
+    return Control(weights, folded, math.nan if ratio is None else ratio, facts["fault"])
 
 
 def codes_of(number: int) -> Path:

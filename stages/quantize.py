@@ -45,6 +45,7 @@ def main(params: Params) -> None:
     files.write_json(files.UNIFORM, [strategy.choices for strategy in uniform])
     files.write_json(files.LIMITS, dict(found.goal.limits))
     ladder.write_ladder(found.ladder)
+    ladder.write_control(found.control)
 
 
 def weight_errors(model: nn.Module, strategies: Sequence[Strategy]) -> pd.DataFrame:

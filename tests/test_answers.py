@@ -129,6 +129,7 @@ def test_the_last_one_passed_is_certified(bounds, certified):
                     "on_validation": pytest.approx(bounds[best] - 0.003),
                 }
             },
+            "matched": None,
         }
 
 
@@ -224,6 +225,30 @@ def test_the_interval_of_the_bits_in_words(interval, words):
         None if end == math.inf else end for end in interval
     ]
     assert f"(bootstrap), {words} would be certified" in in_words(answer, "net")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("diverged", [True, False])
+def test_what_was_trained_stands_beside_its_control(trained, diverged):
+    found = judged([1.0, 1.005], chosen=1)
+    found["validation_origin"] = ["sequential", "trained 12 epochs" if trained else "allocated"]
+    if not diverged:
+        for name, value in (("matched_ratio", 1.091), ("control_ratio", 0.841)):
+            for end, away in (("", 0.0), ("_low", -0.05), ("_high", 0.05), ("_bound", 0.04)):
+                found[f"{name}{end}"] = [math.nan, value + away if trained else math.nan]
+    answer = recommend(
+        found,
+        depths({8: 1.0}),
+        choices(2),
+        limits={"criterion_ratio": 1.01},
+        look=LOOK,
+        control="What the control has",
+        bits_interval=(2.0, 6.0),
+    )
+    page = in_words(json.loads(json.dumps(answer)), "net")
+    assert ("What the control has" in page) == trained
+    both = "on test data 0.841 [0.791, 0.891]", "**1.091 [1.041, 1.141]**"
+    assert all((words in page) == (trained and not diverged) for words in both)
 
 
 @pytest.mark.parametrize("skewness", [0.5, -20.0, 9.5, math.nan])

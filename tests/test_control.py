@@ -3,18 +3,19 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from quantifind.learning import learn, train_control
-from quantifind.quantize import quantize, quantize_model
+from quantifind.quantize import quantize_model
 from quantifind.runtime import student as students
 from quantifind.search import find_strategy
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.loaders import Tensors, batch_loader
-from quantifind.workflow.evaluation_workflow import matched_ratio
+from quantifind.workflow.evaluation_workflow import certify, evaluate_strategies, matched_ratios
 
 RATE, SEED = 3e-3, 3
 
@@ -93,17 +94,24 @@ def test_a_control_that_diverges_is_said():
 
 @torch.no_grad()
 def test_the_matched_ratio_is_one_mean_loss_over_the_other():
-    net, other, judged = network(), network(), training(2)
+    net, other, criterion = network(), network(), nn.CrossEntropyLoss()
     other[3].bias[0] += 0.3
-    quantized = quantize(net, uniform_strategy(net, 3))
-    found = matched_ratio(net, other, quantized, judged, nn.CrossEntropyLoss(), confidence=0.9)
-    x, y = judged.dataset.tensors
-    nets = (net, other, quantize_model(net, quantized))
+    x, y = training(2).dataset.tensors
+    judged = [(x[:100], y[:100]), (x[100:], y[100:])]
+    strategies = [uniform_strategy(net, bits) for bits in (3, 8)]
+    how = {"columns": True, "confidence": 0.9}
+    columns = list(evaluate_strategies(net, strategies, judged, criterion, **how)["columns"])
+    found = matched_ratios([None, columns[0]], other, judged, criterion, confidence=0.9)
+    assert found.iloc[0].isna().all()
+    nets = (net, other, quantize_model(net, strategies[0]))
     plain, control, rounded = (F.cross_entropy(one(x), y).item() for one in nets)
-    assert found["matched_ratio"] == pytest.approx(rounded / control)
-    assert found["control_ratio"] == pytest.approx(control / plain)
+    assert found["matched_ratio"][1] == pytest.approx(rounded / control)
+    assert found["control_ratio"][1] == pytest.approx(control / plain)
     for name in ("matched_ratio", "control_ratio"):
-        assert found[f"{name}_low"] < found[name] < found[f"{name}_bound"] < found[f"{name}_high"]
+        low, value, bound, high = (
+            found[f"{name}{end}"][1] for end in ("_low", "", "_bound", "_high")
+        )
+        assert low < value < bound < high
 
 
 def test_a_search_with_labels_has_the_control_of_what_it_trained(tmp_path, monkeypatch):
@@ -118,6 +126,15 @@ def test_a_search_with_labels_has_the_control_of_what_it_trained(tmp_path, monke
         losses = [F.cross_entropy(one(x), y).item() for one in nets]
     assert found.control.ratio == pytest.approx(losses[0] / losses[1], rel=1e-4)
     assert "float weights trained further by the same recipe" in str(found.control)
+
+    steps = certify(
+        net, found, batch_loader(training(3).dataset, batch_size=64, shuffle=False, seed=0)
+    ).steps
+    trained = found.ladder["answer"].to_numpy() == "trained"
+    assert trained.any()
+    assert np.array_equal(steps["matched_ratio"].notna(), trained)
+    product = steps["matched_ratio"] * steps["control_ratio"]
+    assert np.allclose(product[trained], steps["criterion_ratio"][trained])
 
     monkeypatch.setattr("quantifind.mixed_precision.matched.train_control", diverged)
     kept = find_strategy(net, train, val, criterion, learn=1, **how).control

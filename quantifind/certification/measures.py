@@ -97,6 +97,27 @@ def degradation(
     return row
 
 
+def matched(columns: Columns, control: np.ndarray, *, confidence: float = 0.95) -> dict[str, float]:
+    """What was trained further beside float weights that had the same training.
+
+    columns: by example, as `quantifind.metrics.paired` has them.
+    control: the losses of those float weights, (examples,).
+    confidence: of the intervals.
+    Returns: ``matched_ratio``, the quantized network's mean loss over the control's, and
+    ``control_ratio``, the control's over the float network's; with intervals and bounds, as
+    `degradation` has them.
+    """
+    row: dict[str, float] = {}
+    pairs = {
+        "matched_ratio": (columns["loss"], control),
+        "control_ratio": (control, columns["original_loss"]),
+    }
+    for name, (loss, original) in pairs.items():
+        found = degradation({"loss": loss, "original_loss": original}, confidence=confidence)
+        row |= {n.replace("criterion_ratio", name): value for n, value in found.items()}
+    return row
+
+
 def _ratio(above: str, below: str, near: float = 1.0) -> Callable[[Columns], Measured]:
     """The ratio of two columns' means."""
 

@@ -15,9 +15,9 @@ from quantifind.certification.race import hopeless
 from quantifind.costs import model_bytes
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.knapsack import Assignment
-from quantifind.mixed_precision.matched import Control
 from quantifind.mixed_precision.measurements import Columns, Measurements
 from quantifind.quantize import mean_bits
+from quantifind.runtime.control import Control
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
 

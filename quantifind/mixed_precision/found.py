@@ -9,8 +9,8 @@ import pandas as pd
 
 from quantifind.certification.goal import Goal, ladder
 from quantifind.mixed_precision.candidates import Candidates, Row
-from quantifind.mixed_precision.matched import Control
 from quantifind.mixed_precision.passes import Passes
+from quantifind.runtime.control import Control
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Forward

@@ -16,9 +16,10 @@ from quantifind.learning import learn as learn_codes
 from quantifind.mixed_precision.adjusted_scales import adjust_scales
 from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
 from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
-from quantifind.mixed_precision.matched import Control, control_of
+from quantifind.mixed_precision.matched import control_of
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.quantize import quantize
+from quantifind.runtime.control import Control
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import random_state, set_random_state
 from quantifind.storage.store import Store, fingerprint

@@ -1,15 +1,17 @@
 """The control of what is trained: float weights that had the same training."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantifind.network.folding import prepared
+from quantifind.network.folding import Pairs, prepared
 from quantifind.runtime.student import Student
 
 
-class Control(Student):
+class FloatStudent(Student):
     """A student whose weights are not rounded, and whose activations stay in float.
 
     Batches, blends, loss and rates are those of the codes that learn.
@@ -39,3 +41,39 @@ class Control(Student):
         for name in self.latents:
             own[name].copy_(self._weight(name))
         return self.net
+
+
+@dataclass(frozen=True)
+class Control:
+    """What became of float weights by the recipe of the codes that learned from labels.
+
+    weights: by name, parameters of the network; none where the training diverged.
+    folded: pairs of names, of the norms that the network has folded.
+    ratio: the loss over the float network's, on validation data; NaN where the training diverged.
+    fault: how it ended then.
+    """
+
+    weights: Mapping[str, Tensor]
+    folded: Pairs
+    ratio: float
+    fault: str = ""
+
+    def __str__(self) -> str:
+        if self.fault:
+            return f"The control's training diverged ({self.fault}): there is no matched ratio"
+        said = (
+            f"The control, float weights trained further by the same recipe, has {self.ratio:.4g} "
+            "times the float network's loss on validation data"
+        )
+        if self.ratio > 1:
+            said += ": the recipe spoils float weights, and a ratio to them flatters"
+        return said
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """A copy of the network that the search was given, with these weights, in eval mode."""
+        net = prepared(model, self.folded).eval()
+        own = dict(net.named_parameters())
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                own[name].copy_(weight)
+        return net

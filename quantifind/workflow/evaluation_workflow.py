@@ -13,11 +13,11 @@ import pandas as pd
 from torch import nn
 
 from quantifind.certification.goal import Goal, Limit, steps_that_keep
-from quantifind.certification.measures import MEASURES, degradation
+from quantifind.certification.measures import MEASURES, degradation, matched
 from quantifind.metrics import Outcome, columns_of, compared
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.folding import Pairs, prepared
-from quantifind.quantize import mean_bits, quantize, quantize_model
+from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy, uniform_strategy
@@ -191,7 +191,8 @@ class Certificate:
 
     limits, confidence: what is certified: that each measure is at most its limit.
     steps: a row per strategy of the ladder, from most bytes to fewest: the columns of
-        `evaluate_strategies`, and ``certified``.
+        `evaluate_strategies`, and ``certified``; of what was trained further, those of
+        `matched_ratios`.
     strategy, quantized: the last that passed, None where none did.
     """
 
@@ -256,9 +257,19 @@ def certify(
         original_temperature=found.temperature,
         forward=found.forward,
         confidence=found.confidence,
+        columns=True,
         engine=engine,
         scheduler=scheduler,
     )
+    columns = steps.pop("columns")
+    if found.control is not None and not found.control.fault:
+        trained = [
+            one if answer == "trained" else None
+            for one, answer in zip(columns, ladder["answer"], strict=True)
+        ]
+        control = found.control.network(model)
+        how: Any = {"forward": found.forward, "confidence": found.confidence}
+        steps = steps.join(matched_ratios(trained, control, test_loader, found.criterion, **how))
     passed = steps_that_keep(steps, limits)
     steps["certified"] = [number < passed for number in range(len(steps))]
     last = ladder.iloc[passed - 1] if passed else {"strategy": None, "quantized": None}
@@ -278,34 +289,26 @@ def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) 
     return _row(measured, original.criterion, confidence)
 
 
-def matched_ratio(
-    model: nn.Module,
+def matched_ratios(
+    columns: Sequence[Mapping[str, Any] | None],
     control: nn.Module,
-    quantized: Quantized,
-    test_loader: Iterable[Any],
+    test_loader: Any,
     criterion: Any,
     *,
     forward: Forward | None = None,
     confidence: float = 0.95,
-) -> dict[str, float]:
-    """What was trained further beside float weights that had the same training.
+) -> pd.DataFrame:
+    """A row per strategy, as `quantifind.certification.measures.matched` has it; with nothing for
+    one that was not trained further.
 
-    model: that both began with.
-    control: as `quantifind.learning.train_control` gives it.
-    quantized: what learned from labels.
+    columns: of those that were trained further, what `evaluate_strategies` measured, else None.
+    control: float weights that had the same training.
     test_loader, criterion, forward, confidence: as `evaluate_strategies` takes them.
-    Returns: ``matched_ratio``, the quantized network's loss over the control's, with ``…_low``,
-    ``…_high`` and ``…_bound``; ``control_ratio``, the control's loss over the model's, likewise.
     """
-    batches = Evaluator(model, test_loader, criterion, forward=forward).given_batches()
-    nets = (model, control, quantize_model(model, quantized))
-    judged = [Evaluator(net, batches, criterion).outcome() for net in nets]
-    found = {}
-    for name, pair in (("matched", (judged[2], judged[1])), ("control", (judged[1], judged[0]))):
-        row = compare(*pair, confidence=confidence)
-        for end in ("", "_low", "_high", "_bound"):
-            found[f"{name}_ratio{end}"] = row[f"criterion_ratio{end}"]
-    return found
+    loader, criterion = _loader_and_criterion(test_loader, criterion)
+    losses = Evaluator(control, loader, criterion, forward=forward).outcome()["loss"].cpu().numpy()
+    rows = [{} if c is None else matched(dict(c), losses, confidence=confidence) for c in columns]
+    return pd.DataFrame(rows)
 
 
 def _row(
