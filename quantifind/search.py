@@ -192,7 +192,10 @@ def refine(candidates: Candidates, learn: float, labels: bool) -> None:
 
 
 def _goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goal:
-    goal = Goal.of(limit, budget)
+    default = limit is None and budget is None
+    goal = Goal.of(
+        {"relative_error": RELATIVE_ERROR} if default and criterion is None else limit, budget
+    )
     if criterion is not None:
         return goal
     if not goal.limits:
@@ -218,8 +221,11 @@ def _measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
     if is_classification(original):
         have += ["accuracy_drop", "flips"]
     limits = {name: limit for name, limit in goal.limits.items() if name in have}
-    if default and not limits:
-        limits = {"relative_error": RELATIVE_ERROR}
+    if default and "calibrated_ratio" not in limits:
+        # a loss that no gain suits: test_the_default_limit_of_a_loss_of_ones_own
+        ratio = {"criterion_ratio": goal.limits["calibrated_ratio"]}
+        limits = ratio | limits if limits and original.criterion > 0 else {}
+        limits = limits or {"relative_error": RELATIVE_ERROR}
     if len(limits) == len(goal.limits) or default:
         return replace(goal, measure=next(iter(limits), goal.measure), limits=limits)
     missing = ", ".join(name for name in goal.limits if name not in limits)

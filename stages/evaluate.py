@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from quantifind.certification.measures import calibrated, degradation
+import pandas as pd
+
+from quantifind.certification.measures import bounds_at, calibrated, examples_needed
 from quantifind.certification.resampling import bits_interval
 from quantifind.certification.tails import change_skewness
 from quantifind.strategy import Strategy
@@ -41,11 +43,10 @@ def main(params: Params) -> None:
     look = looks.count(asked, confidence=confidence)
     columns = [calibrated(*pair) for pair in zip(found.pop("columns"), gains, strict=True)]
     again = [
-        degradation(each, confidence=look.confidence, gain=gain)
+        bounds_at(each, asked, look.confidence, gain)
         for each, gain in zip(columns, gains, strict=True)
     ]
-    for measure in asked:
-        found[f"{measure}_look_bound"] = [row[f"{measure}_bound"] for row in again]
+    found = found.join(pd.DataFrame(again))
     found["change_skewness"] = [change_skewness(c, next(iter(asked))) for c in columns]
     found["examples"] = [len(c["loss"]) for c in columns]
     frontier = found.join(facts.add_prefix("validation_"))
@@ -61,6 +62,8 @@ def main(params: Params) -> None:
             columns, list(found["mean_bits"]), asked, confidence=look.confidence
         ),
     )
+    if answer["certified"] is None:
+        answer["needed"] = examples_needed(columns[0], asked, look.confidence, gains[0])
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
     files.write_table(files.PLOTS / "frontier.csv", frontier)
     files.write_json(files.METRICS / "evaluation.json", summarize(table, limits))
