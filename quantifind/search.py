@@ -192,10 +192,9 @@ def refine(candidates: Candidates, learn: float, labels: bool) -> None:
 
 
 def _goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goal:
-    default = limit is None and budget is None
-    goal = Goal.of(
-        {"relative_error": RELATIVE_ERROR} if default and criterion is None else limit, budget
-    )
+    if limit is None and budget is None and criterion is None:
+        limit = {"relative_error": RELATIVE_ERROR}
+    goal = Goal.of(limit, budget)
     if criterion is not None:
         return goal
     if not goal.limits:
@@ -221,7 +220,7 @@ def _measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
     if is_classification(original):
         have += ["accuracy_drop", "flips"]
     limits = {name: limit for name, limit in goal.limits.items() if name in have}
-    if default and "calibrated_ratio" not in limits:
+    if default and "calibrated_ratio" in goal.limits.keys() - limits.keys():
         # a loss that no gain suits: test_the_default_limit_of_a_loss_of_ones_own
         ratio = {"criterion_ratio": goal.limits["calibrated_ratio"]}
         limits = ratio | limits if limits and original.criterion > 0 else {}
