@@ -192,6 +192,8 @@ def refine(candidates: Candidates, learn: float, labels: bool) -> None:
 
 
 def _goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goal:
+    if limit is None and budget is None and criterion is None:
+        limit = {"relative_error": RELATIVE_ERROR}
     goal = Goal.of(limit, budget)
     if criterion is not None:
         return goal
@@ -218,8 +220,11 @@ def _measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
     if is_classification(original):
         have += ["accuracy_drop", "flips"]
     limits = {name: limit for name, limit in goal.limits.items() if name in have}
-    if default and not limits:
-        limits = {"relative_error": RELATIVE_ERROR}
+    if default and "calibrated_ratio" in goal.limits.keys() - limits.keys():
+        # a loss that no gain suits: test_the_default_limit_of_a_loss_of_ones_own
+        ratio = {"criterion_ratio": goal.limits["calibrated_ratio"]}
+        limits = ratio | limits if limits and original.criterion > 0 else {}
+        limits = limits or {"relative_error": RELATIVE_ERROR}
     if len(limits) == len(goal.limits) or default:
         return replace(goal, measure=next(iter(limits), goal.measure), limits=limits)
     missing = ", ".join(name for name in goal.limits if name not in limits)

@@ -173,6 +173,11 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
             f"The strategy chosen on validation data, {best['mean_bits']:.3f} bits per parameter, "
             f"{_size(best)}, has a {what} of {_interval(best, measure)} there."
         )
+        if answer.get("needed") is not None:
+            lines.append(
+                f"With about {answer['needed']:,} test examples like these, the first step of the "
+                "ladder would be."
+            )
     else:
         lines.append(
             f"**{best['mean_bits']:.3f} bits per parameter**, with {sure}: {_size(best)}, "

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import pandas as pd
+
 from quantifind.certification.goal import answer_of
-from quantifind.certification.measures import calibrated, degradation
+from quantifind.certification.measures import bounds_at, calibrated, examples_needed
 from quantifind.certification.resampling import bits_interval
 from quantifind.certification.tails import change_skewness
 from quantifind.strategy import Strategy
-from quantifind.workflow.evaluation_workflow import evaluate_strategies, matched_ratios
+from quantifind.workflow.evaluation_workflow import evaluate_strategies
+from quantifind.workflow.matched_workflow import matched_ratios
 from stages import files, ladder, looks, networks
 from stages.answers import in_words, mark_certified, recommend, summarize
 from stages.params import Params
@@ -42,11 +45,10 @@ def main(params: Params) -> None:
     look = looks.count(asked, confidence=confidence)
     columns = [calibrated(*pair) for pair in zip(found.pop("columns"), gains, strict=True)]
     again = [
-        degradation(each, confidence=look.confidence, gain=gain)
+        bounds_at(each, asked, look.confidence, gain)
         for each, gain in zip(columns, gains, strict=True)
     ]
-    for measure in asked:
-        found[f"{measure}_look_bound"] = [row[f"{measure}_bound"] for row in again]
+    found = found.join(pd.DataFrame(again))
     found["change_skewness"] = [change_skewness(c, next(iter(asked))) for c in columns]
     found["examples"] = [len(c["loss"]) for c in columns]
     control = ladder.read_control()
@@ -72,6 +74,8 @@ def main(params: Params) -> None:
             columns, list(found["mean_bits"]), asked, confidence=look.confidence
         ),
     )
+    if answer["certified"] is None:
+        answer["needed"] = examples_needed(columns[0], asked, look.confidence, gains[0])
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
     files.write_table(files.PLOTS / "frontier.csv", frontier)
     files.write_json(files.METRICS / "evaluation.json", summarize(table, limits))

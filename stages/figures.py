@@ -174,14 +174,19 @@ def visualize_sensitivity(
 
 
 def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
-    """The criterion ratio that single tensors' loss increases add up to, against the measured one.
+    """What single tensors' divergences from the float network add up to, against the divergence
+    measured of all together: `fidelity`, over the float loss.
 
     candidates: those of `quantifind.search.find_strategy`; shown are the predicted ones that were
-        measured on all examples, with intervals, by origin.
+        measured on all examples, with intervals, by origin. Codes that were learned have no
+        prediction.
     name: of the network, for the title.
     """
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
-    shown = shown[np.isfinite(shown["predicted_ratio"]) & np.isfinite(shown["criterion_ratio"])]
+    both = ["predicted_fidelity", "fidelity"]
+    # a loss of one's own has no fidelity: test_prediction_of_what_has_no_fidelity_is_empty
+    shown = shown.reindex(columns=[*shown.columns.union(both, sort=False)])
+    shown = shown[np.isfinite(shown[both].astype(float)).all(axis=1)]
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     axes.axhline(0, color=FLOAT, ls="--", label="float")
     colours = {**ORIGINS, "uniform": QUANTIZED}
@@ -190,31 +195,30 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
     for label, rows in shown.groupby(labels):
         colour = next((c for start, c in colours.items() if str(label).startswith(start)), FLOAT)
         axes.errorbar(
-            rows["predicted_ratio"] - 1, rows["criterion_ratio"] - 1,
-            _interval(rows, "criterion_ratio"), fmt="o", ms=5, color=colour,
-            ecolor=to_rgba(colour, 0.35), label=label,
+            rows["predicted_fidelity"], rows["fidelity"], _interval(rows, "fidelity"), fmt="o",
+            ms=5, color=colour, ecolor=to_rgba(colour, 0.35), label=label,
             mfc="white" if str(label).endswith(ADJUSTED) else colour,
         )  # fmt: skip
     chosen = shown[shown["chosen"].astype(bool)]
     if len(chosen):
         axes.plot(
-            chosen["predicted_ratio"] - 1, chosen["criterion_ratio"] - 1, "D", ms=11, mew=2,
-            mfc="none", color=FOUND, label=f"chosen: {chosen['mean_bits'].iloc[0]:.4g} bits",
+            chosen["predicted_fidelity"], chosen["fidelity"], "D", ms=11, mew=2, mfc="none",
+            color=FOUND, label=f"chosen: {chosen['mean_bits'].iloc[0]:.4g} bits",
         )  # fmt: skip
-    most = 2 * max((shown["predicted_ratio"] - 1).max(), LINEAR) if len(shown) else 10 * LINEAR
+    most = 2 * max(shown["predicted_fidelity"].max(), LINEAR) if len(shown) else 10 * LINEAR
     diagonal = np.linspace(0, 1, 200) ** 4 * most
-    axes.plot(diagonal, diagonal, color=FLOAT, lw=1, label="loss increases add up")
+    axes.plot(diagonal, diagonal, color=FLOAT, lw=1, label="divergences add up")
     axes.set_xscale("symlog", linthresh=LINEAR)
     axes.set_yscale("symlog", linthresh=LINEAR)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.set(
-        xlabel="criterion ratio − 1, predicted from tensors alone",
-        ylabel="criterion ratio − 1, measured on validation data",
+        xlabel="divergence / float loss, predicted from tensors alone",
+        ylabel="divergence / float loss, measured on validation data",
     )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(title("Predicted and measured criterion ratio", name))
+    figure.suptitle(title("Predicted and measured divergence from the float network", name))
     return figure
 
 

@@ -4,7 +4,7 @@ import functools
 import math
 from collections import UserDict
 from collections.abc import MutableMapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -516,6 +516,25 @@ def test_certify_walks_the_ladder_on_test_data(classifier):
     searched = find_strategy(net, train, val, criterion, budget=6, widths=[2, 4, 8])
     with pytest.raises(ValueError, match="the search had a budget: give the limit"):
         certify(net, searched, test)
+
+
+def test_certify_counts_the_ladders_that_these_data_judged(classifier, tmp_path):
+    net, criterion, (train, val, test) = classifier
+    searched = [
+        find_strategy(net, train, val, criterion, limit=limit, widths=[2, 4, 8])
+        for limit in (1.2, {"calibrated_ratio": 1.3, "accuracy_drop": 0.2})
+    ]
+    path = tmp_path / "looks.json"
+    for found, k in zip([*searched, searched[0]], [1, 2, 1], strict=True):
+        proof = certify(net, found, test, looks=path)
+        assert proof.look.k == k
+        confident = replace(found, confidence=1 - 0.05 / (k * (k + 1)))
+        apart = certify(net, confident, test)
+        for name in found.goal.limits:
+            wanted = apart.steps[f"{name}_bound"]
+            assert proof.steps[f"{name}_look_bound"].tolist() == pytest.approx([*wanted])
+        assert proof.steps["certified"].tolist() == apart.steps["certified"].tolist()
+        assert f"of all {k} looks" in str(proof) or not any(proof.steps["certified"])
 
 
 def test_what_is_kept_has_memory_of_its_own():

@@ -11,7 +11,7 @@ from torch import nn
 
 from quantifind import certify, evaluate_strategies, find_strategy, quantize_model
 from quantifind.certification.goal import DEFAULT_LIMIT
-from quantifind.certification.measures import calibrated, degradation
+from quantifind.certification.measures import calibrated, degradation, examples_needed
 from quantifind.metrics import columns_of, compared, outcome
 from quantifind.utils.loaders import Tensors, create_dataloaders
 
@@ -106,6 +106,45 @@ def test_what_is_measured_on_parts_is_that_of_the_whole():
     fixed = calibrated(columns, gain=0.5)["calibrated_loss"]
     wanted = F.cross_entropy(0.5 * noisy, targets, reduction="none").numpy()
     np.testing.assert_allclose(fixed, wanted, atol=0.02 * wanted.mean())
+
+
+@pytest.mark.parametrize("name", ["criterion_ratio", "calibrated_ratio", "accuracy_drop", "flips"])
+@pytest.mark.parametrize("share", [0.2, 0.7, 1.5])
+def test_so_many_examples_as_are_said_are_enough(name, share):
+    """And a few less are not, where their proportions stay."""
+    columns, _ = judged_pair("softmax", examples=300)
+    row = degradation(columns)
+    limits = {name: row[name] + share * (row[f"{name}_bound"] - row[name])}
+    needed = examples_needed(columns, limits, 0.95)
+
+    def bound(count):
+        again = {key: column[np.arange(count) % 300] for key, column in columns.items()}
+        return degradation(again, gain=1 / row["temperature"])[f"{name}_bound"]
+
+    assert bound(needed) <= limits[name]
+    assert (needed == 300) == (share > 1)
+    assert share > 1 or bound(int(0.85 * needed)) > limits[name]
+    assert examples_needed(columns, {name: row[name] - 1e-9}, 0.95) is None
+
+
+@pytest.mark.parametrize(
+    ("criterion", "labels", "wanted"),
+    [
+        (nn.NLLLoss(), True, {"criterion_ratio": 1.01, "accuracy_drop": 0.003}),
+        (nn.L1Loss(), False, {"relative_error": 0.05}),
+        (nn.MSELoss(), False, {"calibrated_ratio": 1.01}),
+        (None, False, {"relative_error": 0.05}),
+    ],
+)
+def test_the_default_limit_of_a_loss_of_ones_own(criterion, labels, wanted):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1))
+    x = torch.randn(1600, 4)
+    made = net(x).detach()
+    targets = made.argmax(1) if labels else made + 0.1 * torch.randn_like(made)
+    loader = list(zip(x.split(400), targets.split(400), strict=True))
+    found = find_strategy(net, loader, loader, criterion, widths=[8, 12, 16])
+    assert found.goal.limits == wanted
 
 
 def test_the_default_limit_and_its_certificate():

@@ -15,7 +15,8 @@ from quantifind.runtime import student as students
 from quantifind.search import find_strategy
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.loaders import Tensors, batch_loader
-from quantifind.workflow.evaluation_workflow import certify, evaluate_strategies, matched_ratios
+from quantifind.workflow.evaluation_workflow import certify, evaluate_strategies
+from quantifind.workflow.matched_workflow import matched_ratios
 
 RATE, SEED = 3e-3, 3
 

@@ -90,8 +90,8 @@ def every_candidate(net, train, val, goal):
 
 def efficient(row, rows):
     """Whether no other has as few bytes, and as small a prediction."""
-    own = row["model_bytes"], row["predicted_ratio"]
-    others = [(r["model_bytes"], r["predicted_ratio"]) for r in rows]
+    own = row["model_bytes"], row["predicted_fidelity"]
+    others = [(r["model_bytes"], r["predicted_fidelity"]) for r in rows]
     return not any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in others)
 
 
@@ -417,6 +417,8 @@ def test_too_few_examples_say_how_many_it_would_take(small):
     }
     with pytest.raises(ValueError, match=r"on 12 validation examples.*about [0-9,]+ examples"):
         find_strategy(net, train, few, nn.CrossEntropyLoss(), limit=1.003, search_space=space)
+    with pytest.raises(ValueError, match=r"or ask for limit=\{'calibrated_ratio': 1.01\}"):
+        find_strategy(net, train, few, nn.CrossEntropyLoss(), search_space=space)
 
 
 def test_the_sensitivities_are_those_of_the_widths_that_were_needed():

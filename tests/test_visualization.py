@@ -277,7 +277,10 @@ def candidates():
     return table.assign(
         origin=origins,
         scales_adjusted=[False, False, True, False, False],
-        predicted_ratio=[1.0, 1.01, 1.02, np.nan, 4.0],
+        predicted_fidelity=[0.0, 0.01, 0.02, np.nan, 3.0],
+        fidelity=[0.0, 0.02, 0.05, 0.03, 4.0],
+        fidelity_low=[0.0, 0.01, 0.04, 0.02, 3.0],
+        fidelity_high=[0.0, 0.03, 0.06, 0.04, 5.0],
         examples=[60, 60, 60, 60, 15],
         chosen=[False, True, False, False, False],
     )
@@ -290,13 +293,13 @@ def test_prediction_shows_the_predicted_that_were_measured_on_all_examples():
     expected = {
         "uniform": (0, 0),
         "allocated": (0.01, 0.02),
-        "sequential, scales adjusted": (0.02, -0.1),
+        "sequential, scales adjusted": (0.02, 0.05),
     }
     assert shown.keys() == expected.keys()
     for origin, (predicted, measured) in expected.items():
         assert shown[origin] == [[pytest.approx(predicted)], [pytest.approx(measured)]]
     assert drawn(axes, "chosen: 4 bits").get_ydata().tolist() == [pytest.approx(0.02)]
-    diagonal = drawn(axes, "loss increases add up")
+    diagonal = drawn(axes, "divergences add up")
     assert diagonal.get_xdata().tolist() == diagonal.get_ydata().tolist()
     assert axes.get_xscale() == axes.get_yscale() == "symlog"
     assert "predicted" in axes.get_xlabel()
@@ -309,6 +312,12 @@ def test_prediction_fills_no_marker_of_adjusted_scales():
     faces = {one.get_label(): one.lines[0].get_markerfacecolor() for one in shown}
     assert faces["sequential, scales adjusted"] == "white"
     assert "white" not in (faces["uniform"], faces["allocated"])
+
+
+def test_prediction_of_what_has_no_fidelity_is_empty():
+    figure = visualize_prediction(candidates().drop(columns=["fidelity"]))
+    figure.canvas.draw()
+    assert not figure.axes[0].containers
 
 
 @pytest.mark.parametrize("rows", [[0], [3], []])

@@ -1,7 +1,7 @@
 """What a limit may be of: what a quantized network lost, with intervals and bounds."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from quantifind.certification.certificate import (
 from quantifind.utils.gains import gains_of
 
 Interval = tuple[float, float]
+# more examples than so many times those that there are, nobody asks for
+MOST = 100
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,47 @@ def matched(columns: Columns, control: np.ndarray, *, confidence: float = 0.95) 
         found = degradation({"loss": loss, "original_loss": original}, confidence=confidence)
         row |= {n.replace("criterion_ratio", name): value for n, value in found.items()}
     return row
+
+
+def bounds_at(
+    columns: Columns, measures: Iterable[str], confidence: float, gain: float | None = None
+) -> dict[str, float]:
+    """By ``…_look_bound`` the one-sided bounds of some measures at another confidence.
+
+    columns, gain: as `degradation` takes them.
+    confidence: such as that of a `quantifind.certification.ledger.Look`.
+    """
+    columns = calibrated(columns, gain)
+    return {f"{name}_look_bound": MEASURES[name].of(columns).bound(confidence) for name in measures}
+
+
+def examples_needed(
+    columns: Columns, limits: Mapping[str, float], confidence: float, gain: float | None = None
+) -> int | None:
+    """About how many examples like these it takes until each bound is at most its limit.
+
+    columns, gain: as `degradation` takes them.
+    limits: by measure.
+    Returns: None where a value itself is not below its limit, or `MOST` times as many are too few.
+    """
+    columns = calibrated(columns, gain)
+    if not all(MEASURES[name].of(columns).value < limit for name, limit in limits.items()):
+        return None
+    have = len(columns["loss"])
+
+    def enough(count: int) -> bool:
+        again = {name: column[np.arange(count) % have] for name, column in columns.items()}
+        return all(MEASURES[n].of(again).bound(confidence) <= v for n, v in limits.items())
+
+    low, high = have, MOST * have
+    if not enough(high):
+        return None
+    if enough(low):
+        return low
+    while high > 1.02 * low:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def _ratio(above: str, below: str, near: float = 1.0) -> Callable[[Columns], Measured]:

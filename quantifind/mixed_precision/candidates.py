@@ -115,13 +115,13 @@ class Candidates:
         strategy, quantized, allocation = trial.strategy, trial.quantized, self.allocation
         increase = allocation.loss_increase(strategy.tensors, strategy.activations)
         costs = model_bytes.measure(allocation.model, quantized, [])
-        loss = self.measurements.original.criterion
+        loss = self.measurements.original.calibrated_criterion
         row = {
             **vars(trial),
             "answer": answer_of(trial.origin),
             "mean_bits": mean_bits(allocation.model, quantized),
             "model_bytes": sum(costs.values()),
-            "predicted_ratio": 1 + increase / (loss if loss > 0 else math.nan),
+            "predicted_fidelity": increase / (loss if loss > 0 else math.nan),
             "examples": len(columns["loss"]),
             **degradation(columns, confidence=self.confidence),
         }

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from quantifind.certification.goal import Goal, ladder
+from quantifind.certification.measures import examples_needed
 from quantifind.mixed_precision.candidates import Candidates, Row
 from quantifind.mixed_precision.passes import Passes
 from quantifind.runtime.control import Control
@@ -28,8 +29,8 @@ class Found:
     quantized: what it has come to for the network.
     candidates: a row per candidate, largest first. Columns: ``strategy``, ``quantized``,
         ``origin``, ``answer`` (`quantifind.certification.goal.ANSWERS`), ``scales_adjusted``,
-        ``mean_bits``, each of `quantifind.costs`,
-        ``predicted_ratio``, the ``examples`` it was measured on, those of
+        ``mean_bits``, each of `quantifind.costs`, ``predicted_fidelity`` (what single tensors'
+        divergences add up to, over the float loss), the ``examples`` it was measured on, those of
         `quantifind.certification.measures.degradation`, ``on_ladder`` and ``chosen``.
     sensitivity: the table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
     goal: what was asked for.
@@ -163,10 +164,11 @@ def _nearest(candidates: Candidates) -> Row:
         f"confidence on {examples} validation examples; the nearest has {value:.6g} (at most "
         f"{bound:.6g}) at {row['mean_bits']:.4g} bits"
     )
-    if value < limit and bound < math.inf:
-        # a standard error falls with the root of the number of examples
-        needed = math.ceil(examples * ((bound - value) / (limit - value)) ** 2)
+    needed = examples_needed(candidates.columns(row), goal.limits, candidates.confidence)
+    if needed is not None:
         text += f"; with about {needed:,} examples it would be certain enough"
+    if others := {name: v for name, v in goal.limits.items() if name != measure}:
+        text += f"; or ask for limit={others}"
     if candidates.measurements.passes.left_out:
         text += (
             f"; for want of effort or time: {', '.join(candidates.measurements.passes.left_out)}"

@@ -7,23 +7,29 @@ The arguments after the model may stand in either order, ``(test_loader, criteri
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from quantifind.certification.goal import Goal, Limit, steps_that_keep
-from quantifind.certification.measures import MEASURES, degradation, matched
+from quantifind.certification.ledger import Look, look
+from quantifind.certification.measures import MEASURES, bounds_at, degradation, examples_needed
 from quantifind.metrics import Outcome, columns_of, compared
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.folding import Pairs, prepared
 from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
+from quantifind.storage.artifact import pack
+from quantifind.storage.store import fingerprint
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch, Forward
 from quantifind.utils.console import progress
+from quantifind.workflow.matched_workflow import matched_ratios
 from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer, check_depth
 
 if TYPE_CHECKING:  # so that a new search judges nothing again
@@ -190,9 +196,12 @@ class Certificate:
     """What test data say of what a search found.
 
     limits, confidence: what is certified: that each measure is at most its limit.
+    look: which of the ladders judged on these data it is, where they are counted; its level is what
+        counts, and all of them together have the confidence.
+    needed: where nothing is certified, about how many examples it would take for the first.
     steps: a row per strategy of the ladder, from most bytes to fewest: the columns of
         `evaluate_strategies`, and ``certified``; of what was trained further, those of
-        `matched_ratios`.
+        `quantifind.workflow.matched_workflow.matched_ratios`.
     strategy, quantized: the last that passed, None where none did.
     """
 
@@ -201,21 +210,26 @@ class Certificate:
     steps: pd.DataFrame
     strategy: Strategy | None
     quantized: Quantized | None
+    look: Look | None = None
+    needed: int | None = None
 
     def __str__(self) -> str:
         certified = self.steps[self.steps["certified"]]
-        row = (self.steps if certified.empty else certified).iloc[-1]
+        row = self.steps.iloc[0] if certified.empty else certified.iloc[-1]
         bits = f"{row['mean_bits']:.4g} bits per parameter"
         limits = " and ".join(f"{MEASURES[n].words} {v:g}" for n, v in self.limits.items())
+        bound = "bound" if self.look is None else "look_bound"
         found = "; ".join(
-            f"{MEASURES[n].words} {row[n]:.4g}, at most {row[f'{n}_bound']:.4g}"
+            f"{MEASURES[n].words} {row[n]:.4g}, at most {row[f'{n}_{bound}']:.4g}"
             for n in self.limits
         )
+        counted = "" if self.look is None else f", of all {self.look.k} looks at them together"
         if certified.empty:
-            return f"Nothing is certified at {limits}: {bits} have {found}"
+            more = "" if self.needed is None else f"; it takes about {self.needed:,} examples"
+            return f"Nothing is certified at {limits}: {bits} have {found}{more}"
         return (
             f"{bits} are certified at {limits}: {found} "
-            f"with {self.confidence:.0%} confidence on test data"
+            f"with {self.confidence:.0%} confidence on test data{counted}"
         )
 
 
@@ -225,6 +239,7 @@ def certify(
     test_loader: Iterable[Any],
     *,
     limit: Limit | None = None,
+    looks: Path | str | None = None,
     engine: str = "sequential",
     scheduler: str | None = None,
 ) -> Certificate:
@@ -238,6 +253,9 @@ def certify(
     test_loader: batches of test data, which took no part in the search.
     limit: as `quantifind.search.find_strategy` takes it, by default that of the search; one is
         needed where that had a budget. A number is of the search's measure.
+    looks: a file in which each ladder that is judged on these data, in their order, is counted
+        (`quantifind.certification.ledger`): the k-th is certified at 5%/(k(k + 1)), so that all
+        answers together have the confidence. By default this is taken to be the only one.
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Raises: ValueError as `evaluate_strategies`, and where there is no limit.
     """
@@ -261,7 +279,20 @@ def certify(
         engine=engine,
         scheduler=scheduler,
     )
-    columns = steps.pop("columns")
+    columns, bound, counted = steps.pop("columns"), "bound", None
+    gains: list[float | None] = [None] * len(ladder)
+    if "temperature" in ladder:
+        gains = [1 / temperature for temperature in ladder["temperature"]]
+    if looks is not None:
+        parts = (part for quantized in ladder["quantized"] for part in pack(quantized))
+        split = fingerprint(*(leaf for batch in test_loader for leaf in tree_leaves(batch)))
+        judged = fingerprint(*parts, dict(limits))
+        counted = look(looks, split, judged, confidence=found.confidence)
+        at = [
+            bounds_at(each, limits, counted.confidence, gain)
+            for each, gain in zip(columns, gains, strict=True)
+        ]
+        steps, bound = steps.join(pd.DataFrame(at)), "look_bound"
     if found.control is not None and not found.control.fault:
         trained = [
             one if answer == "trained" else None
@@ -270,10 +301,13 @@ def certify(
         control = found.control.network(model)
         how: Any = {"forward": found.forward, "confidence": found.confidence}
         steps = steps.join(matched_ratios(trained, control, test_loader, found.criterion, **how))
-    passed = steps_that_keep(steps, limits)
+    passed = steps_that_keep(steps, limits, bound)
     steps["certified"] = [number < passed for number in range(len(steps))]
     last = ladder.iloc[passed - 1] if passed else {"strategy": None, "quantized": None}
-    return Certificate(limits, found.confidence, steps, last["strategy"], last["quantized"])
+    kept = last["strategy"], last["quantized"]
+    sure = found.confidence if counted is None else counted.confidence
+    needed = None if passed else examples_needed(columns.iloc[0], limits, sure, gains[0])
+    return Certificate(limits, found.confidence, steps, *kept, counted, needed)
 
 
 def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) -> dict[str, float]:
@@ -287,28 +321,6 @@ def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) 
     """
     measured = compared(quantized, original.calibrated())
     return _row(measured, original.criterion, confidence)
-
-
-def matched_ratios(
-    columns: Sequence[Mapping[str, Any] | None],
-    control: nn.Module,
-    test_loader: Any,
-    criterion: Any,
-    *,
-    forward: Forward | None = None,
-    confidence: float = 0.95,
-) -> pd.DataFrame:
-    """A row per strategy, as `quantifind.certification.measures.matched` has it; with nothing for
-    one that was not trained further.
-
-    columns: of those that were trained further, what `evaluate_strategies` measured, else None.
-    control: float weights that had the same training.
-    test_loader, criterion, forward, confidence: as `evaluate_strategies` takes them.
-    """
-    loader, criterion = _loader_and_criterion(test_loader, criterion)
-    losses = Evaluator(control, loader, criterion, forward=forward).outcome()["loss"].cpu().numpy()
-    rows = [{} if c is None else matched(dict(c), losses, confidence=confidence) for c in columns]
-    return pd.DataFrame(rows)
 
 
 def _row(
