@@ -101,8 +101,6 @@ def rows_of(
                     yield {**row, "epochs": learn, "seconds": time.monotonic() - started}
                     continue
                 row |= {"epochs": learn, "seconds": time.monotonic() - started}
-                if found.control is not None:
-                    print(found.control)
                 yield row | judged(net, found, test, measure, looks)
 
 
