@@ -99,7 +99,8 @@ def find_strategy(
     learn: epochs of training of each of the few best allocations, whose codes learn to follow the
         float network's outputs; 0 for none.
     labels: whether they follow the labels of the training data, too. That trains the network
-        further, which quantization alone does not: its ratio is not that of quantization.
+        further, which quantization alone does not: its ratio is not that of quantization. Float
+        weights then have the same training, as a control (`quantifind.runtime.control.Control`).
     effort: passes over the validation data that the search may take, without learning; a part of
         the examples, or of the network, counts as that part of one. What was left out is said.
     seconds: that it may take; the best so far is the answer. None for no end.
