@@ -32,7 +32,7 @@ from benchmarks import grids
 from quantifind.certification.goal import ANSWERS, steps_that_keep
 from quantifind.search import find_strategy
 from quantifind.utils.loaders import Loaders, Tensors, batch_loader, whole_split
-from quantifind.workflow.evaluation_workflow import certify
+from quantifind.workflow.certification_workflow import certify
 
 RESULTS = grids.ROOT / "benchmarks/results/search.csv"
 LOOKS = grids.ROOT / "benchmarks/results/looks.json"

@@ -29,7 +29,7 @@ _HOMES = {
     "Found": "mixed_precision.found",
     "SearchSpace": "mixed_precision.search_space",
     "Strategy": "strategy",
-    "certify": "workflow.evaluation_workflow",
+    "certify": "workflow.certification_workflow",
     "evaluate_strategies": "workflow.evaluation_workflow",
     "find_strategy": "search",
     "learn": "learning",

@@ -162,7 +162,6 @@ def _trained(
     if batches == 0:
         raise ValueError("the loader has no batches")
     given = artifact.pack(strategy) if isinstance(strategy, Quantized) else (strategy.choices,)
-    given = (*given, *([] if kind is Student else [kind.__name__]))
     work = fingerprint(
         model, [epochs, temperature, label_weight, learning_rate, seed, kind.__name__], *given
     )

@@ -204,7 +204,9 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
     part = {"outputs": values, "loss": loss.double(), "weight": weight}
     gains = _gains(criterion)
     if gains is not None and isinstance(outputs, Tensor):
-        tried = (weighted(criterion, outputs * gain, *targets)[0] for gain in gains.tried)
+        # in float64, in which squares of nearly equal numbers differ
+        exact = outputs.double() if isinstance(criterion, SQUARES) else outputs
+        tried = (weighted(criterion, exact * gain, *targets)[0] for gain in gains.tried)
         part["scaled_loss"] = torch.stack([each.double() for each in tried], 1)
     classes, labels = None, targets[0] if len(targets) == 1 else None
     if isinstance(labels, Tensor) and isinstance(outputs, Tensor):

@@ -125,7 +125,7 @@ def find_strategy(
     """
     goal = _goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
-    _check(goal, learn, confidence, activation_bits, effort, seconds)
+    _check(goal, learn, labels, confidence, activation_bits, effort, seconds)
     deadline = None if seconds is None else time.monotonic() + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
@@ -229,6 +229,9 @@ def _measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
         ratio = {"criterion_ratio": goal.limits["calibrated_ratio"]}
         limits = ratio | limits if limits and original.criterion > 0 else {}
         limits = limits or {"relative_error": RELATIVE_ERROR}
+    if not goal.limits and goal.measure not in have:
+        # a budget: the loss itself is 0, so nothing is a ratio to it
+        return replace(goal, measure="relative_error")
     if len(limits) == len(goal.limits) or default:
         return replace(goal, measure=next(iter(limits), goal.measure), limits=limits)
     missing = ", ".join(name for name in goal.limits if name not in limits)
@@ -245,7 +248,7 @@ def _say_temperature(goal: Goal, original: Outcome) -> None:
     if gains_of(original["scaled_loss"].shape[1]).is_at_an_end(original.gain):
         console.print(
             f"The float network's loss on validation data still falls at a temperature of "
-            f"{1 / original.gain:.3g}, the last that is tried: calibrated ratios are those there",
+            f"{1 / original.gain:.3g}, the last that is tried: calibrated ratios use that one",
             markup=False,
         )
 
@@ -253,6 +256,7 @@ def _say_temperature(goal: Goal, original: Outcome) -> None:
 def _check(
     goal: Goal,
     learn: float,
+    labels: bool,
     confidence: float,
     activation_bits: Sequence[int],
     effort: float,
@@ -260,6 +264,8 @@ def _check(
 ) -> None:
     if not 0 <= learn < math.inf:
         raise ValueError(f"learn is {learn!r}: epochs, 0 or more, are needed")
+    if not isinstance(labels, bool) or (labels and not learn):
+        raise ValueError(f"labels is {labels!r}: False, or True where learn is above 0, is needed")
     if not 0.5 < confidence < 1:
         raise ValueError(f"confidence is {confidence!r}: above 0.5 and below 1 is needed")
     for name, value in (("effort", effort), ("seconds", seconds)):

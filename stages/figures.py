@@ -4,7 +4,7 @@ Colours are those of `quantifind.workflow.visualization_workflow`: blue is the s
 grey is float.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -18,7 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator
 
-from quantifind.certification.certificate import certified_steps, minimum_safe_bits
+from quantifind.certification.certificate import minimum_safe_bits
+from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
 from quantifind.workflow.visualization_workflow import (
     CERTIFIED,
@@ -50,6 +51,7 @@ def visualize_frontier(
     name: str = "",
     measure: str = "criterion_ratio",
     limit: float = 1.01,
+    asked: Mapping[str, float] | None = None,
     limits: Sequence[float] = (1.01, 1.05),
 ) -> Figure:
     """What is lost on test data against bits: the search's ladder beside the uniform depths.
@@ -60,6 +62,7 @@ def visualize_frontier(
     name: of the network, for the title.
     measure: what is certified, one of `quantifind.certification.measures.MEASURES`.
     limit: the most that it may be; what is certified is marked on each of the two.
+    asked: all limits that are certified, by measure, by default this one.
     limits: those of the other pictures, whose colours they have here too.
     Returns: the whole range above, and below it the region in which the limit lies.
     """
@@ -70,7 +73,8 @@ def visualize_frontier(
     figure, (whole, near) = plt.subplots(
         2, 1, figsize=(8, 7), layout="constrained", sharex=True, height_ratios=(2, 3)
     )
-    best, best_uniform = (_certified(table, measure, limit) for table in (frontier, uniform))
+    asked = {measure: limit} if asked is None else asked
+    best, best_uniform = (_certified(table, asked) for table in (frontier, uniform))
     marks = [
         (best, "D", colour, "certified strategy"),
         (best_uniform, "o", colour, "certified uniform depth"),
@@ -275,11 +279,10 @@ def frontier(candidates: pd.DataFrame, cost: str) -> pd.DataFrame:
     return ordered[ordered["criterion_ratio"] < before]
 
 
-def _certified(table: pd.DataFrame, measure: str, limit: float) -> pd.Series | None:
+def _certified(table: pd.DataFrame, limits: Mapping[str, float]) -> pd.Series | None:
     """The last row that passes when the table is walked from the top, None where none does."""
-    of_look = f"{measure}_look_bound"
-    bound = of_look if of_look in table else f"{measure}_bound"
-    steps = certified_steps(table[bound].tolist(), limit)
+    looked = all(f"{measure}_look_bound" in table for measure in limits)
+    steps = steps_that_keep(table, limits, "look_bound" if looked else "bound")
     return table.iloc[steps - 1] if steps else None
 
 

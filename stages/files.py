@@ -42,6 +42,8 @@ NETWORK = Path("out/checkpoint/network.json")
 RESUME = Path("out/resume")
 UNIFORM = Path("out/strategies/uniform.json")
 LADDER = Path("out/strategies/ladder.json")
+# of uniform depths, and of the float network beside them, fitted to validation data
+TEMPERATURES = Path("out/strategies/temperatures.json")
 # the limits of the search, by measure
 LIMITS = Path("out/strategies/limits.json")
 # float weights that had the training of what learned from labels

@@ -27,15 +27,13 @@ def main(params: Params) -> None:
         files.read_table(files.PLOTS / f"{table}.csv") for table in tables
     )
     name, limits = params.model, params.evaluate.limits
-    # of those that were certified, the first
-    measure, limit = next(
-        iter(files.read_json(files.METRICS / "recommendation.json")["limit"].items())
-    )
+    asked = files.read_json(files.METRICS / "recommendation.json")["limit"]
+    measure, limit = next(iter(asked.items()))
     figures = visualize_bit_depth_results(results, name=name, limits=limits)
     figures["history"] = visualize_history(history, name=name)
     figures["weight_sqnr"] = visualize_weight_error(weight_error, name=name)
     figures["frontier"] = visualize_frontier(
-        frontier, results, name=name, measure=measure, limit=limit, limits=limits
+        frontier, results, name=name, measure=measure, limit=limit, asked=asked, limits=limits
     )
     figures["sensitivity"] = visualize_sensitivity(sensitivity, name=name, limits=limits)
     figures["prediction"] = visualize_prediction(candidates, name=name)

@@ -14,6 +14,7 @@ from quantifind.quantize import quantize
 from quantifind.search import find_strategy
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.console import progress
+from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, networks
 from stages.params import Params
 
@@ -43,9 +44,33 @@ def main(params: Params) -> None:
     correlations = {"rank_correlation": rank_correlations(found.sensitivity)}
     files.write_json(files.METRICS / "sensitivity.json", correlations)
     files.write_json(files.UNIFORM, [strategy.choices for strategy in uniform])
+    files.write_json(files.TEMPERATURES, temperatures(net, uniform, val, criterion, params, made))
     files.write_json(files.LIMITS, dict(found.goal.limits))
     ladder.write_ladder(found.ladder)
     ladder.write_control(found.control)
+
+
+def temperatures(
+    model: nn.Module,
+    uniform: Sequence[Strategy],
+    val: Any,
+    criterion: Any,
+    params: Params,
+    made: Any,
+) -> dict[str, Any]:
+    """What networks' logits are divided by for calibrated ratios, fitted to validation data.
+
+    Returns: what `quantifind.workflow.evaluation_workflow.evaluate_strategies` takes; nothing where
+        the loss is none that a temperature suits.
+    """
+    how: Any = {"forward": made.forward, **params.workers}
+    table = evaluate_strategies(model, uniform, val, criterion, **how)
+    if "temperature" not in table:
+        return {}
+    return {
+        "temperatures": table["temperature"].tolist(),
+        "original_temperature": table["original_temperature"].iloc[0],
+    }
 
 
 def weight_errors(model: nn.Module, strategies: Sequence[Strategy]) -> pd.DataFrame:

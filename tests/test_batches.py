@@ -525,8 +525,13 @@ def test_certify_counts_the_ladders_that_these_data_judged(classifier, tmp_path)
         for limit in (1.2, {"calibrated_ratio": 1.3, "accuracy_drop": 0.2})
     ]
     path = tmp_path / "looks.json"
-    for found, k in zip([*searched, searched[0]], [1, 2, 1], strict=True):
+    x, y = test.dataset.tensors
+    shuffled = torch.randperm(len(x))
+    tests = [test, pairs(x, y), ((x[i : i + 7], y[i : i + 7]) for i in range(0, len(x), 7))]
+    tests[1] = [(x[shuffled], y[shuffled])]
+    for found, k, test in zip([*searched, searched[0]], [1, 2, 1], tests, strict=True):
         proof = certify(net, found, test, looks=path)
+        test = pairs(x, y)
         assert proof.look.k == k
         confident = replace(found, confidence=1 - 0.05 / (k * (k + 1)))
         apart = certify(net, confident, test)

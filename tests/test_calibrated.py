@@ -108,6 +108,26 @@ def test_what_is_measured_on_parts_is_that_of_the_whole():
     np.testing.assert_allclose(fixed, wanted, atol=0.02 * wanted.mean())
 
 
+def test_the_gain_of_a_tiny_error_is_exact():
+    """Of a network in float32, whose squared error is in the last digits of its outputs."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(16, 16), torch.randn(400, 16)
+    y = net(x).detach()
+    y = y * (1 + 1e-7 * torch.randn_like(y))
+    judged = outcome(net, [(x, y)], nn.MSELoss()).calibrated()
+    best = optimize.minimize_scalar(
+        lambda t: (((1 + t) * net(x).double() - y.double()) ** 2).mean().item(),
+        bounds=(-1e-6, 1e-6),
+        method="bounded",
+        options={"xatol": 1e-13},
+    )
+    assert judged.gain - 1 == pytest.approx(best.x, abs=1e-10)
+    assert judged.calibrated_criterion == pytest.approx(best.fun, rel=1e-3)
+    loader = [(x, y)]
+    found = find_strategy(net, loader, loader, nn.MSELoss(), limit={"calibrated_ratio": 1.05})
+    assert found.mean_bits < 32
+
+
 def test_a_temperature_that_losses_do_not_give_is_said(capsys):
     """Of a network that is always right the loss falls with every gain."""
     torch.manual_seed(0)

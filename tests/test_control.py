@@ -16,8 +16,7 @@ from quantifind.runtime.control import Control
 from quantifind.search import find_strategy
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.loaders import Tensors, batch_loader
-from quantifind.workflow.evaluation_workflow import certify, evaluate_strategies
-from quantifind.workflow.matched_workflow import matched_ratios
+from quantifind.workflow.certification_workflow import certify, judge_ladder
 from stages import ladder
 
 RATE, SEED = 3e-3, 3
@@ -96,25 +95,30 @@ def test_a_control_that_diverges_is_said():
 
 
 @torch.no_grad()
-def test_the_matched_ratio_is_one_mean_loss_over_the_other():
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_matched_ratio_is_one_mean_loss_over_the_other(shuffle):
+    """Of the same examples: a shuffled loader is gone through once."""
     net, other, criterion = network(), network(), nn.CrossEntropyLoss()
     other[3].bias[0] += 0.3
     x, y = training(2).dataset.tensors
-    judged = [(x[:100], y[:100]), (x[100:], y[100:])]
+    judged = batch_loader(training(2).dataset, batch_size=64, shuffle=shuffle, seed=0)
     strategies = [uniform_strategy(net, bits) for bits in (3, 8)]
-    how = {"columns": True, "confidence": 0.9}
-    columns = list(evaluate_strategies(net, strategies, judged, criterion, **how)["columns"])
-    found = matched_ratios([None, columns[0]], other, judged, criterion, confidence=0.9)
-    assert found.iloc[0].isna().all()
+    rows = {"strategy": strategies, "answer": ["trained", "as_is"]}
+    rows["quantized"] = [quantize(net, strategy) for strategy in strategies]
+    control = Control(dict(other.named_parameters()), (), 1.0)
+    limits = {"criterion_ratio": 1.5}
+    how = {"limits": limits, "control": control, "confidence": 0.9}
+    found = judge_ladder(net, pd.DataFrame(rows), judged, criterion, **how).steps
+    assert found.filter(regex="matched|control").iloc[1].isna().all()
     nets = (net, other, quantize_model(net, strategies[0]))
     plain, control, rounded = (F.cross_entropy(one(x), y).item() for one in nets)
-    assert found["matched_ratio"][1] == pytest.approx(rounded / control)
-    assert found["control_ratio"][1] == pytest.approx(control / plain)
-    for name in ("matched_ratio", "control_ratio"):
-        low, value, bound, high = (
-            found[f"{name}{end}"][1] for end in ("_low", "", "_bound", "_high")
-        )
-        assert low < value < bound < high
+    assert found["matched_ratio"][0] == pytest.approx(rounded / control)
+    assert found["control_ratio"][0] == pytest.approx(control / plain)
+    losses = [F.cross_entropy(one(x), y, reduction="none") for one in nets]
+    for name, pair in (("matched_ratio", losses[2:0:-1]), ("control_ratio", losses[1::-1])):
+        low, high = ratio_interval(*(each.numpy() for each in pair), confidence=0.9)
+        assert found[f"{name}_low"][0] == pytest.approx(low, rel=1e-5)
+        assert found[f"{name}_high"][0] == pytest.approx(high, rel=1e-5)
 
 
 def test_a_search_with_labels_has_the_control_of_what_it_trained(tmp_path, monkeypatch):

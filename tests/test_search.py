@@ -377,6 +377,8 @@ BAD = [
     ({"budget": 0.5}, "budget mean_bits is 0.5: the smallest candidate takes"),
     ({"budget": -1}, "budget mean_bits is -1: a number above 0"),
     ({"limit": 1.01, "learn": -1}, "learn is -1"),
+    ({"limit": 1.01, "labels": True}, "labels is True: False, or True where learn is above 0"),
+    ({"limit": 1.01, "learn": 1, "labels": "no"}, "labels is 'no'"),
     ({"limit": 1.01, "confidence": 95}, "confidence is 95: above 0.5 and below 1"),
     ({"limit": 1.01, "activation_bits": [8]}, "save no model_bytes; give a budget of"),
     (

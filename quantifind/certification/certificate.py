@@ -106,8 +106,8 @@ def ratio_bound(
         squares = covariance * (examples - 1) + np.outer(off, off) * examples * more / count
         error = squares / (count - 1) / count
         higher = near + _ends(means + off * more / count, error, t)[1]
-        if not higher > bound:
-            return bound
+        if not higher > bound or math.isinf(higher):
+            return max(bound, higher)
         bound = higher
 
 

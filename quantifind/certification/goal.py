@@ -19,8 +19,9 @@ Limit = float | Mapping[str, float]
 DEFAULT_LIMIT = {"calibrated_ratio": 1.01, "accuracy_drop": 0.003}
 # what a strategy took, by a candidate's origin: the answers of a search that are told apart
 ANSWERS = {
-    "as_is": "as it is: calibrated on training inputs; no label, no training",
-    "following": "following: its codes learned to follow the float network's outputs; no label",
+    "as_is": "as it is: calibrated on training inputs; no training, no training label",
+    "following": "following: its codes learned to follow the float network's outputs; no training "
+    "label",
     "trained": "trained further: its codes learned from labels, too; the network was trained on",
 }
 # each step of a ladder has at most this share of the bytes of the one above it

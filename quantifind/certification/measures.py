@@ -73,13 +73,13 @@ def degradation(
 ) -> dict[str, float]:
     """What a quantized network lost, by each measure that there is, with intervals.
 
-    columns: by example, as `quantifind.metrics.paired` has them.
+    columns: by example, as `quantifind.metrics.paired` has them, and ``divergence``.
     confidence: of the intervals.
     gain: as `calibrated` takes it.
     Returns: of `MEASURES` those whose columns are there. Beside each its two-sided interval,
-    ``…_low`` and ``…_high``, and ``…_bound``. The true value lies below the bound with this
-    confidence; that is one-sided, so the bound is below ``…_high``. ``temperature`` is what the
-    outputs were divided by for the calibrated ratio.
+    ``…_low`` and ``…_high``, and the one-sided ``…_bound``, below which the true value lies with
+    this confidence; where few examples carry the change it is above ``…_high``. ``temperature`` is
+    what the outputs were divided by for the calibrated ratio.
     """
     row: dict[str, float] = {}
     columns = calibrated(columns, gain)
@@ -142,6 +142,8 @@ def examples_needed(
     Returns: None where a value itself is not below its limit, or `MOST` times as many are too few.
     """
     columns = calibrated(columns, gain)
+    needs = {"loss", "weight", *(need for name in limits for need in MEASURES[name].needs)}
+    columns = {name: column for name, column in columns.items() if name in needs}
     if not all(MEASURES[name].of(columns).value < limit for name, limit in limits.items()):
         return None
     have = len(columns["loss"])

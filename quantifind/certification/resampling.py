@@ -35,7 +35,7 @@ def bits_interval(
     as on the test split itself (`quantifind.certification.certificate.certified_steps`).
 
     ladder: of each strategy, from most bytes to fewest, the columns by example, as
-        `quantifind.metrics.paired` has them.
+        `quantifind.certification.measures.calibrated` has them.
     bits: of each strategy.
     limits: by measure, the most that its bound may be; all must be kept.
     confidence: of each test.

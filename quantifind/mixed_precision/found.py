@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from quantifind.certification.goal import Goal, ladder
-from quantifind.certification.measures import examples_needed
+from quantifind.certification.measures import MEASURES, examples_needed
 from quantifind.mixed_precision.candidates import Candidates, Row
 from quantifind.mixed_precision.passes import Passes
 from quantifind.runtime.control import Control
@@ -117,14 +117,14 @@ def chosen(candidates: Candidates) -> tuple[Row, pd.DataFrame]:
     """
     best = candidates.best() or _nearest(candidates)
     error = best["relative_error"]
-    if candidates.goal.measure == "criterion_ratio" and error > SUSPICIOUS:
+    measure = candidates.goal.measure
+    if measure in ("criterion_ratio", "calibrated_ratio") and error > SUSPICIOUS:
         console.print(
-            f"Its criterion ratio is {best['criterion_ratio']:.4g}, but its outputs are "
+            f"Its {MEASURES[measure].words} is {best[measure]:.4g}, but its outputs are "
             f"{error:.0%} off: for outputs near the float network's ask for "
             "limit={'relative_error': 0.05}",
             markup=False,
         )
-    measure = candidates.goal.measure
     able = [row for row in candidates.rows.values() if math.isfinite(row[measure])]
     rows = sorted(able, key=lambda row: -row["model_bytes"])
     steps = ladder([row for row in rows if candidates.is_whole(row)], best, candidates.goal)
@@ -167,7 +167,8 @@ def _nearest(candidates: Candidates) -> Row:
     needed = examples_needed(candidates.columns(row), goal.limits, candidates.confidence)
     if needed is not None:
         text += f"; with about {needed:,} examples it would be certain enough"
-    if others := {name: v for name, v in goal.limits.items() if name != measure}:
+    others = {name: v for name, v in goal.limits.items() if name != measure}
+    if others and replace(goal, measure=next(iter(others)), limits=others).keeps(row):
         text += f"; or ask for limit={others}"
     if candidates.measurements.passes.left_out:
         text += (

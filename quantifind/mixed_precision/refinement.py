@@ -36,7 +36,7 @@ FITTED = 2
 # shares of the best cost so far: of allocations quantized sequentially, and of costlier ones
 SEQUENTIAL = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
 COSTLIER = (1.05, 1.1, 1.15, 1.2, 1.3)
-# learning here follows the labels too, and may take large steps
+# learning here may take large steps
 LEARNING_RATE, LABEL_WEIGHT = 1e-3, 1.0
 LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
 # bits that a weight, and another tensor, has at most where codes are learned
@@ -150,10 +150,9 @@ def learn_allocations(candidates: Candidates, epochs: float, labels: bool) -> No
                 step("" if row is None else note(row))
             if goal.budget is None:
                 low, high = (low, target) if learned[assignment] else (target, high)
-    keeping = [assignment for assignment, keeps in learned.items() if keeps]
-    if labels and keeping:
+    if labels and learned:
         # the same tensors are trained, of how many bits the codes may be
-        start = _begun(allocation.strategy(keeping[-1], groups))
+        start = _begun(allocation.strategy(next(iter(learned)), groups))
         candidates.control = _control(candidates.measurements, start, epochs)
         console.print(f"{candidates.control}", markup=False, highlight=False)
 

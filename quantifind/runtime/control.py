@@ -66,7 +66,7 @@ class Control:
             "times the float network's loss on validation data"
         )
         if self.ratio > 1:
-            said += ": the recipe spoils float weights, and a ratio to them flatters"
+            said += "; where it is worse than the float network, a ratio to it flatters"
         return said
 
     def network(self, model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantifind.tensor.parts import is_strided, parts
+from quantifind.utils.batches import Batch, rows_of, tensors_of, texts_of
 
 Entry = tuple[dict[str, Tensor], Any]
 
@@ -76,6 +77,23 @@ def fingerprint(*parts: Any) -> str:
             digest.update(json.dumps(part, default=repr, sort_keys=True).encode())
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+def fingerprint_of_examples(batches: Iterable[Batch]) -> str:
+    """A digest of examples, whatever their order and the batches that they come in."""
+    digests: list[bytes] = []
+    for batch in batches:
+        tensors, rows = [t.detach().cpu() for t in tensors_of(batch.data)], rows_of(batch.data)
+        if rows is None or not batch.apart:
+            whole = fingerprint(*tensors, *texts_of(batch.data))
+            digests.append(bytes.fromhex(whole))
+            continue
+        for row in range(rows):
+            digest = hashlib.sha256()
+            for tensor in tensors:
+                digest.update(_bytes(tensor[row]))
+            digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:

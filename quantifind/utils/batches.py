@@ -145,6 +145,11 @@ def tensors_of(data: Any) -> list[Tensor]:
     ]
 
 
+def texts_of(data: Any) -> list[Any]:
+    """The texts and numbers of a tree, in its order."""
+    return [leaf for leaf in _leaves(data) if isinstance(leaf, str | bytes | int | float)]
+
+
 def _leaves(data: Any, stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
     """What a tree holds, in its order, and whatever ``stop`` says is none."""
     if type(data) in (list, tuple) and all(type(part) is Tensor for part in data):

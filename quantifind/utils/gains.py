@@ -29,6 +29,10 @@ class Gains:
         mean = losses.mean(0)
         if not np.isfinite(mean).all():
             return math.nan
+        if self.tried == _THREE:
+            # of a square the lowest point: test_the_gain_of_a_tiny_error_is_exact
+            slope, curve = (mean[2] - mean[0]) / 2, mean[0] - 2 * mean[1] + mean[2]
+            return float(1 - slope / curve) if curve > 0 else 1.0
         first, last = math.log(self.tried[0]), math.log(self.tried[-1])
 
         def loss(logarithm: float) -> float:
@@ -44,7 +48,7 @@ class Gains:
 
     def is_at_an_end(self, gain: float) -> bool:
         """Whether the loss may fall further beyond the values that are tried."""
-        return not self.tried[0] * 1.001 < gain < self.tried[-1] / 1.001
+        return self.tried != _THREE and not (self.tried[0] * 1.001 < gain < self.tried[-1] / 1.001)
 
     def at(self, losses: np.ndarray, gain: float) -> np.ndarray:
         """The loss of each example, (examples,), with outputs multiplied by a gain."""
@@ -73,7 +77,7 @@ def _cubic(gain: float) -> np.ndarray:
 
 # in steps of a quarter: test_calibrated_losses_are_those_of_torch
 _GEOMETRIC = tuple(1.25**i for i in range(-10, 7))
-_THREE = (0.01, 1.0, 100.0)
+_THREE = (0.0, 1.0, 2.0)
 OF_LOGITS = Gains(_GEOMETRIC, _cubic)
 # squared errors are a square of the gain
 OF_SQUARES = Gains(_THREE, lambda gain: _lagrange(np.array(_THREE), gain))

@@ -5,35 +5,25 @@ The arguments after the model may stand in either order, ``(test_loader, criteri
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from quantifind.certification.goal import Goal, Limit, steps_that_keep
-from quantifind.certification.ledger import Look, look
-from quantifind.certification.measures import MEASURES, bounds_at, degradation, examples_needed
+from quantifind.certification.measures import degradation
 from quantifind.metrics import Outcome, columns_of, compared
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.folding import Pairs, prepared
 from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
-from quantifind.storage.artifact import pack
-from quantifind.storage.store import fingerprint
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch, Forward
 from quantifind.utils.console import progress
-from quantifind.workflow.matched_workflow import matched_ratios
 from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer, check_depth
-
-if TYPE_CHECKING:  # so that a new search judges nothing again
-    from quantifind.mixed_precision.found import Found
 
 
 def compute_test_loss(
@@ -123,6 +113,8 @@ def evaluate_strategies(
     strategies = list(strategies)
     given = strategies if quantized is None else list(quantized)
     known_temperatures = [None] * len(strategies) if temperatures is None else temperatures
+    if len(known_temperatures) != len(strategies):
+        raise ValueError(f"{len(known_temperatures)} temperatures of {len(strategies)} strategies")
     tasks = list(zip(strategies, given, known_temperatures, strict=True))
     for number, (strategy, known, _) in enumerate(tasks):
         if isinstance(known, Quantized) and not _belongs(known, strategy):
@@ -181,7 +173,9 @@ class _Judge:
         gain = None if temperature is None else 1 / temperature
         row = _row(measured, self.original.criterion, self.confidence, gain)
         scr = row["criterion"] / (depth or bits)
-        beside = {"columns": columns_of(measured)} if self.columns else {}
+        beside: dict[str, Any] = {"columns": columns_of(measured)} if self.columns else {}
+        if self.original.gain is not None:
+            beside["original_temperature"] = 1 / self.original.gain
         return {"bit_depth": depth, "mean_bits": bits, "signal_to_complexity": scr} | row | beside
 
 
@@ -189,125 +183,6 @@ def _loader_and_criterion(first: Any, second: Any) -> tuple[Any, Any]:
     if callable(first) and not callable(second):
         return second, first
     return first, second
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What test data say of what a search found.
-
-    limits, confidence: what is certified: that each measure is at most its limit.
-    look: which of the ladders judged on these data it is, where they are counted; its level is what
-        counts, and all of them together have the confidence.
-    needed: where nothing is certified, about how many examples it would take for the first.
-    steps: a row per strategy of the ladder, from most bytes to fewest: the columns of
-        `evaluate_strategies`, and ``certified``; of what was trained further, those of
-        `quantifind.workflow.matched_workflow.matched_ratios`.
-    strategy, quantized: the last that passed, None where none did.
-    """
-
-    limits: Mapping[str, float]
-    confidence: float
-    steps: pd.DataFrame
-    strategy: Strategy | None
-    quantized: Quantized | None
-    look: Look | None = None
-    needed: int | None = None
-
-    def __str__(self) -> str:
-        certified = self.steps[self.steps["certified"]]
-        row = self.steps.iloc[0] if certified.empty else certified.iloc[-1]
-        bits = f"{row['mean_bits']:.4g} bits per parameter"
-        limits = " and ".join(f"{MEASURES[n].words} {v:g}" for n, v in self.limits.items())
-        bound = "bound" if self.look is None else "look_bound"
-        found = "; ".join(
-            f"{MEASURES[n].words} {row[n]:.4g}, at most {row[f'{n}_{bound}']:.4g}"
-            for n in self.limits
-        )
-        counted = "" if self.look is None else f", of all {self.look.k} looks at them together"
-        if certified.empty:
-            more = "" if self.needed is None else f"; it takes about {self.needed:,} examples"
-            return f"Nothing is certified at {limits}: {bits} have {found}{more}"
-        return (
-            f"{bits} are certified at {limits}: {found} "
-            f"with {self.confidence:.0%} confidence on test data{counted}"
-        )
-
-
-def certify(
-    model: nn.Module,
-    found: "Found",
-    test_loader: Iterable[Any],
-    *,
-    limit: Limit | None = None,
-    looks: Path | str | None = None,
-    engine: str = "sequential",
-    scheduler: str | None = None,
-) -> Certificate:
-    """Walk down the ladder of a search on test data, for as long as each step keeps the limit.
-
-    Several strategies are tried, and what passes last is certified at the level of a single test
-    (`quantifind.certification.goal.steps_that_keep`).
-
-    model: the network of the search.
-    found: of `quantifind.search.find_strategy`, whose measure, criterion and confidence count.
-    test_loader: batches of test data, which took no part in the search.
-    limit: as `quantifind.search.find_strategy` takes it, by default that of the search; one is
-        needed where that had a budget. A number is of the search's measure.
-    looks: a file in which each ladder that is judged on these data, in their order, is counted
-        (`quantifind.certification.ledger`): the k-th is certified at 5%/(k(k + 1)), so that all
-        answers together have the confidence. By default this is taken to be the only one.
-    engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
-    Raises: ValueError as `evaluate_strategies`, and where there is no limit.
-    """
-    limits, measure = found.goal.limits, found.goal.measure
-    if limit is not None:
-        limits = Goal.of(limit if isinstance(limit, Mapping) else {measure: limit}, None).limits
-    if not limits:
-        raise ValueError(f"the search had a budget: give the limit of {measure} to certify")
-    ladder = found.ladder
-    steps = evaluate_strategies(
-        model,
-        ladder["strategy"],
-        test_loader,
-        found.criterion,
-        quantized=ladder["quantized"],
-        temperatures=ladder["temperature"].tolist() if "temperature" in ladder else None,
-        original_temperature=found.temperature,
-        forward=found.forward,
-        confidence=found.confidence,
-        columns=True,
-        engine=engine,
-        scheduler=scheduler,
-    )
-    columns, bound, counted = steps.pop("columns"), "bound", None
-    gains: list[float | None] = [None] * len(ladder)
-    if "temperature" in ladder:
-        gains = [1 / temperature for temperature in ladder["temperature"]]
-    if looks is not None:
-        parts = (part for quantized in ladder["quantized"] for part in pack(quantized))
-        split = fingerprint(*(leaf for batch in test_loader for leaf in tree_leaves(batch)))
-        judged = fingerprint(*parts, dict(limits))
-        counted = look(looks, split, judged, confidence=found.confidence)
-        at = [
-            bounds_at(each, limits, counted.confidence, gain)
-            for each, gain in zip(columns, gains, strict=True)
-        ]
-        steps, bound = steps.join(pd.DataFrame(at)), "look_bound"
-    if found.control is not None and not found.control.fault:
-        trained = [
-            one if answer == "trained" else None
-            for one, answer in zip(columns, ladder["answer"], strict=True)
-        ]
-        control = found.control.network(model)
-        how: Any = {"forward": found.forward, "confidence": found.confidence}
-        steps = steps.join(matched_ratios(trained, control, test_loader, found.criterion, **how))
-    passed = steps_that_keep(steps, limits, bound)
-    steps["certified"] = [number < passed for number in range(len(steps))]
-    last = ladder.iloc[passed - 1] if passed else {"strategy": None, "quantized": None}
-    kept = last["strategy"], last["quantized"]
-    sure = found.confidence if counted is None else counted.confidence
-    needed = None if passed else examples_needed(columns.iloc[0], limits, sure, gains[0])
-    return Certificate(limits, found.confidence, steps, *kept, counted, needed)
 
 
 def compare(quantized: Outcome, original: Outcome, *, confidence: float = 0.95) -> dict[str, float]:
