@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pandas as pd
+
 from quantifind.certification.resampling import bits_interval
 from quantifind.strategy import Strategy
 from quantifind.workflow.certification_workflow import judge_ladder
@@ -30,7 +32,7 @@ def main(params: Params) -> None:
     control = ladder.read_control()
     judged = judge_ladder(
         net,
-        facts.assign(strategy=strategies, quantized=quantized),
+        facts.assign(strategy=pd.Series(strategies), quantized=pd.Series(quantized)),
         test,
         criterion,
         limits=asked,

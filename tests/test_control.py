@@ -4,13 +4,15 @@ import copy
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quantifind.certification.certificate import ratio_interval
 from quantifind.learning import learn, train_control
-from quantifind.quantize import quantize_model
+from quantifind.quantize import quantize, quantize_model
 from quantifind.runtime import student as students
 from quantifind.runtime.control import Control
 from quantifind.search import find_strategy

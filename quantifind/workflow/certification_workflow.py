@@ -181,7 +181,8 @@ def judge_ladder(
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Raises: ValueError as `evaluate_strategies`, and for a limit of what the data do not have.
     """
-    # once, so that all networks get the same examples: test_the_matched_ratio_is_one_mean_loss_over_the_other
+    # gone through once, as shuffled loaders have another order each time:
+    # test_the_matched_ratio_is_one_mean_loss_over_the_other
     batches = Evaluator(model, test_loader, criterion, forward=forward).given_batches()
     fixed: dict[str, Any] = {}
     gains: list[float | None] = [None] * len(ladder)
