@@ -44,26 +44,21 @@ def main(params: Params) -> None:
     correlations = {"rank_correlation": rank_correlations(found.sensitivity)}
     files.write_json(files.METRICS / "sensitivity.json", correlations)
     files.write_json(files.UNIFORM, [strategy.choices for strategy in uniform])
-    files.write_json(files.TEMPERATURES, temperatures(net, uniform, val, criterion, params, made))
+    how = {"forward": made.forward, **params.workers}
+    files.write_json(files.TEMPERATURES, temperatures(net, uniform, val, criterion, **how))
     files.write_json(files.LIMITS, dict(found.goal.limits))
     ladder.write_ladder(found.ladder)
     ladder.write_control(found.control)
 
 
 def temperatures(
-    model: nn.Module,
-    uniform: Sequence[Strategy],
-    val: Any,
-    criterion: Any,
-    params: Params,
-    made: Any,
+    model: nn.Module, uniform: Sequence[Strategy], val: Any, criterion: Any, **how: Any
 ) -> dict[str, Any]:
     """What networks' logits are divided by for calibrated ratios, fitted to validation data.
 
-    Returns: what `quantifind.workflow.evaluation_workflow.evaluate_strategies` takes; nothing where
-        the loss is none that a temperature suits.
+    how: further arguments of `quantifind.workflow.evaluation_workflow.evaluate_strategies`.
+    Returns: what that takes on test data; nothing where no temperature suits the loss.
     """
-    how: Any = {"forward": made.forward, **params.workers}
     table = evaluate_strategies(model, uniform, val, criterion, **how)
     if "temperature" not in table:
         return {}
