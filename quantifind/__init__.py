@@ -15,6 +15,9 @@ Quantize
 Judge
     certify              what a search found, on test data
     evaluate_strategies  strategies beside the float network on a loader's examples
+Take it with you
+    save                 a quantized network as one small file
+    load                 the network of such a file
 
 Names are imported when first used: `import quantifind` imports no torch. Data sets, models,
 schemes and costs are modules of the folders of these names; `quantifind.workflow` has the verbs of
@@ -33,8 +36,10 @@ _HOMES = {
     "evaluate_strategies": "workflow.evaluation_workflow",
     "find_strategy": "search",
     "learn": "learning",
+    "load": "deployment.saving",
     "mean_bits": "quantize",
     "quantize_model": "quantize",
+    "save": "deployment.saving",
     "uniform_strategy": "strategy",
 }
 __all__ = list(_HOMES)
