@@ -8,21 +8,12 @@ import torch
 from torch import Tensor
 
 from quantifind.tensor import packing
-from quantifind.tensor.qparams import Grid, QParams, from_rows, to_rows
+from quantifind.tensor.qparams import QParams, from_rows, to_rows
 
 # what codes are kept in, the first that holds all of a grid's
 NARROW = (torch.int8, torch.uint8, torch.int16)
 # values that are dequantized together
 AT_A_TIME = 2**18
-
-
-def narrow_dtype(grid: Grid) -> torch.dtype | None:
-    """The first of `NARROW` that holds all codes of a grid."""
-    for dtype in NARROW:
-        limits = torch.iinfo(dtype)
-        if limits.min <= grid.lowest_code and grid.highest_code <= limits.max:
-            return dtype
-    return None
 
 
 @dataclass(frozen=True)
@@ -64,8 +55,14 @@ class QuantizedTensor:
 
     def narrowed(self) -> "QuantizedTensor":
         """With the codes in as few bytes as their levels take."""
-        narrow = narrow_dtype(self.qparams.grid)
-        return replace(self, codes=self.codes.to(narrow or self.codes.dtype))
+        grid = self.qparams.grid
+        fitting = (
+            dtype
+            for dtype in NARROW
+            if torch.iinfo(dtype).min <= grid.lowest_code
+            and grid.highest_code <= torch.iinfo(dtype).max
+        )
+        return replace(self, codes=self.codes.to(next(fitting, self.codes.dtype)))
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled, such as for a worker."""
@@ -94,12 +91,9 @@ class QuantizedTensor:
         """The tensor of a shape whose codes `pack` made bytes of."""
         grid = qparams.grid
         codes = packing.unpack(packed, grid.levels, shape.numel())
-        narrow = narrow_dtype(grid) or torch.int32
-        if codes.dtype == torch.uint8:
-            # adds round the byte, whose bits are then those of the signed code
-            codes = (codes + grid.lowest_code % 256).view(narrow)
-        else:
-            codes = (codes.long() + grid.lowest_code).to(narrow)
+        # what fits in a byte needs no more to become less
+        codes = codes.int() if codes.dtype == torch.uint8 else codes.long()
+        codes = codes.add_(grid.lowest_code).int()
         return cls(codes.reshape(shape), qparams, dtype)
 
 
