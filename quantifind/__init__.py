@@ -18,6 +18,7 @@ Judge
 Take it with you
     save                 a quantized network as one small file
     load                 the network of such a file
+    compressed           a network that computes with packed codes
 
 Names are imported when first used: `import quantifind` imports no torch. Data sets, models,
 schemes and costs are modules of the folders of these names; `quantifind.workflow` has the verbs of
@@ -32,6 +33,7 @@ _HOMES = {
     "Found": "mixed_precision.found",
     "SearchSpace": "mixed_precision.search_space",
     "Strategy": "strategy",
+    "compressed": "deployment.compressed",
     "certify": "workflow.evaluation_workflow",
     "evaluate_strategies": "workflow.evaluation_workflow",
     "find_strategy": "search",

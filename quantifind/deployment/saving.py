@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from quantifind.costs import model_bytes
+from quantifind.deployment.given import Given, codes_of
 from quantifind.mixed_precision.found import Found
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
-from quantifind.network.memory import has_memory, own_bytes, span
-from quantifind.network.modules import stored_tensors
-from quantifind.quantize import quantize
+from quantifind.network.sharing import all_tensors, stored_and_shared
 from quantifind.storage.network_reader import NetworkFile
 from quantifind.storage.network_writer import write_network
 from quantifind.storage.states import check_plain, load_plain
 from quantifind.strategy import Strategy
-from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
@@ -32,7 +30,7 @@ EXTRA = "_extra_state"
 
 def save(
     model: nn.Module,
-    quantized: Found | Quantized | Strategy,
+    quantized: Given,
     path: Path | str,
     *,
     judged: Mapping[str, Any] | None = None,
@@ -55,10 +53,9 @@ def save(
     strategy = quantized if isinstance(quantized, Strategy) else None
     if isinstance(quantized, Found):
         strategy, judged = quantized.strategy, judged or _judged(quantized)
-        quantized = quantized.quantized
-    codes = quantize(model, quantized, calibration, forward=forward)
+    codes = codes_of(model, quantized, calibration, forward)
     replica = prepared(model, codes.folded)
-    stored, same, views = _memory(replica)
+    stored, same, views = stored_and_shared(replica)
     others = {name: tensor for name, tensor in stored.items() if name not in codes.tensors}
     about = {
         "versions": {name: version(name) for name in ("quantifind", "torch")},
@@ -86,7 +83,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         with naming(f"{path}: a file of another architecture"):
             replica = prepared(model, file.folded)
             _check_fits(file, replica)
-        tensors, same = _all_tensors(replica), file.index.get("same", {})
+        tensors, same = all_tensors(replica), file.index.get("same", {})
         with torch.no_grad():
             for name in (*file.tensors, *file.others):
                 values = file.values(name)
@@ -107,7 +104,7 @@ def _check_fits(file: NetworkFile, replica: nn.Module) -> None:
     """Raise ValueError, naming up to three tensors, unless a file has those of a network."""
     same, views = file.index.get("same", {}), file.index.get("views", {})
     there = {name: _kind(*file.described(name)) for name in (*file.tensors, *file.others)}
-    stored, *shared = _memory(replica)
+    stored, *shared = stored_and_shared(replica)
     here = {name: _kind(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
     here |= {name: _kind(t.dtype, t.shape) for name, t in _extra_states(replica).items()}
     different = [
@@ -138,40 +135,6 @@ def _with(
 
 def _kind(dtype: torch.dtype, shape: Iterable[int]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-
-
-def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """By every name that a parameter or a buffer has."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return parameters | dict(model.named_buffers(remove_duplicate=False))
-
-
-def _memory(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """Of a plain network the tensors to be stored, and by name of each other one that lies in
-    memory of theirs, whose that is: those that are the same, and those that are a part of it."""
-    stored = stored_tensors(model, counters=True)
-    sizes = own_bytes(stored)
-    stored = {name: t for name, t in stored.items() if sizes[name] or not has_memory(t)}
-    same, views = {}, {}
-    for name, tensor in _all_tensors(model).items():
-        if name in stored or not has_memory(tensor):
-            continue
-        for owner, whole in stored.items():
-            if whole is tensor or (has_memory(whole) and _place(whole) == _place(tensor)):
-                same[name] = owner
-                break
-            if has_memory(whole) and _is_within(span(tensor), span(whole)):
-                views[name] = owner
-                break
-    return stored, same, views
-
-
-def _place(tensor: Tensor) -> Any:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _is_within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
-    return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
 def _extra_states(model: nn.Module) -> dict[str, Tensor]:
