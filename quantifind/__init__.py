@@ -19,6 +19,7 @@ Take it with you
     save                 a quantized network as one small file
     load                 the network of such a file
     compressed           a network that computes with packed codes
+    export               a quantized network as ONNX, or as a program of torch.export
 
 Names are imported when first used: `import quantifind` imports no torch. Data sets, models,
 schemes and costs are modules of the folders of these names; `quantifind.workflow` has the verbs of
@@ -36,6 +37,7 @@ _HOMES = {
     "compressed": "deployment.compressed",
     "certify": "workflow.evaluation_workflow",
     "evaluate_strategies": "workflow.evaluation_workflow",
+    "export": "deployment.exporting",
     "find_strategy": "search",
     "learn": "learning",
     "load": "deployment.saving",

@@ -85,6 +85,8 @@ def test_compressed_networks_give_the_same(kind, choice):
     assert not torch.equal(net(x), wanted)
     assert all(torch.equal(given[name], value) for name, value in net.state_dict().items())
     stored = sum(t.numel() * t.element_size() for t in small.state_dict().values())
+    held = sum(t.untyped_storage().nbytes() for t in small.state_dict().values())
+    assert held == stored
     counters = sum(t.numel() * 8 for n, t in small.named_buffers() if n.endswith("tracked"))
     assert stored - counters == sum(model_bytes.measure(net, quantized, []).values())
 

@@ -57,7 +57,9 @@ def _pack(model: nn.Module, names: Iterable[str], tensor: QuantizedTensor) -> No
         "zero_point": qparams.zero_point,
         "table": qparams.grid.table,
     }
-    parts = {part: t.to(own[first].device) for part, t in parts.items() if t is not None}
+    # copies, since packed codes may be a part of more memory: test_compressed_networks_give_the_same
+    device = own[first].device
+    parts = {part: t.to(device, copy=True) for part, t in parts.items() if t is not None}
     for name in names:
         where, _, attribute = name.rpartition(".")
         module = model.get_submodule(where)

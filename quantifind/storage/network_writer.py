@@ -70,7 +70,7 @@ def write_network(
     }
     first = json.dumps(header, separators=(",", ":")).encode()
     first += b" " * (-len(first) % 8)
-    _write(Path(path), [len(first).to_bytes(8, "little"), first, *map(_buffer, parts), packed])
+    write_whole(Path(path), [len(first).to_bytes(8, "little"), first, *map(_buffer, parts), packed])
     return 8 + len(first) + size + len(packed)
 
 
@@ -135,7 +135,11 @@ def _buffer(tensor: Tensor) -> memoryview:
     return memoryview(values)
 
 
-def _write(path: Path, parts: list[Any]) -> None:
+def write_whole(path: Path, parts: list[Any]) -> None:
+    """Write bytes; the file gets its name when it is whole.
+
+    Raises: ValueError naming a path that can't be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
