@@ -30,6 +30,7 @@ def test_every_import_is_a_dependency():
         *PYPROJECT["project"]["optional-dependencies"]["test"],
         *PYPROJECT["project"]["optional-dependencies"]["cluster"],
         *PYPROJECT["project"]["optional-dependencies"]["datasets"],
+        *PYPROJECT["project"]["optional-dependencies"]["onnx"],
         *PYPROJECT["project"]["optional-dependencies"]["strangers"],
     ]
     names = {re.split(r"[\[<>=]", item)[0].replace("-", "_") for item in listed}

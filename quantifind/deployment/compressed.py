@@ -57,7 +57,7 @@ def _pack(model: nn.Module, names: Iterable[str], tensor: QuantizedTensor) -> No
         "zero_point": qparams.zero_point,
         "table": qparams.grid.table,
     }
-    # copies, since packed codes may be a part of more memory: test_compressed_networks_give_the_same
+    # packed codes may be a part of more memory: test_compressed_networks_give_the_same
     device = own[first].device
     parts = {part: t.to(device, copy=True) for part, t in parts.items() if t is not None}
     for name in names:
