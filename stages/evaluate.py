@@ -5,10 +5,11 @@ from typing import Any
 from quantifind.certification.measures import calibrated, degradation
 from quantifind.certification.resampling import bits_interval
 from quantifind.certification.tails import change_skewness
+from quantifind.deployment.saving import save
 from quantifind.strategy import Strategy
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, looks, networks
-from stages.answers import in_words, mark_certified, recommend, summarize
+from stages.answers import card, in_words, mark_certified, recommend, summarize
 from stages.params import Params
 
 
@@ -61,6 +62,13 @@ def main(params: Params) -> None:
             columns, list(found["mean_bits"]), asked, confidence=look.confidence
         ),
     )
+    best = answer["certified"] or answer["chosen"]
+    judged = {"on": "test data", "certified": answer["certified"] is not None, **best}
+    judged |= {key: answer[key] for key in ("limit", "confidence", "look")}
+    step, path = answer["step"], files.SAVED
+    size = save(net, quantized[step], path, strategy=strategies[step], judged=judged)
+    answer["file"] = {"path": str(path), "bytes": size}
+    files.write_text(files.CARD, card(answer, params.model))
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
     files.write_table(files.PLOTS / "frontier.csv", frontier)
     files.write_json(files.METRICS / "evaluation.json", summarize(table, limits))

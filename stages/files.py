@@ -45,6 +45,9 @@ LADDER = Path("out/strategies/ladder.json")
 # the limits of the search, by measure
 LIMITS = Path("out/strategies/limits.json")
 MEASURED = Path("out/search")
+# what is taken along: the network, and what says what it is
+SAVED = Path("out/network.safetensors")
+CARD = Path("out/README.md")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 TEST_BATCH = 250

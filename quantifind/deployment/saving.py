@@ -1,19 +1,19 @@
 """A quantized network as a file of the bytes that were promised, and back."""
 
+import contextlib
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quantifind.costs import model_bytes
 from quantifind.deployment.given import Given, codes_of
-from quantifind.mixed_precision.found import Found
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
 from quantifind.network.sharing import all_tensors, stored_and_shared
@@ -21,8 +21,12 @@ from quantifind.storage.network_reader import NetworkFile
 from quantifind.storage.network_writer import write_network
 from quantifind.storage.states import check_plain, load_plain
 from quantifind.strategy import Strategy
+from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
+
+if TYPE_CHECKING:
+    from quantifind.mixed_precision.found import Found
 
 # how a module's own state, that is no tensor, is named
 EXTRA = "_extra_state"
@@ -33,6 +37,7 @@ def save(
     quantized: Given,
     path: Path | str,
     *,
+    strategy: Strategy | None = None,
     judged: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
     forward: Forward | None = None,
@@ -44,21 +49,23 @@ def save(
     new one is.
 
     quantized: what a search found, what `quantize` gave, or a strategy.
+    strategy: of codes, which don't tell it.
     judged: plain values that say how it was judged, such as a row of `certify`; by default, of what
         a search found, on validation data.
     calibration, forward: as for `quantifind.quantize.quantize`, where a strategy asks for them.
     Returns: bytes of the file, the promised ``model_bytes`` and a header.
     Raises: ValueError as `quantize`, and naming what can't be written, or the path.
     """
-    strategy = quantized if isinstance(quantized, Strategy) else None
-    if isinstance(quantized, Found):
-        strategy, judged = quantized.strategy, judged or _judged(quantized)
     codes = codes_of(model, quantized, calibration, forward)
+    if isinstance(quantized, Strategy):
+        strategy = quantized
+    elif not isinstance(quantized, Quantized):
+        strategy, judged = quantized.strategy, judged or _judged(quantized)
     replica = prepared(model, codes.folded)
     stored, same, views = stored_and_shared(replica)
     others = {name: tensor for name, tensor in stored.items() if name not in codes.tensors}
     about = {
-        "versions": {name: version(name) for name in ("quantifind", "torch")},
+        "versions": _versions(),
         "model_bytes": int(sum(model_bytes.measure(model, codes, []).values())),
         "strategy": strategy and strategy.choices,
         "judged": judged,
@@ -166,7 +173,15 @@ def _put(model: nn.Module, name: str, values: Tensor) -> None:
     setattr(module, own, values)
 
 
-def _judged(found: Found) -> dict[str, Any]:
+def _versions() -> dict[str, str]:
+    """Of what wrote the file; this package's own where it is installed."""
+    versions = {"torch": str(torch.__version__)}
+    with contextlib.suppress(PackageNotFoundError):
+        versions["quantifind"] = version("quantifind")
+    return versions
+
+
+def _judged(found: "Found") -> dict[str, Any]:
     """How a search judged what it found."""
     goal, row = found.goal, found.chosen
     return {

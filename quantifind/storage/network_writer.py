@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantifind.storage.states import parts_of
+from quantifind.tensor.parts import is_strided
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.naming import first_line, naming
@@ -113,6 +114,8 @@ def _entries(
             own_parts = parts_of(value)
             for part in own_parts.values():
                 _dtype_name(part.dtype)
+                if not is_strided(part):
+                    raise ValueError(f"a {type(part).__name__} can't be written")
         sparse = {} if value.layout == torch.strided else _sparse_facts(value)
         found["others"][name] = sparse, own_parts
     return found
