@@ -52,7 +52,7 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 TEST_BATCH = 250
 # rooms through which no measurement goes; of the models, one is in `NETWORK_SOURCE`
-UNMEASURED = ("data", "models", "workflow")
+UNMEASURED = ("data", "deployment", "models", "workflow")
 
 
 def run(main: Callable[[Params], None]) -> None:

@@ -34,7 +34,7 @@ from quantifind.storage.network_writer import write_network
 from quantifind.strategy import uniform_activations
 from quantifind.tensor.quantized import Quantized
 
-READER = re.findall(r"```py\n(.*?)```", (ROOT / "docs/format.md").read_text(), re.DOTALL)[0]
+USE, READER = re.findall(r"```py\n(.*?)```", (ROOT / "docs/format.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="session")
@@ -399,7 +399,7 @@ def test_large_tensors_are_dequantized_in_little_memory(monkeypatch):
         monkeypatch.setattr("quantifind.tensor.quantized.AT_A_TIME", 7)
 
 
-def test_what_a_search_found_is_saved_with_how_it_was_judged(path, classifier):
+def test_what_a_search_found_is_saved_with_how_it_was_judged(path, classifier, monkeypatch):
     net, criterion, (train, val, _) = classifier
     found = find_strategy(net.eval(), train, val, criterion, limit=3.0, widths=[2, 4])
     size = save(net, found, path)
@@ -409,4 +409,11 @@ def test_what_a_search_found_is_saved_with_how_it_was_judged(path, classifier):
         assert file.index["judged"]["on"] == "validation data"
         assert Strategy(**file.index["strategy"]) == found.strategy
     x = torch.randn(5, 6)
-    assert torch.equal(load(path, net)(x), quantize_model(net, found.quantized)(x))
+    wanted = quantize_model(net, found.quantized)(x)
+    monkeypatch.chdir(path.parent)
+    names = {"net": net, "found": found, "inputs": x}
+    exec(USE, names)
+    assert names["size"] == size
+    assert torch.equal(names["loaded"](x), wanted)
+    assert torch.equal(names["small"](x), wanted)
+    assert len(names["table"]) == len(found.quantized.tensors)
