@@ -23,6 +23,7 @@ TOP = "stages"
 PLACES: dict[str, tuple[float, str]] = {
     "stages": (3.5, "files in,\nfiles out"),
     "workflow": (5.8, "the verbs\nof the pipeline"),
+    "deployment": (3.35, "files, and other\nruntimes"),
     "search": (1.8, "find_strategy"),
     "mixed_precision": (1.8, "which tensor\ngets which bits"),
     "learning": (1.85, "codes and\nscales trained"),

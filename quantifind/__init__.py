@@ -15,6 +15,11 @@ Quantize
 Judge
     certify              what a search found, on test data
     evaluate_strategies  strategies beside the float network on a loader's examples
+Take it with you
+    save                 a quantized network as one small file
+    load                 the network of such a file
+    compressed           a network that computes with packed codes
+    export               a quantized network as ONNX, or as a program of torch.export
 
 Names are imported when first used: `import quantifind` imports no torch. Data sets, models,
 schemes and costs are modules of the folders of these names; `quantifind.workflow` has the verbs of
@@ -30,11 +35,15 @@ _HOMES = {
     "SearchSpace": "mixed_precision.search_space",
     "Strategy": "strategy",
     "certify": "workflow.certification_workflow",
+    "compressed": "deployment.compressed",
     "evaluate_strategies": "workflow.evaluation_workflow",
+    "export": "deployment.exporting",
     "find_strategy": "search",
     "learn": "learning",
+    "load": "deployment.saving",
     "mean_bits": "quantize",
     "quantize_model": "quantize",
+    "save": "deployment.saving",
     "uniform_strategy": "strategy",
 }
 __all__ = list(_HOMES)

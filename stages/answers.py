@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,8 @@ def recommend(
     bits_interval: as `quantifind.certification.resampling.bits_interval` has it, for this look.
     Returns: plain values; ``certified`` is the last strategy of the ladder that passes at the level
     of the look when it is walked from the top, or None; ``certified_alone`` likewise, were this the
-    only ladder that was ever judged on the split; ``chosen`` the one chosen on validation data.
+    only ladder that was ever judged on the split; ``chosen`` the one chosen on validation data;
+    ``step`` the row of the certified one, else of the chosen one.
     """
     steps = steps_that_keep(found, limits, "look_bound")
     alone = steps_that_keep(found, limits)
@@ -66,6 +68,7 @@ def recommend(
         "certified_alone": _facts(rows[alone - 1], limits) if alone else None,
         "chosen": _facts(rows[chosen], limits),
         "control": control if _facts(rows[best], limits)["answer"] == "trained" else None,
+        "step": best,
         "certified_uniform_depth": int(uniform["bit_depth"].iloc[depths - 1]) if depths else None,
         **{
             kind: {name: words_of(choice) for name, choice in choices[best][kind].items()}
@@ -155,7 +158,7 @@ def words_of(choice: Choice) -> str:
 def in_words(answer: Mapping[str, Any], name: str) -> str:
     """The recommendation as a page of Markdown.
 
-    answer: what `recommend` returns.
+    answer: what `recommend` returns, and perhaps the ``path`` and ``bytes`` of a ``file``.
     name: of the network.
     """
     measure, best = next(iter(answer["limit"])), answer["certified"]
@@ -192,6 +195,7 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
     skewness = best["change_skewness"]
     warning = "" if skewness is None else tail_warning(skewness, best["examples"])
     lines += ["", warning] if warning else []
+    lines += ["", _file(answer["file"])] if "file" in answer else []
     lines += [
         "",
         "| measure | test data | at most, one-sided | validation data |",
@@ -225,6 +229,47 @@ def _control(said: str, matched: Mapping[str, Mapping[str, float]] | None) -> st
         f"{said}; on test data {control}. Beside them, which had all that this answer had but the "
         f"quantization, its loss is **{ratio}** times as large (matched ratio)."
     )
+
+
+def _file(file: Mapping[str, Any]) -> str:
+    return (
+        f"It is in `{file['path']}`, {file['bytes']:,} bytes; with a network of the same "
+        f'architecture, `quantifind.load("{file["path"]}", net)` gives it back.'
+    )
+
+
+def card(answer: Mapping[str, Any], name: str) -> str:
+    """What stands beside the file of a network, as a page of Markdown.
+
+    answer: what `in_words` is given.
+    name: of the network.
+    """
+    best = answer["certified"] or answer["chosen"]
+    file = answer["file"]
+    own, header = PurePath(file["path"]).name, file["bytes"] - best["model_bytes"]
+    lines = [
+        f"# {name}, quantized",
+        "",
+        f"`{own}` is a network of {best['mean_bits']:.3f} bits per parameter: "
+        f"{best['model_bytes']:,} bytes, and a header of {header:,}. "
+        "Quantifind found how few bits each tensor needs, on validation data, and judged it on "
+        "test data that took no part in choosing anything.",
+        "",
+        "```py",
+        "import quantifind",
+        "",
+        f'net = quantifind.load("{own}", net)  # a network of this architecture, any weights',
+        "```",
+        "",
+        "It is in the safetensors format; nothing in it is executed.",
+        "",
+        "## What it was judged on",
+        "",
+        f"{best['examples']:,} test examples.",
+        "",
+        *in_words({k: v for k, v in answer.items() if k != "file"}, name).splitlines()[2:],
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _looks(answer: Mapping[str, Any]) -> str:

@@ -5,11 +5,12 @@ from typing import Any
 import pandas as pd
 
 from quantifind.certification.resampling import bits_interval
+from quantifind.deployment.saving import save
 from quantifind.strategy import Strategy
 from quantifind.workflow.certification_workflow import judge_ladder
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, looks, networks
-from stages.answers import in_words, mark_certified, recommend, summarize
+from stages.answers import card, in_words, mark_certified, recommend, summarize
 from stages.params import Params
 
 
@@ -58,6 +59,13 @@ def main(params: Params) -> None:
     )
     if answer["certified"] is None:
         answer["needed"] = judged.needed(asked, confidence)
+    best = answer["certified"] or answer["chosen"]
+    proof = {"on": "test data", "certified": answer["certified"] is not None, **best}
+    proof |= {key: answer[key] for key in ("limit", "confidence", "look")}
+    step, path = answer["step"], files.SAVED
+    size = save(net, quantized[step], path, strategy=strategies[step], judged=proof)
+    answer["file"] = {"path": str(path), "bytes": size}
+    files.write_text(files.CARD, card(answer, params.model))
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
     files.write_table(files.PLOTS / "frontier.csv", frontier)
     files.write_json(files.METRICS / "evaluation.json", summarize(table, limits))

@@ -49,11 +49,14 @@ LIMITS = Path("out/strategies/limits.json")
 # float weights that had the training of what learned from labels
 CONTROL = Path("out/strategies/control.safetensors")
 MEASURED = Path("out/search")
+# what is taken along: the network, and what says what it is
+SAVED = Path("out/network.safetensors")
+CARD = Path("out/README.md")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 TEST_BATCH = 250
 # rooms through which no measurement goes; of the models, one is in `NETWORK_SOURCE`
-UNMEASURED = ("data", "models", "workflow")
+UNMEASURED = ("data", "deployment", "models", "workflow")
 
 
 def run(main: Callable[[Params], None]) -> None:

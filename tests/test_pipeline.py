@@ -22,6 +22,7 @@ from conftest import ROOT, tracked_files
 from hypothesis import given, settings
 from safetensors.torch import load_file
 
+from quantifind.storage.network_reader import NetworkFile
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
@@ -139,6 +140,14 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     assert set(answer["tensors"]) == {"0.0.weight", "0.0.bias", "1.0.weight", "1.0.bias"} | {
         f"3.{kind}" for kind in ("weight", "bias")
     }
+    saved = project.folder / "out/network.safetensors"
+    with NetworkFile(saved) as file:
+        assert answer["file"] == {"path": "out/network.safetensors", "bytes": file.bytes}
+        best = answer["certified"] or answer["chosen"]
+        assert file.bytes - file.header_bytes == best["model_bytes"] == file.index["model_bytes"]
+        assert file.index["judged"]["mean_bits"] == best["mean_bits"]
+        assert file.index["strategy"]["tensors"].keys() == answer["tensors"].keys()
+    assert "quantifind.load" in (project.folder / "out/README.md").read_text(encoding="utf-8")
     words = (project.folder / "metrics/recommendation.md").read_text(encoding="utf-8")
     assert f"{best['model_bytes']:,} bytes" in words
     assert not (project.folder / "out/resume").exists() or not any(

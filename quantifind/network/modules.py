@@ -231,16 +231,25 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     >>> stored_bytes(nn.BatchNorm1d(3))
     {'weight': 12, 'bias': 12, 'running_mean': 12, 'running_var': 12}
     """
+    found = own_bytes(stored := stored_tensors(model))
+    return {
+        name: size for name, size in found.items() if size or isinstance(stored[name], nn.Parameter)
+    }
+
+
+def stored_tensors(model: nn.Module, *, counters: bool = False) -> dict[str, Tensor]:
+    """Parameters, those that share memory once, and the buffers that `stored_bytes` counts.
+
+    counters: also single whole numbers of the state dict.
+    """
     model = _plain(model)
     parameters, kept = _parameters(model), _persistent_buffers(model)
-    buffers = {
+    return parameters | {
         name: buffer
         for name, buffer in model.named_buffers()
-        if (name in kept and buffer.dim() > 0)
+        if (name in kept and (counters or buffer.dim() > 0))
         or (buffer.is_floating_point() or buffer.is_complex() or buffer.is_quantized)
     }
-    found = own_bytes({**parameters, **buffers})
-    return {name: size for name, size in found.items() if size or name in parameters}
 
 
 def _persistent_buffers(model: nn.Module) -> set[str]:

@@ -98,18 +98,33 @@ def visiting(model: nn.Module, visit: Visit, note: Note | None = None) -> Iterat
 
     def leave(module: nn.Module, _: Any, __: Any) -> None:
         path.pop()
+        mode.forget()
 
     mode = _Visiting(visit, named, path, note)
     handles = [
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave, always_call=True),
     ]
+    _ACTIVE.append(mode)
     try:
         with mode:
             yield
     finally:
+        _ACTIVE.remove(mode)
         for handle in handles:
             handle.remove()
+
+
+# within which passes run
+_ACTIVE: list["_Visiting"] = []
+
+
+def made_of_codes(name: str, values: Tensor) -> Tensor:
+    """Values just made of codes, which are the weight of that name until the module is left."""
+    for mode in _ACTIVE:
+        mode.owners[values.untyped_storage().data_ptr()].append((name, values))
+        mode.made.append((len(mode.path), values))
+    return values
 
 
 class _Visiting(TorchFunctionMode):
@@ -121,12 +136,18 @@ class _Visiting(TorchFunctionMode):
         self.path = path
         self.note = note
         self.counts: Counter[str] = Counter()
+        self.made: list[tuple[int, Tensor]] = []  # of codes, and how deep in modules
         # by memory, so that a slice of a packed weight is known too
         self.owners: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
         for name, tensor in tensors.items():
             memory = functions.memory(tensor)
             if tensor.numel() and memory is not None:
                 self.owners[memory].append((name, tensor))
+
+    def forget(self) -> None:
+        """Let go of what was made of codes in modules that are left."""
+        while self.made and self.made[-1][0] > len(self.path):
+            self.owners.pop(self.made.pop()[1].untyped_storage().data_ptr(), None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

@@ -112,6 +112,15 @@ class QParams:
             values = values - self.zero_point
         return values if self.scale is None else values * self.scale.double()
 
+    def of_rows(self, some: slice) -> "QParams":
+        """Those of some of the rows."""
+
+        def own(each: Tensor | None) -> Tensor | None:
+            return each if each is None or each.dim() < 2 else each[some]
+
+        grid = replace(self.grid, table=own(self.grid.table))
+        return replace(self, grid=grid, scale=own(self.scale), zero_point=own(self.zero_point))
+
     @property
     def bits(self) -> int | float:
         """Width of one packed code: whole, or 1.6 where there are three levels."""

@@ -1,6 +1,6 @@
 """Quantized tensors: codes and their parameters; of a network, one by name for each."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from quantifind.tensor.qparams import QParams, from_rows, to_rows
 
 # what codes are kept in, the first that holds all of a grid's
 NARROW = (torch.int8, torch.uint8, torch.int16)
+# values that are dequantized together
+AT_A_TIME = 2**18
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,20 @@ class QuantizedTensor:
         [-1.0, 0.5]
         """
         axis, group = self.qparams.axis, self.qparams.group
-        values = self.qparams.values(to_rows(self.codes, axis, group))
+        rows = to_rows(self.codes, axis, group)
+        if rows.numel() <= AT_A_TIME:
+            values = self._values(rows, self.qparams)
+        else:
+            # few float64 at a time: test_large_tensors_are_dequantized_in_little_memory
+            values = torch.empty(rows.shape, dtype=self.dtype, device=rows.device)
+            for some in _blocks(*rows.shape):
+                values[some] = self._values(rows[some], self.qparams.of_rows(some[0]))
+        return from_rows(values, self.codes.shape, axis, group)
+
+    def _values(self, rows: Tensor, qparams: QParams) -> Tensor:
         # the lowest level lies half a step under −max|x|: test_extreme_values_stay_finite
         finite = torch.finfo(self.dtype)
-        values = values.clamp(finite.min, finite.max).to(self.dtype)
-        return from_rows(values, self.codes.shape, axis, group)
+        return qparams.values(rows).clamp(finite.min, finite.max).to(self.dtype)
 
     def narrowed(self) -> "QuantizedTensor":
         """With the codes in as few bytes as their levels take."""
@@ -78,9 +89,20 @@ class QuantizedTensor:
         cls, packed: Tensor, shape: torch.Size, qparams: QParams, dtype: torch.dtype
     ) -> "QuantizedTensor":
         """The tensor of a shape whose codes `pack` made bytes of."""
-        codes = packing.unpack(packed, qparams.grid.levels, shape.numel())
-        codes = (codes.long() + qparams.grid.lowest_code).int()
+        grid = qparams.grid
+        codes = packing.unpack(packed, grid.levels, shape.numel())
+        # what fits in a byte needs no more to become less
+        codes = codes.int() if codes.dtype == torch.uint8 else codes.long()
+        codes = codes.add_(grid.lowest_code).int()
         return cls(codes.reshape(shape), qparams, dtype)
+
+
+def _blocks(rows: int, length: int) -> Iterator[tuple[slice, slice]]:
+    """Of rows, some at a time; or of each row a part."""
+    high, wide = max(1, AT_A_TIME // length), min(length, AT_A_TIME)
+    for row in range(0, rows, high):
+        for column in range(0, length, wide):
+            yield slice(row, row + high), slice(column, column + wide)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,146 @@
+"""A quantized network for other runtimes: ONNX, and torch.export's programs."""
+
+import importlib
+import warnings
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from quantifind.deployment.compressed import compressed
+from quantifind.deployment.given import Given, codes_of
+from quantifind.network.folding import prepared
+from quantifind.network.modules import put_values
+from quantifind.storage.network_writer import write_whole
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import Forward
+from quantifind.utils.naming import first_line
+
+OPSET = 21
+
+
+def export(
+    model: nn.Module,
+    quantized: Given,
+    path: Path | str,
+    example: Any,
+    *,
+    opset: int = OPSET,
+    calibration: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+) -> pd.DataFrame:
+    """Write a quantized network for another runtime, by the ending of the path.
+
+    ``.onnx``: weights as whole numbers of 4, 8 or 16 bits, and 2 from opset 25 on, with
+    DequantizeLinear per tensor, channel or block; widths between in the next wider one; codebooks
+    and minifloats as codes and a look-up; wider ones in float. What activations are rounded to is
+    QuantizeLinear. It needs ``pip install quantifind[onnx]``.
+
+    ``.pt2``: the program of `torch.export`, with codes packed as in `compressed`; it runs without
+    this package, by ``torch.export.load(path).module()``.
+
+    quantized: what a search found, what `quantize` gave, or a strategy.
+    example: what the network takes: a tensor, a tuple of arguments, or a dict of named ones. Where
+        it has more than one example, the first axis of its tensors may be of any length.
+    opset: of ONNX, 21 or later.
+    calibration, forward: as for `quantifind.quantize.quantize`, where a strategy asks for them.
+    Returns: a row per quantized tensor: what it has become, its bytes there, and in our file.
+    Raises: ValueError as `quantize`; and in a line what can't be traced or written, and what works
+        instead.
+    """
+    path = Path(path)
+    if path.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{path}: its ending is {path.suffix!r}: .onnx or .pt2 is needed")
+    codes = codes_of(model, quantized, calibration, forward)
+    if path.suffix == ".onnx":
+        whole, kinds = _onnx(model, codes, example, opset)
+    else:
+        whole, kinds = _pt2(model, codes, example)
+    write_whole(path, [whole])
+    rows = [
+        {
+            "tensor": name,
+            "becomes": kind,
+            "bytes": size,
+            "model_bytes": codes.tensors[name].stored_bits // 8,
+        }
+        for name, (kind, size) in kinds.items()
+    ]
+    return pd.DataFrame(rows, columns=["tensor", "becomes", "bytes", "model_bytes"])
+
+
+def _pt2(model: nn.Module, codes: Quantized, example: Any) -> tuple[bytes, dict[str, Any]]:
+    if codes.activations:
+        raise ValueError(
+            f"activations {', '.join(codes.activations)}: what rounds them sees products as they "
+            "run, which a .pt2 has no more; leave them None, or export to .onnx"
+        )
+    program = _traced(compressed(model, codes), example)
+    torch.export.save(program, written := BytesIO())
+    kinds = {name: ("packed", t.stored_bits // 8) for name, t in codes.tensors.items()}
+    return written.getvalue(), kinds
+
+
+def _onnx(
+    model: nn.Module, codes: Quantized, example: Any, opset: int
+) -> tuple[bytes, dict[str, Any]]:
+    if opset < OPSET:
+        raise ValueError(
+            f"opset is {opset}: {OPSET} or later is needed, which has whole numbers of 4 bits"
+        )
+    try:
+        onnx_graph = importlib.import_module("quantifind.deployment.onnx_graph")
+        importlib.import_module("onnxscript")
+    except ImportError as error:
+        raise ValueError(f"{first_line(error)}: pip install quantifind[onnx]") from error
+    replica = prepared(model, codes.folded)
+    put_values(replica, codes.tensors)
+    program = _traced(replica, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            made = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, optimize=False, verbose=False
+            )
+        except Exception as error:
+            raise ValueError(
+                f"ONNX has no way to say what the network computes ({_reason(error)}): export to "
+                ".pt2, or use quantifind.compressed"
+            ) from error
+    assert made is not None
+    proto = made.model_proto
+    kinds = onnx_graph.put_codes(proto.graph, codes, opset=opset)
+    onnx_graph.put_activations(proto.graph, codes.activations)
+    return proto.SerializeToString(), kinds
+
+
+def _traced(model: nn.Module, example: Any) -> Any:
+    """The program of one pass of an example."""
+    args, kwargs = example if isinstance(example, tuple) else (example,), {}
+    if isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+
+    def free(value: Any) -> Any:
+        lengths = isinstance(value, Tensor) and value.dim() and value.shape[0] > 1
+        return {0: torch.export.Dim.AUTO} if lengths else None
+
+    shapes = tree_map(free, kwargs or args)
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            raise ValueError(
+                f"the network can't be traced ({_reason(error)}): quantifind.save and "
+                "quantifind.compressed work without tracing"
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,0 +1,145 @@
+"""A network that computes with packed codes gives bit for bit what the copy gives."""
+
+import copy
+
+import pytest
+import torch
+from test_saving import Zoo
+from torch import nn
+
+from quantifind import Strategy, compressed, quantize_model, uniform_strategy
+from quantifind.costs import model_bytes
+from quantifind.quantize import quantize
+from quantifind.strategy import uniform_activations
+from quantifind.tensor.quantized import Quantized
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.inner = kind(6, 5, batch_first=True, **options)
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
+class Convolutions(nn.Sequential):
+    """With weights that do not lie in order."""
+
+    def __init__(self):
+        super().__init__(nn.Conv1d(6, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 3, 2))
+        self[0].weight = nn.Parameter(torch.randn(3, 6, 8).permute(2, 1, 0))
+
+    def forward(self, x):
+        return super().forward(x.mT)
+
+
+class Slices(nn.Module):
+    """A weight in parts, and one by hand in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(10, 6))
+        self.more = nn.ParameterList([nn.Parameter(torch.randn(5, 5))])
+
+    def forward(self, x):
+        left, right = (x @ part.T for part in self.both.chunk(2))
+        return left.tanh() @ self.more[0] + right
+
+
+NETS = {
+    "linear": lambda: nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)),
+    "convolutions": Convolutions,
+    "lstm": lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True),
+    "gru": lambda: Recurrent(nn.GRU),
+    "attention": lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True),
+    "slices": Slices,
+}
+STRATEGIES = [
+    {"bits": 4, "axis": 0},
+    {"levels": 3},
+    {"scheme": "codebook", "bits": 3},
+    {"scheme": "minifloat", "bits": 4, "axis": 0, "scale_dtype": "power_of_two"},
+]
+
+
+def made(kind):
+    torch.manual_seed(0)
+    net = NETS[kind]()
+    net(torch.randn(20, 9, 6))
+    return net.eval(), torch.randn(3, 9, 6)
+
+
+@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize("choice", STRATEGIES, ids=str)
+def test_compressed_networks_give_the_same(kind, choice):
+    net, x = made(kind)
+    given = copy.deepcopy(net.state_dict())
+    quantized = quantize(net, uniform_strategy(net, **choice))
+    small, same = compressed(net, quantized), quantize_model(net, quantized)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            wanted = same(x)
+            assert torch.equal(small(x), wanted)
+            assert torch.equal(copy.deepcopy(small)(x), wanted)
+    assert not torch.equal(net(x), wanted)
+    assert all(torch.equal(given[name], value) for name, value in net.state_dict().items())
+    stored = sum(t.numel() * t.element_size() for t in small.state_dict().values())
+    held = sum(t.untyped_storage().nbytes() for t in small.state_dict().values())
+    assert held == stored
+    counters = sum(t.numel() * 8 for n, t in small.named_buffers() if n.endswith("tracked"))
+    assert stored - counters == sum(model_bytes.measure(net, quantized, []).values())
+
+
+@pytest.mark.parametrize("kind", NETS)
+@torch.no_grad()
+def test_activations_are_rounded_in_compressed_networks(kind):
+    net, x = made(kind)
+    strategy = Strategy(uniform_strategy(net, 6).tensors, uniform_activations(net, [(x,)], 4))
+    quantized = quantize(net, strategy, [(x,)])
+    wanted = quantize_model(net, quantized)(x)
+    small = compressed(net, quantized)
+    for _ in range(2):
+        assert torch.equal(small(x), wanted)
+    assert not torch.equal(compressed(net, Quantized(quantized.tensors))(x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@torch.no_grad()
+def test_tied_weights_and_buffers_of_all_kinds():
+    torch.manual_seed(0)
+    net, words = Zoo().eval(), torch.randint(7, (6, 8))
+    strategy = uniform_strategy(net, 3, axis=0)
+    small = compressed(net, strategy)
+    assert torch.equal(small(words), quantize_model(net, strategy)(words))
+    assert small.head.weight_codes is small.embedding.weight_codes
+    assert small.conv.weight.stride() == net.conv.weight.stride()
+
+
+@pytest.mark.parametrize("choice", STRATEGIES, ids=str)
+@torch.no_grad()
+def test_a_compressed_network_is_compiled_whole(choice):
+    net, x = made("convolutions")
+    small = compressed(net, uniform_strategy(net, **choice))
+    torch._dynamo.reset()
+    graph = torch.compile(small, backend="eager", fullgraph=True)
+    assert torch.equal(graph(x), small(x))
+
+
+@torch.no_grad()
+def test_codes_go_from_one_to_another():
+    net, x = made("linear")
+    other, _ = NETS["linear"](), None
+    strategy = uniform_strategy(net, 4, axis=0)
+    small, fresh = compressed(net, strategy), compressed(other, strategy)
+    assert not torch.equal(small(x), fresh(x))
+    fresh.load_state_dict(small.state_dict())
+    assert torch.equal(small(x), fresh(x))
+    assert {name.rpartition(".")[2] for name in small.state_dict()} == {
+        *("weight_codes", "weight_scale", "bias_codes", "bias_scale")
+    }
+
+
+def test_what_is_no_strategy_is_refused():
+    with pytest.raises(ValueError, match="a dict is given: what find_strategy or quantize returns"):
+        compressed(nn.Linear(2, 2), {})

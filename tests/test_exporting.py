@@ -1,0 +1,159 @@
+"""Other runtimes give what the quantized copy gives."""
+
+import subprocess
+import sys
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from test_compressed import NETS, made
+from torch import nn
+
+from quantifind import Strategy, export, quantize_model, uniform_strategy
+from quantifind.quantize import quantize
+from quantifind.strategy import uniform_activations
+from quantifind.tensor.quantized import Quantized
+
+WEIGHTS = [
+    *({"bits": bits, **axis} for bits in (1, 2, 3, 4, 7, 8, 12, 20) for axis in ({}, {"axis": 0})),
+    {"levels": 3, "axis": 1},
+    {"bits": 2, "half_integer": True},
+    *({"bits": 4, "axis": axis, "group": 4} for axis in (0, 1, None)),
+    {"bits": 4, "zero_point": True, "axis": 0},
+    {"bits": 8, "zero_point": True, "group": 5},
+    *({"scheme": "codebook", "bits": 3, **axis} for axis in ({}, {"axis": 1}, {"group": 5})),
+    {"scheme": "codebook", "centres": "normal", "bits": 4, "axis": 0, "group": 4},
+    {"scheme": "minifloat", "bits": 4, "axis": 0, "group": 4, "scale_dtype": "power_of_two"},
+    {"scheme": "minifloat", "bits": 8, "scale": 1.0},
+    {"scheme": "power_of_two", "bits": 4, "axis": 1},
+]
+
+
+class OneOfEach(nn.Module):
+    """A product for each choice of a weight, of 3 axes and of 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = nn.ModuleList(nn.Linear(10, 6) for _ in WEIGHTS)
+        self.convs = nn.ModuleList(nn.Conv1d(6, 5, 3, bias=False) for _ in WEIGHTS)
+
+    def forward(self, x):
+        return [c(one(x).mT).flatten(1) for one, c in zip(self.lines, self.convs, strict=True)]
+
+
+def onnx_outputs(path, *inputs):
+    options = onnxruntime.SessionOptions()
+    # else it rounds what meets codes of linear maps to 8 bits, too
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(path, options)
+    names = [one.name for one in session.get_inputs()]
+    given = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(None, given)]
+
+
+@pytest.mark.parametrize("opset", [21, 25])
+@torch.no_grad()
+def test_every_choice_is_the_same_in_onnxruntime(tmp_path, opset):
+    torch.manual_seed(0)
+    net = OneOfEach().eval()
+    choices = {name: None for name, _ in net.named_parameters()}
+    for number, choice in enumerate(WEIGHTS):
+        for kind in ("lines", "convs"):
+            choices[f"{kind}.{number}.weight"] = {"scheme": "uniform", **choice}
+    quantized = quantize(net, Strategy(choices))
+    path = tmp_path / "net.onnx"
+    table = export(net, quantized, path, torch.randn(3, 9, 10), opset=opset).set_index("tensor")
+    onnx.checker.check_model(path, full_check=True)
+    for count in (1, 4):
+        x = torch.randn(count, 9, 10)
+        wanted = quantize_model(net, quantized)(x)
+        for number, (one, other) in enumerate(zip(onnx_outputs(path, x), wanted, strict=True)):
+            assert (one - other).abs().max() <= 1e-4, WEIGHTS[number]
+    becomes = table["becomes"]
+    assert becomes["lines.6.weight"] == "int4"
+    assert becomes["lines.0.weight"] == ("int2" if opset == 25 else "int4")
+    assert becomes["lines.14.weight"] == "float"
+    assert becomes[f"lines.{len(WEIGHTS) - 1}.weight"] == "codebook"
+    assert table.loc["lines.6.weight", "bytes"] == 30 + 4
+    assert set(table["becomes"].str.split(" ").str[0]) >= {"int4", "int8", "int16", "codebook"}
+
+
+# the unrolled steps of an LSTM take a minute
+@pytest.mark.parametrize("kind", sorted(NETS.keys() - {"lstm", "linear"}))
+@torch.no_grad()
+def test_networks_run_in_other_runtimes(tmp_path, kind):
+    net, x = made(kind)
+    quantized = quantize(net, uniform_strategy(net, 4, axis=0))
+    wanted = quantize_model(net, quantized)(x)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    export(net, quantized, tmp_path / "net.onnx", x)
+    assert (onnx_outputs(tmp_path / "net.onnx", x)[0] - wanted).abs().max() <= 1e-4
+    table = export(net, quantized, tmp_path / "net.pt2", x)
+    assert (table["bytes"] == table["model_bytes"]).all()
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    assert (program(x) - wanted).abs().max() <= 1e-6
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_program_runs_without_this_package(tmp_path):
+    net, x = made("convolutions")
+    strategy = uniform_strategy(net, levels=3)
+    export(net, strategy, tmp_path / "net.pt2", (x,))
+    torch.save([x, quantize_model(net, strategy)(x)], tmp_path / "both.pt")
+    code = (
+        "import sys, torch; x, wanted = torch.load('both.pt')\n"
+        "assert torch.equal(torch.export.load('net.pt2').module()(x), wanted)\n"
+        "assert 'quantifind' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={})
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("linear", 4), ("convolutions", 8), ("linear", 10)])
+@torch.no_grad()
+def test_activations_are_rounded_in_onnxruntime(tmp_path, kind, bits):
+    net, x = made(kind)
+    activations = uniform_activations(net, [(x,)], bits)
+    quantized = quantize(net, Strategy(uniform_strategy(net, 8).tensors, activations), [(x,)])
+    wanted = quantize_model(net, quantized)(x)
+    path = tmp_path / "net.onnx"
+    export(net, quantized, path, x)
+    found = (onnx_outputs(path, x)[0] - wanted).abs()
+    # a value on the border of two levels may fall to either
+    assert found.median() <= 1e-5
+    assert (found > 1e-4).float().mean() <= 0.05
+    plain = quantize_model(net, Quantized(quantized.tensors, {}, quantized.folded))(x)
+    assert (plain - wanted).abs().max() > 1e-4
+
+
+class Untraceable(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum().item() > 0 else super().forward(-x)
+
+
+@torch.no_grad()
+def test_what_cannot_be_exported_is_said_in_a_line(tmp_path):
+    net, x = made("linear")
+    strategy = uniform_strategy(net, 4)
+    activations = uniform_activations(net, [(x,)], 4)
+    rounded = quantize(net, Strategy(strategy.tensors, activations), [(x,)])
+    attention, y = made("attention")
+    inside = uniform_activations(attention, [(y,)], 4)
+    inside = quantize(attention, Strategy(uniform_strategy(attention, 4).tensors, inside), [(y,)])
+    untraceable = Untraceable(6, 3)
+    cases = [
+        (net, strategy, "net.pth", x, {}, "its ending is '.pth': .onnx or .pt2"),
+        (net, strategy, "net.onnx", x, {"opset": 20}, "opset is 20: 21 or later"),
+        (net, strategy, "net.pt2", x[:, :, :5], {}, "can't be traced .*quantifind.save"),
+        (untraceable, uniform_strategy(untraceable, 4), "net.onnx", x, {}, "can't be traced"),
+        (net, strategy, "no/net.pt2", x, {}, "can't be written"),
+        (net, rounded, "net.pt2", x, {}, "activations 0.weight, 2.weight.* export to .onnx"),
+        (attention, inside, "net.onnx", y, {}, r"activations of self_attn\S*: in ONNX only those"),
+        (net, {"bits": 4}, "net.onnx", x, {}, "a dict is given"),
+    ]
+    for given, quantized, name, example, options, says in cases:
+        with pytest.raises(ValueError, match=says) as found:
+            export(given, quantized, tmp_path / name, example, **options)
+        assert "\n" not in str(found.value)
+    assert not list(tmp_path.iterdir())

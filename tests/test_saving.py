@@ -1,0 +1,419 @@
+"""A saved network comes back bit for bit, from the bytes promised, or is refused in a line."""
+
+import copy
+import json
+import os
+import pickle
+import re
+import zlib
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from safetensors import safe_open
+from test_artifact import CHOICES, assert_same, assert_same_qparams, bits_of
+from test_schemes import DTYPES, arguments, for_every_case, tensors, widths
+from torch import nn
+
+from quantifind import (
+    Strategy,
+    find_strategy,
+    load,
+    quantize_model,
+    save,
+    uniform_strategy,
+)
+from quantifind.costs import model_bytes
+from quantifind.quantize import quantize
+from quantifind.storage import network_reader
+from quantifind.storage.network_reader import NetworkFile
+from quantifind.storage.network_writer import write_network
+from quantifind.strategy import uniform_activations
+from quantifind.tensor.quantized import Quantized
+
+USE, READER = re.findall(r"```py\n(.*?)```", (ROOT / "docs/format.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("saved") / "net.safetensors"
+
+
+def read_by_docs(path):
+    names: dict = {}
+    exec(READER, names)
+    return names["read"](path)
+
+
+def test_the_reader_of_the_docs_is_short_and_needs_only_numpy():
+    assert sum(bool(line.strip()) for line in READER.splitlines()) <= 60
+    assert set(re.findall(r"^(?:import|from) (\w+)", READER, re.MULTILINE)) == {
+        *("json", "zlib", "numpy")
+    }
+
+
+@for_every_case
+@settings(max_examples=25)
+@given(data=st.data())
+def test_every_scheme_comes_back_and_is_read_by_others(path, module, options, data):
+    """Whatever the shape, granularity, dtype and scales."""
+    values, bits = data.draw(tensors()), data.draw(widths(module))
+    tensor = module.quantize(values, bits, **data.draw(arguments(module, values, options)))
+    others = {"stays": values.t() if values.dim() == 2 else values, "one": torch.tensor(3)}
+    size = write_network(path, Quantized({"a.b": tensor, "again": tensor}), others, {"said": [1]})
+    with NetworkFile(path) as file:
+        assert size == os.path.getsize(path) == file.bytes
+        stored = 2 * tensor.stored_bits // 8 + values.numel() * values.element_size() + 8
+        assert file.bytes - file.header_bytes == stored
+        assert file.index["said"] == [1]
+        for name in ("again", "a.b"):
+            assert_same(file.tensor(name), tensor)
+            assert file.described(name) == (values.dtype, tuple(values.shape))
+        for name, value in others.items():
+            assert bits_of(file.values(name)) == bits_of(value)
+            assert file.values(name).shape == value.shape
+    read = read_by_docs(path)
+    for name, value in {"a.b": tensor.dequantize(), **others}.items():
+        wanted = value.float() if value.dtype == torch.bfloat16 else value
+        assert np.array_equal(read[name], wanted.numpy())
+        assert read[name].dtype == wanted.numpy().dtype
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_are_those_of_the_copy(path, choice, dtype):
+    torch.manual_seed(0)
+    choice = {key: value for key, value in choice.items() if value is not None}
+    net, fresh = nn.Linear(9, 6).to(dtype), nn.Linear(9, 6).to(dtype)
+    before = copy.deepcopy(fresh.state_dict())
+    strategy = Strategy({"weight": choice, "bias": None})
+    save(net, strategy, path)
+    x = torch.randn(5, 9, dtype=dtype)
+    assert torch.equal(load(path, fresh)(x), quantize_model(net, strategy)(x))
+    assert all(torch.equal(before[name], value) for name, value in fresh.state_dict().items())
+
+
+class Zoo(nn.Module):
+    """Tied, transposed, zero-dim, empty and integer tensors, buffers of all kinds, a batch norm, a
+    state of its own."""
+
+    def __init__(self, tied=True):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.head = nn.Linear(6, 7)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.conv, self.norm = nn.Conv1d(6, 4, 3, bias=False), nn.BatchNorm1d(4)
+        self.conv.weight = nn.Parameter(torch.randn(3, 6, 4).permute(2, 1, 0))
+        self.gain = nn.Parameter(torch.randn(()))
+        self.nothing = nn.Parameter(torch.zeros(0, 3))
+        self.register_buffer("shift", torch.randn(4, 1))
+        self.register_buffer("made", torch.randn(4, 1), persistent=False)
+        self.register_buffer("order", torch.randperm(7))
+        self.register_buffer("times", torch.randint(1, 9, ()))
+        self.register_buffer("sparse", torch.randn(4, 4).relu().to_sparse_csr())
+        self.register_buffer("view", self.conv.weight.detach()[:2, 0])
+        self.power = int(torch.randint(1, 4, ()))
+
+    def get_extra_state(self):
+        return {"power": self.power}
+
+    def set_extra_state(self, state):
+        self.power = state["power"]
+
+    def forward(self, words):
+        inside = self.embedding(self.order[words]).mT
+        inside = self.norm(self.conv(inside)) * self.gain + self.shift + self.made
+        inside = self.sparse @ inside.flatten(1).T.reshape(4, -1) + self.view.sum()
+        return self.head(inside.reshape(-1, 6)) * self.times**self.power
+
+
+@pytest.fixture
+def zoo():
+    torch.manual_seed(1)
+    net = Zoo()
+    for _ in range(3):
+        net(torch.randint(7, (6, 8)))
+    return net.eval()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("folded", [(), (("conv", "norm"),)])
+def test_all_that_inference_needs_is_there(path, zoo, folded):
+    strategy = uniform_strategy(zoo, 4, axis=0)
+    if folded:
+        tensors = dict(strategy.tensors)
+        tensors = {n: c for n, c in tensors.items() if not n.startswith("norm")}
+        strategy = Strategy(tensors | {"conv.bias": None}, folded=folded)
+    words, quantized = torch.randint(7, (6, 8)), quantize(zoo, strategy)
+    size = save(zoo, strategy, path, judged={"ratio": np.float32(1), "none": float("nan")})
+    torch.manual_seed(2)
+    for tied in (True, False):
+        back = load(path, Zoo(tied))
+        assert torch.equal(back(words), quantize_model(zoo, strategy)(words))
+        assert not back.training
+    with NetworkFile(path) as file:
+        promised = sum(model_bytes.measure(zoo, quantized, []).values())
+        counters = 8 * (1 if folded else 2)
+        state = file.others["_extra_state"].size
+        assert file.index["model_bytes"] == promised == size - file.header_bytes - counters - state
+        assert file.header_bytes < 1200
+        assert "head.weight" not in {*file.tensors, *file.others}
+        assert file.index["judged"] == {"ratio": 1.0, "none": None}
+        assert Strategy(**file.index["strategy"]) == strategy
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_weights_are_tied_or_not(path, zoo):
+    untied = Zoo(tied=False).eval()
+    save(untied, uniform_strategy(untied, 4), path)
+    with pytest.raises(ValueError, match=r"head.weight is float32 \[7, 6\] in the file, the same"):
+        load(path, zoo)
+    assert torch.equal(
+        load(path, Zoo(tied=False)).head.weight,
+        quantize_model(untied, uniform_strategy(untied, 4)).head.weight,
+    )
+
+
+def test_activations_are_rounded_in_the_loaded_network(path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(50, 6)
+    activations = uniform_activations(net, [(x,)], 4)
+    strategy = Strategy(uniform_strategy(net, 5).tensors, activations)
+    quantized = quantize(net, strategy, [(x,)])
+    save(net, quantized, path)
+    assert torch.equal(load(path, copy.deepcopy(net))(x), quantize_model(net, quantized)(x))
+    with NetworkFile(path) as file:
+        for name, fit in file.quantized().activations.items():
+            assert_same_qparams(fit, quantized.activations[name])
+
+
+def test_any_reader_of_safetensors_opens_it(path):
+    net = nn.Linear(3, 2)
+    save(net, uniform_strategy(net, 4), path)
+    with safe_open(path, "pt") as file, NetworkFile(path) as ours:
+        assert set(file.keys()) == {"data", "index"}
+        assert file.metadata()["format"] == "quantifind"
+        index = json.loads(zlib.decompress(file.get_tensor("index").numpy().tobytes()))
+        assert index == ours.index
+
+
+def small(path, net=None):
+    net = net or nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4))
+    save(net, uniform_strategy(net, 4, axis=0), path)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (lambda: nn.Sequential(nn.Linear(9, 6)), r"1.bias is float32 \[4\] in the file, missing"),
+        (lambda: nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 5)), r"1.weight is float32 \[4, 6\]"),
+        (lambda: nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4)).double(), "float64"),
+        (
+            lambda: nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4), nn.BatchNorm1d(4)),
+            "2.bias is missing in the file",
+        ),
+    ],
+)
+def test_another_architecture_is_named(path, other, says):
+    small(path)
+    with pytest.raises(ValueError, match=says) as found:
+        load(path, other())
+    assert str(path) in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def json_of(content):
+    """Of its header, None where there is none; members that nobody reads may differ."""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        facts = [header[name]["data_offsets"] for name in ("data", "index")]
+        return header["__metadata__"], facts
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@given(data=st.data())
+def test_no_altered_or_truncated_file_is_read(path, data):
+    """Neither a bit nor an end is missed, wherever it is; but for spaces after the header."""
+    torch.manual_seed(0)
+    net = small(path)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    place = data.draw(st.integers(0, len(whole) - 1))
+    damaged = bytearray(whole)
+    damaged[place] ^= 1 << data.draw(st.integers(0, 7))
+    wanted = [bits_of(tensor) for tensor in load(path, net).state_dict().values()]
+    for content in (bytes(damaged), whole[:place]):
+        path.write_bytes(content)
+        if place < start and json_of(content) == json_of(whole):
+            assert [bits_of(t) for t in load(path, net).state_dict().values()] == wanted
+        else:
+            with pytest.raises(ValueError, match=re.escape(str(path))) as found:
+                load(path, net)
+            assert "\n" not in str(found.value)
+
+
+def forged(path, change):
+    """The file with another index, whose checksums are right."""
+    small(path)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    data, (first, last) = header["data"]["data_offsets"], header["index"]["data_offsets"]
+    index = json.loads(zlib.decompress(whole[start + first : start + last]))
+    packed = change(index)
+    packed = packed if isinstance(packed, bytes) else zlib.compress(json.dumps(index).encode())
+    header["index"]["data_offsets"] = [data[1], data[1] + len(packed)]
+    header["__metadata__"]["index_crc32"] = str(zlib.crc32(packed))
+    first = json.dumps(header).encode()
+    body = whole[start : start + data[1]]
+    path.write_bytes(len(first).to_bytes(8, "little") + first + body + packed)
+
+
+def weight(index):
+    return index["tensors"]["0.weight"]
+
+
+BOMBS = [
+    (lambda index: weight(index).update(shape=[2**40, 2**40]), "bytes for shape"),
+    (lambda index: weight(index).update(shape=[6, -9]), "no count"),
+    (lambda index: weight(index).update(shape=[6, 9.0]), "no count"),
+    (lambda index: weight(index).update(levels=2**80), "levels"),
+    (lambda index: weight(index).update(levels=7), "crc|bytes"),
+    (lambda index: weight(index).update(axis=7), "range"),
+    (lambda index: weight(index).update(group=0), "zero"),
+    (lambda index: weight(index).update(group=1), "rows"),
+    (lambda index: weight(index).update(dtype="object"), "object"),
+    (lambda index: weight(index).update(table="9"), "9"),
+    (lambda index: weight(index).update(storage="magic"), "magic"),
+    (lambda index: weight(index)["parts"].update(scale=["float32", 2**50, 1]), "rows"),
+    (lambda index: weight(index)["parts"].update(codes=["uint8", 2**62]), "not whole"),
+    (lambda index: index.pop("others"), "others"),
+    (lambda index: index["tensors"].pop("1.bias"), "not whole"),
+    (lambda index: zlib.compress(b"[" * 100_000), "recursion|nested|index can't be read"),
+    (lambda index: zlib.compress(b" " * (network_reader.MOST_INDEX + 1)), "longer than"),
+    (lambda index: b"no zlib at all", "index can't be read"),
+    (lambda index: zlib.compress(b"[]"), "index can't be read"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), BOMBS, ids=range(len(BOMBS)))
+def test_a_bomb_is_refused_before_memory_is_taken(path, change, says):
+    forged(path, change)
+    with pytest.raises(ValueError, match=says) as found:
+        load(path, nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4)))
+    assert "\n" not in str(found.value)
+    assert str(path) in str(found.value)
+
+
+class Executed:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (pickle.dumps(Executed()), "no file that quantifind.save wrote"),
+        (b"", "no file that"),
+        (b"\x10\0\0\0\0\0\0\0" + b'{"data": [], 1: ', "no file that"),
+        ((2**63).to_bytes(8, "little"), "no file that"),
+        (b"PK\x03\x04" + bytes(100), "no file that"),
+    ],
+)
+def test_no_other_file_is_read_or_executed(path, content, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        load(path, nn.Linear(2, 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_later_version_is_refused(path):
+    small(path)
+    path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
+    with pytest.raises(ValueError, match=r"version 2 of the format.* up to 1"):
+        load(path, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="can't be read"):
+        load(path.with_name("missing"), nn.Linear(2, 2))
+
+
+def test_the_old_file_stays_whole(path, monkeypatch):
+    net = small(path)
+    before, listed = path.read_bytes(), sorted(os.listdir(path.parent))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ValueError, match=r"net.safetensors: can't be written \(No space left"):
+        small(path)
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(path.parent)) == listed
+    for bad in (path.parent / "no" / "folder", path / "below"):
+        with pytest.raises(ValueError, match="can't be written"):
+            save(net, uniform_strategy(net, 4), bad)
+
+
+def test_a_state_that_is_not_plain_is_named(path):
+    class Keeps(nn.Linear):
+        def get_extra_state(self):
+            return Executed()
+
+    with pytest.raises(ValueError, match="Executed"):
+        small(path, nn.Sequential(Keeps(9, 6)))
+
+
+def test_a_tensor_is_decoded_when_it_is_asked_for(path, monkeypatch):
+    """Of a file damaged in another place the rest is read."""
+    small(path)
+    with NetworkFile(path) as file:
+        place = file.tensors["1.weight"].start
+    damaged = bytearray(path.read_bytes())
+    damaged[place] ^= 1
+    path.write_bytes(damaged)
+    with NetworkFile(path) as file:
+        assert file.tensor("0.weight").codes.shape == (6, 9)
+        with pytest.raises(ValueError, match=r"1\.weight: it was altered"):
+            file.tensor("1.weight")
+
+
+def test_large_tensors_are_dequantized_in_little_memory(monkeypatch):
+    """The same values, from parts of rows, or of one row."""
+    monkeypatch.setattr("quantifind.tensor.quantized.AT_A_TIME", 7)
+    torch.manual_seed(0)
+    values = torch.randn(5, 3, 4)
+    for choice in CHOICES:
+        choice = {key: value for key, value in choice.items() if value is not None}
+        net = nn.Module()
+        net.weight = nn.Parameter(values)
+        (tensor,) = quantize(net, Strategy({"weight": choice})).tensors.values()
+        found = tensor.dequantize()
+        monkeypatch.undo()
+        assert torch.equal(tensor.dequantize(), found)
+        monkeypatch.setattr("quantifind.tensor.quantized.AT_A_TIME", 7)
+
+
+def test_what_a_search_found_is_saved_with_how_it_was_judged(path, classifier, monkeypatch):
+    net, criterion, (train, val, _) = classifier
+    found = find_strategy(net.eval(), train, val, criterion, limit=3.0, widths=[2, 4])
+    size = save(net, found, path)
+    with NetworkFile(path) as file:
+        assert size == found.model_bytes + file.header_bytes
+        assert file.index["judged"]["limits"] == {"criterion_ratio": 3.0}
+        assert file.index["judged"]["on"] == "validation data"
+        assert Strategy(**file.index["strategy"]) == found.strategy
+    x = torch.randn(5, 6)
+    wanted = quantize_model(net, found.quantized)(x)
+    monkeypatch.chdir(path.parent)
+    names = {"net": net, "found": found, "inputs": x}
+    exec(USE, names)
+    assert names["size"] == size
+    assert torch.equal(names["loaded"](x), wanted)
+    assert torch.equal(names["small"](x), wanted)
+    assert len(names["table"]) == len(found.quantized.tensors)
