@@ -14,6 +14,8 @@ from quantifind.workflow.matched_workflow import matched_ratios
 from stages import files, ladder, looks, networks
 from stages.answers import in_words, mark_certified, recommend, summarize
 from stages.params import Params
+from stages.tensors import tensor_table
+from stages.versions import versions
 
 
 def main(params: Params) -> None:
@@ -78,6 +80,8 @@ def main(params: Params) -> None:
         answer["needed"] = examples_needed(columns[0], asked, look.confidence, gains[0])
     files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
     files.write_table(files.PLOTS / "frontier.csv", frontier)
+    files.write_table(files.PLOTS / "tensors.csv", tensor_table(net, strategies, quantized))
+    files.write_json(files.METRICS / "versions.json", versions())
     files.write_json(files.METRICS / "evaluation.json", summarize(table, limits))
     files.write_json(files.METRICS / "recommendation.json", answer)
     files.write_text(files.METRICS / "recommendation.md", in_words(answer, params.model))

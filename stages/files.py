@@ -145,7 +145,8 @@ def read_table(path: Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    return pd.read_csv(path)
+    # a tensor may be called 0.10 or NA: test_names_that_look_like_numbers_come_back
+    return pd.read_csv(path, converters={"name": str, "tensor": str})
 
 
 def write_tensors(

@@ -11,7 +11,7 @@ from hypothesis import given
 
 from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.measures import MEASURES
-from quantifind.utils import plugins
+from quantifind.utils import palette, plugins
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.visualization_workflow import (
     visualize_bit_depth_results,
@@ -240,7 +240,7 @@ def test_sensitivity_has_a_row_per_tensor_and_a_ring_at_the_minimum_safe_bits():
     assert nearest.images[0].get_array()[0].tolist() == [4.0**-2, 4.0**-4, 4.0**-8]
     assert gptq.images[0].get_array().mask.tolist() == [[False] * 2, [True] * 2, [True] * 2]
     # of the weight where its loss increases least, by GPTQ; by place: 2 bits is 0, 4 bits is 1
-    assert rings(gptq) == {(1, 0): "tab:green", (0, 0): "tab:red"}
+    assert rings(gptq) == {(1, 0): palette.LIMITS[0], (0, 0): palette.LIMITS[1]}
     assert set(rings(nearest)) == {(1, 1), (1, 2)}
     assert nearest.get_xlabel() == "bits"
     assert figure.axes[2].get_ylabel() == "loss increase / float loss"
@@ -364,4 +364,4 @@ def test_uniform_depths_have_one_colour_in_all_pictures():
         container.lines[0].get_color()
         for container in (*points, *depths)
         if container.get_label().startswith("uniform")
-    } == {"tab:blue"}
+    } == {palette.UNIFORM}
