@@ -145,8 +145,11 @@ def read_table(path: Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
+    table = pd.read_csv(path)
     # a tensor may be called 0.10 or NA: test_names_that_look_like_numbers_come_back
-    return pd.read_csv(path, converters={"name": str, "tensor": str})
+    if named := [column for column in ("name", "tensor") if column in table]:
+        table[named] = pd.read_csv(path, usecols=named, dtype=str, keep_default_na=False)
+    return table
 
 
 def write_tensors(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,11 @@ KINDS = {"as_is": "as it is", "following": "following", "trained": "trained furt
 UNKNOWN = "not known"
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is there, and finite: JSON has null for what is not."""
+    return value is not None and math.isfinite(value)
+
+
 def number(value: Any, digits: int = 4) -> str:
     """A number for people, with thousands; `UNKNOWN` for what is none.
 
@@ -25,25 +30,25 @@ def number(value: Any, digits: int = 4) -> str:
     >>> number(1234567), number(0.00123456), number(float("nan")), number(2.0)
     ('1,234,567', '0.001235', 'not known', '2')
     """
-    if value is None or not math.isfinite(value):
+    if not is_number(value):
         return UNKNOWN
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.{digits}g}"
 
 
-def percent(share: float, digits: int = 3) -> str:
+def percent(share: float | None, digits: int = 3) -> str:
     """A share in hundredths.
 
     >>> percent(0.12345), percent(0.00004), percent(float("nan"))
     ('12.3%', '0.004%', 'not known')
     """
-    return f"{100 * share:.{digits}g}%" if math.isfinite(share) else UNKNOWN
+    return f"{100 * share:.{digits}g}%" if is_number(share) else UNKNOWN
 
 
-def interval(value: float, low: float, high: float) -> str:
+def interval(value: Any, low: Any, high: Any) -> str:
     """A value with its interval; without it, where that has no ends."""
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not (is_number(low) and is_number(high)):
         return f"{number(value)} (no interval)"
     return f"{number(value)} [{number(low)}, {number(high)}]"
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
-from quantifind.utils.palette import of_width
+from quantifind.utils import palette
 from stages import findings, report_charts, report_tensors
 from stages.charts import SIZES
 from stages.evidence import Evidence
@@ -40,7 +40,11 @@ def report(evidence: Evidence, params: Params) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    templates.filters |= {"number": findings.number, "percent": _percent, "colour": of_width}
+    templates.filters |= {
+        "number": findings.number,
+        "percent": findings.percent,
+        "colour": palette.of_width,
+    }
     tensors = evidence.tensors
     grid = report_tensors.sensitivity_grid(evidence.tables["sensitivity"])
     shown = report_charts.predicted(evidence.tables["candidates"])
@@ -68,6 +72,7 @@ def report(evidence: Evidence, params: Params) -> str:
         "grid": report_tensors.heat(grid, tensors),
         "tensors": report_tensors.rows_of(tensors),
         "columns": COLUMNS,
+        "palette": palette,
         "prediction": {size: report_charts.prediction(shown, size) for size in SIZES}
         if len(shown)
         else None,
@@ -79,10 +84,6 @@ def report(evidence: Evidence, params: Params) -> str:
         "model": params.model,
     }
     return templates.get_template("report.html").render(context)
-
-
-def _percent(share: float | None) -> str:
-    return findings.UNKNOWN if share is None else findings.percent(share)
 
 
 def _numbers(evidence: Evidence) -> list[dict[str, str]]:
@@ -134,7 +135,7 @@ def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
     for kind, words in findings.KINDS.items():
         of_kind = frontier[kinds == kind]
         kept = of_kind[of_kind.index < evidence.kept]
-        said = "no step of the ladder" if of_kind.empty else "not certified"
+        said = "none on the ladder" if of_kind.empty else "not certified"
         row = {"words": words, "bits": said, "size": "–", "lost": "–"}
         if len(kept):
             best = kept.iloc[-1]

@@ -8,6 +8,14 @@ from stages import findings
 from stages.charts import Level, Series, frontier_chart, prediction_chart
 from stages.evidence import Evidence
 
+# by the first word of a candidate's origin, those of matplotlib's markers in the palette
+SHAPES = {
+    "uniform": "square",
+    "sequential": "triangle-up",
+    "following": "triangle-down",
+    "trained": "cross",
+}
+
 
 def _points(table: pd.DataFrame, measure: str, words: pd.Series) -> pd.DataFrame:
     """Those of a table that have a value."""
@@ -40,11 +48,13 @@ def frontier(evidence: Evidence, size: str) -> str:
     ).drop(columns=["low", "high"])
     marked = steps[steps.index == evidence.step].drop(columns=["low", "high"])
     colour = "var(--limit)" if kept else "var(--ink)"
+    label = f"{evidence.best['mean_bits']:.3g} bits"
     series = [
         Series(tried, "var(--tried)", size=28),
         Series(judged_depths, "var(--uniform)", shape="square", joined=True),
         Series(steps, "var(--ink)", joined=True),
-        Series(marked, colour, shape="diamond", size=170, filled=False),
+        *_certified_depth(evidence, judged_depths),
+        Series(marked, colour, shape="diamond", size=170, filled=False, label=label),
     ]
     reach = limit - lossless
     lowest = min([*steps["y"], *judged_depths["y"], lossless], default=lossless)
@@ -55,6 +65,15 @@ def frontier(evidence: Evidence, size: str) -> str:
         Level(limit, "var(--limit)", f"limit {limit:g}"),
     ]
     return frontier_chart(series, levels, title=words, domain=(low, high), width=size)
+
+
+def _certified_depth(evidence: Evidence, depths: pd.DataFrame) -> list[Series]:
+    """A mark around the same bits for all that are certified, if any are."""
+    depth = evidence.answer["certified_uniform_depth"]
+    of_depth = evidence.tables["bit_depths"]["bit_depth"] == depth
+    marked = depths[of_depth.reindex(depths.index)].drop(columns=["low", "high"])
+    label = f"{depth} bits for all"
+    return [Series(marked, "var(--limit)", "square", 150, filled=False, label=label)]
 
 
 def _mixtures(tensors: pd.DataFrame) -> pd.Series:
@@ -86,7 +105,8 @@ def prediction(shown: pd.DataFrame, size: str) -> str:
         {"x": shown["predicted_fidelity"], "y": shown["fidelity"], "words": words}
     )
     for origin, part in points.groupby(shown["origin"].str.split().str[0]):
-        series.append(Series(part, f"var(--{origin}, var(--tried))", size=45))
+        shape = SHAPES.get(str(origin), "circle")
+        series.append(Series(part, f"var(--{origin}, var(--tried))", shape, size=45))
     chosen = points[shown["chosen"].astype(bool)]
     series.append(Series(chosen, "var(--ink)", shape="diamond", size=170, filled=False))
     return prediction_chart(series, width=size)

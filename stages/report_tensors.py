@@ -74,7 +74,9 @@ def _cell(share: float, chosen: bool) -> dict[str, Any]:
     if np.isinf(share) or share > 10:
         text = "∞" if np.isinf(share) else f"× {findings.number(1 + share, 2)}"
     else:
-        text = "0%" if abs(share) < 5e-5 else findings.percent(share, 2 if share < 1 else 3)
+        text = findings.percent(share, 2 if share < 1 else 3)
+        if abs(share) < 1e-4:
+            text = "0%" if share <= SHARES[0] else "<0.01%"
     return {"text": text.replace("-", "−"), "level": level, "chosen": chosen}
 
 

@@ -10,29 +10,30 @@ from typing import Any
 # the same bits for all; the float network; losses while training; what the search found
 UNIFORM, FLOAT, TRAIN, FOUND = "#0072b2", "#767676", "#e69f00", "#000000"
 # by place of a limit; with a marker of its own, so that none is told by its colour alone
-LIMITS = ("#d55e00", "#009e73", "#a6559d", "#8c6d1f")
+LIMITS = ("#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 LIMIT_MARKERS = ("o", "s", "^", "D")
 # by the first word of a candidate's origin, likewise
 ORIGINS = {
     "uniform": (UNIFORM, "s"),
     "allocated": ("#56b4e9", "o"),
-    "sequential": ("#a6559d", "^"),
+    "sequential": ("#cc79a7", "^"),
     "following": ("#009e73", "v"),
     "trained": ("#d55e00", "P"),
 }
 NOT_TRIED = "#d9d9d9"
-# by width in bits, up to which it reaches: dark is much (cividis, Nuñez et al. 2018)
+# by width in bits, up to which it reaches: dark is much (viridis, Smith and
+# van der Walt 2015)
 WIDTHS = {
-    1: "#fee838",
-    1.6: "#e1cc55",
-    2: "#c3b369",
-    3: "#a59c74",
-    4: "#8a8678",
-    5: "#707173",
-    6: "#575d6d",
-    8: "#3b496c",
-    12: "#123570",
-    16: "#00224e",
+    1: "#fde725",
+    1.6: "#b5de2b",
+    2: "#6ece58",
+    3: "#35b779",
+    4: "#1f9e89",
+    5: "#26828e",
+    6: "#31688e",
+    8: "#3e4989",
+    12: "#482878",
+    16: "#440154",
 }
 
 
@@ -81,7 +82,7 @@ def ink_on(colour: str) -> str:
 
     colour: ``#rrggbb``.
 
-    >>> ink_on("#fee838"), ink_on("#00224e")
+    >>> ink_on("#fde725"), ink_on("#440154")
     ('#000000', '#ffffff')
     """
     light = luminance(colour)
