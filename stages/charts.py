@@ -168,7 +168,9 @@ def _layers(one: Series, x: Spec, y: Spec, domain: tuple[float, float]) -> list[
             words = {"field": "words", "type": "nominal"}
             layers.append(_layer(shown, mark | {"shape": shape}, x=x, y=y, description=words))
     if one.label and len(inside):
-        layers += _words(inside.head(1).assign(words=one.label), x, y, align="left", dx=9, dy=-7)
+        # left of it and below, where the curves, which fall to the right, are not
+        place = {"align": "right", "baseline": "top", "dx": -9, "dy": 5}
+        layers += _words(inside.head(1).assign(words=one.label), x, y, **place)
     return layers
 
 

@@ -58,7 +58,7 @@ def frontier(evidence: Evidence, size: str) -> str:
     ]
     reach = limit - lossless
     lowest = min([*steps["y"], *judged_depths["y"], lossless], default=lossless)
-    low = lowest - 0.15 * max(reach, lossless - lowest)
+    low = lowest - 0.35 * max(reach, lossless - lowest)
     high = limit + max(1.5 * reach, 0.3 * (limit - low), 0.002)
     levels = [
         Level(lossless, "var(--float)", "float", dashed=True),

@@ -52,19 +52,33 @@ def sensitivity_grid(table: pd.DataFrame) -> pd.DataFrame:
 def heat(grid: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:
     """Cells by tensor and width, the chosen width marked."""
     labels = tensors["name"].where(tensors["kind"] == "tensors", "input of " + tensors["name"])
+    # what costs nothing from here on, and was not chosen, is left out
+    matters = [b for b in grid if (grid[b] > SHARES[0]).any() or _near(tensors["bits"], b).any()]
+    wider = list(grid)[list(grid).index(matters[-1]) + 2 :] if matters else []
+    grid = grid.drop(columns=wider)
     chosen = dict(zip(labels, tensors["bits"], strict=True))
     rows: list[dict[str, Any]] = [
         {
             "label": label,
             "cells": [
-                _cell(share, abs(chosen.get(str(label), np.nan) - bits) < 0.05)
+                _cell(share, bool(_near(chosen.get(str(label), np.nan), bits)))
                 for bits, share in shares.items()
             ],
         }
         for label, shares in grid.iterrows()
     ]
     marked = sum(any(cell["chosen"] for cell in row["cells"]) for row in rows)
-    return {"widths": [f"{b:.3g}" for b in grid], "rows": rows, "unmarked": len(rows) - marked}
+    return {
+        "widths": [f"{b:.3g}" for b in grid],
+        "wider": [f"{b:g}" for b in wider],
+        "rows": rows,
+        "unmarked": len(rows) - marked,
+    }
+
+
+def _near(bits: Any, width: Any) -> Any:
+    """Whether a code has this width; one of three levels has 1.585 bits, and 1.6 when packed."""
+    return abs(bits - width) < 0.05
 
 
 def _cell(share: float, chosen: bool) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     left = {path.name for path in (project.folder / "plots").iterdir() if path.name[0] != "."}
     assert left == {
         *("bit_depths.csv", "history.csv", "weight_error.csv"),
-        *("candidates.csv", "frontier.csv", "sensitivity.csv"),
+        *("candidates.csv", "frontier.csv", "sensitivity.csv", "tensors.csv", "report.html"),
         *("criterion.png", "criterion_ratio.png", "signal_to_complexity.png"),
         *("history.png", "weight_sqnr.png"),
         *("costs.png", "frontier.png", "prediction.png", "sensitivity.png"),
@@ -139,6 +139,9 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     assert set(answer["tensors"]) == {"0.0.weight", "0.0.bias", "1.0.weight", "1.0.bias"} | {
         f"3.{kind}" for kind in ("weight", "bias")
     }
+    report = (project.folder / "plots/report.html").read_text(encoding="utf-8")
+    assert f"{best['mean_bits']:.3f} bits per parameter" in report
+    assert all(f">{name}</th>" in report for name in answer["tensors"])
     words = (project.folder / "metrics/recommendation.md").read_text(encoding="utf-8")
     assert f"{best['model_bytes']:,} bytes" in words
     assert not (project.folder / "out/resume").exists() or not any(
@@ -256,6 +259,7 @@ def test_a_new_model_file_leaves_trained_models_standing(project):
 def test_a_new_search_trains_nothing_again(project):
     """Nor does another grid: the stages that a change would run are those that use it."""
     files = {
+        "stages/templates/report.css": {"plot"},
         "quantifind/search.py": {"quantize"},
         "quantifind/mixed_precision/sensitivity.py": {"quantize"},
         "quantifind/mixed_precision/new.py": {"quantize"},

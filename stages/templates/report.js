@@ -48,6 +48,10 @@
     said.textContent = `${shown().length} rows copied`;
   });
 
+  addEventListener("beforeprint", () => {
+    for (const one of document.querySelectorAll("details")) one.open = true;
+  });
+
   const tip = document.getElementById("tip");
   document.addEventListener("pointermove", (event) => {
     const mark = event.target.closest(".chart [aria-label], .strip [data-words]");
