@@ -1,5 +1,6 @@
 """Evaluate: judge the ladders on test data, which took no part in choosing anything."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -78,11 +79,18 @@ def main(params: Params) -> None:
     )
     if answer["certified"] is None:
         answer["needed"] = examples_needed(columns[0], asked, look.confidence, gains[0])
-    files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
-    files.write_table(files.PLOTS / "frontier.csv", frontier)
     files.write_table(files.PLOTS / "tensors.csv", tensor_table(net, strategies, quantized))
+    _write(params, table, frontier, answer)
+
+
+def _write(
+    params: Params, uniform: pd.DataFrame, frontier: pd.DataFrame, answer: Mapping[str, Any]
+) -> None:
+    limits = params.evaluate.limits
+    files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(uniform, limits))
+    files.write_table(files.PLOTS / "frontier.csv", frontier)
     files.write_json(files.METRICS / "versions.json", versions())
-    files.write_json(files.METRICS / "evaluation.json", summarize(table, limits))
+    files.write_json(files.METRICS / "evaluation.json", summarize(uniform, limits))
     files.write_json(files.METRICS / "recommendation.json", answer)
     files.write_text(files.METRICS / "recommendation.md", in_words(answer, params.model))
 
