@@ -1,6 +1,6 @@
 """What a run left in tables and JSON, from which everything that people see is drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ FACTS = {
 }
 # without a row there is nothing to draw; weights that were given have no history
 MAY_BE_EMPTY = ("history", "sensitivity", "weight_error")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,15 @@ class Evidence:
         return table[table["step"] == self.step]
 
 
-def read_evidence() -> Evidence:
+def read_evidence(read: Callable[[Path], str] = _text) -> Evidence:
     """All of it.
 
+    read: the text of a file of the project; by default as it stands in the folder.
     Raises: ValueError, one line, naming a file that is missing, empty or of an older version, and
     the stage to run.
     """
-    tables = {name: _table(name, *needs) for name, needs in TABLES.items()}
-    facts = {name: _facts(name, *needs) for name, needs in FACTS.items()}
+    tables = {name: _table(read, name, *needs) for name, needs in TABLES.items()}
+    facts = {name: _facts(read, name, *needs) for name, needs in FACTS.items()}
     found = Evidence(tables, facts["recommendation"], facts["versions"])
     for measure in found.limits:
         columns = (measure, *(f"{measure}_{end}" for end in ("low", "high", "look_bound")))
@@ -99,27 +104,37 @@ def read_evidence() -> Evidence:
     return found
 
 
-def _table(name: str, stage: str, columns: tuple[str, ...]) -> pd.DataFrame:
-    path = files.PLOTS / f"{name}.csv"
-    if not path.exists():
-        raise ValueError(f"{path}: missing; {_advice(stage)}")
+def _found(read: Callable[[Path], str], path: Path, stage: str) -> str:
     try:
-        table = files.read_table(path)
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path}: empty; {_advice(stage)}") from error
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no table ({' '.join(str(error).split())})") from error
+        text = read(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; {_advice(stage)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no text ({error}); {_advice(stage)}") from error
+    if not text.strip():
+        raise ValueError(f"{path}: empty; {_advice(stage)}")
+    return text
+
+
+def _table(
+    read: Callable[[Path], str], name: str, stage: str, columns: tuple[str, ...]
+) -> pd.DataFrame:
+    path = files.PLOTS / f"{name}.csv"
+    text = _found(read, path, stage)
+    try:
+        table = files.parse_table(text)
+    except pd.errors.ParserError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}: no table ({said}); {_advice(stage)}") from error
     _check(path, table, columns, stage)
     if table.empty and name not in MAY_BE_EMPTY:
         raise ValueError(f"{path}: has no rows; {_advice(stage)}")
     return table
 
 
-def _facts(name: str, stage: str, keys: tuple[str, ...]) -> Any:
+def _facts(read: Callable[[Path], str], name: str, stage: str, keys: tuple[str, ...]) -> Any:
     path = files.METRICS / f"{name}.json"
-    if not path.exists():
-        raise ValueError(f"{path}: missing; {_advice(stage)}")
-    facts = files.read_json(path)
+    facts = files.parse_json(path, _found(read, path, stage))
     _check(path, facts if isinstance(facts, dict) else {}, keys, stage)
     return facts
 

@@ -1,21 +1,18 @@
 """The report: one page that answers, without a request, made from tables alone."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
-from quantifind.utils import palette
 from stages import findings, report_charts, report_tensors
 from stages.charts import SIZES
 from stages.evidence import Evidence
+from stages.pages import render
 from stages.params import Params
 
-TEMPLATES = Path(__file__).with_name("templates")
 # of the table of tensors: key in its rows, words, whether it is a number
 COLUMNS = (
     ("place", "#", True),
@@ -34,17 +31,6 @@ def report(evidence: Evidence, params: Params) -> str:
     evidence: what a run left.
     params: that it ran with.
     """
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    # names are a user's text: test_names_are_escaped
-    templates = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    templates.filters |= {
-        "number": findings.number,
-        "percent": findings.percent,
-        "colour": palette.of_width,
-    }
     tensors = evidence.tensors
     grid = report_tensors.sensitivity_grid(evidence.tables["sensitivity"])
     shown = report_charts.predicted(evidence.tables["candidates"])
@@ -72,7 +58,6 @@ def report(evidence: Evidence, params: Params) -> str:
         "grid": report_tensors.heat(grid, tensors),
         "tensors": report_tensors.rows_of(tensors),
         "columns": COLUMNS,
-        "palette": palette,
         "prediction": {size: report_charts.prediction(shown, size) for size in SIZES}
         if len(shown)
         else None,
@@ -83,7 +68,7 @@ def report(evidence: Evidence, params: Params) -> str:
         "step": evidence.step,
         "model": params.model,
     }
-    return templates.get_template("report.html").render(context)
+    return render("report.html", context)
 
 
 def _numbers(evidence: Evidence) -> list[dict[str, str]]:

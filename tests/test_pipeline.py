@@ -180,6 +180,20 @@ def test_plots_of_two_models_share_each_chart(project):
     assert "https://cdn" not in html
 
 
+def test_networks_are_compared_on_one_page(project):
+    for revisions in ([], ["conv", "dense"]):
+        result = project.run("stages.compare", *revisions)
+        assert result.returncode == 0, result.stderr
+        assert sorted(result.stdout.split(": ")[1].strip().split(", ")) == [
+            "conv_mnist",
+            "dense_mnist",
+        ]
+    fails(project, "compare", "unknown revision 'dens': there are workspace, ", "dens")
+    page = project.folder / "plots/comparison.html"
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page.read_text(encoding="utf-8"))
+    page.unlink()
+
+
 def test_a_change_runs_what_depends_on_it_and_no_more(project):
     drawing = project.folder / "quantifind/workflow/visualization_workflow.py"
     drawing.write_text(drawing.read_text() + "\n# changed\n")
@@ -571,9 +585,9 @@ def test_numbers_that_are_none_come_back_as_missing(tmp_path, monkeypatch):
     assert read.isna().to_numpy().tolist() == [[False, True, True], [True, False, True]]
 
 
-def fails(project, stage: str, message: str) -> None:
+def fails(project, stage: str, message: str, *arguments: str) -> None:
     """The stage ends with one line that holds the message, and exit code 1."""
-    result = project.run(f"stages.{stage}")
+    result = project.run(f"stages.{stage}", *arguments)
     assert result.returncode == 1
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr

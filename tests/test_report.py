@@ -1,11 +1,12 @@
 """The report says what the tables say, comes out whatever they lack, and asks nobody."""
 
+import math
 import os
 import re
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, takewhile
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -20,6 +21,7 @@ from quantifind.quantize import mean_bits, quantize
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils import palette
 from stages import files, findings
+from stages.comparison import certified_bits, comparison
 from stages.evidence import FACTS, TABLES, read_evidence
 from stages.report_tensors import sensitivity_grid
 from stages.tensors import tensor_table
@@ -237,6 +239,45 @@ def test_wider_codes_are_darker_for_everyone(kind):
 def test_bits_on_their_colour_are_read(colour):
     light, ink = (palette.luminance(c) for c in (colour, palette.ink_on(colour)))
     assert (max(light, ink) + 0.05) / (min(light, ink) + 0.05) > 4.5
+
+
+def beside(tmp_path, **named):
+    """By name what runs left in folders of their own."""
+    found = {}
+    for name, case in named.items():
+        (tmp_path / str(len(found))).mkdir()
+        os.chdir(tmp_path / str(len(found)))
+        leave(**case)
+        found[name] = read_evidence()
+    return found
+
+
+def test_comparison_says_what_the_tables_say(tmp_path):
+    cases = {HOSTILE: {"names": [HOSTILE, "a.bias"]}, "loose": {"lost": (0.0, 0.001, 0.002)}}
+    cases |= {"without": CASES["no certificate"]}
+    found = beside(tmp_path, **cases)
+    html = comparison(found)
+    words = re.sub(r"\s+", " ", " ".join(Page(html).words))
+    assert "img" not in {tag for tag, _ in Page(html).tags}
+    assert "loose needs the fewest bits per parameter, 2.5, and " in words
+    assert "4.25: 1.7 times as many; nothing is certified for without" in words
+    assert f"1.9 ({HOSTILE}) to 3.2 (loose) times the bits of mixed widths" in words
+    assert not re.search(r"\b(nan|None|inf)\b", words)
+    assert [value for _, a in Page(html).tags if (value := a.get("src") or a.get("href"))] == [
+        "data:,"
+    ]
+
+
+@given(
+    bounds=st.lists(st.sampled_from([1.0, 1.005, 1.02, math.nan]), min_size=1, max_size=6),
+    limit=st.sampled_from([1.0, 1.01, 1.05]),
+)
+def test_certified_bits_are_of_the_last_step_before_one_fails(bounds, limit):
+    ladder = pd.DataFrame({"criterion_ratio_bound": bounds})
+    ladder["mean_bits"] = np.arange(len(bounds), 0, -1.0)
+    kept = list(takewhile(lambda bound: bound <= limit, bounds))
+    expected = len(bounds) - len(kept) + 1 if kept else None
+    assert certified_bits(ladder, {"criterion_ratio": limit}) == expected
 
 
 @pytest.fixture(scope="module")

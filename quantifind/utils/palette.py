@@ -20,6 +20,8 @@ ORIGINS = {
     "following": ("#009e73", "v"),
     "trained": ("#d55e00", "P"),
 }
+# by place of a network on a page of several, on light and on dark
+NETWORKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 NOT_TRIED = "#d9d9d9"
 # by width in bits, up to which it reaches: dark is much (viridis, Smith and
 # van der Walt 2015)
