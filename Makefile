@@ -18,7 +18,8 @@ table: .venv/installed
 	$(ACTIVATE) && python -m benchmarks.table
 
 # Every table and figure of README.md and docs/; hours. Best on a machine with nothing else to do.
-BENCHMARKS = table names rounding_speed speed grids search coverage peers fuzz scale readme architecture
+BENCHMARKS = recipes table names rounding_speed speed grids search search_quality stability coverage peers
+BENCHMARKS += fuzz scale readme architecture
 bench: .venv/installed
 	$(ACTIVATE) && for name in $(BENCHMARKS); do python -m benchmarks.$$name || exit; done
 

@@ -11,11 +11,14 @@ import argparse
 import io
 import re
 from contextlib import redirect_stdout
+from typing import Any
 
 import pandas as pd
 
 from benchmarks import grids, search, table
 from benchmarks.peers import __main__ as peers
+from quantifind.certification.goal import ANSWERS
+from quantifind.certification.measures import MEASURES
 
 README = grids.ROOT / "README.md"
 RECOMMENDATION = grids.ROOT / "metrics/recommendation.md"
@@ -33,20 +36,39 @@ def summary(found: pd.DataFrame, of_peers: pd.DataFrame, networks: pd.DataFrame)
 
     found: benchmarks/results/search.csv. of_peers: peers.csv. networks: networks.csv.
     """
+    measure = headline(found)
     lines = [
-        f"| network | certified bits at CR ≤ {LIMIT} | its CR on test | one depth for all "
-        "| best peer |",
-        "|---|---|---|---|---|",
+        f"| network | certified bits at {MEASURES[measure].words} ≤ {LIMIT}, as it is | following "
+        "| trained further | matched ratio of that | one depth for all, CR | best peer, CR |",
+        "|---" * 7 + "|",
     ]
-    learned = found[(found["limit"] == LIMIT) & (found["learn"] > 0)].set_index("network")
+    asked = found[(found["limit"] == LIMIT) & (found["measure"] == measure)]
     depths = networks.set_index("network")[f"certified_{LIMIT}"]
     for name in networks["network"]:
-        row, depth = learned.loc[name].to_dict(), depths[name]
-        bits = "none" if pd.isna(row["mean_bits"]) else f"**{row['mean_bits']:.3f}**"
-        cr = "–" if pd.isna(row["mean_bits"]) else grids.ratio(row)
+        rows = asked[asked["network"] == name].set_index("answer").to_dict("index")
+        bits = [certified(rows.get(answer)) for answer in ANSWERS]
+        matched, depth = rows.get("trained", {}).get("matched_ratio"), depths[name]
+        beside = "–" if pd.isna(matched) else f"{matched:#.4g}"
         uniform = "none" if pd.isna(depth) else f"{depth:.0f}"
-        lines.append(f"| {name} | {bits} | {cr} | {uniform} | {best_peer(of_peers, name)} |")
+        cells = [*bits, beside, uniform, best_peer(of_peers, name)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def headline(found: pd.DataFrame) -> str:
+    """The calibrated ratio, where all networks have been judged by it."""
+    calibrated = found[found["measure"] == "calibrated_ratio"]
+    whole = set(calibrated["network"]) == set(found["network"])
+    return "calibrated_ratio" if whole else "criterion_ratio"
+
+
+def certified(row: dict[Any, Any] | None) -> str:
+    """The bits of a row of benchmarks/results/search.csv, with the ratio on test data."""
+    if row is None:
+        return "–"
+    if pd.isna(row["mean_bits"]):
+        return "none"
+    return f"**{row['mean_bits']:.3f}**, {row['value']:#.4g}"
 
 
 def best_peer(of_peers: pd.DataFrame, network: str) -> str:

@@ -1,176 +1,209 @@
-"""The fewest bits that are certified, of each network at three limits, and how good the search is.
+"""The fewest bits that are certified, of each network in each of the three answers.
 
-    python -m benchmarks.search [--network NAME]
+    python -m benchmarks.search [--network NAME] [--answer NAME] [--seconds SECONDS] [--epochs N]
+                                [--folder FOLDER] [--sealed]
 
 Each network is trained as the pipeline trains it. The search sees train and validation data; the
-ladder it fixes is judged on test data once. Writes benchmarks/results/search.csv: by limit of the
-criterion ratio, with and without learned rounding, the certified strategy, the certified uniform
-depth, and the seconds of the search (the first of a network, 1.01 without learning, measures
-everything; those after it go on from that). And search_quality.csv: within budgets, the criterion
-ratio on validation data of what the search finds, of the best uniform strategy of its search space,
-and of the best of 100 random allocations, no fewer than the search measures. Both tables stand in
-docs/results.md.
+ladder it fixes is judged on one half of the test data, and with --sealed on the other, which is
+kept for the published run. Answers are `quantifind.certification.goal.ANSWERS`, limits those of
+`LIMITS` of each of `MEASURES`; the searches of a network share what they measure, so that the
+seconds of all but the first leave that out. Rows of benchmarks/results/search.csv are written as
+they come. Of a row: `mean_bits`, `value`, `low`, `high` and `bound` are those of the strategy that
+is certified with 95% confidence, were its ladder the only one; it was number `looks` that was
+judged on this half (benchmarks/results/looks.json), and `look_bits` are certified at the level that
+is left for it. Of what was trained further, `control_ratio` is the loss of float weights that had
+the same training over the float network's, `matched_ratio` the strategy's loss over theirs.
 """
 
+import argparse
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
 from benchmarks import grids
-from quantifind.certification.certificate import certified_depth, certified_steps
-from quantifind.certification.goal import Goal
-from quantifind.mixed_precision.allocation import Allocation
-from quantifind.mixed_precision.candidates import Candidates
-from quantifind.mixed_precision.measurements import Measurements
-from quantifind.mixed_precision.search_space import default_search_space
-from quantifind.mixed_precision.sensitivity import measure_sensitivity
+from quantifind.certification.goal import ANSWERS, steps_that_keep
 from quantifind.search import find_strategy
-from quantifind.workflow.evaluation_workflow import evaluate_bit_depths, evaluate_strategies
+from quantifind.utils.loaders import Loaders, Tensors, batch_loader, whole_split
+from quantifind.workflow.evaluation_workflow import certify
 
 RESULTS = grids.ROOT / "benchmarks/results/search.csv"
-QUALITY = grids.ROOT / "benchmarks/results/search_quality.csv"
+LOOKS = grids.ROOT / "benchmarks/results/looks.json"
 MARKERS = grids.markers("python -m benchmarks.search")
-QUALITY_MARKERS = grids.markers("python -m benchmarks.search, quality")
+MEASURES = ("criterion_ratio", "calibrated_ratio")
 LIMITS = (1.01, 1.05, 1.10)
 # of learned rounding, chosen on validation data, fewer where an epoch takes long
 EPOCHS = {"dense_mnist": 12, "conv_mnist": 2, "language_transformer": 2, "simple_dense": 2}
-# random allocations, no fewer than what a search measures at most
-DRAWN = 100
-BUDGETS = (1.5, 2.0, 3.0, 4.0)
+# a row is of these
+KEY = ["network", "answer", "measure", "limit"]
+COLUMNS = ["mean_bits", "value", "low", "high", "bound", "looks", "seconds", "epochs", "look_bits"]
+MATCHED = [
+    f"{name}{end}" for name in ("control_ratio", "matched_ratio") for end in ("", "_low", "_high")
+]
+# by which the halves of the test data are drawn
+SPLIT = 18
 
 
-def measure(network: str, folder: str) -> list[dict[str, Any]]:
-    """A row per limit, without and with learning."""
-    net, criterion = grids.trained(network)
-    train, val, test = grids.loaders(network)
-    uniform = evaluate_bit_depths(net, test, criterion)
-    rows = []
-    for learn in (0, EPOCHS[network]):
-        for limit in LIMITS:
-            started = time.monotonic()
-            found = find_strategy(
-                net, train, val, criterion, limit=limit, learn=learn, folder=folder
-            )
-            seconds = time.monotonic() - started
-            ladder = found.ladder
-            judged = evaluate_strategies(
-                net, ladder["strategy"], test, criterion, quantized=ladder["quantized"]
-            )
-            steps = certified_steps(judged["criterion_ratio_bound"].tolist(), limit)
-            best = judged.iloc[steps - 1] if steps else None
-            rows.append(
-                {
-                    "network": network,
-                    "limit": limit,
-                    "learn": learn,
-                    "mean_bits": np.nan if best is None else best["mean_bits"],
-                    "criterion_ratio": np.nan if best is None else best["criterion_ratio"],
-                    "low": np.nan if best is None else best["criterion_ratio_low"],
-                    "high": np.nan if best is None else best["criterion_ratio_high"],
-                    "uniform_bits": certified_depth(uniform, limit),
-                    "seconds": seconds,
-                }
-            )
-            print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
+def half(test: DataLoader, *, sealed: bool) -> DataLoader:
+    """One half of the test data, drawn at random and always the same; with sealed the other."""
+    inputs, targets = whole_split(test)
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(SPLIT))
+    chosen = order.tensor_split(2)[int(sealed)].sort().values
+    return batch_loader(
+        Tensors(inputs[chosen], targets[chosen]), batch_size=250, shuffle=False, seed=0
+    )
+
+
+def rows_of(
+    network: str,
+    made: tuple[nn.Module, nn.Module],
+    splits: Loaders,
+    answers: Sequence[str],
+    *,
+    epochs: float,
+    seconds: float | None = None,
+    folder: Path | str | None = None,
+    looks: Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A row for each answer, measure and limit.
+
+    made: the trained network, and its criterion.
+    splits: training and validation data, and test data to judge on.
+    epochs: of learning, where an answer learns.
+    seconds: that each search may take.
+    folder: keeps what is measured.
+    looks: a ledger.
+    """
+    net, criterion = made
+    train, val, test = splits
+    for answer in answers:
+        learn = 0 if answer == "as_is" else epochs
+        how: Any = {"learn": learn, "labels": answer == "trained", "seconds": seconds}
+        for measure in MEASURES:
+            for limit in LIMITS:
+                row = {"network": network, "answer": answer, "measure": measure, "limit": limit}
+                row |= dict.fromkeys([*COLUMNS, *MATCHED], np.nan)
+                started = time.monotonic()
+                try:
+                    asked = {measure: limit}
+                    found = find_strategy(
+                        net, train, val, criterion, limit=asked, folder=folder, **how
+                    )
+                except ValueError as error:  # that nothing keeps the limit is a result, too
+                    print(f"{network} {answer} {measure} {limit:g}: {error}", flush=True)
+                    yield {**row, "epochs": learn, "seconds": time.monotonic() - started}
+                    continue
+                row |= {"epochs": learn, "seconds": time.monotonic() - started}
+                yield row | judged(net, found, test, measure, looks)
+
+
+def judged(
+    net: nn.Module, found: Any, test: DataLoader, measure: str, looks: Path | None
+) -> dict[str, Any]:
+    """What test data say of a search's ladder."""
+    certificate = certify(net, found, test, looks=looks)
+    steps, limits = certificate.steps, certificate.limits
+    passed, row = steps_that_keep(steps, limits), {}
+    if certificate.look is not None:
+        at_look = steps_that_keep(steps, limits, "look_bound")
+        bits = steps["mean_bits"].iloc[at_look - 1] if at_look else np.nan
+        row = {"looks": certificate.look.k, "look_bits": bits}
+    if not passed:
+        return row
+    best = steps.iloc[passed - 1]
+    row |= {"mean_bits": best["mean_bits"], "value": best[measure]}
+    row |= {end: best[f"{measure}_{end}"] for end in ("low", "high", "bound")}
+    return row | {name: best[name] for name in MATCHED if name in best}
+
+
+def put(rows: pd.DataFrame) -> pd.DataFrame:
+    """Write rows in place of those there are of the same network, answer, measure and limit; all
+    rows, in the order of networks and answers."""
+    if RESULTS.exists():
+        rows = pd.concat([pd.read_csv(RESULTS), rows]).drop_duplicates(KEY, keep="last")
+    places = {"network": grids.NETWORKS, "answer": tuple(ANSWERS), "measure": MEASURES}
+    rows = rows.sort_values(
+        KEY, key=lambda c: c.map(places[c.name].index) if c.name in places else c, kind="stable"
+    )
+    partial = RESULTS.with_suffix(".partial")
+    rows.to_csv(partial, index=False)
+    partial.replace(RESULTS)
     return rows
-
-
-def measure_quality(network: str, folder: str) -> list[dict[str, Any]]:
-    """A row per budget of mean bits: the search beside uniform and random strategies."""
-    net, criterion = grids.trained(network)
-    train, val, _ = grids.loaders(network)
-    measurements = Measurements.start(net, train, val, criterion, folder=folder)
-    space = default_search_space(net, measurements.facts)
-    sensitivity = measure_sensitivity(measurements, space)
-    rows = []
-    for budget in BUDGETS:
-        table = find_strategy(net, train, val, criterion, budget=budget, folder=folder).candidates
-        found = table[table["chosen"]].iloc[0]
-        whole = table["examples"] == measurements.examples
-        uniform = table[whole & (table["origin"] == "uniform")]["criterion_ratio"].min()
-        allocation = Allocation.of(measurements, sensitivity, Goal.of(None, budget))
-        candidates = Candidates(measurements, allocation, 0.95)
-        generator = np.random.default_rng(0)
-        for _ in range(DRAWN):
-            drawn = random_allocation(allocation, budget, generator)
-            candidates.measure([candidates.allocated(drawn)])
-        ratios = [row["criterion_ratio"] for row in candidates.whole()]
-        rows.append(
-            {
-                "network": network,
-                "budget": budget,
-                "found_bits": found["mean_bits"],
-                "found_ratio": found["criterion_ratio"],
-                "uniform_ratio": uniform,
-                "random_ratio": min(ratios),
-            }
-        )
-        print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
-    return rows
-
-
-def random_allocation(
-    allocation: Allocation, budget: float, generator: np.random.Generator
-) -> tuple[int, ...]:
-    """Options drawn at random, then one after another a step cheaper until the budget holds."""
-    groups = allocation.groups
-    chosen = [int(generator.integers(len(group))) for group in groups]
-    while allocation.total(tuple(chosen)) > budget:
-        able = [i for i, group in enumerate(groups) if chosen[i] < len(group) - 1]
-        chosen[generator.choice(able)] += 1
-    return tuple(chosen)
 
 
 def markdown(results: pd.DataFrame) -> str:
-    """The table of certified strategies, a line per network and a column per limit."""
+    """The table of certified strategies, a line per network, answer and measure, and a column per
+    limit."""
     limits = sorted(set(results["limit"]))
     lines = [
-        "| certified on test: mean bits, CR, 95% interval | learned "
-        + " ".join(f"| CR ≤ {limit:g}" for limit in limits)
-        + " | uniform depth at these |",
-        "|---" * (3 + len(limits)) + "|",
+        "| certified on test: mean bits, the ratio, 95% interval | answer | ratio "
+        + " ".join(f"| ≤ {limit:g}" for limit in limits)
+        + " | of these, matched ratio |",
+        "|---" * (4 + len(limits)) + "|",
     ]
-    for (network, learn), rows in results.groupby(["network", "learn"], sort=False):
-        cells = [
-            "none"
-            if pd.isna(row["mean_bits"])
-            else f"**{row['mean_bits']:.3f}** bits, {grids.ratio(row)}"
-            for row in rows.to_dict("records")
+    for (network, answer, measure), rows in results.groupby(KEY[:3], sort=False):
+        by_limit = {row["limit"]: row for row in rows.to_dict("records")}
+        cells = [cell(by_limit.get(limit)) for limit in limits]
+        ratios = [
+            f"{row['matched_ratio']:#.4g}"
+            for row in by_limit.values()
+            if not pd.isna(row["matched_ratio"])
         ]
-        depths = ["none" if pd.isna(d) else f"{d:.0f}" for d in rows["uniform_bits"]]
-        epochs = f"{learn} epochs" if learn else "no"
-        lines.append(f"| {network} | {epochs} | {' | '.join(cells)} | {', '.join(depths)} |")
+        named = f"{answer.replace('_', ' ')} | {measure.split('_')[0]}"
+        beside = ", ".join(ratios) or "–"
+        lines.append(f"| {network} | {named} | {' | '.join(cells)} | {beside} |")
     return "\n".join(lines) + "\n"
 
 
-def quality_markdown(results: pd.DataFrame) -> str:
-    """The table of strategies within budgets, a line per network and budget."""
-    lines = [
-        "| CR on validation within a budget | mean bits | best uniform | best of 100 random "
-        "| search | its mean bits |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in results.to_dict("records"):
-        ratios = [row[f"{kind}_ratio"] for kind in ("uniform", "random", "found")]
-        cells = ["–" if pd.isna(ratio) else f"{ratio:.4g}" for ratio in ratios]
-        numbers = f"{row['budget']:g} | {' | '.join(cells)} | {row['found_bits']:.3f}"
-        lines.append(f"| {row['network']} | {numbers} |")
-    return "\n".join(lines) + "\n"
+def cell(row: dict[str, Any] | None) -> str:
+    """A certified strategy in the table."""
+    if row is None:
+        return "–"
+    if pd.isna(row["mean_bits"]):
+        return "none"
+    return f"**{row['mean_bits']:.3f}** bits, {interval(row)}"
+
+
+def interval(row: dict[str, Any]) -> str:
+    """The ratio with its interval."""
+    return f"{row['value']:#.4g} [{row['low']:#.4g}, {row['high']:#.4g}]"
 
 
 def main() -> None:
-    found, quality = [], []
-    for network in grids.chosen_networks(__doc__):
-        with tempfile.TemporaryDirectory() as folder:
-            found += measure(network, folder)
-            results = grids.write_rows(RESULTS, pd.DataFrame(found))
-            quality += measure_quality(network, folder)
-            qualities = grids.write_rows(QUALITY, pd.DataFrame(quality))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--network", choices=grids.NETWORKS, help="by default all of them")
+    parser.add_argument("--answer", choices=ANSWERS, help="by default all three")
+    parser.add_argument("--seconds", type=float, help="of each search, without end by default")
+    parser.add_argument("--epochs", type=float, help=f"of learning, by default {EPOCHS}")
+    parser.add_argument("--folder", help="keeps what is measured, by default until the end")
+    parser.add_argument("--sealed", action="store_true", help="judge on the half that is kept back")
+    given = parser.parse_args()
+    for network in [given.network] if given.network else grids.NETWORKS:
+        made, (train, val, test) = grids.trained(network), grids.loaders(network)
+        splits = train, val, half(test, sealed=given.sealed)
+        with tempfile.TemporaryDirectory() as temporary:
+            for row in rows_of(
+                network,
+                made,
+                splits,
+                [given.answer] if given.answer else list(ANSWERS),
+                epochs=given.epochs or EPOCHS[network],
+                seconds=given.seconds,
+                folder=given.folder or temporary,
+                looks=LOOKS,
+            ):
+                results = put(pd.DataFrame([row]))
+                print(pd.DataFrame([row]).to_string(index=False), flush=True)
         grids.write_table(MARKERS, markdown(results))
-        grids.write_table(QUALITY_MARKERS, quality_markdown(qualities))
         print(markdown(results))
 
 

@@ -32,6 +32,8 @@ from quantifind.mixed_precision.sensitivity import PRECISION, predict_sensitivit
 from quantifind.mixed_precision.survey import survey
 from quantifind.runtime.workers import Workers
 from quantifind.utils.batches import Forward
+from quantifind.utils.console import console
+from quantifind.utils.gains import gains_of
 from quantifind.utils.interrupts import interruptible
 from quantifind.utils.loaders import length_of
 
@@ -97,7 +99,8 @@ def find_strategy(
     learn: epochs of training of each of the few best allocations, whose codes learn to follow the
         float network's outputs; 0 for none.
     labels: whether they follow the labels of the training data, too. That trains the network
-        further, which quantization alone does not: its ratio is not that of quantization.
+        further, which quantization alone does not: its ratio is not that of quantization. Float
+        weights then have the same training, as a control (`quantifind.runtime.control.Control`).
     effort: passes over the validation data that the search may take, without learning; a part of
         the examples, or of the network, counts as that part of one. What was left out is said.
     seconds: that it may take; the best so far is the answer. None for no end.
@@ -132,6 +135,7 @@ def find_strategy(
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
         default = limit is None and budget is None
         goal = _measurable(goal, measurements.original, default=default)
+        _say_temperature(goal, measurements.original)
         passes = measurements.passes
         passes.effort, passes.deadline = effort, deadline
         candidates: Candidates | None = None
@@ -215,7 +219,7 @@ def _measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
     have = ["relative_error"]
     if original.criterion > 0:
         have.append("criterion_ratio")
-        if original.gain is not None:
+        if original.gain is not None and math.isfinite(original.gain):
             have += ["calibrated_ratio", "fidelity"]
     if is_classification(original):
         have += ["accuracy_drop", "flips"]
@@ -232,6 +236,18 @@ def _measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
         f"limit {missing}: {_WANTS[next(n for n in goal.limits if n not in limits)]}; this network "
         f"and its data have {', '.join(have)}"
     )
+
+
+def _say_temperature(goal: Goal, original: Outcome) -> None:
+    """Say where the float network's temperature is none that its losses give."""
+    if "calibrated_ratio" not in goal.limits or original.gain is None:
+        return
+    if gains_of(original["scaled_loss"].shape[1]).is_at_an_end(original.gain):
+        console.print(
+            f"The float network's loss on validation data still falls at a temperature of "
+            f"{1 / original.gain:.3g}, the last that is tried: calibrated ratios are those there",
+            markup=False,
+        )
 
 
 def _check(

@@ -49,6 +49,7 @@ def write_control(control: Control | None) -> None:
 
     control: of a search.
     """
+    files.CONTROL.unlink(missing_ok=True)
     if control is not None:
         ratio = None if control.fault else control.ratio
         facts = {"folded": control.folded, "ratio": ratio, "fault": control.fault}

@@ -108,6 +108,15 @@ def test_what_is_measured_on_parts_is_that_of_the_whole():
     np.testing.assert_allclose(fixed, wanted, atol=0.02 * wanted.mean())
 
 
+def test_a_temperature_that_losses_do_not_give_is_said(capsys):
+    """Of a network that is always right the loss falls with every gain."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 3), torch.randn(1600, 4)
+    loader = list(zip(x.split(400), net(x).argmax(1).split(400), strict=True))
+    find_strategy(net, loader, loader, nn.CrossEntropyLoss(), limit={"calibrated_ratio": 2})
+    assert "still falls at a temperature of 0.262" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("name", ["criterion_ratio", "calibrated_ratio", "accuracy_drop", "flips"])
 @pytest.mark.parametrize("share", [0.2, 0.7, 1.5])
 def test_so_many_examples_as_are_said_are_enough(name, share):

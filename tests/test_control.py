@@ -12,11 +12,13 @@ from torch import nn
 from quantifind.learning import learn, train_control
 from quantifind.quantize import quantize_model
 from quantifind.runtime import student as students
+from quantifind.runtime.control import Control
 from quantifind.search import find_strategy
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.loaders import Tensors, batch_loader
 from quantifind.workflow.evaluation_workflow import certify, evaluate_strategies
 from quantifind.workflow.matched_workflow import matched_ratios
+from stages import ladder
 
 RATE, SEED = 3e-3, 3
 
@@ -149,6 +151,41 @@ def test_a_search_with_labels_has_the_control_of_what_it_trained(tmp_path, monke
         "ratio"
     )
     assert find_strategy(net, train, val, criterion, **how).control is None  # nothing is trained
+
+
+def test_labels_that_a_criterion_can_t_be_learned_by_are_not_said_to_be():
+    def criterion(outputs, targets):
+        return F.cross_entropy(outputs, targets)
+
+    val = batch_loader(training(2).dataset, batch_size=64, shuffle=False, seed=0)
+    how = {"limit": 2.0, "learn": 0.5, "labels": True, "widths": [1], "effort": 20}
+    found = find_strategy(network()[2:], wide(training()), wide(val), criterion, **how)
+    assert found.control is None
+    assert set(found.candidates["answer"]) == {"as_is", "following"}
+
+
+def wide(loader):
+    """Inputs of a part of `network`."""
+    x, y = loader.dataset.tensors
+    return batch_loader(Tensors(x.repeat(1, 3)[:, :16], y), batch_size=32, shuffle=False, seed=0)
+
+
+@pytest.mark.parametrize("fault", ["", "the loss became inf by batch 3"])
+def test_a_control_comes_back_from_its_file(fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = network()
+    weights = (
+        {} if fault else {n: p.detach() + 1 for n, p in net.named_parameters() if n != "3.bias"}
+    )
+    control = Control(weights, (("0", "1"),), math.nan if fault else 0.84, fault)
+    ladder.write_control(control)
+    read = ladder.read_control()
+    assert str(read) == str(control)
+    assert read.folded == control.folded
+    assert read.weights.keys() == weights.keys()
+    assert all(torch.equal(read.weights[name], value) for name, value in weights.items())
+    ladder.write_control(None)
+    assert ladder.read_control() is None
 
 
 def diverged(*_args, **_kwargs):

@@ -29,7 +29,7 @@ FILES = dict(re.findall(r"`quantifind/(\w+/\w+\.py)`:\n\n```python\n(.*?)```", E
 for_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # the modules whose `markdown` writes a table
 TABLES = ["coverage", "grids", "names", "peers.__main__", "rooms", "rounding_speed", "search"]
-TABLES += ["fuzz", "scale", "speed", "strangers", "table"]
+TABLES += ["fuzz", "recipes", "scale", "search_quality", "speed", "strangers", "table"]
 
 
 def test_the_readme_is_short():
@@ -99,16 +99,8 @@ def test_table_is_what_its_command_measured(name):
     assert found == [measured]
 
 
-def test_table_of_the_quality_of_the_search_is_what_was_measured():
-    search = importlib.import_module("benchmarks.search")
-    found = search.QUALITY_MARKERS.search((ROOT / "docs/results.md").read_text(encoding="utf-8"))
-    assert found is not None
-    assert found[0] == search.quality_markdown(pd.read_csv(search.QUALITY))
-
-
 def test_every_marker_has_a_command_that_fills_it():
     markers = [importlib.import_module(f"benchmarks.{name}").MARKERS for name in TABLES]
-    markers += [importlib.import_module("benchmarks.search").QUALITY_MARKERS]
     markers += [readme.SUMMARY_MARKERS, readme.RECOMMENDATION_MARKERS, readme.EXAMPLE_MARKERS]
     text = "".join(page.read_text(encoding="utf-8") for page in grids.pages())
     assert all(len(marker.findall(text)) == 1 for marker in markers)

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import special
+
+if TYPE_CHECKING:  # test_heavy_imports_are_rare
+    import pandas as pd
 
 # by name a value for each example
 Columns = Mapping[str, np.ndarray]
@@ -167,7 +170,7 @@ def certified_steps(bounds: Sequence[float], limit: float) -> int:
     return next((i for i, bound in enumerate(bounds) if not bound <= limit), len(bounds))
 
 
-def certified_depth(results: pd.DataFrame, limit: float) -> int | None:
+def certified_depth(results: "pd.DataFrame", limit: float) -> int | None:
     """The fewest bits certified to keep the criterion ratio at ``limit``, or None.
 
     results: a table of `quantifind.workflow.evaluation_workflow.evaluate_bit_depths`.
@@ -179,7 +182,7 @@ def certified_depth(results: pd.DataFrame, limit: float) -> int | None:
 
 
 def minimum_safe_bits(
-    sensitivity: pd.DataFrame, limit: float, *, errors: float = 0.0
+    sensitivity: "pd.DataFrame", limit: float, *, errors: float = 0.0
 ) -> dict[str, float | None]:
     """By quantized tensor, the fewest bits predicted to be safe when it alone is quantized.
 

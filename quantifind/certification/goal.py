@@ -3,13 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+import numpy as np
 
 from quantifind.certification.certificate import certified_steps
 from quantifind.certification.measures import MEASURES
 from quantifind.utils import plugins
+
+if TYPE_CHECKING:  # for the stage that always runs: test_heavy_imports_are_rare
+    import pandas as pd
 
 Limit = float | Mapping[str, float]
 # where a search is given neither a limit nor a budget; of accuracy, where there is one
@@ -138,7 +141,9 @@ def answer_of(origin: str) -> str:
     return kind if kind in ANSWERS else "as_is"
 
 
-def steps_that_keep(steps: pd.DataFrame, limits: Mapping[str, float], bound: str = "bound") -> int:
+def steps_that_keep(
+    steps: "pd.DataFrame", limits: Mapping[str, float], bound: str = "bound"
+) -> int:
     """How many rungs of a ladder, from most bytes to fewest, pass: those above the first of which
     a bound is above its limit (`quantifind.certification.certificate.certified_steps`).
 
@@ -146,8 +151,8 @@ def steps_that_keep(steps: pd.DataFrame, limits: Mapping[str, float], bound: str
     limits: by measure; all must hold.
     bound: which of the bounds, ``bound`` or, at the level of a look, ``look_bound``.
     """
-    above = [steps[f"{measure}_{bound}"] - limit for measure, limit in limits.items()]
-    return certified_steps(pd.concat(above, axis=1).max(axis=1, skipna=False).tolist(), 0.0)
+    above = [steps[f"{measure}_{bound}"].to_numpy() - limit for measure, limit in limits.items()]
+    return certified_steps(np.max(above, axis=0).tolist(), 0.0)
 
 
 def ladder(

@@ -42,6 +42,10 @@ class Gains:
         found = optimize.minimize_scalar(loss, bounds=ends, method="bounded", options=options).x
         return math.exp(min((found, best), key=loss))
 
+    def is_at_an_end(self, gain: float) -> bool:
+        """Whether the loss may fall further beyond the values that are tried."""
+        return not self.tried[0] * 1.001 < gain < self.tried[-1] / 1.001
+
     def at(self, losses: np.ndarray, gain: float) -> np.ndarray:
         """The loss of each example, (examples,), with outputs multiplied by a gain."""
         return losses @ self.weights(gain)

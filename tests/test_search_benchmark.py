@@ -1,0 +1,92 @@
+"""The benchmarks of the search: on a small network."""
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import recipes, search, search_quality, stability
+from quantifind.mixed_precision.search_space import default_search_space
+from quantifind.search import find_strategy
+from quantifind.utils.loaders import Tensors, create_dataloaders, whole_split
+
+WIDTHS = (1, 3, 6)
+# so that a search takes a second
+quick = partial(find_strategy, widths=WIDTHS, effort=40)
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 3)), torch.randn(900, 6)
+    labels = net(4 * x).argmax(1)
+    return (net.eval(), nn.CrossEntropyLoss()), create_dataloaders(
+        Tensors(x, labels), fractions=(0.4, 0.3, 0.3), batch_size=50
+    )
+
+
+def test_rows_come_one_by_one_and_take_the_place_of_earlier_ones(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "RESULTS", tmp_path / "search.csv")
+    monkeypatch.setattr(search, "LIMITS", (1.5,))
+    monkeypatch.setattr(search, "MEASURES", ("calibrated_ratio",))
+    monkeypatch.setattr(search, "find_strategy", quick)
+    how = {"epochs": 1, "folder": tmp_path / "kept", "looks": tmp_path / "looks.json"}
+    rows = list(search.rows_of("dense_mnist", *small, ["trained", "as_is"], **how))
+    # the same ladder is no new look
+    assert {row["looks"] for row in rows} == set(range(1, 1 + max(row["looks"] for row in rows)))
+    for row in [*rows, rows[0] | {"mean_bits": 7.0}]:
+        results = search.put(pd.DataFrame([row]))
+    read = pd.read_csv(tmp_path / "search.csv")
+    assert list(read.columns[:11]) == [*search.KEY, *search.COLUMNS[:7]]
+    assert list(read["answer"]) == ["as_is", "trained"]
+    assert read["mean_bits"].to_numpy()[1] == 7.0
+    sure = read[read["mean_bits"].notna()]
+    assert (sure["bound"] <= 1.5).all()
+    assert (sure["low"] < sure["value"]).all()
+    assert (read["look_bits"].fillna(np.inf) >= read["mean_bits"].fillna(0)).to_numpy()[0]
+    table = search.markdown(results)
+    assert table == search.markdown(read)
+    assert table.count("\n") == 2 + 2
+
+
+def test_halves_are_disjoint_and_whole(small):
+    test = small[1][2]
+    first, second = (search.half(test, sealed=sealed) for sealed in (False, True))
+    assert torch.equal(whole_split(first)[0], whole_split(search.half(test, sealed=False))[0])
+    rows = torch.cat([whole_split(first)[0], whole_split(second)[0]])
+    assert len(rows) == len(test.dataset)
+    assert sorted(rows[:, 0].tolist()) == sorted(whole_split(test)[0][:, 0].tolist())
+
+
+def test_random_allocations_are_refined(small, monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.grids.trained", lambda _: small[0])
+    monkeypatch.setattr("benchmarks.grids.loaders", lambda _: small[1])
+    monkeypatch.setattr(search_quality, "BUDGETS", (6.0,))
+    monkeypatch.setattr(search_quality, "DRAWN", 5)
+    monkeypatch.setattr(search_quality, "find_strategy", quick)
+    monkeypatch.setattr(
+        search_quality, "default_search_space", lambda *given: default_search_space(*given, WIDTHS)
+    )
+    (row,) = search_quality.measure("dense_mnist", str(tmp_path))
+    assert row["refined_ratio"] <= row["random_ratio"]
+    assert row["found_bits"] <= 6.0
+    assert search_quality.markdown(pd.DataFrame([row])).count("\n") == 3
+
+
+def test_a_recipe_and_nine_trainings_as_tables():
+    row = {"network": "net", "epochs": 4, "val_loss": 0.5, "val_loss_after": 0.49, "gain": 0.02}
+    table = recipes.markdown(
+        pd.DataFrame([{**row, "val_accuracy": 0.5}, row]).assign(val_accuracy_after=None)
+    )
+    assert "| net | 4 | 0.5 | 0.49 | 2.0% | 50.00% | – |" in table
+    bits = {(0, 0): 2.0, (0, 1): 3.0, (1, 0): 2.0, (1, 1): np.nan}
+    nine = [
+        {"network": "net", "limit": 1.01, "seed": seed, "split": split, "mean_bits": found}
+        for (seed, split), found in bits.items()
+    ]
+    table = stability.markdown(pd.DataFrame(nine))
+    assert "| seed 1 | 2.000 | none |" in table
+    assert "Mean 2.333 bits; the furthest is 29% away." in table
