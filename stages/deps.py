@@ -17,6 +17,8 @@ PLUGINS = {
 # the stages that depend on single files, so that a change of the search trains nothing again and a
 # change of a picture only draws: test_a_change_runs_what_depends_on_it_and_no_more
 BY_FILE = ("prepare", "train", "plot")
+# the folders of the project that a stage reads beside what it imports
+READ = {"plot": ("stages/templates",)}
 # the packages that are never taken as folders: each stage uses one module of many
 NEVER_FOLDED = ("stages", "quantifind.workflow")
 
@@ -32,7 +34,7 @@ def code_of(stage: str, graph: grimp.ImportGraph) -> list[str]:
     loaded = plugins | ({"quantifind.models"} if stage != "plot" else set())
     start = {f"stages.{stage}"}.union(*map(graph.find_descendants, loaded))
     used = {f"stages.{stage}"}.union(*map(graph.find_upstream_modules, start))
-    entries = {package.replace(".", "/") for package in plugins}
+    entries = {package.replace(".", "/") for package in plugins}.union(READ.get(stage, ()))
     for module in used:
         package = module.rpartition(".")[0]
         if package not in plugins:

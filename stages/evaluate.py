@@ -1,5 +1,6 @@
 """Evaluate: judge the ladders on test data, which took no part in choosing anything."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,8 @@ from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, looks, networks
 from stages.answers import card, in_words, mark_certified, recommend, summarize
 from stages.params import Params
+from stages.tensors import tensor_table
+from stages.versions import versions
 
 
 def main(params: Params) -> None:
@@ -66,9 +69,18 @@ def main(params: Params) -> None:
     size = save(net, quantized[step], path, strategy=strategies[step], judged=proof)
     answer["file"] = {"path": str(path), "bytes": size}
     files.write_text(files.CARD, card(answer, params.model))
-    files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(table, limits))
+    files.write_table(files.PLOTS / "tensors.csv", tensor_table(net, strategies, quantized))
+    _write(params, table, frontier, answer)
+
+
+def _write(
+    params: Params, uniform: pd.DataFrame, frontier: pd.DataFrame, answer: Mapping[str, Any]
+) -> None:
+    limits = params.evaluate.limits
+    files.write_table(files.PLOTS / "bit_depths.csv", mark_certified(uniform, limits))
     files.write_table(files.PLOTS / "frontier.csv", frontier)
-    files.write_json(files.METRICS / "evaluation.json", summarize(table, limits))
+    files.write_json(files.METRICS / "versions.json", versions())
+    files.write_json(files.METRICS / "evaluation.json", summarize(uniform, limits))
     files.write_json(files.METRICS / "recommendation.json", answer)
     files.write_text(files.METRICS / "recommendation.md", in_words(answer, params.model))
 

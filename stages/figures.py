@@ -1,11 +1,7 @@
-"""Pictures of a search: what it found, what each tensor costs, and how far costs add up.
+"""Pictures of a search: what it found, what each tensor costs, and how far costs add up."""
 
-Colours are those of `quantifind.workflow.visualization_workflow`: blue is the same bits for all,
-grey is float.
-"""
-
+import re
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,18 +17,17 @@ from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormat
 from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
-from quantifind.workflow.visualization_workflow import (
-    CERTIFIED,
-    DEPTH_TICKS,
+from quantifind.utils.palette import (
     FLOAT,
-    QUANTIZED,
-    log_axis,
-    title,
+    FOUND,
+    LIMITS,
+    NOT_TRIED,
+    ORIGINS,
+    UNIFORM,
+    limit_mark,
 )
+from quantifind.workflow.visualization_workflow import DEPTH_TICKS, log_axis, title
 
-FOUND, NOT_TRIED = "black", "0.85"
-ORIGINS = {"allocated": "tab:cyan", "sequential": "tab:pink"}
-ORIGINS |= {"following": "tab:olive", "trained": "tab:brown"}
 ADJUSTED = ", scales adjusted"
 # titles of the panels of `visualize_sensitivity`
 ROUNDINGS = {"nearest": "round to nearest", "gptq": "GPTQ"}
@@ -69,7 +64,7 @@ def visualize_frontier(
     uniform = uniform.sort_values("mean_bits", ascending=False)
     shown_as = MEASURES[measure]
     words, unit, lossless = shown_as.words, shown_as.unit, shown_as.lossless
-    colour = CERTIFIED[[*limits, limit].index(limit) % len(CERTIFIED)]
+    colour = LIMITS[[*limits, limit].index(limit) % len(LIMITS)]
     figure, (whole, near) = plt.subplots(
         2, 1, figsize=(8, 7), layout="constrained", sharex=True, height_ratios=(2, 3)
     )
@@ -86,7 +81,7 @@ def visualize_frontier(
     for axes in (whole, near):
         axes.axhline(lossless, color=FLOAT, ls="--", label="float")
         axes.axhline(limit, color=colour, lw=1, label=f"limit {limit:g}")
-        _ladder(axes, uniform, measure, QUANTIZED, "uniform depths")
+        _ladder(axes, uniform, measure, UNIFORM, "uniform depths")
         _ladder(axes, frontier, measure, FOUND, "ladder of the search")
         for row, marker, mark_colour, what in marks:
             if row is not None:
@@ -152,11 +147,10 @@ def visualize_sensitivity(
         cells, ax=panels[0].tolist(), label="loss increase / float loss", format="%g",
         fraction=0.04,
     )  # fmt: skip
-    sizes = np.linspace(11, 6, len(limits))
     rings: list[Artist] = []
-    for limit, size, colour in zip(limits, sizes, cycle(CERTIFIED), strict=False):
+    for number, limit in enumerate(limits):
         safe = minimum_safe_bits(sensitivity, limit, errors=SURE)
-        ring = {"marker": "o", "ms": size, "mew": 2, "mfc": "none", "ls": "", "color": colour}
+        ring = limit_mark(number) | {"ls": ""}
         label = f"safe by {SURE} standard errors, predicted, for CR ≤ {limit:g}"
         rings.append(Line2D([], [], label=label, **ring))
         for row, tensor in enumerate(labels.unique()):
@@ -193,13 +187,12 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
     shown = shown[np.isfinite(shown[both].astype(float)).all(axis=1)]
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     axes.axhline(0, color=FLOAT, ls="--", label="float")
-    colours = {**ORIGINS, "uniform": QUANTIZED}
     labels = shown["origin"]
     labels = labels.where(~shown["scales_adjusted"].astype(bool), labels + ADJUSTED)
     for label, rows in shown.groupby(labels):
-        colour = next((c for start, c in colours.items() if str(label).startswith(start)), FLOAT)
+        colour, marker = ORIGINS.get(re.split(r"\W", str(label))[0], (FLOAT, "o"))
         axes.errorbar(
-            rows["predicted_fidelity"], rows["fidelity"], _interval(rows, "fidelity"), fmt="o",
+            rows["predicted_fidelity"], rows["fidelity"], _interval(rows, "fidelity"), fmt=marker,
             ms=5, color=colour, ecolor=to_rgba(colour, 0.35), label=label,
             mfc="white" if str(label).endswith(ADJUSTED) else colour,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Plot: pictures from the tables alone."""
+"""Plot: pictures and the report, from tables and facts alone."""
 
 from quantifind.utils import plugins
 from quantifind.workflow.visualization_workflow import (
@@ -7,6 +7,7 @@ from quantifind.workflow.visualization_workflow import (
     visualize_weight_error,
 )
 from stages import files
+from stages.evidence import read_evidence
 from stages.figures import (
     visualize_costs,
     visualize_frontier,
@@ -14,6 +15,7 @@ from stages.figures import (
     visualize_sensitivity,
 )
 from stages.params import Params
+from stages.report import report
 
 
 def main(params: Params) -> None:
@@ -22,24 +24,29 @@ def main(params: Params) -> None:
     params: all of params.yaml.
     Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
     """
-    tables = ("bit_depths", "history", "weight_error", "frontier", "candidates", "sensitivity")
-    results, history, weight_error, frontier, candidates, sensitivity = (
-        files.read_table(files.PLOTS / f"{table}.csv") for table in tables
-    )
-    name, limits = params.model, params.evaluate.limits
-    asked = files.read_json(files.METRICS / "recommendation.json")["limit"]
-    measure, limit = next(iter(asked.items()))
+    evidence = read_evidence()
+    name, limits, tables = params.model, params.evaluate.limits, evidence.tables
+    # of those that were certified, the first
+    measure, limit = evidence.measure, evidence.limits[evidence.measure]
+    results = tables["bit_depths"]
     figures = visualize_bit_depth_results(results, name=name, limits=limits)
-    figures["history"] = visualize_history(history, name=name)
-    figures["weight_sqnr"] = visualize_weight_error(weight_error, name=name)
+    figures["history"] = visualize_history(tables["history"], name=name)
+    figures["weight_sqnr"] = visualize_weight_error(tables["weight_error"], name=name)
     figures["frontier"] = visualize_frontier(
-        frontier, results, name=name, measure=measure, limit=limit, asked=asked, limits=limits
+        tables["frontier"],
+        results,
+        name=name,
+        measure=measure,
+        limit=limit,
+        asked=evidence.limits,
+        limits=limits,
     )
-    figures["sensitivity"] = visualize_sensitivity(sensitivity, name=name, limits=limits)
-    figures["prediction"] = visualize_prediction(candidates, name=name)
-    figures["costs"] = visualize_costs(candidates, plugins.names("costs"), name=name)
+    figures["sensitivity"] = visualize_sensitivity(tables["sensitivity"], name=name, limits=limits)
+    figures["prediction"] = visualize_prediction(tables["candidates"], name=name)
+    figures["costs"] = visualize_costs(tables["candidates"], plugins.names("costs"), name=name)
     for picture, figure in figures.items():
         files.write_figure(files.PLOTS / f"{picture}.png", figure)
+    files.write_text(files.PLOTS / "report.html", report(evidence, params))
 
 
 if __name__ == "__main__":

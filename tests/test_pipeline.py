@@ -126,7 +126,7 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     left = {path.name for path in (project.folder / "plots").iterdir() if path.name[0] != "."}
     assert left == {
         *("bit_depths.csv", "history.csv", "weight_error.csv"),
-        *("candidates.csv", "frontier.csv", "sensitivity.csv"),
+        *("candidates.csv", "frontier.csv", "sensitivity.csv", "tensors.csv", "report.html"),
         *("criterion.png", "criterion_ratio.png", "signal_to_complexity.png"),
         *("history.png", "weight_sqnr.png"),
         *("costs.png", "frontier.png", "prediction.png", "sensitivity.png"),
@@ -148,6 +148,9 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
         assert file.index["judged"]["mean_bits"] == best["mean_bits"]
         assert file.index["strategy"]["tensors"].keys() == answer["tensors"].keys()
     assert "quantifind.load" in (project.folder / "out/README.md").read_text(encoding="utf-8")
+    report = (project.folder / "plots/report.html").read_text(encoding="utf-8")
+    assert f"{best['mean_bits']:.3f} bits per parameter" in report
+    assert all(f">{name}</th>" in report for name in answer["tensors"])
     words = (project.folder / "metrics/recommendation.md").read_text(encoding="utf-8")
     assert f"{best['model_bytes']:,} bytes" in words
     assert not (project.folder / "out/resume").exists() or not any(
@@ -184,6 +187,20 @@ def test_plots_of_two_models_share_each_chart(project):
         assert '"rev": "dense"' in spec
         assert '"rev": "conv"' in spec
     assert "https://cdn" not in html
+
+
+def test_networks_are_compared_on_one_page(project):
+    for revisions in ([], ["conv", "dense"]):
+        result = project.run("stages.compare", *revisions)
+        assert result.returncode == 0, result.stderr
+        assert sorted(result.stdout.split(": ")[1].strip().split(", ")) == [
+            "conv_mnist",
+            "dense_mnist",
+        ]
+    fails(project, "compare", "unknown revision 'dens': there are workspace, ", "dens")
+    page = project.folder / "plots/comparison.html"
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page.read_text(encoding="utf-8"))
+    page.unlink()
 
 
 def test_a_change_runs_what_depends_on_it_and_no_more(project):
@@ -265,6 +282,7 @@ def test_a_new_model_file_leaves_trained_models_standing(project):
 def test_a_new_search_trains_nothing_again(project):
     """Nor does another grid: the stages that a change would run are those that use it."""
     files = {
+        "stages/templates/report.css": {"plot"},
         "quantifind/search.py": {"quantize"},
         "quantifind/mixed_precision/sensitivity.py": {"quantize"},
         "quantifind/mixed_precision/new.py": {"quantize"},
@@ -576,9 +594,9 @@ def test_numbers_that_are_none_come_back_as_missing(tmp_path, monkeypatch):
     assert read.isna().to_numpy().tolist() == [[False, True, True], [True, False, True]]
 
 
-def fails(project, stage: str, message: str) -> None:
+def fails(project, stage: str, message: str, *arguments: str) -> None:
     """The stage ends with one line that holds the message, and exit code 1."""
-    result = project.run(f"stages.{stage}")
+    result = project.run(f"stages.{stage}", *arguments)
     assert result.returncode == 1
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr

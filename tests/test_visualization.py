@@ -11,7 +11,7 @@ from hypothesis import given
 
 from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.measures import MEASURES
-from quantifind.utils import plugins
+from quantifind.utils import palette, plugins
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 from quantifind.workflow.visualization_workflow import (
     visualize_bit_depth_results,
@@ -66,6 +66,29 @@ def test_a_limit_has_one_colour_whether_others_are_certified_or_not():
     levels = [line for line in near.lines if line.get_ydata()[0] in limits]
     assert len(levels) == len(limits)
     assert [ring.get_color() for ring in rings] == [line.get_color() for line in levels[1:]]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_limits_that_certify_the_same_are_both_seen(count):
+    """Each colour has pixels of its own near the depth, in the mark and in the line."""
+    table = pd.DataFrame({"bit_depth": [8, 4, 2], "criterion_ratio_bound": [1.0, 1.0, 2.0]})
+    for column in ("criterion", "original_criterion", "signal_to_complexity", "criterion_ratio"):
+        table[column] = 1.0
+    table = table.assign(criterion_ratio_low=0.99, criterion_ratio_high=1.01)
+    limits = [1.01 + 0.01 * place for place in range(count)]
+    for figure in visualize_bit_depth_results(table, limits=limits).values():
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+        axes = figure.axes[0]
+        x, y = axes.transData.transform((4, 1.0))
+        across, down = int(x), pixels.shape[0] - int(y)
+        at_mark = pixels[down - 14 : down + 14, across - 14 : across + 14]
+        bottom, top = (pixels.shape[0] - int(end) for end in (axes.bbox.y0, axes.bbox.y1))
+        line = pixels[top:bottom, across - 1 : across + 2]
+        for colour in palette.LIMITS[:count]:
+            rgb = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+            for part in (at_mark, line):
+                assert (np.abs(part - rgb).sum(axis=-1) < 60).sum() >= 8, colour
 
 
 def test_nothing_certified_marks_nothing():
@@ -240,7 +263,7 @@ def test_sensitivity_has_a_row_per_tensor_and_a_ring_at_the_minimum_safe_bits():
     assert nearest.images[0].get_array()[0].tolist() == [4.0**-2, 4.0**-4, 4.0**-8]
     assert gptq.images[0].get_array().mask.tolist() == [[False] * 2, [True] * 2, [True] * 2]
     # of the weight where its loss increases least, by GPTQ; by place: 2 bits is 0, 4 bits is 1
-    assert rings(gptq) == {(1, 0): "tab:green", (0, 0): "tab:red"}
+    assert rings(gptq) == {(1, 0): palette.LIMITS[0], (0, 0): palette.LIMITS[1]}
     assert set(rings(nearest)) == {(1, 1), (1, 2)}
     assert nearest.get_xlabel() == "bits"
     assert figure.axes[2].get_ylabel() == "loss increase / float loss"
@@ -364,4 +387,4 @@ def test_uniform_depths_have_one_colour_in_all_pictures():
         container.lines[0].get_color()
         for container in (*points, *depths)
         if container.get_label().startswith("uniform")
-    } == {"tab:blue"}
+    } == {palette.UNIFORM}

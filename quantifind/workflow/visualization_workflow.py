@@ -1,7 +1,6 @@
-"""Pictures of what quantization costs; the same thing has the same colour in all of them."""
+"""Pictures of what quantization costs, in the colours of `quantifind.utils.palette`."""
 
 from collections.abc import Sequence
-from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,9 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from quantifind.certification.certificate import certified_depth
+from quantifind.utils.palette import FLOAT, LIMITS, TRAIN, UNIFORM, limit_line, limit_mark
 
-QUANTIZED, FLOAT, TRAIN = "tab:blue", "tab:gray", "tab:orange"
-CERTIFIED = ("tab:green", "tab:red", "tab:purple", "tab:brown")
 DEPTH_TICKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
 SHOWN_DEPTHS = (2, 3, 4, 6, 8)
 # by limit of the criterion ratio, the lowest depth certified, None where there is none
@@ -59,14 +57,14 @@ def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
         loss.annotate("no epoch: weights were given", (0.1, 0.5), xycoords="axes fraction")
     for column, label, colour in (
         ("train_loss", "train, while learning", TRAIN),
-        ("val_loss", "validation, after the epoch", QUANTIZED),
+        ("val_loss", "validation, after the epoch", UNIFORM),
     ):
         loss.plot(history["epoch"], history[column], "o-", ms=4, color=colour, label=label)
     log_axis(loss, "mean loss")
     loss.legend()
     if panels > 1:
         accuracy = 100 * history["val_accuracy"]
-        rows[0, 1].plot(history["epoch"], accuracy, "o-", ms=4, color=QUANTIZED)
+        rows[0, 1].plot(history["epoch"], accuracy, "o-", ms=4, color=UNIFORM)
         rows[0, 1].set(ylabel="validation accuracy (%)")
     figure.suptitle(title("Training history", name))
     return figure
@@ -125,7 +123,7 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
             results["bit_depth"],
             low,
             high,
-            color=QUANTIZED,
+            color=UNIFORM,
             alpha=0.25,
             lw=0,
             label="interval",
@@ -136,7 +134,8 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
     whole.legend()
     reach = 2 * max(max(certified, default=1) - 1, 0.01)
     near.set(ylim=(1 - reach, 1 + reach), ylabel="criterion ratio near 1")
-    for limit, colour in zip(certified, cycle(CERTIFIED), strict=False):
+    for place, limit in enumerate(certified):
+        colour = LIMITS[place % len(LIMITS)]
         near.axhline(limit, color=colour, lw=1)
         near.annotate(
             f" limit {limit:g}", (0, limit), xycoords=("axes fraction", "data"), va="bottom",
@@ -192,11 +191,12 @@ def log_axis(axes: Axes, label: str) -> None:
 
 def _curve(axes: Axes, results: pd.DataFrame, column: str, certified: Certified) -> None:
     """A quantity against bit depth, with a ring and a line at each limit's certified depth."""
-    axes.plot(results["bit_depth"], results[column], "o-", ms=4, color=QUANTIZED, label="quantized")
-    for (limit, depth), colour in zip(certified.items(), cycle(CERTIFIED), strict=False):
+    axes.plot(results["bit_depth"], results[column], "o-", ms=4, color=UNIFORM, label="quantized")
+    for place, (limit, depth) in enumerate(certified.items()):
         if depth is None:
             continue
         value = results.loc[results["bit_depth"] == depth, column].iloc[0]
         label = f"certified CR ≤ {limit:g}: {depth} bits"
-        axes.plot(depth, value, "o", ms=10, mew=2, mfc="none", color=colour, label=label)
-        axes.axvline(depth, color=colour, lw=1, ls=":")
+        # two limits may certify the same: test_limits_that_certify_the_same_are_both_seen
+        axes.plot(depth, value, ls="", label=label, **limit_mark(place))
+        axes.axvline(depth, **limit_line(place))

@@ -1,0 +1,149 @@
+"""What a run left in tables and JSON, from which everything that people see is drawn."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from quantifind.certification.goal import steps_that_keep
+from stages import files
+
+JUDGED = ("mean_bits", "criterion_ratio", "criterion_ratio_bound")
+INCREASE = ("loss_increase", "increase_error", "original_criterion")
+CERTIFIED = ("certified_bits", "certified_alone", "certified_uniform_depth")
+# by table the stage that writes it, and columns without which nothing can be drawn
+TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "history": ("train", ("epoch", "train_loss", "val_loss")),
+    "weight_error": ("quantize", ("tensor", "bit_depth", "values", "sqnr_db")),
+    "candidates": ("quantize", ("origin", "examples", "chosen", "scales_adjusted", *JUDGED)),
+    "sensitivity": (
+        "quantize",
+        ("kind", "name", "rounding", "bits", *INCREASE),
+    ),
+    "bit_depths": ("evaluate", ("bit_depth", "original_criterion", *JUDGED)),
+    "frontier": ("evaluate", ("validation_origin", "validation_chosen", *JUDGED)),
+    "tensors": ("evaluate", ("step", "kind", "name", "values", "bits", "stored_bits", "becomes")),
+}
+FACTS = {
+    "recommendation": (
+        "evaluate",
+        ("limit", "confidence", "look", "control", "chosen", "certified", *CERTIFIED),
+    ),
+    "versions": ("evaluate", ("python", "torch")),
+}
+# without a row there is nothing to draw; weights that were given have no history
+MAY_BE_EMPTY = ("history", "sensitivity", "weight_error")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The tables of a run by name, and its answer.
+
+    tables: those of `TABLES`.
+    answer: metrics/recommendation.json, as `stages.answers.recommend` has it.
+    versions: metrics/versions.json.
+    """
+
+    tables: Mapping[str, pd.DataFrame]
+    answer: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What the answer is judged by: by measure the most that it may be."""
+        return dict(self.answer["limit"])
+
+    @property
+    def measure(self) -> str:
+        """The first of the limits'."""
+        return next(iter(self.limits))
+
+    @property
+    def kept(self) -> int:
+        """How many steps of the ladder are certified, walked from the top."""
+        return steps_that_keep(self.tables["frontier"], self.limits, "look_bound")
+
+    @property
+    def step(self) -> int:
+        """The step of the ladder that the report is about: the certified one, or the chosen."""
+        chosen = self.tables["frontier"]["validation_chosen"].astype(bool)
+        return self.kept - 1 if self.kept else int(chosen.to_numpy().argmax())
+
+    @property
+    def best(self) -> Mapping[str, Any]:
+        """Its facts, of `stages.answers.recommend`."""
+        found: Mapping[str, Any] = self.answer["certified"] or self.answer["chosen"]
+        return found
+
+    @property
+    def tensors(self) -> pd.DataFrame:
+        """What each tensor and activation becomes in it, in the network's order."""
+        table = self.tables["tensors"]
+        return table[table["step"] == self.step]
+
+
+def read_evidence(read: Callable[[Path], str] = _text) -> Evidence:
+    """All of it.
+
+    read: the text of a file of the project; by default as it stands in the folder.
+    Raises: ValueError, one line, naming a file that is missing, empty or of an older version, and
+    the stage to run.
+    """
+    tables = {name: _table(read, name, *needs) for name, needs in TABLES.items()}
+    facts = {name: _facts(read, name, *needs) for name, needs in FACTS.items()}
+    found = Evidence(tables, facts["recommendation"], facts["versions"])
+    for measure in found.limits:
+        columns = (measure, *(f"{measure}_{end}" for end in ("low", "high", "look_bound")))
+        _check(files.PLOTS / "frontier.csv", found.tables["frontier"], columns, "evaluate")
+    return found
+
+
+def _found(read: Callable[[Path], str], path: Path, stage: str) -> str:
+    try:
+        text = read(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; {_advice(stage)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no text ({error}); {_advice(stage)}") from error
+    if not text.strip():
+        raise ValueError(f"{path}: empty; {_advice(stage)}")
+    return text
+
+
+def _table(
+    read: Callable[[Path], str], name: str, stage: str, columns: tuple[str, ...]
+) -> pd.DataFrame:
+    path = files.PLOTS / f"{name}.csv"
+    text = _found(read, path, stage)
+    try:
+        table = files.parse_table(text)
+    except pd.errors.ParserError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}: no table ({said}); {_advice(stage)}") from error
+    _check(path, table, columns, stage)
+    if table.empty and name not in MAY_BE_EMPTY:
+        raise ValueError(f"{path}: has no rows; {_advice(stage)}")
+    return table
+
+
+def _facts(read: Callable[[Path], str], name: str, stage: str, keys: tuple[str, ...]) -> Any:
+    path = files.METRICS / f"{name}.json"
+    facts = files.parse_json(path, _found(read, path, stage))
+    _check(path, facts if isinstance(facts, dict) else {}, keys, stage)
+    return facts
+
+
+def _check(path: Path, found: Any, needed: tuple[str, ...], stage: str) -> None:
+    if missing := [name for name in needed if name not in found]:
+        lacks = ", ".join(missing)
+        raise ValueError(f"{path}: lacks {lacks}, as of an older version; {_advice(stage)}")
+
+
+def _advice(stage: str) -> str:
+    return f"run dvc repro --force {stage}"

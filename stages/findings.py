@@ -1,0 +1,205 @@
+"""What a run shows, in sentences computed from its tables; the headings of the report."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import numpy as np
+import pandas as pd
+
+from quantifind.certification.goal import answer_of
+from quantifind.certification.measures import MEASURES
+from stages.evidence import Evidence
+
+# the first words of `quantifind.certification.goal.ANSWERS`
+KINDS = {"as_is": "as it is", "following": "following", "trained": "trained further"}
+UNKNOWN = "not known"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is there, and finite: JSON has null for what is not."""
+    return value is not None and math.isfinite(value)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number for people, with thousands; `UNKNOWN` for what is none.
+
+    value: a number, or None.
+    digits: that count.
+
+    >>> number(1234567), number(0.00123456), number(float("nan")), number(2.0)
+    ('1,234,567', '0.001235', 'not known', '2')
+    """
+    if not is_number(value):
+        return UNKNOWN
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.{digits}g}"
+
+
+def percent(share: float | None, digits: int = 3) -> str:
+    """A share in hundredths.
+
+    >>> percent(0.12345), percent(0.00004), percent(float("nan"))
+    ('12.3%', '0.004%', 'not known')
+    """
+    return f"{100 * share:.{digits}g}%" if is_number(share) else UNKNOWN
+
+
+def interval(value: Any, low: Any, high: Any) -> str:
+    """A value with its interval; without it, where that has no ends."""
+    if not (is_number(low) and is_number(high)):
+        return f"{number(value)} (no interval)"
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def limits_in_words(limits: Mapping[str, float]) -> str:
+    """By measure the most that it may be, as a clause."""
+    return " and ".join(f"{MEASURES[name].words} at most {v:g}" for name, v in limits.items())
+
+
+def answer(evidence: Evidence, name: str) -> str:
+    """The answer in one sentence.
+
+    name: of the network.
+    """
+    best, found = evidence.best, evidence.answer
+    sure = percent(found["look"]["confidence"])
+    limits, examples = limits_in_words(evidence.limits), number(best["examples"])
+    if found["certified"] is None:
+        needed = found.get("needed")
+        more = (
+            f" About {number(needed)} test examples like these would certify it." if needed else ""
+        )
+        return (
+            f"Nothing is certified for {name}: no strategy of the search is known with {sure} "
+            f"confidence, on {examples} test examples, to keep {limits}.{more}"
+        )
+    return (
+        f"{name} needs {best['mean_bits']:.3f} bits per parameter, {best['compression']:.1f} times "
+        f"fewer than float32: with {sure} confidence, on {examples} test examples, it keeps "
+        f"{limits}."
+    )
+
+
+def frontier(evidence: Evidence) -> str:
+    """What the search has gained beside the same bits for all tensors."""
+    best, depth = evidence.best, evidence.answer["certified_uniform_depth"]
+    if evidence.answer["certified"] is None:
+        uniform = "nor is any width for all" if depth is None else f"{depth} bits for all are"
+        return f"No step of the ladder is certified, {uniform}"
+    if depth is None:
+        return (
+            f"Mixed widths are certified at {best['mean_bits']:.3g} bits; no one width for all is"
+        )
+    row = evidence.tables["bit_depths"].set_index("bit_depth").loc[depth]
+    times = row["mean_bits"] / best["mean_bits"]
+    return (
+        f"Mixed widths need {best['mean_bits']:.3g} bits where one width for all needs {depth}: "
+        f"{times:.2g} times fewer"
+    )
+
+
+def where(tensors: pd.DataFrame) -> str:
+    """Where the bits go: what holds most of the parameters, and what has the widest codes.
+
+    tensors: of one strategy, as `stages.tensors.tensor_table` has them.
+    """
+    weights = tensors[tensors["kind"] == "tensors"]
+    if weights.empty or not weights["values"].sum():
+        return "No tensor is quantized"
+    rows = weights.to_dict("records")
+    largest = max(rows, key=lambda row: row["values"])
+    share = percent(largest["values"] / weights["values"].sum())
+    text = f"{largest['name']} holds {share} of the parameters, at {width(largest)}"
+    widest = max(rows, key=lambda row: row["bits"])
+    if widest["bits"] == weights["bits"].min():
+        return text if len(weights) == 1 else f"{text}, as all others"
+    if widest["bits"] == largest["bits"]:
+        return f"{text}, more than most others"
+    return f"{text}; the widest codes, {width(widest)}, are those of {widest['name']}"
+
+
+def tensors(table: pd.DataFrame) -> str:
+    """How many there are, and how many bits of all are no codes.
+
+    table: as `where` takes it.
+    """
+    weights = table[table["kind"] == "tensors"]
+    inputs = len(table) - len(weights)
+    codes = (weights["values"] * weights["bits"]).sum()
+    beside = 1 - codes / max(weights["stored_bits"].sum(), 1)
+    text = f"{_count(len(weights), 'tensor')}, {number(weights['values'].sum())} values"
+    text += f", {_count(inputs, 'activation')}" if inputs else ""
+    return f"{text}; scales and padding are {percent(max(beside, 0), 2)} of what is stored"
+
+
+def _count(many: int, what: str) -> str:
+    return f"{many:,} {what}{'' if many == 1 else 's'}"
+
+
+def width(row: Any) -> str:
+    """The bits of a code, with its word; float for 32 that are on no grid."""
+    if row["becomes"] == "float":
+        return "32 bits (float)"
+    return "1 bit" if row["bits"] == 1 else f"{row['bits']:.3g} bits"
+
+
+def sensitivity(grid: pd.DataFrame) -> str:
+    """Which tensor alone costs most at the lowest width that most tensors were tried at.
+
+    grid: by label and width the loss increase as a share of the float loss.
+    """
+    tried = grid.replace([np.inf, -np.inf], np.nan).notna()
+    enough: list[Any] = [bits for bits in grid if tried[bits].sum() >= max(1, len(grid) / 2)]
+    if grid.empty or not enough:
+        return "What each tensor costs alone was not measured"
+    shares = grid[enough[0]][tried[enough[0]]].to_dict()
+    most = max(shares, key=lambda name: shares[name])
+    at = "1 bit" if enough[0] == 1 else f"{enough[0]:g} bits"
+    if len(shares) == 1:
+        return f"At {at}, {most} costs {cost(shares[most])}"
+    least = min(shares, key=lambda name: shares[name])
+    ends = f"{most} costs most, {cost(shares[most])}; {least} least, {cost(shares[least])}"
+    return f"At {at} alone, {ends}"
+
+
+def cost(share: float) -> str:
+    """A loss increase as a share of the float loss, in words."""
+    if not math.isfinite(share):
+        return UNKNOWN
+    if share > 10:
+        return f"{number(1 + share, 2)} times the loss"
+    if abs(share) < 5e-5:
+        return "under 0.01% of the loss"
+    return f"{'a gain of ' if share < 0 else ''}{percent(abs(share), 2)} of the loss"
+
+
+def prediction(shown: pd.DataFrame) -> str:
+    """How far what was measured is from what was predicted.
+
+    shown: of the candidates those with both, ``predicted_fidelity`` and ``fidelity``.
+    """
+    both = shown[(shown["predicted_fidelity"] > 0) & (shown["fidelity"] > 0)]
+    if both.empty:
+        return "No candidate has both a predicted and a measured divergence"
+    ratio = (both["fidelity"] / both["predicted_fidelity"]).to_numpy(dtype=float)
+    factor = np.median(np.maximum(ratio, 1 / ratio))
+    return (
+        f"Single tensors foretell the whole within a factor of {factor:.2g} "
+        f"for half of {len(both)} candidates"
+    )
+
+
+def judged(evidence: Evidence) -> str:
+    """How sure the answer is."""
+    look, best = evidence.answer["look"], evidence.best
+    return (
+        f"Judged on {number(best['examples'])} test examples that chose nothing; look "
+        f"{look['k']} at them, which may err in {percent(look['level'])}"
+    )
+
+
+def kind(row: Mapping[Any, Any]) -> str:
+    """Which of the answers a row of the ladder is, in words."""
+    return KINDS[answer_of(str(row["validation_origin"]))]

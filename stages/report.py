@@ -1,0 +1,213 @@
+"""The report: one page that answers, without a request, made from tables alone."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from quantifind.certification.goal import ANSWERS, answer_of
+from quantifind.certification.measures import MEASURES
+from stages import findings, report_charts, report_tensors
+from stages.charts import SIZES
+from stages.evidence import Evidence
+from stages.pages import render
+from stages.params import Params
+
+# of the table of tensors: key in its rows, words, whether it is a number
+COLUMNS = (
+    ("place", "#", True),
+    ("name", "tensor", False),
+    ("values", "values", True),
+    ("share", "share", True),
+    ("bits", "bits", True),
+    ("bytes", "bytes", True),
+    ("becomes", "becomes", False),
+)
+
+
+def report(evidence: Evidence, params: Params) -> str:
+    """The page, as HTML.
+
+    evidence: what a run left.
+    params: that it ran with.
+    """
+    tensors = evidence.tensors
+    grid = report_tensors.sensitivity_grid(evidence.tables["sensitivity"])
+    shown = report_charts.predicted(evidence.tables["candidates"])
+    context = {
+        "name": params.model,
+        "bits": evidence.best["mean_bits"],
+        "certified": evidence.answer["certified"] is not None,
+        "answer": findings.answer(evidence, params.model),
+        "numbers": _numbers(evidence),
+        "kind": ANSWERS[answer_of(evidence.best["origin"])],
+        "control": _control(evidence),
+        "by_answer": _by_answer(evidence),
+        "headings": {
+            "frontier": findings.frontier(evidence),
+            "where": findings.where(tensors),
+            "tensors": findings.tensors(tensors),
+            "sensitivity": findings.sensitivity(grid),
+            "prediction": findings.prediction(shown),
+            "judged": findings.judged(evidence),
+        },
+        "frontier": {size: report_charts.frontier(evidence, size) for size in SIZES},
+        "measure": MEASURES[evidence.measure],
+        "ladder": _ladder(evidence),
+        "strip": report_tensors.strip(tensors),
+        "grid": report_tensors.heat(grid, tensors),
+        "tensors": report_tensors.rows_of(tensors),
+        "columns": COLUMNS,
+        "prediction": {size: report_charts.prediction(shown, size) for size in SIZES}
+        if len(shown)
+        else None,
+        "origins": sorted(set(shown["origin"].str.split().str[0])) if len(shown) else [],
+        "judged": _judged(evidence),
+        "parameters": _parameters(params),
+        "versions": dict(evidence.versions),
+        "step": evidence.step,
+        "model": params.model,
+    }
+    return render("report.html", context)
+
+
+def _numbers(evidence: Evidence) -> list[dict[str, str]]:
+    """The three that answer: bits, bytes, and what is lost."""
+    best, look, bits = evidence.best, evidence.answer["look"], evidence.answer["certified_bits"]
+    measure = evidence.measure
+    drawn = [findings.number(end) for end in (bits["low"], bits["high"])]
+    drawn = ["nothing" if end == findings.UNKNOWN else end for end in drawn]
+    return [
+        {
+            "value": f"{best['mean_bits']:.3f}",
+            "what": "bits per parameter",
+            "more": f"everything counted; with other test examples {drawn[0]} to {drawn[1]}, "
+            "in 90 of 100 draws",
+        },
+        {
+            "value": f"{best['compression']:.1f} ×",
+            "what": "smaller than float32",
+            "more": f"{findings.number(best['model_bytes'])} bytes",
+        },
+        {
+            "value": findings.number(best[measure]),
+            "what": f"{MEASURES[measure].words} {MEASURES[measure].unit}",
+            "more": f"interval {findings.number(best['low'])} to {findings.number(best['high'])}; "
+            f"with {findings.percent(look['confidence'])} confidence at most "
+            f"{findings.number(best['look_bound'])}, the limit is {evidence.limits[measure]:g}",
+        },
+    ]
+
+
+def _control(evidence: Evidence) -> str | None:
+    """What float weights that had the same training reach, where that was done."""
+    said, matched = evidence.answer["control"], evidence.best.get("matched")
+    if said is None or matched is None:
+        return said if said is None else f"{said}."
+    ratio, control = (
+        findings.interval(*(matched[name][end] for end in ("value", "low", "high")))
+        for name in ("matched_ratio", "control_ratio")
+    )
+    beside = f"Beside them this network's loss is {ratio} times as large."
+    return f"{said}; on test data {control}. {beside}"
+
+
+def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
+    """Of each kind of answer the certified step with the fewest bytes, or that there is none."""
+    frontier = evidence.tables["frontier"]
+    kinds = frontier["validation_origin"].map(answer_of)
+    rows = []
+    for kind, words in findings.KINDS.items():
+        of_kind = frontier[kinds == kind]
+        kept = of_kind[of_kind.index < evidence.kept]
+        said = "none on the ladder" if of_kind.empty else "not certified"
+        row = {"words": words, "bits": said, "size": "–", "lost": "–"}
+        if len(kept):
+            best = kept.iloc[-1]
+            row |= {"bits": f"{best['mean_bits']:.3f}", "lost": _lost(best, evidence.measure)}
+            row |= {"size": f"{32 / best['mean_bits']:.1f} ×"}
+        rows.append(row)
+    return rows
+
+
+def _lost(row: Any, measure: str) -> str:
+    return findings.interval(*(row[f"{measure}{end}"] for end in ("", "_low", "_high")))
+
+
+def _ladder(evidence: Evidence) -> list[dict[str, Any]]:
+    """Each step in numbers."""
+    measure, kept = evidence.measure, evidence.kept
+    return [
+        {
+            "bits": f"{row['mean_bits']:.3f}",
+            "bytes": findings.number(row.get("validation_model_bytes")),
+            "kind": findings.kind(row),
+            "lost": _lost(row, measure),
+            "bound": findings.number(row[f"{measure}_look_bound"]),
+            "certified": "yes" if place < kept else "no",
+            "best": place == evidence.step,
+        }
+        for place, row in enumerate(evidence.tables["frontier"].to_dict("records"))
+    ]
+
+
+def _judged(evidence: Evidence) -> list[tuple[str, str]]:
+    """How the answer was judged, by what."""
+    best, found, limits = evidence.best, evidence.answer, evidence.limits
+    row = evidence.tables["frontier"].iloc[evidence.step]
+    look, alone = found["look"], found["certified_alone"]
+    facts = [
+        ("limits", findings.limits_in_words(limits)),
+        ("chosen on", f"{findings.number(row.get('validation_examples'))} validation examples"),
+        ("judged on", f"{findings.number(best['examples'])} test examples, which chose nothing"),
+        (
+            "look",
+            f"number {look['k']} at this test split: it may err in "
+            f"{findings.percent(look['level'])}, all looks together in "
+            f"{findings.percent(1 - found['confidence'])}",
+        ),
+        *(
+            (
+                MEASURES[name].words,
+                f"{findings.interval(m['value'], m['low'], m['high'])} on test data, "
+                f"{findings.number(m['on_validation'])} on validation data"
+                + (f"; bound {findings.number(m['look_bound'])}" if "look_bound" in m else ""),
+            )
+            for name, m in best["measures"].items()
+        ),
+        (
+            "were it the only look",
+            "nothing would be certified"
+            if alone is None
+            else f"{alone['mean_bits']:.3f} bits would be certified",
+        ),
+        (
+            "certificate",
+            f"steps 1 to {evidence.kept} of the ladder's {len(evidence.tables['frontier'])}, "
+            "walked from most bytes to fewest until a bound is above its limit"
+            if evidence.kept
+            else "none: the first step of the ladder has a bound above its limit",
+        ),
+    ]
+    if {"right_to_wrong", "wrong_to_right"} <= set(row.index) and np.isfinite(
+        row["right_to_wrong"]
+    ):
+        changed = f"{row['right_to_wrong']:.0f} became wrong, {row['wrong_to_right']:.0f} right"
+        facts.append(("answers that changed", changed))
+    return facts
+
+
+def _parameters(params: Params) -> list[tuple[str, str]]:
+    """By key of params.yaml what the run was given."""
+    sections = {
+        "": {"model": params.model, "seed": params.seed},
+        f"models.{params.model}.": asdict(params.entry),
+        "quantize.": asdict(params.quantize),
+        "search.": asdict(params.search),
+        "evaluate.": asdict(params.evaluate),
+    }
+    return [
+        (f"{section}{key}", "–" if value is None else f"{value}")
+        for section, values in sections.items()
+        for key, value in values.items()
+    ]

@@ -1,0 +1,112 @@
+"""What the report's charts show, from the tables of a run."""
+
+import numpy as np
+import pandas as pd
+
+from quantifind.certification.measures import MEASURES
+from stages import findings
+from stages.charts import Level, Series, frontier_chart, prediction_chart
+from stages.evidence import Evidence
+
+# by the first word of a candidate's origin, those of matplotlib's markers in the palette
+SHAPES = {
+    "uniform": "square",
+    "sequential": "triangle-up",
+    "following": "triangle-down",
+    "trained": "cross",
+}
+
+
+def _points(table: pd.DataFrame, measure: str, words: pd.Series) -> pd.DataFrame:
+    """Those of a table that have a value."""
+    ends = {"y": measure, "low": f"{measure}_low", "high": f"{measure}_high"}
+    columns = {to: table.get(name, np.nan) for to, name in ends.items()}
+    points = pd.DataFrame({"x": table["mean_bits"], **columns, "words": words})
+    points = points.replace([np.inf, -np.inf], np.nan)
+    return points[points["y"].notna()]
+
+
+def frontier(evidence: Evidence, size: str) -> str:
+    """What is lost against bits: candidates, the same bits for all, the ladder, the certified."""
+    measure, tables = evidence.measure, evidence.tables
+    lossless, limit = MEASURES[measure].lossless, evidence.limits[measure]
+    words, kept = MEASURES[measure].words, evidence.kept
+    candidates, uniform, ladder = (tables[n] for n in ("candidates", "bit_depths", "frontier"))
+    candidates = candidates[candidates["examples"] == candidates["examples"].max()]
+
+    def said(table: pd.DataFrame, what: pd.Series, split: str) -> pd.Series:
+        bits = table["mean_bits"].map("{:.4g} bits".format)
+        found = table[measure] if measure in table else pd.Series(np.nan, table.index)
+        return what + ": " + bits + f", {words} " + found.map(findings.number) + f" on {split}"
+
+    texts = said(ladder, ladder["validation_origin"], "test data") + _mixtures(tables["tensors"])
+    steps = _points(ladder, measure, texts)
+    depths = uniform["bit_depth"].map("{:g} bits for all".format)
+    judged_depths = _points(uniform, measure, said(uniform, depths, "test data"))
+    tried = _points(
+        candidates, measure, said(candidates, candidates["origin"], "validation data")
+    ).drop(columns=["low", "high"])
+    marked = steps[steps.index == evidence.step].drop(columns=["low", "high"])
+    colour = "var(--limit)" if kept else "var(--ink)"
+    label = f"{evidence.best['mean_bits']:.3g} bits"
+    series = [
+        Series(tried, "var(--tried)", size=28),
+        Series(judged_depths, "var(--uniform)", shape="square", joined=True),
+        Series(steps, "var(--ink)", joined=True),
+        *_certified_depth(evidence, judged_depths),
+        Series(marked, colour, shape="diamond", size=170, filled=False, label=label),
+    ]
+    reach = limit - lossless
+    lowest = min([*steps["y"], *judged_depths["y"], lossless], default=lossless)
+    low = lowest - 0.35 * max(reach, lossless - lowest)
+    high = limit + max(1.5 * reach, 0.3 * (limit - low), 0.002)
+    levels = [
+        Level(lossless, "var(--float)", "float", dashed=True),
+        Level(limit, "var(--limit)", f"limit {limit:g}"),
+    ]
+    return frontier_chart(series, levels, title=words, domain=(low, high), width=size)
+
+
+def _certified_depth(evidence: Evidence, depths: pd.DataFrame) -> list[Series]:
+    """A mark around the same bits for all that are certified, if any are."""
+    depth = evidence.answer["certified_uniform_depth"]
+    of_depth = evidence.tables["bit_depths"]["bit_depth"] == depth
+    marked = depths[of_depth.reindex(depths.index)].drop(columns=["low", "high"])
+    label = f"{depth} bits for all"
+    return [Series(marked, "var(--limit)", "square", 150, filled=False, label=label)]
+
+
+def _mixtures(tensors: pd.DataFrame) -> pd.Series:
+    """By step how many tensors have which bits."""
+    weights = tensors[tensors["kind"] == "tensors"]
+
+    def mixture(bits: pd.Series) -> str:
+        counts = bits.value_counts().sort_index()
+        return "; tensors by bits: " + ", ".join(f"{n} × {b:.3g}" for b, n in counts.items())
+
+    return weights.groupby("step")["bits"].agg(mixture)
+
+
+def predicted(candidates: pd.DataFrame) -> pd.DataFrame:
+    """The candidates whose divergence was predicted, and measured on all examples."""
+    both = ["predicted_fidelity", "fidelity"]
+    shown = candidates[candidates["examples"] == candidates["examples"].max()]
+    shown = shown.reindex(columns=[*shown.columns.union(both, sort=False)])
+    return shown[np.isfinite(shown[both].astype(float)).all(axis=1)]
+
+
+def prediction(shown: pd.DataFrame, size: str) -> str:
+    """Predicted against measured, by origin."""
+    series = []
+    words = shown["origin"] + ": " + shown["mean_bits"].map("{:.4g} bits".format)
+    words += ", predicted " + shown["predicted_fidelity"].map(findings.number)
+    words += ", measured " + shown["fidelity"].map(findings.number)
+    points = pd.DataFrame(
+        {"x": shown["predicted_fidelity"], "y": shown["fidelity"], "words": words}
+    )
+    for origin, part in points.groupby(shown["origin"].str.split().str[0]):
+        shape = SHAPES.get(str(origin), "circle")
+        series.append(Series(part, f"var(--{origin}, var(--tried))", shape, size=45))
+    chosen = points[shown["chosen"].astype(bool)]
+    series.append(Series(chosen, "var(--ink)", shape="diamond", size=170, filled=False))
+    return prediction_chart(series, width=size)

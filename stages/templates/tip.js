@@ -1,0 +1,16 @@
+"use strict";
+(() => {
+  const tip = document.getElementById("tip");
+  document.addEventListener("pointermove", (event) => {
+    const mark = event.target.closest(".chart [aria-label], .strip [data-words]");
+    const words = mark && (mark.dataset.words
+      || (mark.getAttribute("role") === "graphics-symbol" && mark.getAttribute("aria-label")));
+    tip.hidden = !words;
+    if (!words) return;
+    tip.textContent = words;
+    const { width, height } = tip.getBoundingClientRect();
+    tip.style.left = `${Math.max(8, Math.min(event.clientX + 12, innerWidth - width - 8))}px`;
+    const below = event.clientY + 16;
+    tip.style.top = `${below + height > innerHeight ? event.clientY - height - 12 : below}px`;
+  });
+})();
