@@ -1,6 +1,7 @@
 """What a tensor or an activation becomes: a scheme, its width, and the scheme's own options."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -30,6 +31,8 @@ class Choice:
     rounding: "nearest"; "gptq", for weights, which compensates errors in turn; or "learned", which
         says that the codes have been trained.
     storage: of its codes: "packed", at a fixed width, or "coded", by how frequent each is.
+    rate: what a bit of a coded code weighs where GPTQ rounds, in squared steps of an average
+        input; 0 for nothing.
     options: further arguments of the scheme, by name.
     Raises: ValueError naming the scheme that is not there, or the option that it doesn't take.
     """
@@ -41,6 +44,7 @@ class Choice:
     group: int | None = None
     rounding: str = "nearest"
     storage: str = "packed"
+    rate: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     # those of the scheme's arguments that have a field here
@@ -66,6 +70,13 @@ class Choice:
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | None):
                 raise ValueError(f"{option} is {value!r}: whole numbers and None are allowed")
+        rate = self.rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+            raise ValueError(f"rate is {rate!r}: a number from 0 up is needed")
+        if rate and (self.rounding == "nearest" or self.options.get("scale") == "output_mse"):
+            raise ValueError(
+                f"rate is {rate:g}: it needs rounding 'gptq', and a scale that is not 'output_mse'"
+            )
 
     @classmethod
     def of(cls, given: "Choice | Mapping[str, Any]") -> Self:
@@ -179,7 +190,8 @@ def per_tensor(choice: Choice) -> Choice:
         for option, value in choice.options.items()
     }
     rounding = "nearest" if choice.rounding == "gptq" else choice.rounding
-    return replace(choice, axis=None, group=None, rounding=rounding, options=options)
+    rate = 0.0 if rounding == "nearest" else choice.rate
+    return replace(choice, axis=None, group=None, rounding=rounding, rate=rate, options=options)
 
 
 @cache

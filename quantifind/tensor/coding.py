@@ -139,6 +139,15 @@ class _Header:
         return np.concatenate([falling[self.below : 0 : -1], falling[: self.above + 1]])
 
 
+def classes(distance: np.ndarray, rows: int) -> np.ndarray:
+    """Which of the classes of columns each is in, by how far the codes of its rows are from the
+    most frequent one, all together."""
+    mean = int(distance.sum()) / len(distance)
+    # as if one more row had been as all are on average
+    more = mean / max(rows, 1) or 1.0
+    return np.searchsorted(CLASSES, (distance + more) / (mean + more))
+
+
 class _Tables:
     """Tables of the codes to come, by those before: what both sides know. Whole numbers, sums,
     products and quotients alone, which are the same everywhere."""
@@ -159,12 +168,9 @@ class _Tables:
             start = stop
 
     def _classes(self, rows: int) -> list[tuple[int, np.ndarray]]:
-        mean = int(self.distance.sum()) / len(self.distance)
-        # as if one more row had been as all are on average
-        more = mean / max(rows, 1) or 1.0
-        classes = np.searchsorted(CLASSES, (self.distance + more) / (mean + more))
-        order = classes.argsort(kind="stable")
-        ends = np.bincount(classes, minlength=len(CLASSES) + 1).cumsum()
+        which = classes(self.distance, rows)
+        order = which.argsort(kind="stable")
+        ends = np.bincount(which, minlength=len(CLASSES) + 1).cumsum()
         parts = np.split(order, ends[:-1])
         return [(which, part) for which, part in enumerate(parts) if len(part)]
 
