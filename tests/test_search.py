@@ -116,8 +116,8 @@ def test_a_limit_is_kept_with_no_more_bytes_than_the_best_allocation(small, limi
 
 
 def test_coded_storage_takes_fewer_bytes_all_of_them_counted():
-    net, train, val, _ = toy(20, 60, 6, examples=1500)
-    small = {"limit": {"relative_error": 0.1}, "effort": 60, "widths": [2, 3, 4, 6, 8]}
+    net, train, val, _ = toy(20, 60, 6, examples=900)
+    small = {"limit": {"relative_error": 0.1}, "effort": 40, "widths": [2, 3, 4, 6, 8]}
     packed, coded = (
         find_strategy(net, train, val, nn.CrossEntropyLoss(), storage=storage, **small)
         for storage in ("packed", "coded")

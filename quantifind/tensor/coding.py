@@ -23,8 +23,8 @@ FARTHEST = 2**12
 CLASSES = np.array([0.1, 0.25, 0.5, 0.7, 0.9, 1.1, 1.4, 2.0])
 # a table begins as if so many codes had been as in all columns, and these as by the first byte
 BORROWED = 8
-# of the rows before, as many follow by the same tables
-GROWTH = 8
+# by the same tables follow an eighth of the rows there are before, and codes as many as LEAST
+GROWTH, LEAST = 8, 128
 DAMAGED = "the coded stream is damaged"
 
 
@@ -163,7 +163,8 @@ class _Tables:
         """Rows that come next, and each class there is with its columns."""
         start = 0
         while start < rows:
-            stop = min(rows, start + max(1, start // GROWTH))
+            least = -(-LEAST // len(self.distance))
+            stop = min(rows, start + max(least, start // GROWTH))
             yield slice(start, stop), self._classes(start)
             start = stop
 

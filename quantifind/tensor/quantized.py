@@ -54,7 +54,10 @@ class QuantizedTensor:
             if torch.iinfo(dtype).min <= grid.lowest_code
             and grid.highest_code <= torch.iinfo(dtype).max
         )
-        return replace(self, codes=self.codes.to(next(fitting, self.codes.dtype)))
+        narrow = replace(self, codes=self.codes.to(next(fitting, self.codes.dtype)))
+        if "stored_bits" in self.__dict__:
+            narrow.__dict__["stored_bits"] = self.stored_bits
+        return narrow
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled, such as for a worker."""
@@ -99,7 +102,10 @@ class QuantizedTensor:
             codes = coding.decode(packed, levels, shape)
         else:
             codes = packing.unpack(packed, levels, shape.numel()).reshape(shape)
-        return cls((codes.long() + qparams.grid.lowest_code).int(), qparams, dtype, storage)
+        tensor = cls((codes.long() + qparams.grid.lowest_code).int(), qparams, dtype, storage)
+        # what is known need not be coded again
+        tensor.__dict__["stored_bits"] = 8 * len(packed) + qparams.stored_bits
+        return tensor
 
 
 @dataclass(frozen=True)
