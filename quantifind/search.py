@@ -31,6 +31,7 @@ from quantifind.mixed_precision.search_space import (
 from quantifind.mixed_precision.sensitivity import PRECISION, predict_sensitivity
 from quantifind.mixed_precision.survey import survey
 from quantifind.runtime.workers import Workers
+from quantifind.tensor.choice import STORAGES
 from quantifind.utils.batches import Forward
 from quantifind.utils.console import console
 from quantifind.utils.gains import gains_of
@@ -68,6 +69,7 @@ def find_strategy(
     seconds: float | None = None,
     widths: Iterable[int] | None = None,
     activation_bits: Iterable[int] = (),
+    storage: str = "packed",
     search_space: SearchSpace | Mapping[str, Any] | None = None,
     confidence: float = 0.95,
     precision: float = PRECISION,
@@ -107,7 +109,9 @@ def find_strategy(
     widths: bits of the default search space, 1 to 32; by default 1 to 16, and up to 32 where none
         of those keeps the limit.
     activation_bits: bits that activations may have besides float, for a budget of what they save.
-    search_space: instead of both, the choices of each tensor and activation, a `SearchSpace` or
+    storage: of the weights' codes in the default search space: "packed", at fixed widths; or
+        "coded", where what is frequent takes little, and which is decoded before it runs.
+    search_space: instead of these, the choices of each tensor and activation, a `SearchSpace` or
         its fields.
     confidence: of the bounds, above 0.5 and below 1.
     precision: stop measuring a tensor once the standard error of its loss increase is this fraction
@@ -125,7 +129,7 @@ def find_strategy(
     """
     goal = _goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
-    _check(goal, learn, labels, confidence, activation_bits, effort, seconds)
+    _check(goal, learn, labels, confidence, activation_bits, effort, seconds, storage)
     deadline = None if seconds is None else time.monotonic() + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
@@ -140,7 +144,7 @@ def find_strategy(
         passes.effort, passes.deadline = effort, deadline
         candidates: Candidates | None = None
         try:
-            for space in _spaces(measurements, widths, activation_bits, search_space):
+            for space in _spaces(measurements, widths, activation_bits, storage, search_space):
                 with passes.of("sensitivity", SURVEYED):
                     sensitivity, allocation = survey(measurements, space, goal, precision)
                 candidates = Candidates(measurements, allocation, confidence)
@@ -261,7 +265,10 @@ def _check(
     activation_bits: Sequence[int],
     effort: float,
     seconds: float | None,
+    storage: str,
 ) -> None:
+    if storage not in STORAGES:
+        raise ValueError(f"storage is {storage!r}: {', '.join(STORAGES)} are allowed")
     if not 0 <= learn < math.inf:
         raise ValueError(f"learn is {learn!r}: epochs, 0 or more, are needed")
     if not isinstance(labels, bool) or (labels and not learn):
@@ -291,6 +298,7 @@ def _spaces(
     measurements: Measurements,
     widths: Iterable[int] | None,
     activation_bits: Sequence[int],
+    storage: str,
     given: SearchSpace | None,
 ) -> Iterator[SearchSpace]:
     """The search space that is given; or the default one, and a wider one where it is too small."""
@@ -298,4 +306,5 @@ def _spaces(
         yield given
         return
     for tried in (WIDTHS, WIDER) if widths is None else (list(widths) or WIDTHS,):
-        yield default_search_space(measurements.model, measurements.facts, tried, activation_bits)
+        facts = measurements.facts
+        yield default_search_space(measurements.model, facts, tried, activation_bits, storage)

@@ -49,6 +49,7 @@ class Search:
     seconds: Annotated[float, Field(gt=0)] | None = None
     widths: Annotated[list[Width], Field(min_length=1)] | None = None
     activation_bits: list[Width] = field(default_factory=list)
+    storage: Literal["packed", "coded"] = "packed"
 
 
 @dataclass(frozen=True, config=NO_OTHER_KEYS)

@@ -22,6 +22,7 @@ from quantifind.mixed_precision.sensitivity import measure_sensitivity
 from quantifind.network.trace import macs
 from quantifind.quantize import mean_bits, quantize_model
 from quantifind.search import find_strategy
+from quantifind.storage.artifact import pack
 from quantifind.tensor.choice import Choice
 from quantifind.utils import plugins
 from quantifind.utils.loaders import Tensors, batch_loader, create_dataloaders, random_split
@@ -112,6 +113,24 @@ def test_a_limit_is_kept_with_no_more_bytes_than_the_best_allocation(small, limi
     assert chosen["criterion_ratio_bound"] <= limit
     assert chosen["strategy"] is strategy
     assert chosen["quantized"] is found.quantized
+
+
+def test_coded_storage_takes_fewer_bytes_all_of_them_counted():
+    net, train, val, _ = toy(20, 60, 6, examples=900)
+    small = {"limit": {"relative_error": 0.1}, "effort": 40, "widths": [2, 3, 4, 6, 8]}
+    packed, coded = (
+        find_strategy(net, train, val, nn.CrossEntropyLoss(), storage=storage, **small)
+        for storage in ("packed", "coded")
+    )
+    assert coded.model_bytes < 0.95 * packed.model_bytes
+    assert coded.chosen["relative_error_bound"] <= 0.1
+    assert all(
+        tensor.storage == coded.strategy.tensors[name].storage
+        for name, tensor in coded.quantized.tensors.items()
+    )
+    parts, _ = pack(coded.quantized)
+    kept = sum(part.numel() * part.element_size() for part in parts.values())
+    assert coded.model_bytes == kept
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
@@ -381,6 +400,7 @@ BAD = [
     ({"limit": 1.01, "learn": 1, "labels": "no"}, "labels is 'no'"),
     ({"limit": 1.01, "confidence": 95}, "confidence is 95: above 0.5 and below 1"),
     ({"limit": 1.01, "activation_bits": [8]}, "save no model_bytes; give a budget of"),
+    ({"limit": 1.01, "storage": "zip"}, "storage is 'zip': packed, coded are allowed"),
     (
         {"limit": 1.01, "search_space": {"tensors": {}, "activations": {}}},
         "no tensor of the network has",

@@ -1,6 +1,7 @@
 """A network that keeps its codes packed in memory, and makes values of them as it runs."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def compressed(
     """A copy of a network whose tensors are packed codes, and values only where they are used.
 
     Its outputs are bit for bit those of `quantifind.quantize.quantize_model`'s copy, in about the
-    memory of the file. In the place of a parameter ``weight`` are the buffers ``weight_codes``,
+    memory of the file; codes that are stored coded are packed in memory. In the place of a parameter ``weight`` are the buffers ``weight_codes``,
     ``weight_scale``, ``weight_zero_point`` and ``weight_table``, so that ``state_dict()`` gives
     codes; ``module.weight`` makes its values anew each time. What other tensors are a part of keeps
     its values. It is for inference: what is quantized isn't among its ``parameters()``.
@@ -50,6 +51,8 @@ def compressed(
 def _pack(model: nn.Module, names: Iterable[str], tensor: QuantizedTensor) -> None:
     """Put codes in the place of a tensor, under each of its names, the first of which it has."""
     own, (first, *_) = all_tensors(model), names
+    # what is coded would be decoded in each pass
+    tensor = replace(tensor, storage="packed")
     qparams = tensor.qparams
     parts = {
         "codes": tensor.pack(),

@@ -1,10 +1,12 @@
 """What each tensor and activation may become."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from quantifind.network.modules import named_tensors
@@ -20,6 +22,15 @@ NEAREST = Choice("uniform", axis=0, options={"scale_dtype": "float16", "scale": 
 GPTQ = Choice(
     "uniform", axis=0, rounding="gptq", options={"scale_dtype": "float16", "scale": "output_mse"}
 )
+# one step for all of a weight, its codes stored by how frequent they are, with which a bit of them
+# weighs so much
+CODED = Choice(
+    "uniform", rounding="gptq", storage="coded", rate=0.06, options={"scale_dtype": "float16"}
+)
+# steps of those, of the weight's standard deviation; and how far beyond its largest value the
+# levels reach, since what one input loses others make up for
+STEPS = tuple(2.0 ** (k / 2) for k in range(-6, 8))
+BEYOND = 1.5
 ACTIVATION = ActivationChoice("uniform", options={"zero_point": True, "scale": "mse"})
 # the most bits with float16 scales
 FLOAT16_BITS = 8
@@ -72,6 +83,7 @@ def default_search_space(
     facts: Sequence[ProductFacts],
     widths: Iterable[int] = WIDTHS,
     activation_bits: Iterable[int] = (),
+    storage: str = "packed",
 ) -> SearchSpace:
     """Uniform grids: weights with a scale per output channel, other tensors with one scale.
 
@@ -92,8 +104,13 @@ def default_search_space(
 
     def choices(name: str, tensor: Tensor) -> list[Choice]:
         axis = axes.get(name, 0)
-        found = nearest if name not in able else nearest + gptq
-        found = single if tensor.dim() < 2 else [replace(choice, axis=axis) for choice in found]
+        if tensor.dim() < 2:
+            found = single
+        else:
+            found = nearest if name not in able or storage == "coded" else nearest + gptq
+            found = [replace(choice, axis=axis) for choice in found]
+            if storage == "coded":
+                found = [*coded(tensor, gptq=name in able), *found]
         if LEAST <= tensor.abs().max() <= MOST:
             return found
         return [Choice.of({**choice.plain(), "scale_dtype": "float32"}) for choice in found]
@@ -107,6 +124,22 @@ def default_search_space(
     names = activation_names(facts) if bits else []
     levels = [ActivationChoice.of({**ACTIVATION.plain(), "bits": b}) for b in bits]
     return SearchSpace(tensors, dict.fromkeys(names, levels))
+
+
+def coded(tensor: Tensor, *, gptq: bool = True) -> list[Choice]:
+    """One step for all of a weight, of a range of them, its codes entropy coded."""
+    spread, largest = tensor.double().std().item(), tensor.abs().max().item()
+    found = []
+    for step in STEPS:
+        step = float(np.float16(step * spread))
+        if not 0 < step < np.inf:
+            continue
+        levels = 2 * math.ceil(BEYOND * largest / step) + 3
+        values = CODED.plain() | {"levels": levels, "scale": step}
+        if not gptq:
+            values |= {"rounding": "nearest", "rate": 0.0}
+        found.append(Choice.of(values))
+    return found
 
 
 def _at(choice: Choice, bits: int) -> Choice:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantifind.tensor.qparams import Grid, QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.utils.naming import naming
 
 
 def pack(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,6 +47,7 @@ def pack(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
         description[key] = put(key, tensor.qparams, tensor.pack()) | {
             "shape": list(tensor.codes.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
+            "storage": tensor.storage,
         }
     for name, qparams in quantized.activations.items():
         description[f"activations/{name}"] = put(f"activations/{name}", qparams)
@@ -71,7 +73,9 @@ def unpack(tensors: dict[str, Tensor], description: dict[str, Any]) -> Quantized
             quantized.activations[name] = qparams
         else:
             shape, dtype = torch.Size(facts["shape"]), getattr(torch, facts["dtype"])
-            quantized.tensors[name] = QuantizedTensor.unpack(
-                tensors[f"{key}/codes"], shape, qparams, dtype
-            )
+            storage = facts.get("storage", "packed")
+            with naming(name):
+                quantized.tensors[name] = QuantizedTensor.unpack(
+                    tensors[f"{key}/codes"], shape, qparams, dtype, storage
+                )
     return quantized

@@ -1,6 +1,7 @@
 """What a tensor or an activation becomes: a scheme, its width, and the scheme's own options."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -13,6 +14,7 @@ from quantifind.tensor.scales import quantize_to_grid
 from quantifind.utils import plugins
 
 ROUNDINGS = ("nearest", "gptq", "learned")
+STORAGES = ("packed", "coded")
 # scales with the least error of a layer's outputs begin with those of weighted errors of the weight
 BEGINS_WITH = {"output_mse": "weighted_mse"}
 # by option the values that take the inputs of calibration examples
@@ -28,6 +30,9 @@ class Choice:
     axis, group: what shares a scale, as in `quantifind.tensor.qparams.to_rows`.
     rounding: "nearest"; "gptq", for weights, which compensates errors in turn; or "learned", which
         says that the codes have been trained.
+    storage: of its codes: "packed", at a fixed width, or "coded", by how frequent each is.
+    rate: what a bit of a coded code weighs where GPTQ rounds, in squared steps of an average
+        input; 0 for nothing.
     options: further arguments of the scheme, by name.
     Raises: ValueError naming the scheme that is not there, or the option that it doesn't take.
     """
@@ -38,6 +43,8 @@ class Choice:
     axis: int | None = None
     group: int | None = None
     rounding: str = "nearest"
+    storage: str = "packed"
+    rate: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     # those of the scheme's arguments that have a field here
@@ -47,8 +54,9 @@ class Choice:
         object.__setattr__(self, "options", dict(self.options))
         if twice := self.options.keys() & {f.name for f in fields(self)}:
             raise ValueError(f"{min(twice)} stands among the options: it is a field of its own")
-        if self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding is {self.rounding!r}: {', '.join(ROUNDINGS)} are allowed")
+        for name, known in (("rounding", ROUNDINGS), ("storage", STORAGES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}: {', '.join(known)} are allowed")
         if not isinstance(self.scheme, str):
             allowed = ", ".join(plugins.names("schemes"))
             raise ValueError(f"scheme is {self.scheme!r}: {allowed}, or a dotted path, are allowed")
@@ -62,6 +70,13 @@ class Choice:
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | None):
                 raise ValueError(f"{option} is {value!r}: whole numbers and None are allowed")
+        rate = self.rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+            raise ValueError(f"rate is {rate!r}: a number from 0 up is needed")
+        if rate and (self.rounding == "nearest" or self.options.get("scale") == "output_mse"):
+            raise ValueError(
+                f"rate is {rate:g}: it needs rounding 'gptq', and a scale that is not 'output_mse'"
+            )
 
     @classmethod
     def of(cls, given: "Choice | Mapping[str, Any]") -> Self:
@@ -129,7 +144,7 @@ class Choice:
         if importance is not None and "importance" in _arguments(put):
             options.setdefault("importance", importance)
         try:
-            return put(values.detach(), **options)
+            return replace(put(values.detach(), **options), storage=self.storage)
         except TypeError as error:
             raise ValueError(f"{self.plain()} can't be: {error}") from error
 
@@ -157,6 +172,8 @@ class ActivationChoice(Choice):
             raise ValueError(f"{option}: activations have one scale each")
         if self.rounding != "nearest":
             raise ValueError(f"rounding is {self.rounding!r}: activations are rounded to nearest")
+        if self.storage != "packed":
+            raise ValueError(f"storage is {self.storage!r}: activations are not stored")
 
 
 # what a tensor of one axis, a bias or a norm, takes instead of a choice about channels or inputs
@@ -173,7 +190,8 @@ def per_tensor(choice: Choice) -> Choice:
         for option, value in choice.options.items()
     }
     rounding = "nearest" if choice.rounding == "gptq" else choice.rounding
-    return replace(choice, axis=None, group=None, rounding=rounding, options=options)
+    rate = 0.0 if rounding == "nearest" else choice.rate
+    return replace(choice, axis=None, group=None, rounding=rounding, rate=rate, options=options)
 
 
 @cache

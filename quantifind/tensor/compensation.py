@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from quantifind.tensor.levels import Levels, Rounding
+from quantifind.tensor.levels import Bounds, Levels, Rounding
 from quantifind.tensor.output_error import OutputError
+from quantifind.tensor.rates import MOST, Prices
 from quantifind.tensor.row_params import RowParams
 
 # inputs that are rounded one by one; more are halved, and what halves owe each other is one product
 BLOCK = 32
+# how often codes are rounded anew by what they cost as they were
+PRICED = 2
 # elements of rows and of their copies, each with scales of its own, that are rounded at a time
 TOGETHER = 2**21
 SWEEPS = 4
@@ -27,6 +30,7 @@ def gptq(
     params: RowParams,
     nearest: Tensor,
     shares: Sequence[float] = (1.0,),
+    rate: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Codes that keep the error of each row's outputs small.
 
@@ -35,6 +39,9 @@ def gptq(
     params: what codes of the rows stand for.
     nearest: codes to start from, than which no row becomes worse.
     shares: of the scales, those to try.
+    rate: what a bit of a coded code weighs, in squared steps of an average input. Above 0, codes
+        are rounded as without, then `PRICED` times by what they cost as they were before; of a
+        grid with scales, at those. Rows may become worse.
     Returns: codes (groups · rows, inputs), and the share of its scales that each row takes,
         (groups · rows, 1).
     """
@@ -43,9 +50,18 @@ def gptq(
     # each (groups, rows, inputs)
     wanted, start = (each.reshape(groups, -1, inputs) for each in (target, nearest))
     codes, share = torch.empty_like(start), wanted.new_empty(groups, wanted.shape[1], 1)
-    for first in range(0, wanted.shape[1], work.together):
-        rows = slice(first, first + work.together)
-        codes[:, rows], share[:, rows] = work.rounded(wanted[:, rows], start[:, rows], rows)
+
+    def settle() -> None:
+        for first in range(0, wanted.shape[1], work.together):
+            rows = slice(first, first + work.together)
+            codes[:, rows], share[:, rows] = work.rounded(wanted[:, rows], start[:, rows], rows)
+
+    settle()
+    for _ in range(PRICED if rate and codes.numel() else 0):
+        if codes.max() - codes.min() >= MOST:
+            break
+        work.price(codes, rate)
+        settle()
     return codes.reshape(nearest.shape), share.reshape(-1, 1)
 
 
@@ -68,6 +84,26 @@ class _Work:
         self.pivots = root.square().unsqueeze(2).to(dtype)
         self.factor = error.lower.to(dtype, copy=True).div_(root.unsqueeze(1).to(dtype))
         self.together = max(1, TOGETHER // max(self.form[:, 0].numel(), 1))
+        self.bounds: tuple[Bounds, Bounds] | None = None
+
+    def price(self, codes: Tensor, rate: float) -> None:
+        """Weigh, from now on, what codes (groups, rows, inputs) cost as they are there."""
+        prices = Prices.of(codes.gather(2, self.error.order.unsqueeze(1).expand_as(codes)))
+        power = self.form.diagonal(dim1=1, dim2=2).double()
+        power = power if self.own is None else power + self.own.double().mean(2)
+        pivots = torch.where(power > 0, self.pivots.squeeze(2).double(), 0.0)
+        if self.levels.scale is not None and self.levels.scale.shape[1] > 1:
+            steps = self.levels.scale.square().mean(2)
+            pivots, power = pivots * steps, power * steps
+        bit = rate * pivots[power > 0].mean()
+
+        def bounds(power: Tensor) -> Bounds:
+            # what has no say costs nothing: test_dead_inputs_get_zero
+            weight = torch.where(power > 0, bit / power, 0.0)
+            return Bounds(prices.lowest, prices.bounds(self.levels.grid, weight).to(self.dtype))
+
+        # of an input in turn, whose loss others make up for, and of one with all others settled
+        self.bounds = bounds(pivots), bounds(power)
 
     def rounded(self, target: Tensor, nearest: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Codes and shares of some rows of each group, (groups, rows, inputs) and (…, 1)."""
@@ -85,6 +121,9 @@ class _Work:
             zeros = Rounding(levels, zeros, self.size).all_codes(zeros)
             start = torch.where(alive, start, zeros)
         before = levels.values(start)
+        if self.bounds is not None:
+            codes = self._priced(wanted, own, levels, self.bounds)
+            return error.from_order(codes).reshape(shape), torch.ones_like(wanted[:, :1]).mT
         values, share = self._best_share(wanted, before, own, levels)
         chosen = levels.rescaled(share)
         rounding = Rounding(chosen, values, self.size)
@@ -94,6 +133,19 @@ class _Work:
         better = error.gained(target, before, chosen.values(codes), rows) >= 0
         codes = error.from_order(torch.where(better, codes, start))
         return codes.reshape(shape), torch.where(better, share, 1.0).mT
+
+    def _priced(
+        self, wanted: Tensor, own: Tensor | None, levels: Levels, bounds: tuple[Bounds, Bounds]
+    ) -> Tensor:
+        """Codes, (groups, inputs, rows), of the least error and cost."""
+        like = wanted.to(self.dtype)
+        halfway, in_turn, alone = (
+            Rounding(levels, like, self.size, each) for each in (None, *bounds)
+        )
+        scaled = (wanted / halfway.unit).to(self.dtype)
+        values, _ = self._in_turn(scaled, own, in_turn)
+        self._descend(scaled, values, own, alone)
+        return halfway.all_codes(values)
 
     def _best_share(
         self, wanted: Tensor, before: Tensor, own: Tensor | None, levels: Levels

@@ -83,6 +83,8 @@ def _rounded(
     target: Tensor, choice: Choice, start: QuantizedTensor, errors: Mapping[Matrices, OutputError]
 ) -> QuantizedTensor:
     """The target compensated, from codes rounded to nearest."""
+    if choice.rate and start.qparams.scale is None:
+        raise ValueError(f"rate is {choice.rate:g}: {choice.scheme} has no scale, which it needs")
     codes = start.codes.clone(memory_format=torch.contiguous_format)
     qparams, shape = start.qparams, target.shape
     channels, scale = _channels(errors, qparams.axis, shape), qparams.scale
@@ -96,6 +98,7 @@ def _rounded(
             RowParams.of(start, matrix),
             matrix.of(codes).flatten(0, 1),
             SHARES if search else SHARES[:1],
+            choice.rate,
         )
         matrix.put(codes, rounded.reshape(matrix.shape))
     if search and scale is not None and channels is not None:

@@ -84,6 +84,23 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return stored_scale(scale, dtype).double()
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Where, in units of the scale, the elements of each input turn from one code to the next.
+
+    lowest: the first code.
+    between: (groups, inputs, codes − 1), rising.
+    """
+
+    lowest: int
+    between: Tensor
+
+    def codes(self, values: Tensor, index: int) -> Tensor:
+        """Codes of an input's elements, (groups, 1, rows)."""
+        codes = torch.searchsorted(self.between[:, index], values.squeeze(1).contiguous())
+        return codes.unsqueeze(1) + self.lowest
+
+
 class Rounding:
     """Rounds the elements of an input, (groups, 1, rows), in units of their rows, to levels.
 
@@ -91,8 +108,12 @@ class Rounding:
         the grid's; else ``size``.
     """
 
-    def __init__(self, levels: Levels, like: Tensor, size: float) -> None:
-        """like: (groups, inputs, rows) in the dtype of what is rounded; size: of the weights."""
+    def __init__(
+        self, levels: Levels, like: Tensor, size: float, bounds: Bounds | None = None
+    ) -> None:
+        """like: (groups, inputs, rows) in the dtype of what is rounded; size: of the weights;
+        bounds: between levels, by default halfway."""
+        self._bounds = bounds
 
         def each(of: Tensor, dtype: torch.dtype = like.dtype) -> list[Tensor]:
             of = of.to(dtype)
@@ -133,6 +154,8 @@ class Rounding:
             values = values / self._scales[index]
         if self._zeros is not None:
             values = values + self._zeros[index]
+        if self._bounds is not None:
+            return self._bounds.codes(values, index)
         return self._of(index).codes(values if self._table_of is None else values.reshape(-1, 1))
 
     def put(self, values: Tensor, index: int, out: Tensor) -> None:

@@ -1,13 +1,14 @@
 """Quantized tensors: codes and their parameters; of a network, one by name for each."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantifind.tensor import packing
+from quantifind.tensor import coding, packing
 from quantifind.tensor.qparams import QParams, from_rows, to_rows
 
 # what codes are kept in, the first that holds all of a grid's
@@ -23,11 +24,13 @@ class QuantizedTensor:
     codes: whole numbers, of the shape of the values.
     qparams: what turns them into values.
     dtype: of the values.
+    storage: of the codes, "packed", at a fixed width, or "coded", by how frequent they are.
     """
 
     codes: Tensor
     qparams: QParams
     dtype: torch.dtype
+    storage: str = "packed"
 
     def dequantize(self) -> Tensor:
         """The values, (level − zero point) · scale, in ``dtype``; never beyond its finite range.
@@ -62,39 +65,60 @@ class QuantizedTensor:
             if torch.iinfo(dtype).min <= grid.lowest_code
             and grid.highest_code <= torch.iinfo(dtype).max
         )
-        return replace(self, codes=self.codes.to(next(fitting, self.codes.dtype)))
+        narrow = replace(self, codes=self.codes.to(next(fitting, self.codes.dtype)))
+        if "stored_bits" in self.__dict__:
+            narrow.__dict__["stored_bits"] = self.stored_bits
+        return narrow
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled, such as for a worker."""
-        return dict(self.narrowed().__dict__)
+        return {each.name: getattr(self.narrowed(), each.name) for each in fields(self)}
 
     @property
     def bits(self) -> int | float:
         """Width of one packed code: whole, or 1.6 where there are three levels."""
         return self.qparams.bits
 
-    @property
+    @cached_property
     def stored_bits(self) -> int:
-        """Bits of the packed bytes, and of scales, zero points and a codebook beside them."""
-        size = packing.packed_bytes(self.codes.numel(), self.qparams.grid.levels)
+        """Bits of the bytes of the codes, and of scales, zero points and a codebook beside them."""
+        if self.storage == "coded":
+            size = len(self.pack())
+        else:
+            size = packing.packed_bytes(self.codes.numel(), self.qparams.grid.levels)
         return 8 * size + self.qparams.stored_bits
 
     def pack(self) -> Tensor:
-        """The codes as bytes, uint8, in the order of the flattened values (`packing.pack`)."""
+        """The codes as bytes, uint8, in the order of the flattened values: `packing.pack`, or
+        `coding.encode`."""
         grid = self.qparams.grid
-        return packing.pack(self.codes.long() - grid.lowest_code, grid.levels)
+        put = coding.encode if self.storage == "coded" else packing.pack
+        return put(self.codes.long() - grid.lowest_code, grid.levels)
 
     @classmethod
     def unpack(
-        cls, packed: Tensor, shape: torch.Size, qparams: QParams, dtype: torch.dtype
+        cls,
+        packed: Tensor,
+        shape: torch.Size,
+        qparams: QParams,
+        dtype: torch.dtype,
+        storage: str = "packed",
     ) -> "QuantizedTensor":
-        """The tensor of a shape whose codes `pack` made bytes of."""
+        """The tensor of a shape whose codes `pack` made bytes of.
+
+        Raises: ValueError for bytes that it can't have made.
+        """
         grid = qparams.grid
-        codes = packing.unpack(packed, grid.levels, shape.numel())
+        if storage == "coded":
+            codes = coding.decode(packed, grid.levels, shape)
+        else:
+            codes = packing.unpack(packed, grid.levels, shape.numel()).reshape(shape)
         # what fits in a byte needs no more to become less
         codes = codes.int() if codes.dtype == torch.uint8 else codes.long()
-        codes = codes.add_(grid.lowest_code).int()
-        return cls(codes.reshape(shape), qparams, dtype)
+        tensor = cls(codes.add_(grid.lowest_code).int(), qparams, dtype, storage)
+        # what is known need not be coded again
+        tensor.__dict__["stored_bits"] = 8 * len(packed) + qparams.stored_bits
+        return tensor
 
 
 def _blocks(rows: int, length: int) -> Iterator[tuple[slice, slice]]:
