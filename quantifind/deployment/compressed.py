@@ -28,10 +28,11 @@ def compressed(
     """A copy of a network whose tensors are packed codes, and values only where they are used.
 
     Its outputs are bit for bit those of `quantifind.quantize.quantize_model`'s copy, in about the
-    memory of the file; codes that are stored coded are packed in memory. In the place of a parameter ``weight`` are the buffers ``weight_codes``,
-    ``weight_scale``, ``weight_zero_point`` and ``weight_table``, so that ``state_dict()`` gives
-    codes; ``module.weight`` makes its values anew each time. What other tensors are a part of keeps
-    its values. It is for inference: what is quantized isn't among its ``parameters()``.
+    memory of the file; codes that are stored coded are packed in memory. In the place of a
+    parameter ``weight`` are the buffers ``weight_codes``, ``weight_scale``, ``weight_zero_point``
+    and ``weight_table``, so that ``state_dict()`` gives codes; ``module.weight`` makes its values
+    anew each time. What other tensors are a part of keeps its values. It is for inference: what is
+    quantized isn't among its ``parameters()``.
 
     quantized: what a search found, what `quantize` gave, or a strategy.
     calibration, forward: as for `quantifind.quantize.quantize`.
