@@ -145,12 +145,13 @@ def test_a_table_is_put_between_the_markers_of_its_page(tmp_path, monkeypatch):
     assert "old" in other.read_text()
 
 
-def test_python_of_the_readme(monkeypatch, capsys):
+def test_python_of_the_readme(monkeypatch, capsys, tmp_path):
     """The notebook block first: the others go on with its network and loaders."""
     search, _, notebook = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
     names = run_block(notebook, monkeypatch)
     assert names["result"]
     plt.close("all")
+    monkeypatch.chdir(tmp_path)  # where a file and a ledger are left
     exec(search.replace("crit)", "crit, limit=3.0, widths=[4])"), names)
     assert names["found"].candidates["chosen"].sum() == 1
     original, small = (names[net].state_dict() for net in ("net", "small_net"))
