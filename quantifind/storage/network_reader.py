@@ -24,8 +24,8 @@ from quantifind.utils.naming import first_line, naming
 # what is read of a header, so that it can't ask for more memory than a network would:
 # test_a_bomb_is_refused_before_memory_is_taken
 MOST_HEADER, MOST_INDEX = 2**12, 2**26
-# codes that a byte may hold, where they are coded
-MOST_CODES = 2**15
+# how codes are bytes, and how many codes a tensor may have whose bytes don't tell
+STORAGES, MOST_CODES = ("packed", "coded"), 2**31
 # what is raised by an index that no `write_network` wrote
 _BAD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -154,7 +154,8 @@ class NetworkFile:
             parts = self._parts("it was", entry)
             shape, dtype = torch.Size(entry.facts["shape"]), DTYPES[entry.facts["dtype"]]
             qparams = self._qparams(entry, parts)
-            return QuantizedTensor.unpack(parts["codes"], shape, qparams, dtype)
+            how = {key: entry.facts[key] for key in ("storage",) if key in entry.facts}
+            return QuantizedTensor.unpack(parts["codes"], shape, qparams, dtype, **how)
 
     def activation(self, name: str) -> QParams:
         """The parameters of an activation."""
@@ -258,12 +259,13 @@ def _check(entry: Entry, tables: Mapping[str, Entry]) -> None:
         raise ValueError(f"a grid of {levels} levels with offset {offset!r}")
     rows = 1
     if (codes := shapes.pop("codes", None)) is not None:
-        if facts.get("storage", "packed") != "packed":
-            raise ValueError(f"storage is {facts['storage']!r}: only 'packed' is known")
+        if (storage := facts.get("storage", "packed")) not in STORAGES:
+            raise ValueError(f"storage is {storage!r}: {', '.join(STORAGES)} are known")
         shape = _shape(facts["shape"])
         if not DTYPES[facts["dtype"]].is_floating_point:
             raise ValueError(f"values of {facts['dtype']}")
-        if len(codes) != 1 or math.prod(shape) > MOST_CODES * codes[0]:
+        most = 8 * codes[0] if storage == "packed" else MOST_CODES
+        if len(codes) != 1 or math.prod(shape) > most:
             raise ValueError(f"{list(codes)} bytes for shape {list(shape)}")
         rows = _rows(shape, facts.get("axis"), facts.get("group"))
     elif "shape" in facts:

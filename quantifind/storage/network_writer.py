@@ -106,6 +106,8 @@ def _entries(
     for name, tensor in quantized.tensors.items():
         facts, parts = put(tensor.qparams)
         facts |= {"shape": list(tensor.codes.shape), "dtype": _dtype_name(tensor.dtype)}
+        if (storage := getattr(tensor, "storage", "packed")) != "packed":
+            facts["storage"] = storage
         found["tensors"][name] = facts, {"codes": tensor.pack(), **parts}
     for name, qparams in quantized.activations.items():
         found["activations"][name] = put(qparams)
