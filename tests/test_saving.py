@@ -416,4 +416,8 @@ def test_what_a_search_found_is_saved_with_how_it_was_judged(path, classifier, m
     assert names["size"] == size
     assert torch.equal(names["loaded"](x), wanted)
     assert torch.equal(names["small"](x), wanted)
+    by_others = copy.deepcopy(net)
+    read = read_by_docs(path)
+    by_others.load_state_dict({name: torch.from_numpy(v.copy()) for name, v in read.items()})
+    assert torch.equal(by_others(x), wanted)
     assert len(names["table"]) == len(found.quantized.tensors)

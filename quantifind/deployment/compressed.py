@@ -13,6 +13,7 @@ from quantifind.network.folding import prepared
 from quantifind.network.modules import put_values
 from quantifind.network.products import made_of_codes
 from quantifind.network.sharing import all_tensors, stored_and_shared
+from quantifind.tensor import packing
 from quantifind.tensor.qparams import Grid, QParams
 from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.utils.batches import Forward
@@ -56,7 +57,8 @@ def _pack(model: nn.Module, names: Iterable[str], tensor: QuantizedTensor) -> No
     tensor = replace(tensor, storage="packed")
     qparams = tensor.qparams
     parts = {
-        "codes": tensor.pack(),
+        # at a fixed width, which is decoded fast, however they are stored in a file
+        "codes": packing.pack(tensor.codes.long() - qparams.grid.lowest_code, qparams.grid.levels),
         "scale": qparams.scale,
         "zero_point": qparams.zero_point,
         "table": qparams.grid.table,

@@ -81,6 +81,11 @@ def _pt2(model: nn.Module, codes: Quantized, example: Any) -> tuple[bytes, dict[
             "run, which a .pt2 has no more; leave them None, or export to .onnx"
         )
     program = _traced(compressed(model, codes), example)
+    # the example, and the lines of code of each step with their paths, are nobody's to know
+    program._example_inputs = None
+    for node in program.graph.nodes:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            node.meta.pop(key, None)
     torch.export.save(program, written := BytesIO())
     kinds = {name: ("packed", t.stored_bits // 8) for name, t in codes.tensors.items()}
     return written.getvalue(), kinds

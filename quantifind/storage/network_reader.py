@@ -24,9 +24,8 @@ from quantifind.utils.naming import first_line, naming
 # what is read of a header, so that it can't ask for more memory than a network would:
 # test_a_bomb_is_refused_before_memory_is_taken
 MOST_HEADER, MOST_INDEX = 2**12, 2**26
-# codes that a packed byte may hold; and of a coded tensor, whose codes may all be the same
-MOST_CODES = 2**15
-MOST_CODED = 2**31
+# how codes are bytes, and how many codes a tensor may have whose bytes don't tell
+STORAGES, MOST_CODES = ("packed", "coded"), 2**31
 # what is raised by an index that no `write_network` wrote
 _BAD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -260,13 +259,12 @@ def _check(entry: Entry, tables: Mapping[str, Entry]) -> None:
         raise ValueError(f"a grid of {levels} levels with offset {offset!r}")
     rows = 1
     if (codes := shapes.pop("codes", None)) is not None:
-        storage = facts.get("storage", "packed")
-        if storage not in ("packed", "coded"):
-            raise ValueError(f"storage is {storage!r}: packed and coded are known")
+        if (storage := facts.get("storage", "packed")) not in STORAGES:
+            raise ValueError(f"storage is {storage!r}: {', '.join(STORAGES)} are known")
         shape = _shape(facts["shape"])
         if not DTYPES[facts["dtype"]].is_floating_point:
             raise ValueError(f"values of {facts['dtype']}")
-        most = MOST_CODES * codes[0] if storage == "packed" else MOST_CODED
+        most = 8 * codes[0] if storage == "packed" else MOST_CODES
         if len(codes) != 1 or math.prod(shape) > most:
             raise ValueError(f"{list(codes)} bytes for shape {list(shape)}")
         rows = _rows(shape, facts.get("axis"), facts.get("group"))
