@@ -117,7 +117,9 @@ def where(tensors: pd.DataFrame) -> str:
         return text if len(weights) == 1 else f"{text}, as all others"
     if widest["bits"] == largest["bits"]:
         return f"{text}, more than most others"
-    return f"{text}; the widest codes, {width(widest)}, are those of {widest['name']}"
+    others = sum(row["bits"] == widest["bits"] for row in rows) - 1
+    more = f" and {_count(others, 'other')}" if others else ""
+    return f"{text}; the widest codes, {width(widest)}, are those of {widest['name']}{more}"
 
 
 def tensors(table: pd.DataFrame) -> str:
