@@ -8,7 +8,15 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given
 
-from quantifind.certification.goal import DEFAULT_LIMIT, STEP, TOP, Goal, ladder, steps_that_keep
+from quantifind.certification.goal import (
+    DEFAULT_LIMIT,
+    FALLBACK,
+    STEP,
+    TOP,
+    Goal,
+    ladder,
+    steps_that_keep,
+)
 from quantifind.certification.measures import MEASURES
 from quantifind.utils import plugins
 
@@ -137,7 +145,9 @@ def test_several_limits_are_kept_where_each_is(margins):
 def test_a_ladder_starts_near_the_chosen():
     rows = [row(size, 1.0, 1.0 + 1 / size) for size in range(100, 1000, 20)]
     steps = ladder(rows, rows[0], Goal.of(1.01, None))
-    assert TOP * 100 - 20 <= steps[0]["model_bytes"] <= TOP * 100
+    assert TOP * 100 - 20 <= steps[1]["model_bytes"] <= TOP * 100
+    above = [row for row in rows if row["model_bytes"] <= FALLBACK * 100]
+    assert steps[0] is max(above, key=Goal.of(1.01, None).margin)
 
 
 @st.composite

@@ -28,6 +28,8 @@ ANSWERS = {
 STEP = 0.97
 # and the first at most so many times those of the chosen one
 TOP = 1.6
+# but for one of at most so many times, the furthest from its limit: what is left if the others fail
+FALLBACK = 4.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,10 @@ def ladder(
     """
     steps: list[Mapping[str, Any]] = []
     # a rung that is dearer only adds one more chance to trip: test_a_ladder_starts_near_the_chosen
-    rows = [row for row in rows if row["model_bytes"] <= TOP * chosen["model_bytes"]]
+    size = chosen["model_bytes"]
+    near = [row for row in rows if row["model_bytes"] <= TOP * size]
+    above = [row for row in rows if TOP * size < row["model_bytes"] <= FALLBACK * size]
+    rows = [*near, *sorted(above, key=goal.margin)[-1:]]
     for row in sorted(rows, key=lambda row: (row["model_bytes"], row[f"{goal.measure}_bound"])):
         if row is chosen or not steps or goal.margin(row) > goal.margin(steps[-1]):
             steps.append(row)
