@@ -189,6 +189,10 @@ def _judged(evidence: Evidence) -> list[tuple[str, str]]:
             else "none: the first step of the ladder has a bound above its limit",
         ),
     ]
+    for cost, most in (found.get("budget") or {}).items():
+        facts.insert(
+            0, ("searched for", f"the least loss with {cost.replace('_', ' ')} ≤ {most:g}")
+        )
     if {"right_to_wrong", "wrong_to_right"} <= set(row.index) and np.isfinite(
         row["right_to_wrong"]
     ):

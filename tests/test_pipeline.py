@@ -1,6 +1,7 @@
 """All stages in a clone with few examples and one epoch: caching, faults, what a stage imports."""
 
 import datetime
+import html
 import json
 import os
 import re
@@ -153,6 +154,11 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     assert all(f">{name}</th>" in report for name in answer["tensors"])
     words = (project.folder / "metrics/recommendation.md").read_text(encoding="utf-8")
     assert f"{best['model_bytes']:,} bytes" in words
+    loads = html.unescape(re.findall(r"<code>(from .*?)</code>", report, re.DOTALL)[0])
+    script = project.folder / "load.py"
+    script.write_text(loads + "\nprint(len(list(small_net.parameters())))")
+    assert project.run("load").stdout.strip() == str(len(answer["tensors"]))
+    script.unlink()
     assert not (project.folder / "out/resume").exists() or not any(
         (project.folder / "out/resume").iterdir()
     )

@@ -122,6 +122,12 @@ def test_report_says_what_there_is(case, words):
     assert words in re.sub(r"\s+", " ", " ".join(Page(page()).words))
 
 
+def test_a_budget_is_said():
+    leave()
+    alter("recommendation.json", lambda found: found | {"budget": {"mean_bits": 2.5}})
+    assert "the least loss with mean bits ≤ 2.5" in " ".join(Page(page()).words)
+
+
 @pytest.mark.parametrize("name", [*TABLES, *FACTS])
 @pytest.mark.parametrize("fault", ["missing", "empty", "older"])
 def test_a_table_that_cannot_be_used_is_named_with_the_stage(name, fault):
