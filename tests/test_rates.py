@@ -7,11 +7,14 @@ from hypothesis import given, settings
 from test_gptq import GRIDS, correlated, on_grid, output_error
 from torch import nn
 
+import quantifind.tensor.gptq as gptq_module
 from quantifind.quantize import quantize
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.coding import encode
 from quantifind.tensor.compensation import gptq
+from quantifind.tensor.gptq import Moments, gptq_layer
+from quantifind.tensor.matrices import Matrices
 from quantifind.tensor.output_error import OutputError
 from quantifind.tensor.qparams import Grid
 from quantifind.tensor.quantized import QuantizedTensor
@@ -81,6 +84,21 @@ def test_every_grid_with_scales_takes_fewer_bytes(choice):
     assert grid.lowest_code <= less.min() <= less.max() <= grid.highest_code
     few, less = (len(encode(codes.long() - grid.lowest_code, grid.levels)) for codes in (few, less))
     assert less <= few
+
+
+def test_what_is_hardly_ever_met_stays_near(monkeypatch):
+    """An input of one example: else its weights make up for all that others lose there."""
+    x, weights = correlated(200, 40), torch.randn(60, 40).double()
+    x[:, 7] = 0
+    x[3, 7] = 0.05
+    moments = Moments(x.T @ x, weights @ x.T @ x, len(x))
+    choice = Choice("uniform", levels=99, rounding="gptq", rate=RATE, options={"scale": 1.0})
+    lost = []
+    for steady in (gptq_module.STEADY, 0.0):
+        monkeypatch.setattr(gptq_module, "STEADY", steady)
+        (rounded,) = gptq_layer(weights, {Matrices.rows(weights.shape): moments}, [choice])
+        lost.append((rounded.dequantize() - weights)[:, 7].square().mean())
+    assert lost[0] < 0.5 < lost[1]
 
 
 def test_dead_inputs_stay_zero():
