@@ -152,7 +152,8 @@ def words_of(choice: Choice) -> str:
     if group is not None:
         scale = f"a scale per {group} values"
     rounding = choice.get("rounding", "nearest").replace("gptq", "GPTQ")
-    return f"{scheme}{width}, {scale}, {rounding}"
+    coded = ", coded" if choice.get("storage") == "coded" else ""
+    return f"{scheme}{width}, {scale}, {rounding}{coded}"
 
 
 def in_words(answer: Mapping[str, Any], name: str) -> str:

@@ -116,7 +116,7 @@ def where(tensors: pd.DataFrame) -> str:
     if widest["bits"] == weights["bits"].min():
         return text if len(weights) == 1 else f"{text}, as all others"
     if widest["bits"] == largest["bits"]:
-        return f"{text}, more than most others"
+        return f"{text}, the widest there are"
     others = sum(row["bits"] == widest["bits"] for row in rows) - 1
     more = f" and {_count(others, 'other')}" if others else ""
     return f"{text}; the widest codes, {width(widest)}, are those of {widest['name']}{more}"
@@ -133,7 +133,9 @@ def tensors(table: pd.DataFrame) -> str:
     beside = 1 - codes / max(weights["stored_bits"].sum(), 1)
     text = f"{_count(len(weights), 'tensor')}, {number(weights['values'].sum())} values"
     text += f", {_count(inputs, 'activation')}" if inputs else ""
-    return f"{text}; scales and padding are {percent(max(beside, 0), 2)} of what is stored"
+    if beside < 0:
+        return f"{text}; coding them saves {percent(-beside / (1 - beside), 2)} of their widths"
+    return f"{text}; scales and padding are {percent(beside, 2)} of what is stored"
 
 
 def _count(many: int, what: str) -> str:

@@ -86,8 +86,17 @@ def test_what_differs_by_channel_takes_less_than_that(axis):
         (torch.arange(10**6).reshape(1000, 1000), 10**6),
         (torch.full((1000, 1000), 2**32 - 1), 2**32),
         (torch.tensor([0] * 5000 + [2**20] * 5000), 2**20 + 1),
+        (torch.tensor([2**32 - 1, 2**32 - 3] * 5000), 2**32),
     ],
-    ids=["one level", "no dimension", "empty", "a million levels", "the last of all", "far apart"],
+    ids=[
+        "one level",
+        "no dimension",
+        "empty",
+        "a million levels",
+        "the last of all",
+        "far apart",
+        "the last two",
+    ],
 )
 def test_extremes_come_back(codes, levels):
     stream = encode(codes, levels)

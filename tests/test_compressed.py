@@ -143,3 +143,19 @@ def test_codes_go_from_one_to_another():
 def test_what_is_no_strategy_is_refused():
     with pytest.raises(ValueError, match="a dict is given: what find_strategy or quantize returns"):
         compressed(nn.Linear(2, 2), {})
+
+
+def test_a_module_of_two_names_is_compressed():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    net.append(net[0])
+    codes = quantize(net, uniform_strategy(net, 4))
+    x = torch.randn(7, 4)
+    assert torch.equal(compressed(net, codes)(x), quantize_model(net, codes)(x))
+
+
+def test_codes_of_another_dtype_are_refused():
+    net = nn.Linear(4, 4)
+    codes = quantize(net, uniform_strategy(net, 4))
+    with pytest.raises(ValueError, match=r"weight: its codes are of torch.float32, the network"):
+        compressed(net.bfloat16(), codes)

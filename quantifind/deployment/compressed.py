@@ -33,7 +33,8 @@ def compressed(
     parameter ``weight`` are the buffers ``weight_codes``, ``weight_scale``, ``weight_zero_point``
     and ``weight_table``, so that ``state_dict()`` gives codes; ``module.weight`` makes its values
     anew each time. What other tensors are a part of keeps its values. It is for inference: what is
-    quantized isn't among its ``parameters()``.
+    quantized isn't among its ``parameters()``. Cast the network before; keep it by its
+    ``state_dict()``, or by `quantifind.save`.
 
     quantized: what a search found, what `quantize` gave, or a strategy.
     calibration, forward: as for `quantifind.quantize.quantize`.
@@ -66,9 +67,14 @@ def _pack(model: nn.Module, names: Iterable[str], tensor: QuantizedTensor) -> No
     # packed codes may be a part of more memory: test_compressed_networks_give_the_same
     device = own[first].device
     parts = {part: t.to(device, copy=True) for part, t in parts.items() if t is not None}
+    done: set[tuple[int, str]] = set()
     for name in names:
         where, _, attribute = name.rpartition(".")
         module = model.get_submodule(where)
+        # a module may have two names: test_a_module_of_two_names_is_compressed
+        if (id(module), attribute) in done:
+            continue
+        done.add((id(module), attribute))
         for part, values in parts.items():
             kept, buffer = part != "table" or qparams.grid.stored, f"{attribute}_{part}"
             if hasattr(module, buffer):

@@ -3,6 +3,7 @@
 import importlib
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def _pt2(model: nn.Module, codes: Quantized, example: Any) -> tuple[bytes, dict[
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             node.meta.pop(key, None)
     torch.export.save(program, written := BytesIO())
-    kinds = {name: ("packed", t.stored_bits // 8) for name, t in codes.tensors.items()}
+    packed = {name: replace(t, storage="packed") for name, t in codes.tensors.items()}
+    kinds = {name: ("packed", t.stored_bits // 8) for name, t in packed.items()}
     return written.getvalue(), kinds
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from torch import nn
 
+from quantifind.network.modules import named_tensors
 from quantifind.quantize import quantize
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
@@ -27,7 +28,7 @@ def codes_of(
     """The codes, checked to be those of a network.
 
     calibration, forward: as for `quantifind.quantize.quantize`, where a strategy asks for them.
-    Raises: ValueError as `quantize`, and for what is none of these.
+    Raises: ValueError as `quantize`, for codes of another dtype, and for what is none of these.
     """
     codes = getattr(given, "quantized", given)
     if not isinstance(codes, Quantized | Strategy):
@@ -35,4 +36,13 @@ def codes_of(
             f"a {type(given).__name__} is given: what find_strategy or quantize returns, or a "
             "Strategy, is needed"
         )
-    return quantize(model, codes, calibration, forward=forward)
+    found = quantize(model, codes, calibration, forward=forward)
+    own = named_tensors(model)
+    for name, tensor in found.tensors.items():
+        # a network that was cast after it was quantized: test_codes_of_another_dtype_are_refused
+        if name in own and own[name].dtype != tensor.dtype:
+            raise ValueError(
+                f"{name}: its codes are of {tensor.dtype}, the network has {own[name].dtype}: "
+                "quantize the network as it is to run"
+            )
+    return found

@@ -60,7 +60,8 @@ def save(
     if isinstance(quantized, Strategy):
         strategy = quantized
     elif not isinstance(quantized, Quantized):
-        strategy, judged = quantized.strategy, judged or _judged(quantized)
+        strategy = quantized.strategy
+        judged = _judged(quantized) if judged is None else judged
     replica = prepared(model, codes.folded)
     stored, same, views = stored_and_shared(replica)
     others = {name: tensor for name, tensor in stored.items() if name not in codes.tensors}
@@ -68,7 +69,7 @@ def save(
         "versions": _versions(),
         "model_bytes": int(sum(model_bytes.measure(model, codes, []).values())),
         "strategy": strategy and strategy.choices,
-        "judged": judged,
+        "judged": None if judged is None else dict(judged),
         "notes": codes.notes,
         "same": same,
         "views": views,
@@ -94,7 +95,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         with torch.no_grad():
             for name in (*file.tensors, *file.others):
                 values = file.values(name)
-                if name.endswith(EXTRA):
+                if name.rpartition(".")[2] == EXTRA:
                     _set_extra_state(replica, name, values)
                 elif values.layout != torch.strided:
                     _put(replica, name, values)
@@ -113,7 +114,8 @@ def _check_fits(file: NetworkFile, replica: nn.Module) -> None:
     there = {name: _kind(*file.described(name)) for name in (*file.tensors, *file.others)}
     stored, *shared = stored_and_shared(replica)
     here = {name: _kind(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
-    here |= {name: _kind(t.dtype, t.shape) for name, t in _extra_states(replica).items()}
+    # of a module's own state only that it is there: its bytes depend on what it holds
+    here |= {name: there.get(name, EXTRA) for name in _extra_states(replica)}
     different = [
         f"{name} is {there_is} in the file, {here_is} in the network"
         for name, there_is, here_is in _pairs(_with(there, same, views), _with(here, *shared))
@@ -207,4 +209,4 @@ def _plain(values: Any) -> Any:
         return int(values)
     if isinstance(values, numbers.Real):
         return float(values) if math.isfinite(values) else None
-    return values.item() if type(values).__module__ == "numpy" else str(values)
+    return _plain(values.tolist()) if type(values).__module__ == "numpy" else str(values)
