@@ -83,7 +83,7 @@ def best_peer(of_peers: pd.DataFrame, network: str) -> str:
 def recommendation(text: str) -> str:
     """The first lines of a recommendation, as a quotation."""
     lines = text.splitlines()
-    return "".join(f"> {line}".rstrip() + "\n" for line in lines[FIRST:LAST])
+    return "".join(f"> {line}\n" for line in lines[FIRST:LAST] if line)
 
 
 def example(block: str) -> str:

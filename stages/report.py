@@ -65,7 +65,7 @@ def report(evidence: Evidence, params: Params) -> str:
         "judged": _judged(evidence),
         "parameters": _parameters(params),
         "versions": dict(evidence.versions),
-        "step": evidence.step,
+        "file": str(files.SAVED),
         "model": params.model,
     }
     return render("report.html", context)

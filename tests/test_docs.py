@@ -119,7 +119,7 @@ def test_recommendation_of_the_readme_is_the_beginning_of_the_file():
     lines = [f"line {i}" for i in range(20)]
     quoted = readme.recommendation("\n".join(lines)).splitlines()
     assert quoted == [f"> {line}" for line in lines[readme.FIRST : readme.LAST]]
-    assert readme.recommendation("# title\n\nall\n\nof it\n") == "> all\n>\n> of it\n"
+    assert readme.recommendation("# title\n\nall\n\nof it\n") == "> all\n> of it\n"
 
 
 def test_example_of_the_readme_has_what_it_prints():

@@ -154,7 +154,7 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     assert all(f">{name}</th>" in report for name in answer["tensors"])
     words = (project.folder / "metrics/recommendation.md").read_text(encoding="utf-8")
     assert f"{best['model_bytes']:,} bytes" in words
-    loads = html.unescape(re.findall(r"<code>(from .*?)</code>", report, re.DOTALL)[0])
+    loads = html.unescape(re.findall(r"<code>(import quantifind.*?)</code>", report, re.DOTALL)[0])
     script = project.folder / "load.py"
     script.write_text(loads + "\nprint(len(list(small_net.parameters())))")
     assert project.run("load").stdout.strip() == str(len(answer["tensors"]))
