@@ -7,7 +7,7 @@ import numpy as np
 
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
-from stages import findings, report_charts, report_tensors
+from stages import files, findings, report_charts, report_tensors
 from stages.charts import SIZES
 from stages.evidence import Evidence
 from stages.pages import render
