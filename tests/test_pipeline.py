@@ -67,7 +67,8 @@ class Project:
         params["quantize"]["bit_depths"] = [2, 3, 4, 8, 16]
         params["search"] = {"limit": {"criterion_ratio": 1.05}, "widths": [2, 4, 8]}
         self.write_params(params)
-        (folder / "dvc.lock").unlink(missing_ok=True)
+        for left in ("dvc.lock", "looks.json"):
+            (folder / left).unlink(missing_ok=True)
         for command in (
             ["init", "-q", "-b", "main"],
             ["add", "-A"],
