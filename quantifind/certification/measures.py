@@ -157,7 +157,7 @@ def examples_needed(
         return None
     if enough(low):
         return low
-    while high > 1.02 * low:
+    while high - low > max(1, 0.02 * low):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
