@@ -82,7 +82,8 @@ def columns_of(quantized, original):
 def assert_columns(found, wanted):
     assert found.keys() == wanted.keys()
     for name, column in wanted.items():
-        assert found[name].dtype == (np.float32 if name == "scaled_loss" else column.dtype)
+        narrow = name == "scaled_loss" and column.shape[1] > 3
+        assert found[name].dtype == (np.float32 if narrow else column.dtype)
         # the last digits depend on the size of a batch
         np.testing.assert_allclose(found[name], column, rtol=1e-4, atol=1e-9, err_msg=name)
 
