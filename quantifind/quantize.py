@@ -14,7 +14,6 @@ from quantifind.network.modules import (
     put_values,
     stored_bytes,
 )
-from quantifind.network.parts import all_parts, waves
 from quantifind.network.trace import (
     activation_names,
     output_axes,
@@ -38,27 +37,31 @@ WAVES = 16
 def quantize(
     model: nn.Module,
     strategy: Strategy | Quantized,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Calibration | None = None,
     *,
     forward: Forward | None = None,
     max_memory: float | None = None,
+    waves: int = WAVES,
 ) -> Quantized:
     """The tensors, and the parameters of activations, that a strategy names.
 
     Weights that GPTQ rounds make up for what those before them lost: one after another, or in
-    `WAVES` groups where there are more of them.
+    ``waves`` groups where there are more of them.
 
     strategy: what is already quantized is checked, and returned as it is.
     calibration: batches of training data, where a choice asks for them: GPTQ, weighted scales or
-        centres, and activations.
+        centres, and activations; or what is already known of the network with its norms folded.
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     max_memory: bytes that moments of calibration inputs may take at a time, by default a quarter of
         what is free; a weight with more is compensated in blocks of inputs, or rounded to nearest,
         as the notes say.
+    waves: 1 or more; passes over the calibration data grow with it.
     Raises: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
         be quantized so, with the option and what is allowed.
     """
-    network = Calibration(model, calibration, forward, strategy.folded, max_memory)
+    network = calibration
+    if not isinstance(network, Calibration):
+        network = Calibration(model, network, forward, strategy.folded, max_memory)
     if isinstance(strategy, Quantized):
         _check_fits(strategy, network.tensors)
         return strategy
@@ -73,9 +76,11 @@ def quantize(
         if choice.rounding == "nearest"
     }
     if len(tensors) < len(choices):
-        tensors |= _gptq_sequentially(network, choices, tensors, activations)
+        tensors |= _gptq_sequentially(network, choices, tensors, activations, waves)
     tensors = {name: tensors[name] for name in choices}
-    return Quantized(tensors, activations, strategy.folded, network.notes)
+    compensated = [name for name, choice in choices.items() if choice.rounding == "gptq"]
+    notes = {name: network.notes[name] for name in compensated if name in network.notes}
+    return Quantized(tensors, activations, strategy.folded, notes)
 
 
 def _gptq_sequentially(
@@ -83,21 +88,20 @@ def _gptq_sequentially(
     choices: Mapping[str, Choice],
     done: Mapping[str, QuantizedTensor],
     activations: Mapping[str, QParams],
+    count: int,
 ) -> dict[str, QuantizedTensor]:
-    """Weights wave by wave, each making up for what those before it lost."""
+    """Weights in so many waves, each making up for what those before it lost."""
     left = [name for name in choices if name not in done]
     tensors: dict[str, QuantizedTensor] = {}
     for name in left:
         if name not in network.uses:
             raise ValueError(f"{name}: rounding 'gptq': {unused()}; round it to 'nearest'")
-    left = [name for name in network.uses if name in left]
-    parts = all_parts(left, network.facts, network.max_memory)
     work, rounded = None, None
     if done or activations or len(left) > 1:
         work = plain_copy(network.model)
         put_values(work, done)
         rounded = QuantizedActivations(work, activations).rounded if activations else None
-    for wave in waves(left, parts, WAVES):
+    for wave in network.waves(left, count):
         # before anything is rounded, there is nothing to make up for
         own = {"work": work, "rounded": rounded} if done or activations or tensors else {}
         new = {
@@ -108,6 +112,18 @@ def _gptq_sequentially(
             put_values(work, new)
         tensors |= new
     return tensors
+
+
+def sequential_examples(network: Calibration, strategy: Strategy, count: int) -> float:
+    """How many examples go through the network for the moments of a strategy's weights, in so many
+    waves (`quantifind.network.calibrated.Calibration.examples`)."""
+    choices = {name: choice for name, choice in strategy.tensors.items() if choice is not None}
+    left = [name for name, choice in choices.items() if choice.rounding != "nearest"]
+    alone = len(left) == len(choices) and not any(strategy.activations.values())
+    return sum(
+        network.examples(wave, beside=not (alone and index == 0))
+        for index, wave in enumerate(network.waves(left, count))
+    )
 
 
 @torch.no_grad()

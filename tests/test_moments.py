@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,9 +18,15 @@ from quantifind.mixed_precision.search_space import default_search_space
 from quantifind.network import parts as parts_module
 from quantifind.network.inputs import Inputs
 from quantifind.network.moments import layer_moments
-from quantifind.network.parts import all_parts, passes, waves
+from quantifind.network.parts import EXAMPLES, all_parts, enough, passes, waves
 from quantifind.network.trace import trace, weight_uses
-from quantifind.quantize import Calibration, quantize, quantize_alone, quantize_each
+from quantifind.quantize import (
+    Calibration,
+    quantize,
+    quantize_alone,
+    quantize_each,
+    sequential_examples,
+)
 from quantifind.storage import artifact
 from quantifind.strategy import Strategy, uniform_activations
 from quantifind.tensor.choice import Choice
@@ -373,6 +380,71 @@ def test_passes_of_a_strategy_do_not_grow_with_its_depth(depth, count):
             parameter.copy_(Choice.of(NEAREST).quantize(parameter).dequantize())
         lost = [(other(x) - net(x)).square().sum() for other in (work, nearest)]
     assert lost[0] < lost[1]
+
+
+class Counted(nn.Linear):
+    rows = 0
+
+    def forward(self, x):
+        Counted.rows += len(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize(("depth", "waves"), [(3, 16), (12, 12), (12, 4), (12, 1), (30, 16)])
+def test_what_sequential_rounding_takes_is_what_goes_through(depth, waves, beside):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Counted(6, 6) for _ in range(depth))).eval()
+    network = Calibration(model, [(torch.randn(40, 6),) for _ in range(5)])
+    choices = dict.fromkeys(network.tensors)
+    choices |= {
+        n: Choice.of({"scheme": "uniform", "bits": 3, "axis": 0, "rounding": "gptq"})
+        for n in choices
+        if "w" in n
+    }
+    if beside:  # biases that are rounded first
+        choices |= {n: Choice.of({"scheme": "uniform", "bits": 8}) for n in choices if "bias" in n}
+    strategy = Strategy(choices)
+    taken = sequential_examples(network, strategy, waves)
+    Counted.rows = 0
+    quantize(model, strategy, network, waves=waves)
+    assert taken == pytest.approx(Counted.rows / depth, rel=1e-9)
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.floats(1e-4, 1))
+def test_as_many_batches_as_tell_enough(examples, share):
+    class Fake:
+        enough = share
+
+    chosen = enough({"weight": [Fake()]}, examples)
+    wanted = max(share, EXAMPLES / sum(examples))
+    assert chosen == sorted(set(chosen))
+    assert chosen[0] == 0
+    assert chosen[-1] < len(examples)
+    if wanted >= 1:
+        assert chosen == list(range(len(examples)))
+    else:
+        assert len(chosen) == math.ceil(wanted * len(examples))
+        # evenly spread: none of the gaps is more than one longer than another
+        gaps = np.diff([*chosen, len(examples)])
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_many_positions_of_few_examples_tell_what_all_do():
+    torch.manual_seed(0)
+    model = nn.Conv1d(3, 5, 3)
+    batches = [(torch.randn(64, 3, 402).cumsum(1),) for _ in range(24)]
+    network, seen = Calibration(model.eval(), batches), []
+    assert len(network.facts) == 1
+    hook = network.model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    ((_, found),) = network.moments(["weight"])
+    hook.remove()
+    assert sum(seen) == network.examples(["weight"]) < 64 * 24 / 2
+    x = torch.cat([x for (x,) in batches]).unfold(2, 3, 1).movedim(1, 2).flatten(2).flatten(0, 1)
+    (moments,) = found.values()
+    whole = x.double().T @ x.double()
+    part = moments.inputs / moments.positions * len(x)
+    assert (part - whole).norm() <= 0.1 * whole.norm()
 
 
 @pytest.mark.parametrize("most", [math.inf, 5_000])

@@ -18,7 +18,7 @@ from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, 
 from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
 from quantifind.mixed_precision.matched import control_of
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.quantize import quantize
+from quantifind.quantize import WAVES, quantize, sequential_examples
 from quantifind.runtime.control import Control
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import random_state, set_random_state
@@ -58,14 +58,14 @@ def gptq_sequentially(candidates: Candidates) -> None:
     assignments = [a for a in dict.fromkeys([best, *solved]) if a is not None]
     failed = 0
     with progress("quantizing sequentially", total=len(assignments)) as step:
-        passes = candidates.measurements.passes
-        for first in range(0, len(assignments), FITTED):
-            if passes.left <= 0:
-                passes.stopped("fewer sequential ones")
-                return
-            strategies = [allocation.strategy(a) for a in assignments[first : first + FITTED]]
-            fitted = _sequential(candidates.measurements, strategies)
-            for strategy, quantized in zip(strategies, fitted, strict=True):
+        strategies = [allocation.strategy(a) for a in assignments]
+        waves = _waves(candidates.measurements, strategies[:FITTED])
+        for first in range(0, len(strategies), FITTED):
+            some = strategies[first : first + FITTED]
+            fitted = _sequential(candidates.measurements, some, waves)
+            if len(fitted) < len(some):
+                candidates.measurements.passes.stopped("fewer sequential ones")
+            for strategy, quantized in zip(some, fitted, strict=False):
                 if quantized is None:
                     continue
                 (row,) = candidates.measure([candidates.trial("sequential", strategy, quantized)])
@@ -74,25 +74,48 @@ def gptq_sequentially(candidates: Candidates) -> None:
                 failed = 0 if goal.keeps(row) else failed + 1
                 if failed == 2:  # each of these takes seconds
                     return
+            if len(fitted) < len(some):
+                return
+
+
+def _waves(measurements: Measurements, strategies: Sequence[Strategy]) -> int:
+    """The most waves with which what strategies take is within the passes that are left."""
+    waves, network = WAVES, measurements.network
+    while waves > 1:
+        taken = sum(sequential_examples(network, strategy, waves) for strategy in strategies)
+        if taken <= measurements.passes.left * measurements.examples:
+            break
+        waves //= 2
+    return waves
 
 
 def _sequential(
-    measurements: Measurements, strategies: Sequence[Strategy]
+    measurements: Measurements, strategies: Sequence[Strategy], waves: int
 ) -> list[Quantized | None]:
-    """Strategies quantized by the workers, or as they are kept; None where what comes before a
-    layer has lost so much that its inputs are no numbers (test_a_loss_that_is_nan_is_no_answer)."""
-    keys = [f"sequential codes {choices_key(strategy)}" for strategy in strategies]
+    """The first strategies, as many as there are passes for, quantized by the workers or as kept;
+    None where what comes before a layer has lost so much that its inputs are no numbers
+    (test_a_loss_that_is_nan_is_no_answer)."""
+    passes, affordable = measurements.passes, list[Strategy]()
+    for strategy in strategies:
+        taken = sequential_examples(measurements.network, strategy, waves)
+        if taken > passes.left * measurements.examples:
+            break
+        passes.add(taken)
+        affordable.append(strategy)
+    keys = [f"sequential codes {waves} {choices_key(strategy)}" for strategy in affordable]
     missing = [i for i, key in enumerate(keys) if measurements.store.get(key) is None]
-    made = measurements.workers.map(_quantize, measurements, [strategies[i] for i in missing])
+    tasks = [(affordable[i], waves) for i in missing]
+    made = measurements.workers.map(_quantize, measurements, tasks)
     for i, quantized in zip(missing, made, strict=True):
         if quantized is not None:
             measurements.store.put(keys[i], *artifact.pack(quantized))
     return [_stored(measurements.store, key) for key in keys]
 
 
-def _quantize(measurements: Measurements, strategy: Strategy) -> Quantized | None:
+def _quantize(measurements: Measurements, task: tuple[Strategy, int]) -> Quantized | None:
+    strategy, waves = task
     try:
-        return quantize(measurements.model, strategy, measurements.calibration)
+        return quantize(measurements.model, strategy, measurements.network, waves=waves)
     except NotFinite:
         return None
 

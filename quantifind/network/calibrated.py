@@ -1,6 +1,7 @@
 """A network beside calibration batches, and what they tell of it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,7 @@ from quantifind.network.calibration import Batches, calibration_batches, second_
 from quantifind.network.folding import Pairs, prepared, prepared_tensors
 from quantifind.network.modules import named_buffers, named_tensors
 from quantifind.network.moments import Found, layer_moments
-from quantifind.network.parts import all_parts, note
+from quantifind.network.parts import all_parts, enough, note, passes, waves
 from quantifind.network.trace import GPTQ_KINDS, ProductFacts, trace, weight_uses
 from quantifind.utils.batches import Forward
 from quantifind.utils.devices import allowed_bytes, device_of
@@ -74,6 +75,37 @@ class Calibration:
     def max_memory(self) -> float:
         given = self._max_memory
         return allowed_bytes(device_of(self.model)) if given is None else given
+
+    def examples(self, names: Iterable[str], *, beside: bool = False) -> float:
+        """How many go through the network for the moments of weights, those that go through a part
+        of it, by multiply-adds, as that part of one.
+
+        beside: the float network, whose outputs are wanted.
+        """
+        asked = list(names)
+        parts = all_parts(asked, self.facts, self.max_memory)
+        fitting = {name: own for name, own in parts.items() if all(part.blocks for part in own)}
+        counts = [len(batch) for batch in self.batches]
+        taken = 0.0
+        for some in passes(fitting, self.max_memory):
+            own = {name: fitting[name] for name in some}
+            taken += sum(counts[i] for i in enough(own, counts)) * self._share(some)
+        return 2 * taken if beside else taken
+
+    def waves(self, names: Iterable[str], most: int) -> list[list[str]]:
+        """Weights of a pass in so many groups at most (`quantifind.network.parts.waves`)."""
+        asked = set(names)
+        used = [name for name in self.uses if name in asked]
+        return waves(used, all_parts(used, self.facts, self.max_memory), most)
+
+    def _share(self, names: Sequence[str]) -> float:
+        """Of a pass, up to the last use of weights; all of it where it comes back to one."""
+        done, reached = 0.0, 0.0
+        for product in self.facts:
+            done += 0.0 if math.isnan(product.macs) else product.macs
+            if product.weight in names:
+                reached = math.inf if max(product.uses) > 1 else max(reached, done)
+        return min(reached / done, 1.0) if done else 1.0
 
     def moments(self, names: Iterable[str], **options: Any) -> Iterator[Found]:
         """Those of weights, in the order of a pass; none where there is no memory for them.

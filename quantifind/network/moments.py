@@ -4,7 +4,7 @@ weights in one pass over calibration batches."""
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from quantifind.network.calibration import Batches, look_ups
 from quantifind.network.inputs import Inputs
 from quantifind.network.meetings import Meeting
 from quantifind.network.modules import own_tensors, run
-from quantifind.network.parts import Part, all_parts, passes
+from quantifind.network.parts import Part, all_parts, enough, passes
 from quantifind.network.products import Product, visiting
 from quantifind.network.sums import Met, PartSums, Sum, moments_of, taken
 from quantifind.network.trace import ProductFacts, weight_uses
@@ -41,9 +41,10 @@ def layer_moments(
     """Moments of the inputs that weights meet, by weight and matrix of it; those of one that meet
     the same inputs as another's are the same tensors.
 
-    They are sums over all positions, or estimates of them from evenly spread ones
-    (`quantifind.network.parts.POSITIONS`). Weights come in the order of a pass, those for which
-    there is no memory first; moments are let go of when the next weight's are asked for.
+    They are sums over all positions, or estimates of them from evenly spread ones of evenly spread
+    batches (`quantifind.network.parts.POSITIONS`, `EXAMPLES`). Weights come in the order of a pass,
+    those for which there is no memory first; moments are let go of when the next weight's are asked
+    for.
 
     model: the float network, whose outputs are wanted.
     names: of the weights, each used by a pass.
@@ -62,18 +63,30 @@ def layer_moments(
     parts = all_parts(names, facts, limit)
     fitting = {name: own for name, own in parts.items() if all(part.blocks for part in own)}
     yield from ((name, {}) for name in parts if name not in fitting)
-    uses, apart = weight_uses(facts), set[int]()
+    uses, apart, examples = weight_uses(facts), set[int](), [len(batch) for batch in batches]
     for some in passes(fitting, limit):
+        own = {name: fitting[name] for name in some}
+        chosen = enough(own, examples)
+        own = _of_fewer(own, sum(examples[i] for i in chosen) / max(sum(examples), 1))
         while True:
-            own = {name: fitting[name] for name in some}
             sums = _Pass(model, work, rounded, own, uses, apart)
             try:
-                for index, batch in enumerate(batches):
-                    sums.add(batch, index)
+                for index in chosen:
+                    sums.add(batches[index], index)
                 break
             except _Apart as error:  # test_what_is_met_together_in_float_alone_is_summed_apart
                 apart.add(error.meets)
         yield from sums.found()
+
+
+def _of_fewer(parts: dict[str, list[Part]], share: float) -> dict[str, list[Part]]:
+    """Parts of which so large a share of the examples is met, and as many positions taken."""
+    if share == 1:
+        return parts
+    return {
+        name: [replace(part, share=min(1.0, part.share / share)) for part in own]
+        for name, own in parts.items()
+    }
 
 
 class _LastUse(Exception):

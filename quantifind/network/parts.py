@@ -1,6 +1,7 @@
 """Which second moments a weight needs: of what it meets as matrices, in blocks where they would
 take more memory than there is, and which weights can have theirs in the same passes."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ BLOCK, TALL = 4_608, 4
 LEAST = 16
 # positions that tell enough, in all and for each input; more of few inputs, which cost little
 POSITIONS, POSITIONS_PER_INPUT, VALUES = 2**16, 16, 2**25
+# but of so many examples at least, since positions of one are alike
+EXAMPLES = 512
 # bytes of a number in a moment matrix
 NUMBER = 8
 
@@ -26,6 +29,7 @@ class Part:
     matrices: of all groups.
     meets: the same of parts that meet the same inputs.
     share: of the positions that are taken.
+    enough: of the examples, as many as have the positions that tell enough.
     blocks: the matrices, or parts of them with fewer inputs; none where there is no memory for any.
     looked_up, met: whether it is an embedding's, and whether it meets inputs.
     """
@@ -34,6 +38,7 @@ class Part:
     matrices: Matrices
     meets: int
     share: float
+    enough: float
     blocks: tuple[Matrices, ...]
     looked_up: bool
     met: bool
@@ -89,12 +94,14 @@ def _part(name: str, matrices: Matrices, used: Sequence[ProductFacts], limit: fl
     most = max(BLOCK, TALL * outputs)
     if met and (inputs > most or NUMBER * groups * inputs**2 > limit):
         most = min(BLOCK, int(limit // (NUMBER * groups * inputs)))
-    enough = max(POSITIONS, POSITIONS_PER_INPUT * inputs, VALUES // inputs)
+    enough = max(POSITIONS, POSITIONS_PER_INPUT * inputs)
+    positions = max(1, *(p.positions for p in used))
     return Part(
         name,
         matrices,
         met[0].meets if met else -1,
-        min(1.0, enough / max(1, *(p.positions for p in used))),
+        min(1.0, max(enough, VALUES // inputs) / positions),
+        min(1.0, enough / positions) if len(met) == len(used) else 1.0,
         tuple(matrices.blocks(most)) if most >= min(LEAST, inputs) else (),
         looked_up=len(met) < len(used),
         met=bool(met),
@@ -127,6 +134,14 @@ def note(parts: Sequence[Part]) -> str | None:
         return f"rounded to nearest: no memory for the moments of its {count:,} inputs"
     largest = max(block.shape[2] for block in part.blocks)
     return f"compensated in blocks of {largest:,} of its {count:,} inputs"
+
+
+def enough(parts: Mapping[str, Sequence[Part]], examples: Sequence[int]) -> list[int]:
+    """Of batches of so many examples those, evenly spread, that tell enough of some weights."""
+    share = max((part.enough for own in parts.values() for part in own), default=0.0)
+    share = max(share, EXAMPLES / max(sum(examples), 1))
+    count = math.ceil(min(share, 1.0) * len(examples))
+    return [i * len(examples) // count for i in range(count)]
 
 
 def passes(parts: Mapping[str, Sequence[Part]], max_memory: float) -> Iterator[list[str]]:
