@@ -2,18 +2,23 @@
 
     python -m benchmarks.peers [--network NAME] [--peer NAME]
 
-Each network is trained as the pipeline trains it. Each peer gets the same checkpoint, calibration
-examples and validation examples, runs its own search in an environment of its own, on one thread of
-the CPU, and answers with networks, whose codes, scales, zero points and float32 values are counted
-one way. Those are judged here, on validation and on test data, which the peers never see. Writes
-benchmarks/results/peers.csv, and the table of docs/peers.md. Its columns, for each limit of the
-criterion ratio CR:
+Each network is trained as the pipeline trains it; mobilenet_v3_small, of 244 tensors, which only
+modelopt is asked for, as `benchmarks.strangers` trains it. Each peer gets the same checkpoint,
+calibration examples and validation examples, runs its own search in an environment of its own, on
+one thread of the CPU, and answers with networks, whose codes, scales, zero points and float32
+values are counted one way. Those are judged here, on validation and on test data, which the peers
+never see. Writes benchmarks/results/peers.csv, and the table of docs/peers.md. Its columns, for
+each limit of the criterion ratio CR:
 
 - best_bits, best_ratio: the fewest mean bits whose CR on test is within the limit, and that CR:
   what the peer could have found had it known the test data;
 - chosen_bits, chosen_validation_ratio, chosen_test_ratio: the fewest mean bits whose CR on
   validation is within the limit, and what came of it on test;
 - seconds: of the peer's search on the network, for all limits together.
+
+Of mobilenet_v3_small there are rows of the project itself, too: `find_strategy` for each limit
+without learning, on one thread, what is measured shared. Its chosen bits are those that its
+certificate on test data leaves.
 """
 
 import argparse
@@ -22,7 +27,10 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,14 +43,20 @@ from torch import nn
 from benchmarks import grids
 from benchmarks.peers import exchange
 from benchmarks.peers.environments import REQUIREMENTS, python_of
+from benchmarks.stranger_networks import STRANGERS
+from quantifind import certify, find_strategy
 from quantifind.metrics import outcome
+from quantifind.utils.loaders import Loaders
 from stages.params import read_params
 
 ROOT = grids.ROOT
 FOLDER = ROOT / "out/peers"
 RESULTS = ROOT / "benchmarks/results/peers.csv"
 MARKERS = grids.markers("python -m benchmarks.peers")
-NETWORKS = ("dense_mnist", "conv_mnist")
+NETWORKS = ("dense_mnist", "conv_mnist", "mobilenet_v3_small")
+# of many tensors: with who is asked for it
+LARGE = {"mobilenet_v3_small": ["modelopt"]}
+OWN = "quantifind"
 LIMITS = (1.01, 1.05, 1.10)
 CALIBRATION_EXAMPLES = 4_096
 MOST_SECONDS = 1_800
@@ -53,10 +67,9 @@ COLUMNS += ["chosen_validation_ratio", "chosen_test_ratio", "seconds", "note"]
 class Judge:
     """Criterion ratios of a network's quantized versions, on validation and on test data."""
 
-    def __init__(self, network: nn.Module, criterion: nn.Module, name: str) -> None:
+    def __init__(self, network: nn.Module, criterion: nn.Module, loaders: Loaders) -> None:
         self.network, self.criterion = network, criterion
-        _, *held_out = grids.loaders(name)
-        self.loaders = dict(zip(("validation", "test"), held_out, strict=True))
+        self.loaders = dict(zip(("validation", "test"), loaders[1:], strict=True))
         self.original = {split: self.loss(network, split) for split in self.loaders}
 
     def loss(self, network: nn.Module, split: str) -> float:
@@ -69,20 +82,33 @@ class Judge:
         return {split: self.loss(network, split) / self.original[split] for split in self.loaders}
 
 
-def ask(network: nn.Module, name: str) -> Path:
-    """Lay down what every peer is given; the folder it is in."""
+def given(name: str) -> tuple[nn.Module, nn.Module, Loaders, dict[str, Any]]:
+    """A trained network, its criterion, its data, and what `exchange.created` takes."""
+    if name in LARGE:
+        stranger = STRANGERS[name][1]()
+        assert stranger.criterion is not None
+        return stranger.net, stranger.criterion, stranger.loaders, _by(name, num_classes=10)
     entry = read_params(ROOT / "params.yaml").models[name]
-    train, validation, _ = grids.loaders(name)
+    return *grids.trained(name), grids.loaders(name), _by(entry.network, **entry.options)
+
+
+def _by(network: str, **options: Any) -> dict[str, Any]:
+    return {"network": network, "options": options}
+
+
+def ask(network: nn.Module, name: str, loaders: Loaders, created_by: dict[str, Any]) -> Path:
+    """Lay down what every peer is given; the folder it is in."""
+    train, validation, _ = loaders
 
     def examples(batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         return images, labels
 
-    batches = islice(train, CALIBRATION_EXAMPLES // entry.batch_size)
+    batches = islice(train, CALIBRATION_EXAMPLES // (train.batch_size or 1))
     exchange.write(
         FOLDER / name / "question",
         network,
-        created_by={"network": entry.network, "options": dict(entry.options)},
+        created_by=created_by,
         calibration=examples(batches),
         validation=examples(validation),
     )
@@ -126,10 +152,14 @@ def asked(peer: str, question: Path) -> Path:
 
 def measure(name: str, peers: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of a network: for each peer one for each limit."""
-    network, criterion = grids.trained(name)
-    judge = Judge(network, criterion, name)
-    question = ask(network, name)
-    for peer in peers:
+    network, criterion, loaders, created_by = given(name)
+    judge = Judge(network, criterion, loaders)
+    question = ask(network, name, loaders, created_by)
+    if name in LARGE:
+        rows = list(own(name, network, criterion, loaders))
+        show(pd.DataFrame(rows, columns=COLUMNS))
+        yield from rows
+    for peer in [peer for peer in peers if peer in LARGE.get(name, REQUIREMENTS)]:
         version = REQUIREMENTS[peer][0].partition("==")[2]
         of_peer = {"network": name, "peer": peer, "version": version}
         print(f"{name}: {peer} {version} …", flush=True)
@@ -141,6 +171,41 @@ def measure(name: str, peers: list[str]) -> Iterator[dict[str, Any]]:
             rows = [of_peer | row for row in judged(folder, network, judge)]
         show(pd.DataFrame(rows, columns=COLUMNS))
         yield from rows
+
+
+def own(
+    name: str, network: nn.Module, criterion: nn.Module, loaders: Loaders
+) -> Iterator[dict[str, Any]]:
+    """The project's own rows."""
+    train, validation, test = loaders
+    search = STRANGERS[name][1]().search
+    threads, rows = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for limit in LIMITS:
+            found = find_strategy(
+                network,
+                train,
+                validation,
+                criterion,
+                limit={"criterion_ratio": limit},
+                folder=folder,
+                **search,
+            )
+            rows.append((limit, found))
+    seconds = time.monotonic() - started
+    torch.set_num_threads(threads)
+    for limit, found in rows:
+        row = {"network": name, "peer": OWN, "version": version(OWN), "limit": limit}
+        row |= {"seconds": seconds, "chosen_validation_ratio": found.chosen["criterion_ratio"]}
+        steps = certify(network, found, test).steps
+        if (certified := steps[steps["certified"]]).empty:
+            yield row
+            continue
+        last = certified.iloc[-1]
+        bits, ratio = last["mean_bits"], last["criterion_ratio"]
+        yield row | {"chosen_bits": bits, "chosen_test_ratio": ratio}
 
 
 def judged(folder: Path, network: nn.Module, judge: Judge) -> Iterator[dict[str, Any]]:
@@ -203,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--network", choices=NETWORKS, help="by default both")
+    parser.add_argument("--network", choices=NETWORKS, help="by default all")
     parser.add_argument("--peer", choices=REQUIREMENTS, help="by default all of them")
     chosen = parser.parse_args()
     networks = [name for name in NETWORKS if chosen.network in (None, name)]
@@ -213,9 +278,11 @@ def main() -> None:
     if RESULTS.exists():
         kept = pd.read_csv(RESULTS)
         again = kept["network"].isin(networks) & kept["peer"].isin(peers)
-        known = kept["network"].isin(NETWORKS) & kept["peer"].isin(list(REQUIREMENTS))
+        again |= kept["network"].isin(networks) & (kept["peer"] == OWN)
+        known = kept["network"].isin(NETWORKS) & kept["peer"].isin([*REQUIREMENTS, OWN])
         results = pd.concat([kept[known & ~again], results])
-    order = {name: place for names in (NETWORKS, REQUIREMENTS) for place, name in enumerate(names)}
+    known_names = (NETWORKS, (OWN, *REQUIREMENTS))
+    order = {name: place for names in known_names for place, name in enumerate(names)}
     by = ["network", "peer", "limit"]
     results = results.sort_values(by, key=lambda column: column.map(order).fillna(column))
     RESULTS.parent.mkdir(exist_ok=True)

@@ -15,8 +15,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -122,7 +124,7 @@ def write(
     calibration: tuple[Tensor, Tensor],
     validation: tuple[Tensor, Tensor],
 ) -> None:
-    """Lay down a question. created_by: the network's plug-in and its options."""
+    """Lay down a question. created_by: what `created` takes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "network.json").write_text(json.dumps(created_by), encoding="utf-8")
     weights = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
@@ -134,9 +136,7 @@ def write(
 
 def read(folder: Path) -> Question:
     """What `write` laid down."""
-    created_by = json.loads((folder / "network.json").read_text(encoding="utf-8"))
-    create = plugins.load("models", created_by["network"], "create_model_context")
-    network, *_ = create(**created_by["options"])
+    network = created(**json.loads((folder / "network.json").read_text(encoding="utf-8")))
     network.load_state_dict(load_file(folder / "weights.safetensors"))
 
     def batches(name: str) -> Batches:
@@ -145,6 +145,14 @@ def read(folder: Path) -> Question:
         return list(zip(*parts, strict=True))
 
     return Question(network.eval(), batches("calibration"), batches("validation"))
+
+
+def created(network: str, options: Mapping[str, Any]) -> nn.Module:
+    """A network before training, of the project's plug-ins or of torchvision."""
+    if network in plugins.names("models"):
+        made: nn.Module = plugins.load("models", network, "create_model_context")(**options)[0]
+        return made
+    return torchvision.models.get_model(network, **options)
 
 
 def answer(search: Search) -> None:
