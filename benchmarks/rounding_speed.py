@@ -5,8 +5,9 @@
 Each row is the best of several calls. At best: codes packed as fast as they are copied, weights
 rounded as fast as they are copied, GPTQ at the peak of matrix products of 2,048 × 2,048, counting
 its own multiply-adds in float64 and in float32; of the kinds of layers, in CPU time on one thread,
-each weight as fast as those of the linear one. Untrained networks, since speed does not depend on
-the weights.
+each weight as fast as those of the linear one of 1,024 inputs. A weight with more inputs takes
+longer, as the linear layers with as many as the convolutions show. Untrained networks, since speed
+does not depend on the weights.
 Writes benchmarks/results/rounding_speed.csv and the table of docs/speed.md.
 """
 
@@ -163,6 +164,8 @@ def kinds() -> dict[str, tuple[nn.Module, str, Tensor]]:
     long = torch.randn(8, 64, 1000)
     return {
         "linear 1024 → 1024": (nn.Linear(1024, 1024), "weight", torch.randn(4096, 1024)),
+        "linear 2304 → 256": (nn.Linear(2304, 256), "weight", torch.randn(4096, 2304)),
+        "linear 4096 → 64": (nn.Linear(4096, 64), "weight", torch.randn(8192, 4096)),
         "convolution 3 × 3, 256 → 256": (nn.Conv2d(256, 256, 3), "weight", image),
         "the same in 32 groups": (nn.Conv2d(256, 256, 3, groups=32), "weight", image),
         "depthwise 3 × 3, 512": (nn.Conv2d(512, 512, 3, groups=512), "weight", small),
