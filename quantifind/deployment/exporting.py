@@ -17,10 +17,10 @@ from quantifind.deployment.compressed import compressed
 from quantifind.deployment.given import Given, codes_of
 from quantifind.network.folding import prepared
 from quantifind.network.modules import put_values
-from quantifind.storage.network_writer import write_whole
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import first_line
+from quantifind.utils.whole_files import written_whole
 
 OPSET = 21
 
@@ -62,7 +62,8 @@ def export(
         whole, kinds = _onnx(model, codes, example, opset)
     else:
         whole, kinds = _pt2(model, codes, example)
-    write_whole(path, [whole])
+    with written_whole(path) as partial:
+        partial.write_bytes(whole)
     rows = [
         {
             "tensor": name,
