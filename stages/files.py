@@ -53,6 +53,9 @@ MEASURED = Path("out/search")
 # what is taken along: the network, and what says what it is
 SAVED = Path("out/network.safetensors")
 CARD = Path("out/README.md")
+# for other runtimes, and beside them what each tensor takes there
+EXPORTS = Path("out/exports")
+EXPORTED = EXPORTS / "bytes.csv"
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 TEST_BATCH = 250

@@ -153,6 +153,9 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
         assert file.bytes - file.header_bytes == best["model_bytes"] == file.index["model_bytes"]
         assert file.index["judged"]["mean_bits"] == best["mean_bits"]
         assert file.index["strategy"]["tensors"].keys() == answer["tensors"].keys()
+    exported = pd.read_csv(project.folder / "out/exports/bytes.csv")
+    assert set(exported["tensor"]) <= answer["tensors"].keys()
+    assert answer["exports"] == {}
     assert "quantifind.load" in (project.folder / "out/README.md").read_text(encoding="utf-8")
     report = (project.folder / "plots/report.html").read_text(encoding="utf-8")
     assert f"{best['mean_bits']:.3f} bits per parameter" in report

@@ -70,8 +70,9 @@ def write_network(
     }
     first = json.dumps(header, separators=(",", ":")).encode()
     first += b" " * (-len(first) % 8)
+    whole: list[Any] = [len(first).to_bytes(8, "little"), first, *map(_buffer, parts), packed]
     with written_whole(path) as partial, partial.open("wb") as file:
-        for some in (len(first).to_bytes(8, "little"), first, *map(_buffer, parts), packed):
+        for some in whole:
             file.write(some)
     return 8 + len(first) + size + len(packed)
 
