@@ -83,7 +83,7 @@ def _pack(model: nn.Module, names: Iterable[str], tensor: QuantizedTensor) -> No
         like = own[first]
         home = module._parameters if attribute in module._parameters else module._buffers
         del home[attribute]
-        members = {attribute: property(_values_of(attribute, first, tensor, like))}
+        members: dict[str, Any] = {attribute: property(_values_of(attribute, first, tensor, like))}
         if isinstance(module, nn.RNNBase):
             module.__dict__.pop("_flat_weights", None)
             # torch's recurrent layers keep a list of their weights, and put it back when they move
