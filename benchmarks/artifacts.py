@@ -1,51 +1,82 @@
 """What a quantized network weighs as a file, in memory, and in other runtimes.
 
-    python -m benchmarks.artifacts [--network NAME]
+    pip install -e '.[onnx,strangers]'
+    python -m benchmarks.artifacts [--network NAME] [--untrained]
 
-Each network is trained as the pipeline trains it, and searched briefly at CR ≤ 1.01, since only
-what becomes of the answer is measured. Writes benchmarks/results/artifacts.csv and, of the networks
-in it, the table of docs/format.md. Columns:
+What is measured is what becomes of an answer, so the answers are cheap ones: those of `SEARCHED`
+are searched briefly at CR ≤ 1.01, the others have 4 bits in every tensor, a scale per channel, and
+nothing about them is certified. Networks are trained as the pipeline, or benchmarks/strangers.py,
+has them; with --untrained those that would be trained keep the weights that they begin with, since
+sizes don't depend on these. Writes benchmarks/results/artifacts.csv, into artifacts_onnx.csv what
+tensors become in ONNX, and the tables of docs/format.md. Columns:
 
+- answer, bits: how it was found; per parameter;
 - promised, file, header: bytes of ``model_bytes``, of the file, and of its header;
 - float32, onnx, pt2: bytes of the float network, and of the exported ones;
 - memory: bytes that the tensors of `quantifind.compressed` take;
 - seconds: to load the file, the best of three;
-- loaded, compressed, by_onnx, by_pt2: the largest difference of their outputs to the copy's;
+- loaded, compressed, by_onnx, by_pt2: the largest difference of their outputs to the copy's, on
+  examples of the test data, and largest: the largest magnitude of an output there;
 - note: what can't be exported, and why.
 """
 
+import argparse
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import onnxruntime
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from benchmarks import grids
-from quantifind import compressed, export, find_strategy, load, quantize_model, save
+from benchmarks import grids, stranger_networks
+from quantifind import (
+    compressed,
+    export,
+    find_strategy,
+    load,
+    quantize_model,
+    save,
+    uniform_strategy,
+)
 from quantifind.costs import model_bytes
+from quantifind.quantize import mean_bits, quantize
 from quantifind.storage.network_reader import NetworkFile
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import batches_of, tensors_of
+from stages.exports import example_of
+from stages.networks import create_network
+from stages.params import read_params
 
 RESULTS = grids.ROOT / "benchmarks/results/artifacts.csv"
+IN_ONNX = grids.ROOT / "benchmarks/results/artifacts_onnx.csv"
 MARKERS = grids.markers("python -m benchmarks.artifacts")
-LIMIT, EFFORT = 1.01, 20
+ONNX_MARKERS = grids.markers("python -m benchmarks.artifacts, in ONNX")
+SEARCHED = ("dense_mnist", "conv_mnist", "simple_dense")
+NETWORKS = (*grids.NETWORKS, *stranger_networks.STRANGERS)
+LIMIT, EFFORT, BITS, EXAMPLES = 1.01, 20, 4, 4
 
 
 @torch.no_grad()
-def artifacts(net: nn.Module, quantized: Quantized, example: Tensor) -> dict[str, Any]:
-    """Sizes, seconds and differences of a quantized network.
+def artifacts(
+    net: nn.Module, quantized: Quantized, example: Any
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Sizes, seconds and differences of a quantized network, and what its tensors become in ONNX.
 
-    example: what it takes.
+    example: what it takes, as `export` takes it.
     """
-    wanted = quantize_model(net, quantized).eval()(example)
+    wanted = outputs(quantize_model(net, quantized).eval(), example)
 
-    def off(outputs: Tensor) -> float:
-        return (outputs - wanted).abs().max().item()
+    def off(found: list[Tensor]) -> float:
+        pairs = zip(found, wanted, strict=True)
+        return max((one.float() - other.float()).abs().max().item() for one, other in pairs)
 
+    in_onnx = pd.DataFrame()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.safetensors"
         size = save(net, quantized, path)
@@ -62,51 +93,98 @@ def artifacts(net: nn.Module, quantized: Quantized, example: Tensor) -> dict[str
             "file": size,
             "header": header,
             "float32": sum(model_bytes.measure(net, Quantized({}), []).values()),
-            "memory": sum(t.untyped_storage().nbytes() for t in small.state_dict().values()),
+            "memory": sum(t.untyped_storage().nbytes() for t in set(small.state_dict().values())),
             "seconds": min(seconds),
-            "loaded": off(loaded(example)),
-            "compressed": off(small(example)),
+            "loaded": off(outputs(loaded, example)),
+            "compressed": off(outputs(small, example)),
+            "largest": max(one.abs().max().item() for one in wanted),
         }
-        for kind, outputs in (("onnx", onnx_outputs), ("pt2", pt2_outputs)):
+        for kind, run in (("onnx", onnx_outputs), ("pt2", pt2_outputs)):
             path = Path(folder) / f"net.{kind}"
             try:
-                export(net, quantized, path, example)
-                row |= {kind: path.stat().st_size, f"by_{kind}": off(outputs(path, example))}
-            except ValueError as error:
-                row["note"] = "; ".join(filter(None, [row.get("note"), f"{kind}: {error}"]))
-    return row
+                table = export(net, quantized, path, example)
+                row[kind] = path.stat().st_size
+                in_onnx = table if kind == "onnx" else in_onnx
+                row[f"by_{kind}"] = off(run(path, example))
+            except Exception as error:  # what a runtime raises, too, is what is to be known
+                reason = f"{kind}: {' '.join(str(error).split())[:200]}"
+                row["note"] = "; ".join(filter(None, [row.get("note"), reason]))
+    return row, in_onnx
 
 
-def onnx_outputs(path: Path, example: Tensor) -> Tensor:
+def outputs(net: Any, example: Any) -> list[Tensor]:
+    """The tensors that it gives, in order."""
+    found = net(**example) if isinstance(example, Mapping) else net(*example)
+    return tensors_of(found if isinstance(found, dict | list | tuple) else [found])
+
+
+def onnx_outputs(path: Path, example: Any) -> list[Tensor]:
     """Of onnxruntime, which is told to compute in float32."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(path, options)
-    (name,) = (one.name for one in session.get_inputs())
-    return torch.from_numpy(session.run(None, {name: example.numpy()})[0])
+    names = [one.name for one in session.get_inputs()]
+    given = example if isinstance(example, Mapping) else {}
+    values = [given[name] for name in names if name in given] or tree_leaves(example)
+    inputs = {name: value.numpy() for name, value in zip(names, values, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(None, inputs)]
 
 
-def pt2_outputs(path: Path, example: Tensor) -> Tensor:
+def pt2_outputs(path: Path, example: Any) -> list[Tensor]:
     """Of the program."""
-    outputs: Tensor = torch.export.load(path).module()(example)
-    return outputs
+    return outputs(torch.export.load(path).module(), example)
 
 
-def measure(name: str) -> dict[str, Any]:
-    """A row of the table."""
-    net, criterion = grids.trained(name)
-    train, val, test = grids.loaders(name)
-    found = find_strategy(net, train, val, criterion, limit=LIMIT, effort=EFFORT)
-    example = next(iter(test))[0]
-    return {"network": name, "bits": found.mean_bits, **artifacts(net, found.quantized, example)}
+def measure(name: str, *, untrained: bool) -> tuple[dict[str, Any], pd.DataFrame]:
+    """A row of the table, and what its tensors become in ONNX."""
+    begun: list[str] = []
+    if name in stranger_networks.STRANGERS:
+        _, make = stranger_networks.STRANGERS[name]
+        train = stranger_networks.trained
+        if untrained:
+            train = lambda *_, **__: begun.append(name)  # noqa: E731
+        with patch.object(stranger_networks, "trained", train):
+            made = make()
+        net, criterion, forward, (*rest, test) = (
+            *(made.net, made.criterion, made.forward),
+            made.loaders,
+        )
+    else:
+        *rest, test = grids.loaders(name)
+        if untrained:
+            begun.append(name)
+            entry = read_params(grids.ROOT / "params.yaml").models[name]
+            torch.manual_seed(0)
+            net, criterion, _, forward, _ = create_network(entry.network, entry.options, {})
+        else:
+            (net, criterion), forward = grids.trained(name), None
+    net.eval()
+    batch = next(batches_of(test, net, criterion, forward))
+    example = example_of(net, batch[:EXAMPLES] if batch.apart else batch)
+    if name in SEARCHED:
+        found = find_strategy(net, *rest, criterion, limit=LIMIT, effort=EFFORT)
+        answer, quantized = f"searched, CR ≤ {LIMIT}", found.quantized
+    else:
+        answer = f"{BITS} bits"
+        quantized = quantize(net, uniform_strategy(net, BITS, axis=0))
+    row, in_onnx = artifacts(net, quantized, example)
+    row["note"] = "; ".join(
+        ["weights as they begin"] * len(begun) + [*filter(None, [row.get("note")])]
+    )
+    facts = {"network": name, "answer": answer, "bits": mean_bits(net, quantized)}
+    if not in_onnx.empty:
+        kinds = in_onnx.groupby("becomes")
+        in_onnx = kinds[["bytes", "model_bytes"]].sum().assign(tensors=kinds.size()).reset_index()
+        in_onnx.insert(0, "network", name)
+    return {**facts, **row}, in_onnx
 
 
 def markdown(results: pd.DataFrame) -> str:
     """The table, a line per network."""
     lines = [
-        "| network | bits | promised | file | smaller | in memory | ONNX | .pt2 | ms to load "
-        "| largest difference: loaded, compressed, ONNX, .pt2 |",
-        "|---" * 10 + "|",
+        "| network | answer | bits | promised | file | smaller | in memory | ONNX | .pt2 "
+        "| ms to load | largest difference: loaded, compressed, ONNX, .pt2 |",
+        "|---" * 11 + "|",
     ]
     for row in results.to_dict("records"):
         sizes = [
@@ -118,19 +196,51 @@ def markdown(results: pd.DataFrame) -> str:
             "–" if pd.isna(row[kind]) else f"{row[kind]:.1g}"
             for kind in ("loaded", "compressed", "by_onnx", "by_pt2")
         ]
-        cells = [row["network"], f"{row['bits']:.3f}", promised, file]
+        cells = [row["network"], row["answer"], f"{row['bits']:.3f}", promised, file]
         cells += [f"{row['float32'] / row['file']:.1f} times", memory, *others]
         cells += [f"{1e3 * row['seconds']:.0f}", ", ".join(differences)]
         lines.append(f"| {' | '.join(cells)} |")
+    noted = results[results["note"].fillna("") != ""]
+    notes = [f"- {row['network']}: {row['note']}" for row in noted.to_dict("records")]
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+def onnx_markdown(kinds: pd.DataFrame) -> str:
+    """What tensors become, of all networks."""
+    lines = ["| in ONNX | tensors | bytes there | bytes here |", "|---|---|---|---|"]
+    sums = kinds.groupby("becomes")[["tensors", "bytes", "model_bytes"]].sum()
+    for kind, row in sums.iterrows():
+        cells = [f"{row[one]:,.0f}" for one in ("tensors", "bytes", "model_bytes")]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def write_rows(path: Path, rows: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Write the rows of a network, and those of the others that are there already."""
+    if path.exists():
+        kept = pd.read_csv(path)
+        rows = pd.concat([kept[kept["network"] != name], rows])
+    rows = rows.sort_values("network", key=lambda n: n.map(NETWORKS.index), kind="stable")
+    rows.to_csv(path, index=False)
+    return rows
+
+
 def main() -> None:
-    chosen = grids.chosen_networks(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--network", choices=NETWORKS, help="by default all of them")
+    parser.add_argument("--untrained", action="store_true", help="where it would be trained here")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    results = grids.write_rows(RESULTS, pd.DataFrame([measure(name) for name in chosen]))
-    grids.write_table(MARKERS, markdown(results))
-    print(markdown(results))
+    for name in [chosen.network] if chosen.network else NETWORKS:
+        print(f"{name} …", flush=True)
+        row, in_onnx = measure(name, untrained=chosen.untrained)
+        results = write_rows(RESULTS, pd.DataFrame([row]), name)
+        kinds = write_rows(IN_ONNX, in_onnx, name)
+        grids.write_table(MARKERS, markdown(results))
+        grids.write_table(ONNX_MARKERS, onnx_markdown(kinds))
+        print(pd.Series(row).to_string(), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from quantifind.certification.ledger import Look
 from quantifind.certification.measures import MEASURES
 from quantifind.certification.tails import tail_warning
 from quantifind.utils import plugins
+from stages.card import export_in_words, file_in_words
 
 # what a quantized tensor becomes: its scheme, bits and options; None stays in float
 Choice = Mapping[str, Any] | None
@@ -159,7 +159,8 @@ def words_of(choice: Choice) -> str:
 def in_words(answer: Mapping[str, Any], name: str) -> str:
     """The recommendation as a page of Markdown.
 
-    answer: what `recommend` returns, and perhaps the ``path`` and ``bytes`` of a ``file``.
+    answer: what `recommend` returns, and perhaps the ``path`` and ``bytes`` of a ``file``, and by
+        kind those of ``exports``, or the ``reason`` why there is none.
     name: of the network.
     """
     measure, best = next(iter(answer["limit"])), answer["certified"]
@@ -196,7 +197,9 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
     skewness = best["change_skewness"]
     warning = "" if skewness is None else tail_warning(skewness, best["examples"])
     lines += ["", warning] if warning else []
-    lines += ["", _file(answer["file"])] if "file" in answer else []
+    lines += ["", file_in_words(answer["file"])] if "file" in answer else []
+    for kind, file in answer.get("exports", {}).items():
+        lines += ["", export_in_words(kind, file)]
     lines += [
         "",
         "| measure | test data | at most, one-sided | validation data |",
@@ -230,47 +233,6 @@ def _control(said: str, matched: Mapping[str, Mapping[str, float]] | None) -> st
         f"{said}; on test data {control}. Beside them, which had all that this answer had but the "
         f"quantization, its loss is **{ratio}** times as large (matched ratio)."
     )
-
-
-def _file(file: Mapping[str, Any]) -> str:
-    return (
-        f"It is in `{file['path']}`, {file['bytes']:,} bytes; with a network of the same "
-        f'architecture, `quantifind.load("{file["path"]}", net)` gives it back.'
-    )
-
-
-def card(answer: Mapping[str, Any], name: str) -> str:
-    """What stands beside the file of a network, as a page of Markdown.
-
-    answer: what `in_words` is given.
-    name: of the network.
-    """
-    best = answer["certified"] or answer["chosen"]
-    file = answer["file"]
-    own, header = PurePath(file["path"]).name, file["bytes"] - best["model_bytes"]
-    lines = [
-        f"# {name}, quantized",
-        "",
-        f"`{own}` is a network of {best['mean_bits']:.3f} bits per parameter: "
-        f"{best['model_bytes']:,} bytes, and a header of {header:,}. "
-        "Quantifind found how few bits each tensor needs, on validation data, and judged it on "
-        "test data that took no part in choosing anything.",
-        "",
-        "```py",
-        "import quantifind",
-        "",
-        f'net = quantifind.load("{own}", net)  # a network of this architecture, any weights',
-        "```",
-        "",
-        "It is in the safetensors format; nothing in it is executed.",
-        "",
-        "## What it was judged on",
-        "",
-        f"{best['examples']:,} test examples.",
-        "",
-        *in_words({k: v for k, v in answer.items() if k != "file"}, name).splitlines()[2:],
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _looks(answer: Mapping[str, Any]) -> str:

@@ -8,10 +8,13 @@ import pandas as pd
 from quantifind.certification.resampling import bits_interval
 from quantifind.deployment.saving import save
 from quantifind.strategy import Strategy
+from quantifind.utils.batches import batches_of
 from quantifind.workflow.certification_workflow import judge_ladder
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, looks, networks
-from stages.answers import card, in_words, mark_certified, recommend, summarize
+from stages.answers import in_words, mark_certified, recommend, summarize
+from stages.card import card
+from stages.exports import write_exports
 from stages.params import Params
 from stages.tensors import tensor_table
 from stages.versions import versions
@@ -65,10 +68,13 @@ def main(params: Params) -> None:
     best = answer["certified"] or answer["chosen"]
     proof = {"on": "test data", "certified": answer["certified"] is not None, **best}
     proof |= {key: answer[key] for key in ("limit", "confidence", "look")}
-    step, path = answer["step"], files.SAVED
+    step, path, words = answer["step"], files.SAVED, in_words(answer, params.model)
     size = save(net, quantized[step], path, strategy=strategies[step], judged=proof)
     answer["file"] = {"path": str(path), "bytes": size}
-    files.write_text(files.CARD, card(answer, params.model))
+    some = networks.read_loader("test", batch_size=2)
+    example = next(batches_of(some, net, criterion, made.forward))
+    answer["exports"] = write_exports(params.export, net, quantized[step], example)
+    files.write_text(files.CARD, card(answer, params.model, words))
     files.write_table(files.PLOTS / "tensors.csv", tensor_table(net, strategies, quantized))
     _write(params, table, frontier, answer)
 

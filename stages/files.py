@@ -10,7 +10,6 @@ import io
 import json
 import math
 import numbers
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantifind.utils.memory import keep_freed_memory
+from quantifind.utils.whole_files import written_whole
 from stages.params import Params, read_params
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ MEASURED = Path("out/search")
 # what is taken along: the network, and what says what it is
 SAVED = Path("out/network.safetensors")
 CARD = Path("out/README.md")
+# for other runtimes, and beside them what each tensor takes there
+EXPORTS = Path("out/exports")
+EXPORTED = EXPORTS / "bytes.csv"
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 TEST_BATCH = 250
@@ -84,9 +87,8 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
     save: writes it, given a temporary path beside ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    save(partial)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        save(partial)
 
 
 def write_text(path: Path, text: str) -> None:

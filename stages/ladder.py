@@ -36,7 +36,9 @@ def read_ladder() -> tuple[list[Strategy], list[Quantized], pd.DataFrame]:
     """
     strategies, quantized, facts = [], [], []
     for number, step in enumerate(files.read_json(files.LADDER)):
-        strategies.append(Strategy(step["tensors"], step["activations"]))
+        # the norms that are folded, too: test_a_ladder_comes_back_as_it_was
+        choices = (step["tensors"], step["activations"], step.get("folded", ()))
+        strategies.append(Strategy(*choices))
         tensors = files.read_tensors(codes_of(number))
         quantized.append(artifact.unpack(tensors, step["description"]))
         # what JSON does not have: test_numbers_that_are_none_come_back_as_missing

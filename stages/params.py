@@ -69,6 +69,8 @@ class Params:
     quantize: Quantize
     search: Search
     evaluate: Evaluate
+    # the other runtimes that the answer is written for
+    export: list[Literal["onnx", "pt2"]] = field(default_factory=list)
     # who measures, as quantifind.runtime.workers.Workers takes them
     engine: Literal["sequential", "loky", "dask"] = "sequential"
     scheduler: str | None = None

@@ -8,7 +8,8 @@ import pytest
 
 from quantifind.certification.ledger import Look
 from quantifind.certification.measures import MEASURES
-from stages.answers import card, in_words, recommend, words_of
+from stages.answers import in_words, recommend, words_of
+from stages.card import card
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}
 
@@ -311,11 +312,21 @@ def test_a_number_of_levels_is_not_one_of_bits():
 def test_the_card_says_what_the_file_is_and_how_to_load_it():
     answer = answer_of([1.0, 1.005, 1.009])
     file = {"path": "out/network.safetensors", "bytes": answer["certified"]["model_bytes"] + 321}
-    page, words = card(answer | {"file": file}, "net"), in_words(answer | {"file": file}, "net")
+    exports = {
+        "onnx": {"path": "out/exports/network.onnx", "bytes": 1234},
+        "pt2": {"reason": "the network can't be traced"},
+    }
+    bare = in_words(answer, "net")
+    whole = answer | {"file": file, "exports": exports}
+    page, words = card(whole, "net", bare), in_words(whole, "net")
     assert answer["step"] == 2
     assert 'quantifind.load("network.safetensors", net)' in page
     assert 'quantifind.load("out/network.safetensors", net)' in words
     assert f"{file['bytes']:,} bytes" in words
     assert "a header of 321" in page
-    assert all(line in page for line in in_words(answer, "net").splitlines()[2:])
+    assert '`exports/network.onnx`, 1,234 bytes: `onnxruntime.InferenceSession("exports/' in page
+    assert '1,234 bytes: `onnxruntime.InferenceSession("out/exports/network.onnx")`' in words
+    for text in (page, words):
+        assert "There is no .pt2 of it: the network can't be traced." in text
+    assert all(line in page for line in bare.splitlines()[2:])
     assert answer_of([1.02, 1.0])["step"] == 1

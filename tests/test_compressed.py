@@ -11,7 +11,7 @@ from quantifind import Strategy, compressed, quantize_model, uniform_strategy
 from quantifind.costs import model_bytes
 from quantifind.quantize import quantize
 from quantifind.strategy import uniform_activations
-from quantifind.tensor.quantized import Quantized
+from quantifind.tensor.quantized import Quantized, QuantizedTensor
 
 
 class Recurrent(nn.Module):
@@ -89,6 +89,17 @@ def test_compressed_networks_give_the_same(kind, choice):
     assert held == stored
     counters = sum(t.numel() * 8 for n, t in small.named_buffers() if n.endswith("tracked"))
     assert stored - counters == sum(model_bytes.measure(net, quantized, []).values())
+
+
+def test_recurrent_weights_are_made_few_times_in_a_pass(monkeypatch):
+    net, x = made("gru")
+    small, made_of = compressed(net, uniform_strategy(net, 4)), []
+    dequantize = QuantizedTensor.dequantize
+    monkeypatch.setattr(
+        QuantizedTensor, "dequantize", lambda self: made_of.append(1) or dequantize(self)
+    )
+    small(x)
+    assert len(made_of) <= 3 * len(list(net.parameters()))
 
 
 @pytest.mark.parametrize("kind", NETS)

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from test_compressed import made
 from torch import nn
 
@@ -14,6 +15,9 @@ from quantifind import Strategy, export, quantize_model, uniform_strategy
 from quantifind.quantize import quantize
 from quantifind.strategy import uniform_activations
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import Batch
+from stages import files
+from stages.exports import write_exports
 
 WEIGHTS = [
     *({"bits": bits, **axis} for bits in (1, 2, 3, 4, 7, 8, 12, 20) for axis in ({}, {"axis": 0})),
@@ -79,12 +83,13 @@ def test_every_choice_is_the_same_in_onnxruntime(tmp_path, opset):
     assert set(table["becomes"].str.split(" ").str[0]) >= {"int4", "int8", "int16", "codebook"}
 
 
-# others trace, too, but the unrolled steps of an LSTM take a minute
-@pytest.mark.parametrize("kind", ["convolutions", "attention"])
+# an LSTM traces, too, but the unrolled steps of its layers take a minute
+@pytest.mark.parametrize("kind", ["convolutions", "attention", "gru"])
 @torch.no_grad()
 def test_networks_run_in_other_runtimes(tmp_path, kind):
     net, x = made(kind)
-    quantized = quantize(net, uniform_strategy(net, 4, axis=0))
+    x = x[:, :2] if kind == "gru" else x
+    quantized = quantize(net, uniform_strategy(net, 8 if kind == "gru" else 4, axis=0))
     wanted = quantize_model(net, quantized)(x)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     export(net, quantized, tmp_path / "net.onnx", x)
@@ -129,6 +134,50 @@ def test_activations_are_rounded_in_onnxruntime(tmp_path, kind, bits):
     assert (plain - wanted).abs().max() > 1e-4
 
 
+class Tied(nn.Module):
+    """One weight for two, and one module twice; a large and a small codebook."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.inside, self.head = (
+            nn.Embedding(9, 20),
+            nn.Linear(20, 20),
+            nn.Linear(20, 9),
+        )
+        self.head.weight = self.embedding.weight
+        self.again = self.inside
+        self.small = nn.Linear(9, 2)
+
+    def forward(self, words):
+        return self.small(self.head(self.again(self.inside(self.embedding(words)))))
+
+
+@torch.no_grad()
+def test_tied_weights_are_in_onnx_once_and_codebooks_where_they_are_smaller(tmp_path):
+    torch.manual_seed(0)
+    net, words = Tied().eval(), torch.randint(9, (3, 4))
+    path = tmp_path / "net.onnx"
+    codebook = {"scheme": "codebook", "bits": 4}
+    named = {"embedding.weight": {"scheme": "uniform", "bits": 4, "axis": 0}}
+    named |= {"inside.weight": codebook, "small.weight": codebook | {"axis": 0}}
+    biases = {f"{name}.bias": None for name in ("inside", "head", "small")}
+    quantized = quantize(net, Strategy(named | biases))
+    table = export(net, quantized, path, words).set_index("tensor")
+    wanted = quantize_model(net, quantized)(words)
+    assert (onnx_outputs(path, words)[0] - wanted).abs().max() <= 1e-5
+    assert table["becomes"].to_dict() == {
+        "embedding.weight": "int4",
+        "inside.weight": "codebook",
+        # 16 levels of 4 bytes for each row of 9
+        "small.weight": "float",
+    }
+    assert table.loc["embedding.weight", "bytes"] == 90 + 4 * 9
+    assert table.loc["inside.weight", "bytes"] >= 200 + 4 * 16
+    assert table.loc["small.weight", "bytes"] == 72
+    large = [one.name for one in onnx.load(path).graph.initializer if len(one.raw_data) > 80]
+    assert sorted(large) == ["embedding.weight/codes", "inside.weight/codes"]
+
+
 class Untraceable(nn.Linear):
     def forward(self, x):
         return super().forward(x) if x.sum().item() > 0 else super().forward(-x)
@@ -159,3 +208,42 @@ def test_what_cannot_be_exported_is_said_in_a_line(tmp_path):
             export(given, quantized, tmp_path / name, example, **options)
         assert "\n" not in str(found.value)
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_what_is_asked_for_is_exported_and_the_rest_survives(tmp_path, monkeypatch):
+    """In one folder that is there whatever is asked for, with the network's own arguments."""
+    monkeypatch.chdir(tmp_path)
+
+    class Named(nn.Linear):
+        def forward(self, x, *, scale):
+            return super().forward(x) * scale
+
+    def forward(model, batch):
+        return model(batch["x"], scale=batch["scale"]), batch["y"]
+
+    net, untraceable = Named(6, 3), Untraceable(6, 3)
+    data = {"x": torch.randn(2, 6), "scale": torch.tensor(2.0), "y": torch.ones(2)}
+    batch = Batch(data, forward)
+    quantized = quantize(net, uniform_strategy(net, 4))
+    assert write_exports([], net, quantized, batch) == {}
+    assert [path.name for path in files.EXPORTS.iterdir()] == ["bytes.csv"]
+    found = write_exports(["pt2"], net, quantized, batch)
+    path = files.EXPORTS / "network.pt2"
+    assert found == {"pt2": {"path": str(path), "bytes": path.stat().st_size}}
+    program = torch.export.load(path).module()
+    assert torch.equal(
+        program(x=data["x"], scale=data["scale"]), forward(quantize_model(net, quantized), data)[0]
+    )
+    table = files.read_table(files.EXPORTED)
+    assert (table["pt2_bytes"] == table["model_bytes"]).all()
+    batch = Batch(data["x"], lambda model, x: model(x))
+    found = write_exports(["onnx", "pt2"], untraceable, quantized, batch)
+    for kind in ("onnx", "pt2"):
+        assert "can't be traced" in found[kind]["reason"]
+        assert "quantifind.save and quantifind.compressed work" in found[kind]["reason"]
+    assert [path.name for path in files.EXPORTS.iterdir()] == ["bytes.csv"]
+    parts = Batch(data["x"], lambda model, x: F.linear(x, model.weight))
+    assert (
+        "doesn't call the network" in write_exports(["pt2"], net, quantized, parts)["pt2"]["reason"]
+    )

@@ -52,7 +52,11 @@ def test_weights_take_the_place_of_epochs(values, tmp_path):
 CASES = {
     "unknown storage": (["search", "storage"], "zip", "search.storage: .*'packed' or 'coded'"),
     "unknown model": (["model"], "dense_mnits", "model: unknown 'dense_mnits': models has conv_mn"),
-    "unknown key": (["quantise"], {}, "quantise: unknown key; allowed are engine, evaluate, model"),
+    "unknown key": (
+        ["quantise"],
+        {},
+        "quantise: unknown key; allowed are engine, evaluate, export",
+    ),
     "unknown model key": (
         ["models", "conv_mnist", "epohcs"],
         3,

@@ -22,9 +22,13 @@ import yaml
 from conftest import ROOT, tracked_files
 from hypothesis import given, settings
 from safetensors.torch import load_file
+from test_artifact import assert_same
+from torch import nn
 
+from quantifind import uniform_strategy
+from quantifind.quantize import quantize
 from quantifind.storage.network_reader import NetworkFile
-from quantifind.strategy import Strategy
+from quantifind.strategy import Strategy, uniform_activations
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
 from stages import answers, deps, files, ladder, plot, prepare, select
@@ -149,6 +153,9 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
         assert file.bytes - file.header_bytes == best["model_bytes"] == file.index["model_bytes"]
         assert file.index["judged"]["mean_bits"] == best["mean_bits"]
         assert file.index["strategy"]["tensors"].keys() == answer["tensors"].keys()
+    exported = pd.read_csv(project.folder / "out/exports/bytes.csv")
+    assert set(exported["tensor"]) <= answer["tensors"].keys()
+    assert answer["exports"] == {}
     assert "quantifind.load" in (project.folder / "out/README.md").read_text(encoding="utf-8")
     report = (project.folder / "plots/report.html").read_text(encoding="utf-8")
     assert f"{best['mean_bits']:.3f} bits per parameter" in report
@@ -599,6 +606,33 @@ def test_numbers_that_are_none_come_back_as_missing(tmp_path, monkeypatch):
     assert read["ratio"].tolist()[0] == 1.5
     assert read["high"].tolist()[1] == 2.0
     assert read.isna().to_numpy().tolist() == [[False, True, True], [True, False, True]]
+
+
+def test_a_ladder_comes_back_as_it_was(tmp_path, monkeypatch):
+    """Choices of all kinds, folded norms and rounded activations too."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(3, 4, 2, bias=False), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 2))
+    batches = [(torch.randn(5, 3, 9),)]
+    kinds = ({"bits": 4, "axis": 0}, {"scheme": "codebook", "bits": 3, "storage": "coded"}, None)
+    bias = {"scheme": "uniform", "bits": 8}
+    rows = []
+    for kind in kinds:
+        choice = kind and {"scheme": "uniform", **kind}
+        plain = Strategy(uniform_strategy(net, 5).tensors, uniform_activations(net, batches, 6))
+        named = {"0.weight": choice, "0.bias": bias, "2.weight": choice, "2.bias": None}
+        for strategy in (plain, Strategy(named, folded=(("0", "1"),))):
+            rows.append(
+                {"strategy": strategy, "quantized": quantize(net.eval(), strategy, batches)}
+            )
+    ladder.write_ladder(pd.DataFrame([row | {"facts": 1.0} for row in rows]))
+    strategies, codes, _ = ladder.read_ladder()
+    assert strategies == [row["strategy"] for row in rows]
+    for read, row in zip(codes, rows, strict=True):
+        assert read.folded == row["quantized"].folded == row["strategy"].folded
+        assert read.activations.keys() == row["quantized"].activations.keys()
+        for name, tensor in row["quantized"].tensors.items():
+            assert_same(read.tensors[name], tensor)
 
 
 def fails(project, stage: str, message: str, *arguments: str) -> None:

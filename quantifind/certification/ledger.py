@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantifind.utils.naming import naming
+from quantifind.utils.whole_files import written_whole
 
 FORMAT = "quantifind looks 1"
 
@@ -114,7 +115,6 @@ def _whole(splits: Any) -> bool:
 
 
 def _write(path: Path, splits: dict[str, list[str]]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps({"format": FORMAT, "splits": splits}, indent=2)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")

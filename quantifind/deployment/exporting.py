@@ -17,10 +17,11 @@ from quantifind.deployment.compressed import compressed
 from quantifind.deployment.given import Given, codes_of
 from quantifind.network.folding import prepared
 from quantifind.network.modules import put_values
-from quantifind.storage.network_writer import write_whole
+from quantifind.network.sharing import stored_and_shared
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import first_line
+from quantifind.utils.whole_files import written_whole
 
 OPSET = 21
 
@@ -62,7 +63,8 @@ def export(
         whole, kinds = _onnx(model, codes, example, opset)
     else:
         whole, kinds = _pt2(model, codes, example)
-    write_whole(path, [whole])
+    with written_whole(path) as partial:
+        partial.write_bytes(whole)
     rows = [
         {
             "tensor": name,
@@ -107,6 +109,7 @@ def _onnx(
         raise ValueError(f"{first_line(error)}: pip install quantifind[onnx]") from error
     replica = prepared(model, codes.folded)
     put_values(replica, codes.tensors)
+    _, same, _ = stored_and_shared(replica)
     program = _traced(replica, example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,6 +124,7 @@ def _onnx(
             ) from error
     assert made is not None
     proto = made.model_proto
+    onnx_graph.share(proto.graph, same)
     kinds = onnx_graph.put_codes(proto.graph, codes, opset=opset)
     onnx_graph.put_activations(proto.graph, codes.activations)
     return proto.SerializeToString(), kinds

@@ -26,12 +26,29 @@ MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
+def share(graph: Any, same: Mapping[str, str]) -> None:
+    """Give tied weights one initializer, in place, under the name by which they are stored.
+
+    same: by name of a tied weight, that name.
+    """
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = same.get(name, name)
+    once = {same.get(tensor.name, tensor.name): tensor for tensor in graph.initializer}
+    for name, tensor in once.items():
+        tensor.name = name
+    kept = list(once.values())
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
 def put_codes(graph: Any, quantized: Quantized, *, opset: int) -> dict[str, tuple[str, int]]:
     """Put codes in the place of a graph's initializers, by their names.
 
     opset: of the graph.
     Returns: by name of a quantized tensor what it has become, and its bytes; "float" where ONNX
-    has no such whole numbers or values, it is empty, or the graph doesn't have it by its name.
+    has no such whole numbers or values, codes would take more bytes, it is empty, or the graph
+    doesn't have it by its name.
     """
     floats = {tensor.name: tensor for tensor in graph.initializer}
     kinds, nodes = {}, []
@@ -40,9 +57,10 @@ def put_codes(graph: Any, quantized: Quantized, *, opset: int) -> dict[str, tupl
         if name in floats and tensor.codes.numel() and tensor.dtype in FLOATS:
             made = _Made(name)
             kind = made.values(tensor, opset)
-            if kind is None:
+            size = sum(len(part.raw_data) for part in made.initializers)
+            if kind is None or size >= kinds[name][1]:
                 continue
-            kinds[name] = kind, sum(len(part.raw_data) for part in made.initializers)
+            kinds[name] = kind, size
             graph.initializer.remove(floats[name])
             graph.initializer.extend(made.initializers)
             nodes += made.nodes
@@ -83,7 +101,7 @@ def _products(graph: Any, weight: str) -> list[tuple[Any, int]]:
     if not found:
         raise ValueError(
             "in ONNX only those are rounded that meet the weight of a linear map or convolution; "
-            "leave it None, or export to .pt2"
+            "leave it None, or use quantifind.compressed"
         )
     return found
 
@@ -165,8 +183,9 @@ class _Made:
         """
         qparams, shape = tensor.qparams, tensor.codes.shape
         axis, group = qparams.axis, qparams.group
-        width = _width(qparams, opset) if qparams.grid.table is None else 0
-        if width is None:
+        looked_up = qparams.grid.table is not None
+        width = 0 if looked_up else _width(qparams, opset)
+        if width is None or (looked_up and qparams.grid.levels > 2 ** max(WIDTHS)):
             return None
         if width:
             kind = f"int{width}" if group is None else f"int{width} in blocks of {group}"

@@ -91,29 +91,42 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         with naming(f"{path}: a file of another architecture"):
             replica = prepared(model, file.folded)
             _check_fits(file, replica)
-        tensors, same = all_tensors(replica), file.index.get("same", {})
         with torch.no_grad():
-            for name in (*file.tensors, *file.others):
-                values = file.values(name)
-                if name.rpartition(".")[2] == EXTRA:
-                    _set_extra_state(replica, name, values)
-                elif values.layout != torch.strided:
-                    _put(replica, name, values)
-                else:
-                    # what is tied in the file may not be here: test_weights_are_tied_or_not
-                    for one in (name, *(other for other in same if same[other] == name)):
-                        tensors[one].copy_(values)
+            _fill(replica, file)
         activations = {name: file.activation(name) for name in file.activations}
     replica.eval()
     return QuantizedActivations(replica, activations) if activations else replica
 
 
+def _fill(replica: nn.Module, file: NetworkFile) -> None:
+    """Give a network the tensors of a file that fits it."""
+    tensors, same = all_tensors(replica), file.index.get("same", {})
+    for name in (*file.tensors, *file.others):
+        if name.rpartition(".")[2] == EXTRA:
+            _set_extra_state(replica, name, file.values(name))
+            continue
+        first = tensors[name]
+        if first.layout != torch.strided:
+            _put(replica, name, file.values(name))
+            continue
+        if first.is_contiguous():
+            file.put(name, first)
+        else:
+            first.copy_(file.values(name))
+        # what is tied in the file may not be here: test_weights_are_tied_or_not
+        for other in (other for other in same if same[other] == name):
+            tensors[other].copy_(first)
+
+
 def _check_fits(file: NetworkFile, replica: nn.Module) -> None:
     """Raise ValueError, naming up to three tensors, unless a file has those of a network."""
     same, views = file.index.get("same", {}), file.index.get("views", {})
-    there = {name: _kind(*file.described(name)) for name in (*file.tensors, *file.others)}
+    there = {
+        name: _kind(*file.described(name), file.layout(name))
+        for name in (*file.tensors, *file.others)
+    }
     stored, *shared = stored_and_shared(replica)
-    here = {name: _kind(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+    here = {name: _kind(t.dtype, t.shape, str(t.layout)) for name, t in stored.items()}
     # of a module's own state only that it is there: its bytes depend on what it holds
     here |= {name: there.get(name, EXTRA) for name in _extra_states(replica)}
     different = [
@@ -142,8 +155,10 @@ def _with(
     }
 
 
-def _kind(dtype: torch.dtype, shape: Iterable[int]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+def _kind(dtype: torch.dtype, shape: Iterable[int], layout: str) -> str:
+    words = f"{dtype} {list(shape)}", layout
+    kind, layout = (word.removeprefix("torch.") for word in words)
+    return kind if layout == "strided" else f"{layout} {kind}"
 
 
 def _extra_states(model: nn.Module) -> dict[str, Tensor]:

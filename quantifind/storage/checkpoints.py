@@ -1,6 +1,5 @@
 """Numbered checkpoints in a folder, and the random state to go on with."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from quantifind.storage.states import load_plain
 from quantifind.utils.naming import first_line
+from quantifind.utils.whole_files import written_whole
 
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
@@ -24,8 +24,8 @@ def save_checkpoint(directory: Path | str, state: dict[str, Any]) -> Path:
     earlier = latest_checkpoint(directory)
     number = 1 if earlier is None else _number(earlier) + 1
     path = directory / f"checkpoint-{number:04d}.pt"
-    torch.save(state, partial := path.with_suffix(".partial"))
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        torch.save(state, partial)
     return path
 
 

@@ -5,9 +5,9 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,34 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantifind.storage.network_entry import Entry, check, count, shape_of
 from quantifind.storage.network_writer import DTYPES, FORMAT, SECTIONS, VERSION
 from quantifind.storage.states import unpack_state
+from quantifind.tensor import coding, packing
 from quantifind.tensor.qparams import Grid, QParams
-from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.tensor.quantized import Quantized, QuantizedTensor, values_from
 from quantifind.utils.naming import first_line, naming
 
 # what is read of a header, so that it can't ask for more memory than a network would:
 # test_a_bomb_is_refused_before_memory_is_taken
 MOST_HEADER, MOST_INDEX = 2**12, 2**26
-# how codes are bytes, and how many codes a tensor may have whose bytes don't tell
-STORAGES, MOST_CODES = ("packed", "coded"), 2**31
+# values, or bytes, that are read together
+STEP = 2**13 * packing.TOGETHER
 # what is raised by an index that no `write_network` wrote
 _BAD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where something lies in the file.
-
-    facts: of the index.
-    start, size: of its parts, one after another, in bytes.
-    parts: by name, dtype and shape.
-    """
-
-    facts: Mapping[str, Any]
-    start: int
-    size: int
-    parts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class NetworkFile:
@@ -102,7 +89,7 @@ class NetworkFile:
             found[section] = {}
             for name, facts in self.index[section].items():
                 parts = {
-                    part: (DTYPES[dtype], _shape(shape))
+                    part: (DTYPES[dtype], shape_of(shape))
                     for part, (dtype, *shape) in facts["parts"].items()
                 }
                 size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts.values())
@@ -110,7 +97,7 @@ class NetworkFile:
                 start += size
                 with naming(name):
                     if section in ("tensors", "activations"):
-                        _check(entry, found["tables"])
+                        check(entry, found["tables"])
         return found
 
     def _bytes(self, start: int, count: int) -> bytearray:
@@ -119,6 +106,68 @@ class NetworkFile:
         if self._file.readinto(found) != count:
             raise ValueError("truncated")
         return found
+
+    def put(self, name: str, into: Tensor) -> None:
+        """Copy the values of a tensor into one of its dtype and shape, contiguous, a few at a time:
+        beside it, that takes little memory.
+
+        Raises: ValueError as `tensor`; what was copied by then stays.
+        """
+        with self._reading(name), torch.no_grad():
+            entry = self.tensors.get(name) or self.others[name]
+            self._check_bytes(entry)
+            values, flat = self._between(entry), into.view(-1)
+            for first in range(0, len(flat), STEP):
+                last = min(first + STEP, len(flat))
+                flat[first:last] = values(first, last)
+
+    def _between(self, entry: Entry) -> Callable[[int, int], Tensor]:
+        """(first, last) → these of the flattened values."""
+        if "" in entry.parts:
+            return partial(self._some, entry, "")
+        facts, (size,) = entry.facts, entry.parts["codes"][1]
+        beside = {part: shape for part, (_, shape) in entry.parts.items() if part != "codes"}
+        own = {
+            part: self._some(entry, part, 0, math.prod(shape)).reshape(shape)
+            for part, shape in beside.items()
+        }
+        qparams = self._qparams(entry, own)
+        shape, dtype = torch.Size(facts["shape"]), DTYPES[facts["dtype"]]
+        grid, number, coded = qparams.grid, shape.numel(), facts.get("storage") == "coded"
+        read = partial(self._some, entry, "codes")
+        whole = coding.decode(read(0, size), grid.levels, shape).reshape(-1) if coded else None
+        if not coded:
+            packing.check_size(size, grid.levels, number)
+
+        def values(first: int, last: int) -> Tensor:
+            codes = (
+                packing.unpack_some(read, grid.levels, number, first=first, last=last)
+                if whole is None
+                else whole[first:last]
+            )
+            return values_from(first, codes.long() + grid.lowest_code, shape, qparams, dtype)
+
+        return values
+
+    def _some(self, entry: Entry, part: str, first: int, last: int) -> Tensor:
+        """Values ``first`` to ``last`` − 1 of a part."""
+        start = entry.start
+        for own, (dtype, shape) in entry.parts.items():
+            if own == part:
+                break
+            start += math.prod(shape) * dtype.itemsize
+        size = dtype.itemsize
+        raw = self._bytes(start + first * size, (last - first) * size)
+        return torch.from_numpy(np.frombuffer(raw, np.uint8)).view(dtype)
+
+    def _check_bytes(self, entry: Entry) -> None:
+        """Raise ValueError unless they are those that were written; they are read in pieces."""
+        found = 0
+        for start in range(0, entry.size, STEP):
+            some = self._bytes(entry.start + start, min(STEP, entry.size - start))
+            found = zlib.crc32(some, found)
+        if found != entry.facts["crc32"]:
+            raise ValueError("it was altered: its bytes are not those that were written")
 
     def _parts(self, what: str, entry: Entry) -> dict[str, Tensor]:
         raw = self._bytes(entry.start, entry.size)
@@ -185,6 +234,11 @@ class NetworkFile:
         dtype, shape = list(self.others[name].parts.values())[-1]
         return dtype, tuple(self.others[name].facts.get("shape", shape))
 
+    def layout(self, name: str) -> str:
+        """Of the values of any tensor: "strided", "sparse_csr", …."""
+        entry = self.others.get(name)
+        return "strided" if entry is None else str(entry.facts.get("layout", "strided"))
+
     def quantized(self) -> Quantized:
         """All of it, as `quantifind.quantize.quantize` gave it."""
         return Quantized(
@@ -218,7 +272,7 @@ def _read_header(file: BinaryIO, size: int) -> tuple[Mapping[str, str], dict[str
             raise ValueError(f"its format is {metadata['format']!r}")
         version = int(metadata["version"])
         ends = {name: facts["data_offsets"] for name, facts in header.items()}
-        spans = {n: (8 + length + _count(a), _count(b - a)) for n, (a, b) in ends.items()}
+        spans = {n: (8 + length + count(a), count(b - a)) for n, (a, b) in ends.items()}
         _ = spans["data"], spans["index"]
     except (*_BAD, RecursionError) as error:
         raise ValueError(f"no file that quantifind.save wrote ({first_line(error)})") from error
@@ -238,49 +292,3 @@ def _read_index(packed: bytearray) -> dict[str, Any]:
     if inflater.unconsumed_tail:
         raise ValueError(f"it is longer than {MOST_INDEX} bytes")
     return dict(json.loads(text))
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
-    return value
-
-
-def _shape(values: Any) -> tuple[int, ...]:
-    return tuple(map(_count, values))
-
-
-def _check(entry: Entry, tables: Mapping[str, Entry]) -> None:
-    """Raise ValueError unless parts belong together: what is decoded is then as large as the shape
-    says."""
-    facts, shapes = entry.facts, {part: shape for part, (_, shape) in entry.parts.items()}
-    levels, offset = _count(facts["levels"]), facts.get("offset", 0.0)
-    if levels not in range(2, 2**32 + 1) or offset not in (0.0, 0.5):
-        raise ValueError(f"a grid of {levels} levels with offset {offset!r}")
-    rows = 1
-    if (codes := shapes.pop("codes", None)) is not None:
-        if (storage := facts.get("storage", "packed")) not in STORAGES:
-            raise ValueError(f"storage is {storage!r}: {', '.join(STORAGES)} are known")
-        shape = _shape(facts["shape"])
-        if not DTYPES[facts["dtype"]].is_floating_point:
-            raise ValueError(f"values of {facts['dtype']}")
-        most = 8 * codes[0] if storage == "packed" else MOST_CODES
-        if len(codes) != 1 or math.prod(shape) > most:
-            raise ValueError(f"{list(codes)} bytes for shape {list(shape)}")
-        rows = _rows(shape, facts.get("axis"), facts.get("group"))
-    elif "shape" in facts:
-        raise ValueError("it has no codes")
-    allowed = {"scale": [(), (rows, 1)], "zero_point": [(), (rows, 1)]}
-    allowed["table"] = [(levels,), (rows, levels)]
-    for part, shape in shapes.items():
-        if shape not in allowed[part]:
-            raise ValueError(f"{part} of shape {list(shape)} beside {rows} rows")
-    if "table" in facts and tables[facts["table"]].parts[""][1] != (levels,):
-        raise ValueError(f"a table of other than {levels} levels")
-
-
-def _rows(shape: tuple[int, ...], axis: Any, group: Any) -> int:
-    """As many as `quantifind.tensor.qparams.to_rows` makes."""
-    channels = 1 if axis is None else shape[axis]
-    length = math.prod(shape) // channels if channels else 0
-    return channels if group is None else channels * -(-length // _count(group))

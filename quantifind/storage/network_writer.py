@@ -1,8 +1,6 @@
 """A quantized network in one file, as docs/format.md describes it, written whole or not at all."""
 
-import contextlib
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +13,8 @@ from quantifind.storage.states import parts_of
 from quantifind.tensor.parts import is_strided
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
-from quantifind.utils.naming import first_line, naming
+from quantifind.utils.naming import naming
+from quantifind.utils.whole_files import written_whole
 
 FORMAT, VERSION = "quantifind", 1
 SECTIONS = ("tables", "tensors", "activations", "others")
@@ -71,7 +70,10 @@ def write_network(
     }
     first = json.dumps(header, separators=(",", ":")).encode()
     first += b" " * (-len(first) % 8)
-    write_whole(Path(path), [len(first).to_bytes(8, "little"), first, *map(_buffer, parts), packed])
+    whole: list[Any] = [len(first).to_bytes(8, "little"), first, *map(_buffer, parts), packed]
+    with written_whole(path) as partial, partial.open("wb") as file:
+        for some in whole:
+            file.write(some)
     return 8 + len(first) + size + len(packed)
 
 
@@ -138,22 +140,3 @@ def _buffer(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
     values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(values)
-
-
-def write_whole(path: Path, parts: list[Any]) -> None:
-    """Write bytes; the file gets its name when it is whole.
-
-    Raises: ValueError naming a path that can't be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            for part in parts:
-                file.write(part)
-        os.replace(partial, path)
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise ValueError(f"{path}: can't be written ({reason})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

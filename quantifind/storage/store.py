@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from quantifind.tensor.parts import is_strided, parts
 from quantifind.utils.batches import Batch, rows_of, tensors_of, texts_of
+from quantifind.utils.whole_files import written_whole
 
 Entry = tuple[dict[str, Tensor], Any]
 
@@ -46,10 +46,8 @@ class Store:
         self.entries[key] = whole, values
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self._path(key)
-            partial = path.with_suffix(f".{os.getpid()}")
-            save_file(whole, partial, {"values": json.dumps(values)})
-            os.replace(partial, path)
+            with written_whole(self._path(key)) as partial:
+                save_file(whole, partial, {"values": json.dumps(values)})
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None

@@ -1,9 +1,13 @@
 """Codes side by side in bytes: widths 1 to 32 bits, and ternary, five codes in a byte."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 TERNARY_BITS = 1.6
+# so many codes are whole bytes, whatever the levels
+TOGETHER = 40
 # in a 64-bit word: the even bytes, the even pairs of bytes, the lower four bytes
 _EVEN = {8: 0x00FF00FF00FF00FF, 16: 0x0000FFFF0000FFFF, 32: 0x00000000FFFFFFFF}
 
@@ -53,6 +57,12 @@ def pack(codes: Tensor, levels: int) -> Tensor:
     return words.view(torch.uint8)[:, :bits].flatten()[: packed_bytes(flat.numel(), levels)]
 
 
+def check_size(size: int, levels: int, count: int) -> None:
+    """Raise ValueError unless ``count`` codes take so many bytes."""
+    if size != (needed := packed_bytes(count, levels)):
+        raise ValueError(f"{size} bytes: {count} codes of {levels} levels take {needed}")
+
+
 def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     """The first ``count`` codes, (count,), of what `pack` made.
 
@@ -63,8 +73,7 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     >>> unpack(torch.tensor([177], dtype=torch.uint8), 4, 4).tolist()
     [1, 0, 3, 2]
     """
-    if packed.numel() != (size := packed_bytes(count, levels)):
-        raise ValueError(f"{packed.numel()} bytes: {count} codes of {levels} levels take {size}")
+    check_size(packed.numel(), levels, count)
     if levels == 3:
         byte = torch.arange(3**5, device=packed.device).unsqueeze(1)
         powers = 3 ** torch.arange(5, device=packed.device)
@@ -82,6 +91,28 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
         low = words & (even & ~(even << taken))
         words = words.bitwise_xor(low).bitwise_left_shift_(lane - taken).bitwise_or_(low)
     return words.view(torch.uint8)[:count]
+
+
+def unpack_some(
+    read: Callable[[int, int], Tensor], levels: int, count: int, *, first: int, last: int
+) -> Tensor:
+    """Codes ``first`` to ``last`` − 1, of the ``count`` that `pack` made bytes of; as `unpack`.
+
+    read: (first, last) → so many of the bytes, uint8.
+    first: a multiple of `TOGETHER`.
+    """
+    if (bits := (levels - 1).bit_length()) > 8:
+        rest = unpack_some(
+            lambda a, b: read(count + a, count + b),
+            2 ** (bits - 8),
+            count,
+            first=first,
+            last=last,
+        )
+        wide = rest.to(torch.int32 if bits < 32 else torch.int64)
+        return wide.bitwise_left_shift_(8).bitwise_or_(read(first, last))
+    start, number = packed_bytes(first, levels), last - first
+    return unpack(read(start, start + packed_bytes(number, levels)), levels, number)
 
 
 def _by(values: Tensor, length: int) -> Tensor:

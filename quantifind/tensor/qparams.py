@@ -112,11 +112,16 @@ class QParams:
             values = values - self.zero_point
         return values if self.scale is None else values * self.scale.double()
 
-    def of_rows(self, some: slice) -> "QParams":
+    def of_rows(self, some: slice | Tensor) -> "QParams":
         """Those of some of the rows."""
 
         def own(each: Tensor | None) -> Tensor | None:
-            return each if each is None or each.dim() < 2 else each[some]
+            if each is None or each.dim() < 2:
+                return each
+            # which torch picks no rows of: test_parts_of_a_tensor_have_its_values
+            if each.dtype == POWER_OF_TWO:
+                return each.view(torch.uint8)[some].view(POWER_OF_TWO)
+            return each[some]
 
         grid = replace(self.grid, table=own(self.grid.table))
         return replace(self, grid=grid, scale=own(self.scale), zero_point=own(self.zero_point))
@@ -176,6 +181,24 @@ def to_rows(values: Tensor, axis: int | None, group: int | None) -> Tensor:
         raise ValueError(f"group is {group}: whole numbers 1 to {most} are allowed for this shape")
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group))
     return rows.reshape(-1, group)
+
+
+def row_of(places: Tensor, shape: torch.Size, axis: int | None, group: int | None) -> Tensor:
+    """The row of `to_rows` in which values of a shape are, by their places among the flattened.
+
+    places: int64, any shape.
+
+    >>> row_of(torch.arange(6), torch.Size([2, 3]), axis=0, group=2).tolist()
+    [0, 0, 1, 2, 2, 3]
+    """
+    inner = 1 if axis is None else shape[axis % len(shape) + 1 :].numel()
+    channels = 1 if axis is None else shape[axis]
+    length = shape.numel() // channels
+    channel = places // inner % channels
+    if group is None:
+        return channel
+    inside = places // (inner * channels) * inner + places % inner  # (place in the channel)
+    return channel * -(-length // group) + inside // group
 
 
 def from_rows(rows: Tensor, shape: torch.Size, axis: int | None, group: int | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantifind.tensor import coding, packing
-from quantifind.tensor.qparams import QParams, from_rows, to_rows
+from quantifind.tensor.qparams import QParams, from_rows, row_of, to_rows
 
 # what codes are kept in, the first that holds all of a grid's
 NARROW = (torch.int8, torch.uint8, torch.int16)
@@ -52,9 +52,7 @@ class QuantizedTensor:
         return from_rows(values, self.codes.shape, axis, group)
 
     def _values(self, rows: Tensor, qparams: QParams) -> Tensor:
-        # the lowest level lies half a step under −max|x|: test_extreme_values_stay_finite
-        finite = torch.finfo(self.dtype)
-        return qparams.values(rows).clamp(finite.min, finite.max).to(self.dtype)
+        return values_of(rows, qparams, self.dtype)
 
     def narrowed(self) -> "QuantizedTensor":
         """With the codes in as few bytes as their levels take."""
@@ -119,6 +117,28 @@ class QuantizedTensor:
         # what is known need not be coded again
         tensor.__dict__["stored_bits"] = 8 * len(packed) + qparams.stored_bits
         return tensor
+
+
+def values_of(rows: Tensor, qparams: QParams, dtype: torch.dtype) -> Tensor:
+    """The values of codes, (rows, length), never beyond the finite range of their dtype."""
+    # the lowest level lies half a step under −max|x|: test_extreme_values_stay_finite
+    finite = torch.finfo(dtype)
+    return qparams.values(rows).clamp(finite.min, finite.max).to(dtype)
+
+
+def values_from(
+    first: int, codes: Tensor, shape: torch.Size, qparams: QParams, dtype: torch.dtype
+) -> Tensor:
+    """The values of some codes that follow each other among the flattened ones of a shape.
+
+    first: the place of the first.
+    codes: whole numbers, (number,).
+    """
+    axis, group = qparams.axis, qparams.group
+    if axis is not None or group is not None:
+        places = torch.arange(first, first + len(codes), device=codes.device)
+        qparams = qparams.of_rows(row_of(places, shape, axis, group))
+    return values_of(codes.unsqueeze(1), qparams, dtype).flatten()
 
 
 def _blocks(rows: int, length: int) -> Iterator[tuple[slice, slice]]:
