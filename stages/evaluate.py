@@ -12,6 +12,7 @@ from quantifind.workflow.certification_workflow import judge_ladder
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, looks, networks
 from stages.answers import card, in_words, mark_certified, recommend, summarize
+from stages.changed import changed_table, read_characters
 from stages.params import Params
 from stages.tensors import tensor_table
 from stages.versions import versions
@@ -70,6 +71,8 @@ def main(params: Params) -> None:
     answer["file"] = {"path": str(path), "bytes": size}
     files.write_text(files.CARD, card(answer, params.model))
     files.write_table(files.PLOTS / "tensors.csv", tensor_table(net, strategies, quantized))
+    changed = changed_table(made, quantized[step], test, judged.columns[step], read_characters())
+    files.write_table(files.PLOTS / "changed.csv", changed)
     _write(params, table, frontier, answer)
 
 
