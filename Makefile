@@ -2,12 +2,16 @@
 PYTHON ?= python3
 ACTIVATE = . .venv/bin/activate
 
-.PHONY: repro test deps table bench
+.PHONY: repro test docs deps table bench
 repro: .venv/installed
 	$(ACTIVATE) && dvc repro
 
 test: .venv/installed
 	$(ACTIVATE) && python -m pytest --numprocesses auto --dist loadfile
+
+# The pages of docs/ with the tour and the API, in out/docs/index.html; links are checked.
+docs: .venv/installed
+	$(ACTIVATE) && NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet
 
 # In dvc.yaml, the code that each stage depends on, after a change of imports.
 deps: .venv/installed

@@ -47,6 +47,24 @@ class Strategy:
         object.__setattr__(self, "activations", activations)
         object.__setattr__(self, "folded", checked_pairs(self.folded))
 
+    def __str__(self) -> str:
+        """In one line, as a cell of a table has it."""
+        widths = [c.width for c in self.tensors.values() if c is not None]
+        ends = " to ".join(dict.fromkeys((str(min(widths)), str(max(widths))))) if widths else ""
+        bits = f" of {ends} bit{'' if ends == '1' else 's'}" if widths else " in float"
+        inputs = f", {len(self.activations)} activations" if self.activations else ""
+        many = "" if len(self.tensors) == 1 else "s"
+        return f"{len(self.tensors)} tensor{many}{bits}{inputs}"
+
+    def __repr__(self) -> str:
+        """A line for each tensor, each activation and each folded pair."""
+        named = [*self.tensors.items()]
+        named += [(f"input of {name}", choice) for name, choice in self.activations.items()]
+        wide = max((len(name) for name, _ in named), default=0)
+        lines = [f"  {name:<{wide}}  {choice or 'float'}" for name, choice in named]
+        lines += [f"  {norm} is folded into {module}" for module, norm in self.folded]
+        return "\n".join([f"Strategy: {self}", *lines])
+
     @property
     def choices(self) -> dict[str, Any]:
         """The strategy as plain values, from which ``Strategy(**choices)`` makes it again."""

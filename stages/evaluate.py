@@ -14,6 +14,7 @@ from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, looks, networks
 from stages.answers import in_words, mark_certified, recommend, summarize
 from stages.card import card
+from stages.changed import changed_table, read_characters
 from stages.exports import write_exports
 from stages.params import Params
 from stages.tensors import tensor_table
@@ -76,6 +77,8 @@ def main(params: Params) -> None:
     answer["exports"] = write_exports(params.export, net, quantized[step], example)
     files.write_text(files.CARD, card(answer, params.model, words))
     files.write_table(files.PLOTS / "tensors.csv", tensor_table(net, strategies, quantized))
+    changed = changed_table(made, quantized[step], test, judged.columns[step], read_characters())
+    files.write_table(files.PLOTS / "changed.csv", changed)
     _write(params, table, frontier, answer)
 
 

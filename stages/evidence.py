@@ -24,6 +24,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "bit_depths": ("evaluate", ("bit_depth", "original_criterion", *JUDGED)),
     "frontier": ("evaluate", ("validation_origin", "validation_chosen", *JUDGED)),
+    "changed": ("evaluate", ("example", "kind", "input", "original_loss", "loss")),
     "tensors": ("evaluate", ("step", "kind", "name", "values", "bits", "stored_bits", "becomes")),
 }
 FACTS = {
@@ -34,7 +35,7 @@ FACTS = {
     "versions": ("evaluate", ("python", "torch")),
 }
 # without a row there is nothing to draw; weights that were given have no history
-MAY_BE_EMPTY = ("history", "sensitivity", "weight_error")
+MAY_BE_EMPTY = ("changed", "history", "sensitivity", "weight_error")
 
 
 def _text(path: Path) -> str:

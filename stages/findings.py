@@ -195,6 +195,23 @@ def prediction(shown: pd.DataFrame) -> str:
     )
 
 
+def changed(evidence: Evidence) -> str:
+    """How many answers changed on test data, and which way; of a loss alone, how far it moved."""
+    row = evidence.tables["frontier"].iloc[evidence.step]
+    examples = evidence.best["examples"]
+    wrong, right = (row.get(f"{way}", math.nan) for way in ("right_to_wrong", "wrong_to_right"))
+    if is_number(wrong) and is_number(right):
+        return (
+            f"Of {number(examples)} answers {number(wrong)} became wrong that were right, and "
+            f"{number(right)} right that were wrong"
+        )
+    table = evidence.tables["changed"]
+    if table.empty:
+        return "Which examples changed is not known"
+    moved = (table["loss"] - table["original_loss"]).abs().max()
+    return f"No example's loss moved by more than {number(moved, 3)}"
+
+
 def judged(evidence: Evidence) -> str:
     """How sure the answer is."""
     look, best = evidence.answer["look"], evidence.best

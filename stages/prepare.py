@@ -56,6 +56,8 @@ def main(params: Params) -> None:
     for name, split in splits.items():
         write_split(files.DATA / f"{name}.safetensors", *split)
     files.write_json(files.DESCRIPTION, description)
+    characters = plugins.find("data", entry.data, "characters")
+    files.write_json(files.DATA / "characters.json", characters and list(characters()))
     sources = own_sources(entry.network) or [Path(inspect.getfile(create_model_context))]
     source = b"\n".join(path.read_bytes() for path in sources)
     files.write(files.NETWORK_SOURCE, lambda path: path.write_bytes(source))

@@ -7,7 +7,7 @@ import numpy as np
 
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
-from stages import files, findings, report_charts, report_tensors
+from stages import files, findings, report_changed, report_charts, report_tensors
 from stages.charts import SIZES
 from stages.evidence import Evidence
 from stages.pages import render
@@ -49,6 +49,7 @@ def report(evidence: Evidence, params: Params) -> str:
             "tensors": findings.tensors(tensors),
             "sensitivity": findings.sensitivity(grid),
             "prediction": findings.prediction(shown),
+            "changed": findings.changed(evidence),
             "judged": findings.judged(evidence),
         },
         "frontier": {size: report_charts.frontier(evidence, size) for size in SIZES},
@@ -62,6 +63,7 @@ def report(evidence: Evidence, params: Params) -> str:
         if len(shown)
         else None,
         "origins": sorted(set(shown["origin"].str.split().str[0])) if len(shown) else [],
+        "changed": report_changed.examples(evidence.tables["changed"]),
         "judged": _judged(evidence),
         "parameters": _parameters(params),
         "versions": dict(evidence.versions),

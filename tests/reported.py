@@ -34,6 +34,7 @@ def leave(
     sensitive=True,
     activations=(),
     origins=("allocated", "following 1 epochs", "trained 1 epochs"),
+    shown=({},),
 ):
     """Write all tables and facts into the folder as it is; the second step is certified.
 
@@ -96,10 +97,13 @@ def leave(
     candidates["predicted_fidelity"] = [0.001, 0.004, np.nan][: len(lost)] if predicted else np.nan
     candidates["fidelity"] = [0.0011, 0.005, 0.02][: len(lost)]
     candidates = candidates.assign(fidelity_low=0.0, fidelity_high=0.1)
+    example = {"example": 7, "original_loss": 0.1, "loss": 0.4, "was": np.nan, "became": np.nan}
+    example |= {"target": np.nan, "kind": "numbers", "shape": np.nan, "input": '"0.1 0.2"'}
+    changed = pd.DataFrame([example | each for each in shown], columns=list(example))
     history = pd.DataFrame({"epoch": [1], "train_loss": [1.0], "val_loss": [0.9]})
     errors = pd.DataFrame({"tensor": list(names), "bit_depth": 4, "values": values, "sqnr_db": 9.0})
     tables = {"frontier": frontier, "bit_depths": depths, "candidates": candidates}
-    tables |= {"tensors": pd.concat(steps), "sensitivity": alone}
+    tables |= {"tensors": pd.concat(steps), "sensitivity": alone, "changed": changed}
     for name, table in (tables | {"history": history, "weight_error": errors}).items():
         files.write_table(files.PLOTS / f"{name}.csv", table)
     files.write_json(files.METRICS / "recommendation.json", answer)

@@ -1,5 +1,8 @@
 """The report says what the tables say, comes out whatever they lack, and asks nobody."""
 
+import base64
+import io
+import json
 import math
 import os
 import re
@@ -14,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
+from matplotlib.image import imread
 from reported import alter, leave, page
 from torch import nn
 
@@ -41,6 +45,21 @@ CASES = {
     "no predictions": {"predicted": False},
     "nothing measured alone": {"sensitive": False},
     "activations": {"activations": ["0", "1.0"]},
+    "pictures and texts": {
+        "shown": [
+            {
+                "was": 3,
+                "became": 5,
+                "target": 3,
+                "kind": "picture",
+                "shape": "2x3x1",
+                "input": base64.b64encode(bytes(range(0, 240, 40))).decode(),
+            },
+            {"was": 5, "became": 3, "target": 3, "kind": "text", "input": json.dumps(HOSTILE)},
+            {"kind": "text", "input": '"NA"', "loss": np.inf},
+        ]
+    },
+    "no examples": {"shown": []},
     "no numbers": {"lost": (0.001, np.nan, np.inf)},
 }
 
@@ -87,7 +106,11 @@ def test_report_is_well_formed(case):
     assert all(name in words for name in CASES[case].get("names", ["0.weight", "2.bias"]))
     assert not re.search(r"\b(nan|None|NaN|inf)\b", words)
     asked = [value for _, a in found.tags for key in ("src", "href") if (value := a.get(key))]
-    assert asked == ["data:,"]
+    pictures = [one["src"] for tag, one in found.tags if tag == "img"]
+    assert asked == ["data:,", *pictures]
+    for one in pictures:
+        raw = base64.b64decode(one.removeprefix("data:image/png;base64,"), validate=True)
+        assert imread(io.BytesIO(raw)).shape[2] in (3, 4)
     assert "url(" not in html
     assert "@import" not in html
     ids = Counter(a["id"] for _, a in found.tags if "id" in a)
@@ -95,7 +118,7 @@ def test_report_is_well_formed(case):
     labels = {a[key] for _, a in found.tags for key in ("aria-labelledby",) if key in a}
     assert labels <= ids.keys()
     headings = [tag for tag, _ in found.tags if re.fullmatch("h[1-6]", tag)]
-    assert headings == ["h1"] + ["h2"] * 7
+    assert headings == ["h1"] + ["h2"] * 8
 
 
 def test_names_are_escaped():
@@ -114,6 +137,10 @@ def test_names_are_escaped():
         ("nothing measured alone", "plots/sensitivity.csv has no rows"),
         ("usual", "needs 4.250 bits per parameter, 7.5 times fewer than float32: with 97.5%"),
         ("usual", "Mixed widths need 4.25 bits where one width for all needs 8: 1.9 times fewer"),
+        ("usual", "Of 1,000 answers 3 became wrong that were right, and 2 right that were wrong"),
+        ("pictures and texts", "right to wrong answer 3 → 5, truth 3 loss 0.1 → 0.4, example 7"),
+        ("pictures and texts", "wrong to right answer 5 → 3, truth 3"),
+        ("no examples", "plots/changed.csv has no rows"),
         ("usual", "within a factor of 1.2 for half of 2 candidates"),
     ],
 )

@@ -11,6 +11,11 @@ from quantifind.utils.name_archive import ARCHIVE, alphabet, read_names
 PADDING = 0
 
 
+def characters(archive: Path = ARCHIVE) -> list[str]:
+    """What each code stands for, nothing for padding; the report shows names by it."""
+    return ["", *alphabet(read_names(archive))]
+
+
 def create_dataloaders(*, batch_size: int = 64, seed: int = 0, archive: Path = ARCHIVE) -> Loaders:
     """Train (80%), validation (10%) and test (10%) loaders of names.
 

@@ -11,6 +11,7 @@ from quantifind.certification.goal import Goal, ladder
 from quantifind.certification.measures import MEASURES, examples_needed
 from quantifind.mixed_precision.candidates import Candidates, Row
 from quantifind.mixed_precision.passes import Passes
+from quantifind.mixed_precision.shown import in_html, in_lines
 from quantifind.runtime.control import Control
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
@@ -58,6 +59,13 @@ class Found:
     def __iter__(self) -> Iterator[Any]:
         """What most ask for: ``quantized, candidates = find_strategy(…)``."""
         return iter((self.quantized, self.candidates))
+
+    def __repr__(self) -> str:
+        return in_lines(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return in_html(self)
 
     @property
     def chosen(self) -> pd.Series:

@@ -162,6 +162,12 @@ class Quantized:
     folded: tuple[tuple[str, str], ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Without the codes, which are many."""
+        values = sum(tensor.codes.numel() for tensor in self.tensors.values())
+        inputs = f", {len(self.activations)} activations" if self.activations else ""
+        return f"Quantized: {len(self.tensors)} tensors, {values:,} values{inputs}"
+
     def with_scales(self, scales: Mapping[str, Tensor]) -> "Quantized":
         """With other scales, of the same shape and dtype, of the tensors named."""
         other = {
