@@ -49,8 +49,20 @@ def sensitivity_grid(table: pd.DataFrame) -> pd.DataFrame:
     return grid.reindex(label.unique())
 
 
-def heat(grid: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:
-    """Cells by tensor and width, the chosen width marked."""
+def guessed(table: pd.DataFrame) -> pd.DataFrame:
+    """By label and width, whether the loss increase was predicted: no example measured it.
+
+    table: as `sensitivity_grid` takes it.
+    """
+    label = table["name"].where(table["kind"] == "tensors", "input of " + table["name"])
+    examples = table["examples"] if "examples" in table else pd.Series(1, table.index)
+    table = table.assign(label=label, examples=examples)
+    return table.pivot_table(index="label", columns="bits", values="examples", aggfunc="max") == 0
+
+
+def heat(grid: pd.DataFrame, tensors: pd.DataFrame, predicted: pd.DataFrame) -> dict[str, Any]:
+    """Cells by tensor and width, the chosen width marked, and those that are `guessed`."""
+    predicted = predicted.reindex(index=grid.index, columns=grid.columns, fill_value=False)
     labels = tensors["name"].where(tensors["kind"] == "tensors", "input of " + tensors["name"])
     # what costs nothing from here on, and was not chosen, is left out
     matters = [b for b in grid if (grid[b] > SHARES[0]).any() or _near(tensors["bits"], b).any()]
@@ -62,6 +74,7 @@ def heat(grid: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:
             "label": label,
             "cells": [
                 _cell(share, bool(_near(chosen.get(str(label), np.nan), bits)))
+                | {"guess": bool(predicted.loc[label, bits])}
                 for bits, share in shares.items()
             ],
         }
@@ -72,6 +85,7 @@ def heat(grid: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:
         "widths": [f"{b:.3g}" for b in grid],
         "wider": [f"{b:g}" for b in wider],
         "rows": rows,
+        "guesses": any(cell["guess"] for row in rows for cell in row["cells"]),
         "unmarked": len(rows) - marked,
     }
 
