@@ -110,14 +110,12 @@ def _without_cost(grids: Mapping[str, pd.DataFrame], ringed: float) -> list[floa
     ringed: the widest that has a ring.
     """
     widths: list[Any] = sorted({bits for grid in grids.values() for bits in grid.columns.tolist()})
-    seen = [
-        bits
-        for bits in widths
-        if bits <= ringed
-        or any(
-            not (grid[bits].dropna() <= SHARES[0]).all() for grid in grids.values() if bits in grid
-        )
-    ]
+
+    def costs(bits: float) -> bool:
+        tried = [grid[bits].dropna() for grid in grids.values() if bits in grid]
+        return any(not (shares <= SHARES[0]).all() for shares in tried)
+
+    seen = [bits for bits in widths if bits <= ringed or costs(bits)]
     return widths[widths.index(seen[-1]) + 2 :] if seen else []
 
 

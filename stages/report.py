@@ -57,7 +57,7 @@ def report(evidence: Evidence, params: Params) -> str:
         "ladder": _ladder(evidence),
         "strip": report_tensors.strip(tensors),
         "grid": report_tensors.heat(
-            grid, tensors, report_tensors.guessed(evidence.tables["sensitivity"])
+            grid, tensors, report_tensors.predicted_cells(evidence.tables["sensitivity"])
         ),
         "tensors": report_tensors.rows_of(tensors),
         "columns": COLUMNS,
