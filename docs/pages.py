@@ -71,7 +71,7 @@ def moved(text: str, folder: Path) -> str:
             return f"]({Path(*path.parts[1:])}{anchor})"
         return f"]({PAGES.get(str(path), f'source/{path}')}{anchor})"
 
-    return LINK.sub(here, text)
+    return LINK.sub(here, text).replace('src="docs/', 'src="')
 
 
 def tour(path: Path) -> str:

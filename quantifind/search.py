@@ -12,11 +12,11 @@ from torch import nn
 
 from quantifind.certification.goal import Goal, Limit
 from quantifind.metrics import Outcome, is_classification
-from quantifind.mixed_precision.candidates import Candidates
+from quantifind.mixed_precision.candidates import Candidates, note
 from quantifind.mixed_precision.exploration import sweep_budgets, try_neighbours
 from quantifind.mixed_precision.found import Found, found_by
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.mixed_precision.passes import OutOfTime
+from quantifind.mixed_precision.passes import OutOfTime, Passes
 from quantifind.mixed_precision.refinement import (
     add_safer_allocations,
     gptq_sequentially,
@@ -33,7 +33,7 @@ from quantifind.mixed_precision.survey import survey
 from quantifind.runtime.workers import Workers
 from quantifind.tensor.choice import STORAGES
 from quantifind.utils.batches import Forward
-from quantifind.utils.console import console
+from quantifind.utils.console import board, console
 from quantifind.utils.gains import gains_of
 from quantifind.utils.interrupts import interruptible
 from quantifind.utils.loaders import length_of
@@ -130,7 +130,8 @@ def find_strategy(
     goal = _goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
     _check(goal, learn, labels, confidence, activation_bits, effort, seconds, storage)
-    deadline = None if seconds is None else time.monotonic() + seconds
+    began = time.monotonic()
+    deadline = None if seconds is None else began + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
     search_space = _given_space(search_space)
@@ -144,16 +145,17 @@ def find_strategy(
         passes.effort, passes.deadline = effort, deadline
         candidates: Candidates | None = None
         try:
-            for space in _spaces(measurements, widths, activation_bits, storage, search_space):
-                with passes.of("sensitivity", SURVEYED):
-                    sensitivity, allocation = survey(measurements, space, goal, precision)
-                candidates = Candidates(measurements, allocation, confidence)
-                with passes.of("budgets", SWEPT):
-                    sweep_budgets(candidates)
-                if candidates.best() is not None:
-                    break
-            if candidates is not None:
-                refine(candidates, learn, labels)
+            with board(lambda: _standing(passes, candidates, began)):
+                for space in _spaces(measurements, widths, activation_bits, storage, search_space):
+                    with passes.of("sensitivity", SURVEYED):
+                        sensitivity, allocation = survey(measurements, space, goal, precision)
+                    candidates = Candidates(measurements, allocation, confidence)
+                    with passes.of("budgets", SWEPT):
+                        sweep_budgets(candidates)
+                    if candidates.best() is not None:
+                        break
+                if candidates is not None:
+                    refine(candidates, learn, labels)
         except (KeyboardInterrupt, OutOfTime) as error:
             _cut_short(error, candidates, seconds, folder)
         assert candidates is not None
@@ -175,6 +177,8 @@ def _cut_short(
     if candidates is not None and candidates.best() is not None:
         what = "what would have come after the time" if late else "interrupted"
         candidates.measurements.passes.stopped(what)
+        if not late:
+            console.print("Interrupted: the best so far is the answer")
     elif late:
         kept = "give a folder" if folder is None else f"what was done is in {folder}"
         raise ValueError(
@@ -182,7 +186,18 @@ def _cut_short(
             "call goes on from there"
         ) from error
     else:
+        kept = "no folder was given, so nothing is kept"
+        if folder is not None:
+            kept = f"what was measured is in {folder}, and the same call goes on from there"
+        console.print(f"Interrupted before there was an answer; {kept}", markup=False)
         raise error
+
+
+def _standing(passes: Passes, candidates: Candidates | None, began: float) -> str:
+    """How a search stands, in one line."""
+    best = None if candidates is None else candidates.best()
+    said = "" if best is None else f"; best so far {note(best)}"
+    return f"{passes.standing(began)}{said}"
 
 
 def refine(candidates: Candidates, learn: float, labels: bool) -> None:

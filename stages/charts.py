@@ -179,7 +179,8 @@ def _svg(layers: list[Spec], width: str) -> str:
     columns, rows = SIZES[width]
     axis = {"labelColor": "var(--ink)", "titleColor": "var(--ink)", "gridColor": "var(--line)"}
     axis |= {"domainColor": "var(--line)", "tickColor": "var(--line)", "titleFontWeight": "normal"}
-    sizes = {"labelFontSize": 12, "titleFontSize": 13}
+    # a page's font is wider than the one that labels are measured with
+    sizes = {"labelFontSize": 12, "titleFontSize": 13, "titlePadding": 14}
     look = {"view": {"stroke": None}, "axis": axis | sizes}
     chart = {"width": columns, "height": rows, "background": "transparent", "layer": layers}
     svg = vl_convert.vegalite_to_svg(chart | {"config": look})

@@ -6,39 +6,36 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, to_rgba
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
-from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
 from quantifind.utils.palette import (
     FLOAT,
     FOUND,
     LIMITS,
-    NOT_TRIED,
     ORIGINS,
+    TRIED,
     UNIFORM,
-    limit_mark,
 )
-from quantifind.workflow.visualization_workflow import DEPTH_TICKS, log_axis, title
+from quantifind.workflow.visualization_workflow import DEPTH_TICKS, log_axis, styled, title
 
 ADJUSTED = ", scales adjusted"
-# titles of the panels of `visualize_sensitivity`
-ROUNDINGS = {"nearest": "round to nearest", "gptq": "GPTQ"}
-# loss increases as shares of the loss: below the first a tensor costs nothing that can be seen
-# standard errors by which a tensor is to be safe
-SURE = 2
-SHARES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)
 # ratios nearer to 1 are told apart on a linear scale
 LINEAR = 1e-3
 
 
+@styled
 def visualize_frontier(
     frontier: pd.DataFrame,
     uniform: pd.DataFrame,
@@ -106,84 +103,22 @@ def visualize_frontier(
     return figure
 
 
-def visualize_sensitivity(
-    sensitivity: pd.DataFrame, *, name: str = "", limits: Sequence[float] = (1.01, 1.05)
-) -> Figure:
-    """What each tensor alone costs at each width: a row per tensor, a panel per kind of rounding.
-
-    The `quantifind.certification.certificate.minimum_safe_bits` at each limit, with `SURE` standard
-    errors added to what was measured, are marked in the panel in which the loss increases least.
-
-    sensitivity: a table of `quantifind.mixed_precision.sensitivity.measure_sensitivity`; the least
-        loss increase of a width is shown.
-    name: of the network, for the title.
-    limits: of the criterion ratio.
-    """
-    labels = sensitivity["name"].where(
-        sensitivity["kind"] == "tensors", "input of " + sensitivity["name"]
-    )
-    table = sensitivity.assign(
-        label=labels, share=sensitivity["loss_increase"] / sensitivity["original_criterion"]
-    )
-    grids = {
-        str(rounding): part.pivot_table(
-            index="label", columns="bits", values="share", aggfunc="min", dropna=False
-        ).reindex(labels.unique())
-        for rounding, part in table.groupby("rounding", sort=False)
-    }
-    rows = labels.nunique()
-    figure, panels = plt.subplots(
-        1, len(grids), figsize=(9, max(2 + 0.24 * rows, 3.6)), layout="constrained", sharey=True,
-        squeeze=False, width_ratios=[len(grid.columns) for grid in grids.values()],
-    )  # fmt: skip
-    colours = plt.get_cmap("Blues").resampled(256)
-    norm = BoundaryNorm(SHARES, colours.N, extend="both")
-    for axes, (rounding, grid) in zip(panels[0], grids.items(), strict=True):
-        cells = axes.imshow(grid.to_numpy(), aspect="auto", cmap=colours, norm=norm)
-        axes.set(xlabel="bits", title=ROUNDINGS.get(rounding, rounding), facecolor=NOT_TRIED)
-        axes.set_xticks(range(len(grid.columns)), [f"{bits:g}" for bits in grid.columns])
-        axes.set_yticks(range(rows), list(labels.unique()), fontsize=8)
-    figure.colorbar(
-        cells, ax=panels[0].tolist(), label="loss increase / float loss", format="%g",
-        fraction=0.04,
-    )  # fmt: skip
-    rings: list[Artist] = []
-    for number, limit in enumerate(limits):
-        safe = minimum_safe_bits(sensitivity, limit, errors=SURE)
-        ring = limit_mark(number) | {"ls": ""}
-        label = f"safe by {SURE} standard errors, predicted, for CR ≤ {limit:g}"
-        rings.append(Line2D([], [], label=label, **ring))
-        for row, tensor in enumerate(labels.unique()):
-            bits = safe[tensor]
-            reached = {
-                r: grid.loc[tensor, bits]
-                for r, grid in grids.items()
-                if bits in grid and np.isfinite(grid.loc[tensor, bits])
-            }
-            if reached:
-                rounding = min(reached, key=reached.__getitem__)
-                place = grids[rounding].columns.get_loc(bits)
-                panels[0][list(grids).index(rounding)].plot(place, row, **ring)
-    if any(grid.isna().any(axis=None) for grid in grids.values()):
-        rings.append(Patch(facecolor=NOT_TRIED, label="not tried"))
-    figure.legend(handles=rings, loc="outside lower center", ncols=2)
-    figure.suptitle(title("Loss increase from each tensor alone, by rounding", name))
-    return figure
-
-
+@styled
 def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
     """What single tensors' divergences from the float network add up to, against the divergence
     measured of all together: `fidelity`, over the float loss.
 
     candidates: those of `quantifind.search.find_strategy`; shown are the predicted ones that were
         measured on all examples, with intervals, by origin. Codes that were learned have no
-        prediction.
+        prediction: they stand on the left edge.
     name: of the network, for the title.
     """
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
     both = ["predicted_fidelity", "fidelity"]
     # a loss of one's own has no fidelity: test_prediction_of_what_has_no_fidelity_is_empty
     shown = shown.reindex(columns=[*shown.columns.union(both, sort=False)])
+    measured = np.isfinite(shown["fidelity"].astype(float))
+    learned = shown[measured & shown["predicted_fidelity"].isna()]
     shown = shown[np.isfinite(shown[both].astype(float)).all(axis=1)]
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     axes.axhline(0, color=FLOAT, ls="--", label="float")
@@ -195,6 +130,12 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
             rows["predicted_fidelity"], rows["fidelity"], _interval(rows, "fidelity"), fmt=marker,
             ms=5, color=colour, ecolor=to_rgba(colour, 0.35), label=label,
             mfc="white" if str(label).endswith(ADJUSTED) else colour,
+        )  # fmt: skip
+    for origin, rows in learned.groupby(learned["origin"].str.split().str[0]):
+        colour, marker = ORIGINS.get(str(origin), (FLOAT, "o"))
+        axes.plot(
+            np.full(len(rows), 0.012), rows["fidelity"], marker, color=colour, ms=6,
+            transform=axes.get_yaxis_transform(), label=f"{origin}: no prediction",
         )  # fmt: skip
     chosen = shown[shown["chosen"].astype(bool)]
     if len(chosen):
@@ -219,6 +160,7 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
     return figure
 
 
+@styled
 def visualize_costs(
     candidates: pd.DataFrame, costs: Sequence[str], *, name: str = "", reach: float = 0.1
 ) -> Figure:
@@ -228,16 +170,26 @@ def visualize_costs(
         all examples.
     costs: the columns of their costs.
     name: of the network, for the title.
-    reach: criterion ratios up to 1 + ``reach`` are shown.
+    reach: criterion ratios up to at most 1 + ``reach`` are shown.
     """
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
     figure, panels = plt.subplots(
-        1, len(costs), figsize=(4 * len(costs), 4), layout="constrained", sharey=True, squeeze=False
+        1,
+        len(costs),
+        figsize=(4 * len(costs), 4.2),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
     )
     chosen = shown[shown["chosen"].astype(bool)]
     for axes, cost in zip(panels[0], costs, strict=True):
         axes.axhline(1, color=FLOAT, ls="--", label="float")
-        axes.plot(shown[cost], shown["criterion_ratio"], "o", ms=4, color=FOUND, alpha=0.3, lw=0)
+        same = shown["origin"].astype(str).str.startswith("uniform")
+        for rows, look, label in (
+            (shown[~same], {"marker": "o", "ms": 5, "color": TRIED}, "candidates"),
+            (shown[same], {"marker": "s", "ms": 6, "color": UNIFORM}, "the same bits for all"),
+        ):
+            axes.plot(rows[cost], rows["criterion_ratio"], ls="", label=label, **look)
         best = frontier(shown, cost)
         axes.step(
             best[cost], best["criterion_ratio"], where="post", color=FOUND, lw=1.2, label="frontier"
@@ -247,16 +199,21 @@ def visualize_costs(
             label="chosen",
         )  # fmt: skip
         axes.set(xlabel=cost.replace("_", " "), xscale="log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        # few factors of two have few ticks between: test_costs_have_ticks_whatever_their_range
+        narrow = shown[cost].max() < 4 * shown[cost].min()
+        axes.xaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(subs=(1, 2, 3, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     # nothing is lower where all are missing: test_what_is_no_number_is_drawn_as_missing
     lowest = np.fmin(shown["criterion_ratio"].min(), 1 - reach / 10)
+    inside = shown["criterion_ratio"][shown["criterion_ratio"] <= 1 + reach]
+    highest = np.fmax(inside.max(), 1 + reach / 10)
+    margin = (highest - lowest) / 10
     panels[0][0].set(
-        ylim=(lowest - reach / 20, 1 + reach), ylabel="criterion ratio on validation data"
+        ylim=(lowest - margin, highest + margin), ylabel="criterion ratio on validation data"
     )
-    panels[0][-1].legend()
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(title("What the candidates cost", name))
     return figure
 

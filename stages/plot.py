@@ -1,6 +1,13 @@
 """Plot: pictures and the report, from tables and facts alone."""
 
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
 from quantifind.utils import plugins
+from quantifind.utils.palette import STYLE
 from quantifind.workflow.visualization_workflow import (
     visualize_bit_depth_results,
     visualize_history,
@@ -12,8 +19,8 @@ from stages.figures import (
     visualize_costs,
     visualize_frontier,
     visualize_prediction,
-    visualize_sensitivity,
 )
+from stages.figures_alone import visualize_sensitivity
 from stages.params import Params
 from stages.report import report
 
@@ -46,7 +53,19 @@ def main(params: Params) -> None:
     figures["costs"] = visualize_costs(tables["candidates"], plugins.names("costs"), name=name)
     for picture, figure in figures.items():
         files.write_figure(files.PLOTS / f"{picture}.png", figure)
+        write_svg(files.PLOTS / f"{picture}.svg", figure)
     files.write_text(files.PLOTS / "report.html", report(evidence, params))
+
+
+def write_svg(path: Path, figure: Figure) -> None:
+    """Write a figure as an SVG, the same one each time: test_pictures_are_the_same_each_time
+
+    path: as for `stages.files.write`.
+    figure: what to draw.
+    """
+    how: Any = {"format": "svg", "metadata": {"Date": None, "Creator": None}}
+    with plt.rc_context(STYLE):
+        files.write(path, lambda partial: figure.savefig(partial, **how))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def report(evidence: Evidence, params: Params) -> str:
         "measure": MEASURES[evidence.measure],
         "ladder": _ladder(evidence),
         "strip": report_tensors.strip(tensors),
-        "grid": report_tensors.heat(grid, tensors),
+        "grid": report_tensors.heat(
+            grid, tensors, report_tensors.predicted_cells(evidence.tables["sensitivity"])
+        ),
         "tensors": report_tensors.rows_of(tensors),
         "columns": COLUMNS,
         "prediction": {size: report_charts.prediction(shown, size) for size in SIZES}

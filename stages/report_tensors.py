@@ -49,29 +49,43 @@ def sensitivity_grid(table: pd.DataFrame) -> pd.DataFrame:
     return grid.reindex(label.unique())
 
 
-def heat(grid: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:
-    """Cells by tensor and width, the chosen width marked."""
+def predicted_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """By label and width, whether the loss increase was predicted: no example measured it.
+
+    table: as `sensitivity_grid` takes it.
+    """
+    label = table["name"].where(table["kind"] == "tensors", "input of " + table["name"])
+    examples = table["examples"] if "examples" in table else pd.Series(1, table.index)
+    table = table.assign(label=label, examples=examples)
+    return table.pivot_table(index="label", columns="bits", values="examples", aggfunc="max") == 0
+
+
+def heat(grid: pd.DataFrame, tensors: pd.DataFrame, predicted: pd.DataFrame) -> dict[str, Any]:
+    """Cells by tensor and width, the chosen width marked, and those of `predicted_cells`."""
     labels = tensors["name"].where(tensors["kind"] == "tensors", "input of " + tensors["name"])
     # what costs nothing from here on, and was not chosen, is left out
     matters = [b for b in grid if (grid[b] > SHARES[0]).any() or _near(tensors["bits"], b).any()]
     wider = list(grid)[list(grid).index(matters[-1]) + 2 :] if matters else []
     grid = grid.drop(columns=wider)
+    guesses = predicted.reindex(index=grid.index, columns=grid.columns, fill_value=False)
     chosen = dict(zip(labels, tensors["bits"], strict=True))
     rows: list[dict[str, Any]] = [
         {
             "label": label,
             "cells": [
                 _cell(share, bool(_near(chosen.get(str(label), np.nan), bits)))
-                for bits, share in shares.items()
+                | {"guess": bool(guess)}
+                for (bits, share), guess in zip(shares.items(), guessed, strict=True)
             ],
         }
-        for label, shares in grid.iterrows()
+        for (label, shares), guessed in zip(grid.iterrows(), guesses.to_numpy(), strict=True)
     ]
     marked = sum(any(cell["chosen"] for cell in row["cells"]) for row in rows)
     return {
         "widths": [f"{b:.3g}" for b in grid],
         "wider": [f"{b:g}" for b in wider],
         "rows": rows,
+        "guesses": any(cell["guess"] for row in rows for cell in row["cells"]),
         "unmarked": len(rows) - marked,
     }
 

@@ -136,7 +136,8 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
         *("criterion.png", "criterion_ratio.png", "signal_to_complexity.png"),
         *("history.png", "weight_sqnr.png"),
         *("costs.png", "frontier.png", "prediction.png", "sensitivity.png"),
-    }
+        "changed.csv",
+    } | {path.replace(".png", ".svg") for path in left if path.endswith(".png")}
     answer = json.loads((project.folder / "metrics/recommendation.json").read_text())
     assert answer["limit"] == {"criterion_ratio": 1.05}
     frontier = pd.read_csv(project.folder / "plots/frontier.csv")
@@ -303,6 +304,7 @@ def test_a_new_search_trains_nothing_again(project):
         "quantifind/tensor/gptq.py": {"quantize", "evaluate"},
         "quantifind/schemes/uniform.py": {"quantize", "evaluate"},
         "stages/figures.py": {"plot"},
+        "stages/figures_alone.py": {"plot"},
         "quantifind/workflow/train_workflow.py": {"train"},
         "quantifind/metrics.py": {"train", "quantize", "evaluate"},
     }
@@ -544,6 +546,7 @@ def test_what_is_no_number_is_drawn_as_missing(project, value, rows, monkeypatch
     monkeypatch.setattr(files, "read_table", harmed)
     drawn = []
     monkeypatch.setattr(files, "write_figure", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr(plot, "write_svg", lambda path, figure: None)
     plot.main(read_params())
     assert len(drawn) == 9
     for figure in drawn:

@@ -18,13 +18,14 @@ from quantifind.workflow.visualization_workflow import (
     visualize_history,
     visualize_weight_error,
 )
+from stages import plot
 from stages.figures import (
     frontier,
     visualize_costs,
     visualize_frontier,
     visualize_prediction,
-    visualize_sensitivity,
 )
+from stages.figures_alone import visualize_sensitivity
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,12 @@ def test_weight_error_has_a_row_per_tensor_and_leaves_out_the_infinite():
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a.weight", "a.bias"]
     assert [line.get_xdata().tolist() for line in axes.lines] == [[5.0, 6.0], [40.0]]
     assert legend(figure) == ["2 bits", "8 bits"]
+
+
+def test_a_width_has_one_colour_in_pictures_and_pages():
+    errors = pd.DataFrame({"tensor": ["w"] * 3, "bit_depth": [2, 4, 8], "sqnr_db": [9.0, 20, 40]})
+    colours = [line.get_color() for line in visualize_weight_error(errors).axes[0].lines]
+    assert colours == [palette.of_width(bits) for bits in (2, 4, 8)]
 
 
 def test_weight_error_shows_other_depths_where_the_usual_ones_are_not_there():
@@ -294,6 +301,20 @@ def test_sensitivity_of_forty_tensors_stays_readable():
     assert min(label.x0 for label in labels) >= 0
 
 
+def test_sensitivity_tells_what_was_predicted_and_leaves_out_what_costs_nothing():
+    extra = [alone().query("rounding == 'nearest' and bits == 8").assign(bits=b) for b in (12, 16)]
+    table = pd.concat([alone(), *extra]).astype({"bits": float})
+    table.loc[table["bits"] >= 12, "loss_increase"] = 0.0
+    table["examples"] = np.where(table["bits"] == 4, 0, 500)
+    figure = visualize_sensitivity(table, limits=[1.01])
+    nearest, gptq = figure.axes[:2]
+    assert [text.get_text() for text in nearest.get_xticklabels()] == ["2", "4", "8", "12"]
+    assert nearest.get_xlabel() == "bits (up to 16: as the widest shown)"
+    assert {(p.get_x(), p.get_y()) for p in nearest.patches} == {(0.5, -0.5), (0.5, 0.5)}
+    assert {(p.get_x(), p.get_y()) for p in gptq.patches} == {(0.5, -0.5)}
+    assert "predicted, not measured" in [t.get_text() for t in figure.legends[0].get_texts()]
+
+
 def candidates():
     table = judged([8.0, 4.0, 3.0, 2.0, 1.5], [1.0, 1.02, 0.9, 1.03, 5.0], 1.0)
     origins = ["uniform", "allocated", "sequential", "following 2 epochs", "uniform"]
@@ -343,6 +364,12 @@ def test_prediction_of_what_has_no_fidelity_is_empty():
     assert not figure.axes[0].containers
 
 
+def test_learned_candidates_stand_on_the_edge_of_the_prediction():
+    mark = drawn(visualize_prediction(candidates()).axes[0], "following: no prediction")
+    assert mark.get_ydata().tolist() == [pytest.approx(0.03)]
+    assert mark.get_color() == palette.ORIGINS["following"][0]
+
+
 @pytest.mark.parametrize("rows", [[0], [3], []])
 def test_prediction_of_one_of_none_predicted_and_of_none(rows):
     figure = visualize_prediction(candidates().iloc[rows])
@@ -378,6 +405,26 @@ def test_a_panel_for_each_cost():
         assert drawn(axes, "chosen").get_xdata() == whole.loc[whole["chosen"], costs[0]].tolist()
         assert set(drawn(axes, "frontier").get_xdata()) <= set(whole[costs[0]])
     assert figure.get_suptitle() == "What the candidates cost: toy"
+
+
+@pytest.mark.parametrize("times", [1.01, 1.5, 3.9, 4.1, 30, 1e4])
+def test_costs_have_ticks_whatever_their_range(times):
+    table = candidates().assign(model_bytes=np.geomspace(777, 777 * times, 5))
+    figure = visualize_costs(table, ["model_bytes"])
+    figure.canvas.draw()
+    axis, (left, right) = figure.axes[0].xaxis, figure.axes[0].get_xlim()
+    ticks = [tick for tick in axis.get_major_ticks() if left <= tick.get_loc() <= right]
+    assert 2 <= len(ticks) <= 16
+    assert all(tick.label1.get_text() for tick in ticks)
+
+
+def test_pictures_are_the_same_each_time(tmp_path):
+    made = []
+    for name in ("one.svg", "two.svg"):
+        plot.write_svg(tmp_path / name, visualize_prediction(candidates(), name="toy"))
+        made.append((tmp_path / name).read_bytes())
+    assert made[0] == made[1]
+    assert b"<dc:date>" not in made[0]
 
 
 def test_uniform_depths_have_one_colour_in_all_pictures():

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from quantifind.utils.console import in_words
+
 
 class OutOfTime(Exception):
     """The deadline of a search has come."""
@@ -65,6 +67,19 @@ class Passes:
         """Note what is left out."""
         if what not in self.left_out:
             self.left_out.append(what)
+
+    def standing(self, began: float) -> str:
+        """In one line, while it goes on: phase, passes of those it may take, remaining time.
+
+        began: when, of `time.monotonic`.
+        """
+        now = time.monotonic()
+        text = f"{self.phase}: {self.taken:.1f}"
+        text += f" of {self.effort:g} passes" if math.isfinite(self.effort) else " passes"
+        left = [] if self.deadline is None else [max(self.deadline - now, 0.0)]
+        if self.taken and math.isfinite(self.effort):
+            left.append((now - began) / self.taken * max(self.effort - self.taken, 0.0))
+        return f"{text}, at most {in_words(min(left))} more" if left else text
 
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {taken:.1f}" for phase, taken in self.by_phase.items())

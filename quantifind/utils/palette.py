@@ -22,7 +22,22 @@ ORIGINS = {
 }
 # by place of a network on a page of several, on light and on dark
 NETWORKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# what no limit and no network has: candidates beside those that count
+TRIED = "#8a909c"
 NOT_TRIED = "#d9d9d9"
+# matplotlib's settings for all pictures; ids in an SVG are the same each time, so that DVC sees no
+# change
+STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.titlesize": 13,
+    "font.size": 11,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 10,
+    "legend.framealpha": 0.9,
+    "svg.hashsalt": "quantifind",
+}
 # by width in bits, up to which it reaches: dark is much (viridis, Smith and
 # van der Walt 2015)
 WIDTHS = {

@@ -1,6 +1,8 @@
 """Pictures of what quantization costs, in the colours of `quantifind.utils.palette`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,14 +12,40 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from quantifind.certification.certificate import certified_depth
-from quantifind.utils.palette import FLOAT, LIMITS, TRAIN, UNIFORM, limit_line, limit_mark
+from quantifind.utils.palette import (
+    FLOAT,
+    LIMITS,
+    STYLE,
+    TRAIN,
+    UNIFORM,
+    limit_line,
+    limit_mark,
+    of_width,
+)
 
 DEPTH_TICKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
 SHOWN_DEPTHS = (2, 3, 4, 6, 8)
 # by limit of the criterion ratio, the lowest depth certified, None where there is none
 Certified = dict[float, int | None]
+Arguments = ParamSpec("Arguments")
+Drawn = TypeVar("Drawn")
 
 
+def styled(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
+    """A function that draws, in the style of all pictures.
+
+    draw: gives a figure, or several.
+    """
+
+    @wraps(draw)
+    def in_style(*args: Arguments.args, **named: Arguments.kwargs) -> Drawn:
+        with plt.rc_context(STYLE):
+            return draw(*args, **named)
+
+    return in_style
+
+
+@styled
 def visualize_bit_depth_results(
     results: pd.DataFrame, *, name: str = "", limits: Sequence[float] = (1.01, 1.05)
 ) -> dict[str, Figure]:
@@ -40,6 +68,7 @@ def visualize_bit_depth_results(
     return figures
 
 
+@styled
 def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
     """Training and validation loss by epoch; accuracy where there is one.
 
@@ -70,6 +99,7 @@ def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
     return figure
 
 
+@styled
 def visualize_weight_error(
     errors: pd.DataFrame, *, name: str = "", bit_depths: Sequence[int] = SHOWN_DEPTHS
 ) -> Figure:
@@ -81,17 +111,17 @@ def visualize_weight_error(
     """
     tensors = list(dict.fromkeys(errors["tensor"]))
     figure, axes = plt.subplots(
-        figsize=(8, max(1.6 + 0.24 * len(tensors), 3)), layout="constrained"
+        figsize=(8, max(1.6 + 0.27 * len(tensors), 3)), layout="constrained"
     )
     depths = sorted(set(errors["bit_depth"]))
     shown = [bits for bits in bit_depths if bits in depths] or depths[:5]
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(shown)))
-    for bits, colour in zip(shown, colours, strict=True):
+    for bits in shown:
         rows = errors[(errors["bit_depth"] == bits) & np.isfinite(errors["sqnr_db"])]
         places = [tensors.index(tensor) for tensor in rows["tensor"]]
-        axes.plot(rows["sqnr_db"], places, "o", color=colour, label=f"{bits} bits")
+        look: Any = {"color": of_width(bits), "mec": FLOAT, "label": f"{bits} bits"}
+        axes.plot(rows["sqnr_db"], places, "o", ms=8, mew=0.6, **look)
     axes.set(xlabel="signal-to-quantization-noise ratio (dB)", ylim=(len(tensors) - 0.5, -0.5))
-    axes.set_yticks(range(len(tensors)), tensors, fontsize=8)
+    axes.set_yticks(range(len(tensors)), tensors, fontsize=9)
     axes.grid(alpha=0.3)
     if shown:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
