@@ -141,9 +141,14 @@ def measure(name: str, *, untrained: bool) -> tuple[dict[str, Any], pd.DataFrame
     if name in stranger_networks.STRANGERS:
         _, make = stranger_networks.STRANGERS[name]
         train = stranger_networks.trained
-        if untrained:
-            train = lambda *_, **__: begun.append(name)  # noqa: E731
-        with patch.object(stranger_networks, "trained", train):
+
+        def load_or_begin(net: nn.Module, file: str, *rest: Any, **options: Any) -> None:
+            if untrained and not (stranger_networks.FOLDER / f"{file}.safetensors").is_file():
+                begun.append(name)
+            else:
+                train(net, file, *rest, **options)
+
+        with patch.object(stranger_networks, "trained", load_or_begin):
             made = make()
         net, criterion, forward, (*rest, test) = (
             *(made.net, made.criterion, made.forward),

@@ -40,8 +40,9 @@ def export(
 
     ``.onnx``: weights as whole numbers of 4, 8 or 16 bits, and 2 from opset 25 on, with
     DequantizeLinear per tensor, channel or block; widths between in the next wider one; codebooks
-    and minifloats as codes and a look-up; wider ones in float. What activations are rounded to is
-    QuantizeLinear. It needs ``pip install quantifind[onnx]``.
+    and minifloats as codes and a look-up, where these are smaller than floats; wider ones in float.
+    Tied weights are there once. What activations are rounded to is QuantizeLinear. It needs
+    ``pip install quantifind[onnx]``.
 
     ``.pt2``: the program of `torch.export`, with codes packed as in `compressed`; it runs without
     this package, by ``torch.export.load(path).module()``.

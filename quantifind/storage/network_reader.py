@@ -266,10 +266,12 @@ def _read_header(file: BinaryIO, size: int) -> tuple[Mapping[str, str], dict[str
     try:
         if length > MOST_HEADER:
             raise ValueError(f"its header would be {length} bytes, and has at most {MOST_HEADER}")
+        if not length:
+            raise ValueError("it has no header")
         header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__")
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"its format is {metadata['format']!r}")
+        metadata = header.pop("__metadata__", {})
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
         version = int(metadata["version"])
         ends = {name: facts["data_offsets"] for name, facts in header.items()}
         spans = {n: (8 + length + count(a), count(b - a)) for n, (a, b) in ends.items()}

@@ -118,7 +118,7 @@ class QParams:
         def own(each: Tensor | None) -> Tensor | None:
             if each is None or each.dim() < 2:
                 return each
-            # which torch picks no rows of: test_parts_of_a_tensor_have_its_values
+            # which torch picks no rows of: test_every_scheme_comes_back_and_is_read_by_others
             if each.dtype == POWER_OF_TWO:
                 return each.view(torch.uint8)[some].view(POWER_OF_TWO)
             return each[some]
