@@ -10,6 +10,7 @@ import numpy as np
 from scipy import optimize, sparse
 
 from quantifind.tensor.choice import Choice
+from quantifind.utils.silence import silent
 
 Assignment = tuple[int, ...]
 # a solution so far below the largest loss increase is solved anew in its own unit
@@ -97,18 +98,17 @@ def _solve(
     """The programme with loss increases in units of ``scale``, those above it left out."""
     allowed, most = increases <= scale, max(budget, costs.max()) or 1.0
     one_each = sparse.block_diag([sparse.coo_array(np.ones((1, n))) for n in np.diff(starts)])
-    # without presolve, in whose undoing HiGHS prints unasked; not by milp, which can not tell it
-    # to be silent: test_the_solver_says_nothing
-    solved = optimize.linprog(
-        np.where(allowed, increases / (scale or 1.0), 0.0),
-        A_ub=costs[None] / most,
-        b_ub=[budget / most - slack],
-        A_eq=one_each,
-        b_eq=np.ones(len(starts) - 1),
-        bounds=np.column_stack([np.zeros(len(costs)), allowed]),
-        integrality=np.ones(len(costs)),
-        options={"mip_rel_gap": 0, "presolve": False},
-    )
+    with silent():  # HiGHS prints unasked: test_the_solver_says_nothing
+        solved = optimize.linprog(
+            np.where(allowed, increases / (scale or 1.0), 0.0),
+            A_ub=costs[None] / most,
+            b_ub=[budget / most - slack],
+            A_eq=one_each,
+            b_eq=np.ones(len(starts) - 1),
+            bounds=np.column_stack([np.zeros(len(costs)), allowed]),
+            integrality=np.ones(len(costs)),
+            options={"mip_rel_gap": 0, "presolve": False},
+        )
     if solved.x is None:
         return None
     return [int(part.argmax()) for part in np.split(solved.x, starts[1:-1])]
