@@ -12,7 +12,7 @@ from torch import nn
 from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import Goal
 from quantifind.metrics import outcome
-from quantifind.mixed_precision import refinement as refining
+from quantifind.mixed_precision import learned_candidates
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.knapsack import Option
@@ -277,6 +277,34 @@ def test_learning_goes_below_what_rounding_reaches():
     assert outcome(quantize_model(net, found.quantized), val, criterion)["loss"].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options", [{"limit": 1.05}, {"limit": 1.05, "labels": True}, {"budget": 1.2}], ids=str
+)
+def test_coded_codes_learn_to_be_few(options, tmp_path):
+    net, train, val, _ = toy(8, 64, 4)
+    criterion, learn = nn.CrossEntropyLoss(), {"learn": 6, "storage": "coded"}
+    given = {k: v for k, v in options.items() if k != "labels"}
+    before = find_strategy(net, train, val, criterion, storage="coded", folder=tmp_path, **given)
+    found = find_strategy(net, train, val, criterion, folder=tmp_path, **learn, **options)
+    rows = found.candidates[found.candidates["answer"] != "as_is"]
+    assert rows["origin"].str.endswith("% not 0").all()
+    assert 0 < len(rows) <= learned_candidates.LEARNED
+    for origin, quantized in zip(rows["origin"], rows["quantized"], strict=True):
+        codes = [t.codes for t in quantized.tensors.values() if t.storage == "coded"]
+        share = sum((c != 0).sum() for c in codes) / sum(c.numel() for c in codes)
+        assert share == pytest.approx(float(origin.split()[-3].rstrip("%")) / 100, rel=0.05)
+    # never worse than without, and what it says it takes is what is stored
+    if "budget" in options:
+        assert found.mean_bits <= 1.2
+        assert found.chosen["criterion_ratio"] <= before.chosen["criterion_ratio"]
+    else:
+        assert found.mean_bits < 0.9 * before.mean_bits
+        assert found.chosen["criterion_ratio_bound"] <= 1.05
+        assert found.chosen["answer"] == ("trained" if "labels" in options else "following")
+    parts, _ = pack(found.quantized)
+    assert found.model_bytes == sum(part.nbytes for part in parts.values())
+
+
 def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
@@ -331,7 +359,7 @@ def test_a_killed_learning_search_goes_on(tmp_path, monkeypatch):
     before = train.generator.get_state()
     whole = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     assert train.generator.get_state().equal(before)
-    learn, calls = refining.learn_codes, []
+    learn, calls = learned_candidates.learn_codes, []
 
     def killed(*arguments, **named):
         calls.append(1)
@@ -339,7 +367,7 @@ def test_a_killed_learning_search_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return learn(*arguments, **named)
 
-    monkeypatch.setattr(refining, "learn_codes", killed)
+    monkeypatch.setattr(learned_candidates, "learn_codes", killed)
     cut = find_strategy(net, train, val, nn.CrossEntropyLoss(), folder=tmp_path, **options)
     assert cut.passes.left_out == ["interrupted"]
     assert whole.passes.left_out == []
@@ -383,7 +411,7 @@ def test_learning_is_kept(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     options = {"limit": 1.3, "learn": 1, "folder": tmp_path}
     first = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
-    monkeypatch.setattr(refining, "learn_codes", None)
+    monkeypatch.setattr(learned_candidates, "learn_codes", None)
     again = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     assert plain(first).equals(plain(again))
 
@@ -468,7 +496,7 @@ def test_codes_are_learned_of_weights_by_their_shape(small, axis):
 
     def learnable(**choice):
         weight = Choice("uniform", axis=axis, **choice)
-        return refining._learnable(candidates, Option({"0.weight": weight}, {}, 1.0, 0.0))
+        return learned_candidates._learnable(candidates, Option({"0.weight": weight}, {}, 1.0, 0.0))
 
     assert learnable(bits=2, rounding="gptq")
     assert not learnable(bits=2)
