@@ -235,7 +235,8 @@ def _control(said: str, matched: Mapping[str, Mapping[str, float]] | None) -> st
 def _file(file: Mapping[str, Any]) -> str:
     return (
         f"It is in `{file['path']}`, {file['bytes']:,} bytes; with a network of the same "
-        f'architecture, `quantifind.load("{file["path"]}", net)` gives it back.'
+        f'architecture, `quantifind.load("{file["path"]}", net)` gives it back. All its codes '
+        f"packed take {file['packed']:,} bytes, coded {file['coded']:,} (`storage`)."
     )
 
 

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from quantifind.certification.resampling import bits_interval
+from quantifind.costs import model_bytes
 from quantifind.deployment.saving import save
 from quantifind.strategy import Strategy
+from quantifind.tensor.choice import STORAGES
+from quantifind.tensor.quantized import Quantized
 from quantifind.workflow.certification_workflow import judge_ladder
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, looks, networks
@@ -67,10 +71,16 @@ def main(params: Params) -> None:
     proof |= {key: answer[key] for key in ("limit", "confidence", "look")}
     step, path = answer["step"], files.SAVED
     size = save(net, quantized[step], path, strategy=strategies[step], judged=proof)
-    answer["file"] = {"path": str(path), "bytes": size}
+    answer["file"] = {"path": str(path), "bytes": size, **_bytes(net, quantized[step])}
     files.write_text(files.CARD, card(answer, params.model))
     files.write_table(files.PLOTS / "tensors.csv", tensor_table(net, strategies, quantized))
     _write(params, table, frontier, answer)
+
+
+def _bytes(net: nn.Module, quantized: Quantized) -> dict[str, int]:
+    """What the same codes take by storage, all of the network counted."""
+    costs = {s: model_bytes.measure(net, quantized.stored(s), []) for s in STORAGES}
+    return {storage: int(sum(cost.values())) for storage, cost in costs.items()}
 
 
 def _write(

@@ -311,11 +311,13 @@ def test_a_number_of_levels_is_not_one_of_bits():
 def test_the_card_says_what_the_file_is_and_how_to_load_it():
     answer = answer_of([1.0, 1.005, 1.009])
     file = {"path": "out/network.safetensors", "bytes": answer["certified"]["model_bytes"] + 321}
+    file |= {"packed": 7001, "coded": 6002}
     page, words = card(answer | {"file": file}, "net"), in_words(answer | {"file": file}, "net")
     assert answer["step"] == 2
     assert 'quantifind.load("network.safetensors", net)' in page
     assert 'quantifind.load("out/network.safetensors", net)' in words
     assert f"{file['bytes']:,} bytes" in words
     assert "a header of 321" in page
+    assert "packed take 7,001 bytes, coded 6,002" in words
     assert all(line in page for line in in_words(answer, "net").splitlines()[2:])
     assert answer_of([1.02, 1.0])["step"] == 1

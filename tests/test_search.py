@@ -277,32 +277,35 @@ def test_learning_goes_below_what_rounding_reaches():
     assert outcome(quantize_model(net, found.quantized), val, criterion)["loss"].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "options", [{"limit": 1.05}, {"limit": 1.05, "labels": True}, {"budget": 1.2}], ids=str
-)
-def test_coded_codes_learn_to_be_few(options, tmp_path):
-    net, train, val, _ = toy(8, 64, 4)
-    criterion, learn = nn.CrossEntropyLoss(), {"learn": 6, "storage": "coded"}
-    given = {k: v for k, v in options.items() if k != "labels"}
-    before = find_strategy(net, train, val, criterion, storage="coded", folder=tmp_path, **given)
-    found = find_strategy(net, train, val, criterion, folder=tmp_path, **learn, **options)
-    rows = found.candidates[found.candidates["answer"] != "as_is"]
-    assert rows["origin"].str.endswith("% not 0").all()
-    assert 0 < len(rows) <= learned_candidates.LEARNED
-    for origin, quantized in zip(rows["origin"], rows["quantized"], strict=True):
-        codes = [t.codes for t in quantized.tensors.values() if t.storage == "coded"]
-        share = sum((c != 0).sum() for c in codes) / sum(c.numel() for c in codes)
-        assert share == pytest.approx(float(origin.split()[-3].rstrip("%")) / 100, rel=0.05)
-    # never worse than without, and what it says it takes is what is stored
-    if "budget" in options:
-        assert found.mean_bits <= 1.2
-        assert found.chosen["criterion_ratio"] <= before.chosen["criterion_ratio"]
-    else:
-        assert found.mean_bits < 0.9 * before.mean_bits
-        assert found.chosen["criterion_ratio_bound"] <= 1.05
-        assert found.chosen["answer"] == ("trained" if "labels" in options else "following")
-    parts, _ = pack(found.quantized)
-    assert found.model_bytes == sum(part.nbytes for part in parts.values())
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("goal", [(2.0, None), (None, 2.2)], ids=["limit", "budget"])
+def test_coded_codes_learn_to_be_few(goal, labels):
+    """As few as the goal lets them be, all bytes counted, beside what there was."""
+    net, train, val, _ = toy(8, 64, 4, examples=1_500)
+    coded = [{"scheme": "uniform", "levels": n, "storage": "coded"} for n in (3, 31)]
+    given = {"tensors": {name: coded for name, _ in net.named_parameters()}}
+    candidates = all_candidates(net, train, val, Goal.of(*goal), given)
+    begun = (0, 0) if goal[1] is None else (1, 1)
+    (before,) = candidates.measure([candidates.allocated(begun)])
+    learned_candidates.learn_candidates(candidates, 2, labels)
+    _, *rows = candidates.rows.values()
+    assert len(rows) == learned_candidates.LEARNED
+    shares = []
+    for row in rows:
+        assert row["answer"] == ("trained" if labels else "following")
+        assert {c.rounding for c in row["strategy"].tensors.values()} == {"learned"}
+        codes = torch.cat([t.codes.flatten() for t in row["quantized"].tensors.values()])
+        shares.append((codes != 0).double().mean().item())
+        assert shares[-1] == pytest.approx(float(row["origin"].split()[-3][:-1]) / 100, abs=2e-3)
+        parts, _ = pack(row["quantized"])
+        assert row["model_bytes"] == sum(part.nbytes for part in parts.values())
+    # sparser where the goal is kept, or a budget is not
+    for (one, row), other in zip(zip(shares, rows, strict=True), shares[1:], strict=False):
+        assert (other < one) == (candidates.goal.keeps(row) == (goal[1] is None))
+    # never worse than what there was, here better
+    better = "mean_bits" if goal[1] is None else "criterion_ratio"
+    assert candidates.best()[better] < before[better]
+    assert (candidates.control is not None) == labels
 
 
 def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_shares_add_up_to_the_density(sides, density):
 def test_the_share_falls_from_all_to_what_is_asked_for(share):
     times = [falling(share, done / 100) for done in range(101)]
     assert times[0] == pytest.approx(1)
-    assert times[-1] == times[70] == share
+    assert times[-1] == times[31] == share
     assert times == sorted(times, reverse=True)
 
 

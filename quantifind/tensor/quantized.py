@@ -142,6 +142,11 @@ class Quantized:
     folded: tuple[tuple[str, str], ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
+    def stored(self, storage: str) -> "Quantized":
+        """With all codes packed, or all coded."""
+        tensors = {name: replace(tensor, storage=storage) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
     def with_scales(self, scales: Mapping[str, Tensor]) -> "Quantized":
         """With other scales, of the same shape and dtype, of the tensors named."""
         other = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from quantifind.tensor.qparams import QParams
 
 # the part of the training in which codes become 0; in what is left of it, those that are stay few
-FALLING = 0.6
+FALLING = 0.3
 
 
 def is_sparse(qparams: QParams) -> bool:
