@@ -134,7 +134,8 @@ class Quantized:
     """What has become of a network: tensors, and the parameters of activations, by name.
 
     folded: pairs of names (module, norm), of norms folded into what is before them first of all.
-    notes: by tensor, in words, what was done less well than asked for, such as for want of memory.
+    notes: by tensor, in words, what was done less well than asked for, such as for want of memory;
+        and how many inputs no calibration example has.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
