@@ -19,6 +19,7 @@ from benchmarks import grids, search, table
 from benchmarks.peers import __main__ as peers
 from quantifind.certification.goal import ANSWERS
 from quantifind.certification.measures import MEASURES
+from quantifind.tensor.choice import STORAGES
 
 README = grids.ROOT / "README.md"
 RECOMMENDATION = grids.ROOT / "metrics/recommendation.md"
@@ -34,8 +35,11 @@ FIRST, LAST = 2, 7
 def summary(found: pd.DataFrame, of_peers: pd.DataFrame, networks: pd.DataFrame) -> str:
     """The table of what is certified, a line per network.
 
-    found: benchmarks/results/search.csv. of_peers: peers.csv. networks: networks.csv.
+    found: benchmarks/results/search.csv, of which packed rows count. of_peers: peers.csv.
+        networks: networks.csv.
     """
+    found = search.with_storage(found.copy())
+    found = found[found["storage"] == STORAGES[0]]
     measure = headline(found)
     lines = [
         f"| network | certified bits at {MEASURES[measure].words} ≤ {LIMIT}, as it is | following "

@@ -1,18 +1,19 @@
 """The fewest bits that are certified, of each network in each of the three answers.
 
     python -m benchmarks.search [--network NAME] [--answer NAME] [--seconds SECONDS] [--epochs N]
-                                [--folder FOLDER] [--sealed]
+                                [--folder FOLDER] [--storage {packed,coded}] [--sealed]
 
 Each network is trained as the pipeline trains it. The search sees train and validation data; the
 ladder it fixes is judged on one half of the test data, and with --sealed on the other, which is
 kept for the published run. Answers are `quantifind.certification.goal.ANSWERS`, limits those of
 `LIMITS` of each of `MEASURES`; the searches of a network share what they measure, so that the
-seconds of all but the first leave that out. Rows of benchmarks/results/search.csv are written as
-they come. Of a row: `mean_bits`, `value`, `low`, `high` and `bound` are those of the strategy that
-is certified with 95% confidence, were its ladder the only one; it was number `looks` that was
-judged on this half (benchmarks/results/looks.json), and `look_bits` are certified at the level that
-is left for it. Of what was trained further, `control_ratio` is the loss of float weights that had
-the same training over the float network's, `matched_ratio` the strategy's loss over theirs.
+seconds of all but the first leave that out. Weights are stored packed, or as --storage says. Rows
+of benchmarks/results/search.csv are written as they come. Of a row: `mean_bits`, `value`, `low`,
+`high` and `bound` are those of the strategy that is certified with 95% confidence, were its ladder
+the only one; it was number `looks` that was judged on this half (benchmarks/results/looks.json),
+and `look_bits` are certified at the level that is left for it. Of what was trained further,
+`control_ratio` is the loss of float weights that had the same training over the float network's,
+`matched_ratio` the strategy's loss over theirs.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader
 from benchmarks import grids
 from quantifind.certification.goal import ANSWERS, steps_that_keep
 from quantifind.search import find_strategy
+from quantifind.tensor.choice import STORAGES
 from quantifind.utils.loaders import Loaders, Tensors, batch_loader, whole_split
 from quantifind.workflow.certification_workflow import certify
 
@@ -42,7 +44,7 @@ LIMITS = (1.01, 1.05, 1.10)
 # of learned rounding, chosen on validation data, fewer where an epoch takes long
 EPOCHS = {"dense_mnist": 12, "conv_mnist": 2, "language_transformer": 2, "simple_dense": 2}
 # a row is of these
-KEY = ["network", "answer", "measure", "limit"]
+KEY = ["network", "answer", "measure", "limit", "storage"]
 COLUMNS = ["mean_bits", "value", "low", "high", "bound", "looks", "seconds", "epochs", "look_bits"]
 MATCHED = [
     f"{name}{end}" for name in ("control_ratio", "matched_ratio") for end in ("", "_low", "_high")
@@ -71,6 +73,7 @@ def rows_of(
     seconds: float | None = None,
     folder: Path | str | None = None,
     looks: Path | None = None,
+    storage: str = "packed",
 ) -> Iterator[dict[str, Any]]:
     """A row for each answer, measure and limit.
 
@@ -80,15 +83,17 @@ def rows_of(
     seconds: that each search may take.
     folder: keeps what is measured.
     looks: a ledger.
+    storage: of weights, one of `quantifind.tensor.choice.STORAGES`.
     """
     net, criterion = made
     train, val, test = splits
     for answer in answers:
         learn = 0 if answer == "as_is" else epochs
         how: Any = {"learn": learn, "labels": answer == "trained", "seconds": seconds}
+        how["storage"] = storage
         for measure in MEASURES:
             for limit in LIMITS:
-                row = {"network": network, "answer": answer, "measure": measure, "limit": limit}
+                row = dict(zip(KEY, (network, answer, measure, limit, storage), strict=True))
                 row |= dict.fromkeys([*COLUMNS, *MATCHED], np.nan)
                 started = time.monotonic()
                 try:
@@ -124,11 +129,13 @@ def judged(
 
 
 def put(rows: pd.DataFrame) -> pd.DataFrame:
-    """Write rows in place of those there are of the same network, answer, measure and limit; all
-    rows, in the order of networks and answers."""
+    """Write rows in place of those there are of the same `KEY`; all rows, in the order of networks
+    and answers."""
     if RESULTS.exists():
-        rows = pd.concat([pd.read_csv(RESULTS), rows]).drop_duplicates(KEY, keep="last")
-    places = {"network": grids.NETWORKS, "answer": tuple(ANSWERS), "measure": MEASURES}
+        before = with_storage(pd.read_csv(RESULTS))
+        rows = pd.concat([before, rows]).drop_duplicates(KEY, keep="last")
+    places: dict[str, tuple[str, ...]] = {"network": grids.NETWORKS, "answer": tuple(ANSWERS)}
+    places |= {"measure": MEASURES, "storage": STORAGES}
     rows = rows.sort_values(
         KEY, key=lambda c: c.map(places[c.name].index) if c.name in places else c, kind="stable"
     )
@@ -138,9 +145,17 @@ def put(rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+def with_storage(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that may be from before there was another storage than packed."""
+    if "storage" not in rows:
+        rows.insert(KEY.index("storage"), "storage", STORAGES[0])
+    return rows
+
+
 def markdown(results: pd.DataFrame) -> str:
-    """The table of certified strategies, a line per network, answer and measure, and a column per
-    limit."""
+    """The table of certified strategies, a line per network, answer, measure and storage, and a
+    column per limit."""
+    results = with_storage(results.copy())
     limits = sorted(set(results["limit"]))
     lines = [
         "| certified on test: mean bits, the ratio, 95% interval | answer | ratio "
@@ -148,7 +163,8 @@ def markdown(results: pd.DataFrame) -> str:
         + " | of these, matched ratio |",
         "|---" * (4 + len(limits)) + "|",
     ]
-    for (network, answer, measure), rows in results.groupby(KEY[:3], sort=False):
+    lined = [name for name in KEY if name != "limit"]
+    for (network, answer, measure, storage), rows in results.groupby(lined, sort=False):
         by_limit = {row["limit"]: row for row in rows.to_dict("records")}
         cells = [cell(by_limit.get(limit)) for limit in limits]
         ratios = [
@@ -156,7 +172,8 @@ def markdown(results: pd.DataFrame) -> str:
             for row in by_limit.values()
             if not pd.isna(row["matched_ratio"])
         ]
-        named = f"{answer.replace('_', ' ')} | {measure.split('_')[0]}"
+        stored = "" if storage == STORAGES[0] else f", {storage}"
+        named = f"{answer.replace('_', ' ')}{stored} | {measure.split('_')[0]}"
         beside = ", ".join(ratios) or "–"
         lines.append(f"| {network} | {named} | {' | '.join(cells)} | {beside} |")
     return "\n".join(lines) + "\n"
@@ -185,6 +202,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of each search, without end by default")
     parser.add_argument("--epochs", type=float, help=f"of learning, by default {EPOCHS}")
     parser.add_argument("--folder", help="keeps what is measured, by default until the end")
+    parser.add_argument("--storage", choices=STORAGES, default=STORAGES[0], help="of weights")
     parser.add_argument("--sealed", action="store_true", help="judge on the half that is kept back")
     given = parser.parse_args()
     for network in [given.network] if given.network else grids.NETWORKS:
@@ -200,6 +218,7 @@ def main() -> None:
                 seconds=given.seconds,
                 folder=given.folder or temporary,
                 looks=LOOKS,
+                storage=given.storage,
             ):
                 results = put(pd.DataFrame([row]))
                 print(pd.DataFrame([row]).to_string(index=False), flush=True)

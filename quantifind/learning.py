@@ -25,7 +25,8 @@ from torch.utils.data import (
 
 from quantifind.quantize import quantize
 from quantifind.runtime.control import FloatStudent
-from quantifind.runtime.student import Student, class_labels
+from quantifind.runtime.labels import class_labels
+from quantifind.runtime.student import Student
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import (
     latest_checkpoint,
@@ -64,6 +65,7 @@ def learn(
     forward: Forward | None = None,
     temperature: float = 1.0,
     label_weight: float = 0.0,
+    density: float | None = None,
     learning_rate: float | None = None,
     micro_batch: int | None = None,
     checkpoints: Path | str | None = None,
@@ -87,6 +89,10 @@ def learn(
         so (Guo et al. 2017, arXiv:1706.04599).
     label_weight: the weight, beside the outputs' 1, of the loss to the targets themselves (cross
         entropy, or squared error), blended as the inputs are.
+    density: the share of codes that are not 0 in the end, above 0 and at most 1, of all weights on
+        uniform grids that have a level 0; it falls along a schedule, and those are 0 whose latent
+        values are smallest (`quantifind.tensor.sparsity`). So the codes cost little where they are
+        stored coded. None for as many as there are.
     learning_rate: of the codes at the start, by default `LEARNING_RATE`.
     micro_batch: examples that go through the network at a time, by default a whole batch, and half
         as many where memory runs out. Gradients are those of the whole batch. Batches whose tensors
@@ -109,6 +115,7 @@ def learn(
         forward=forward,
         temperature=temperature,
         label_weight=label_weight,
+        density=density,
         learning_rate=learning_rate,
         micro_batch=micro_batch,
         checkpoints=checkpoints,
@@ -145,6 +152,7 @@ def _trained(
     forward: Forward | None = None,
     temperature: float = 1.0,
     label_weight: float = 0.0,
+    density: float | None = None,
     learning_rate: float | None = None,
     micro_batch: int | None = None,
     checkpoints: Path | str | None = None,
@@ -156,15 +164,19 @@ def _trained(
     _check_number("epochs", epochs)
     _check_number("temperature", temperature)
     _check_number("learning_rate", learning_rate)
+    if density is not None:
+        _check_number("density", density)
+        if density > 1:
+            raise ValueError(f"density is {density!r}: at most 1 is needed")
     if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
         raise ValueError(f"micro_batch is {micro_batch!r}: a whole number above 0 is needed")
     batches = length_of(loader)
     if batches == 0:
         raise ValueError("the loader has no batches")
     given = artifact.pack(strategy) if isinstance(strategy, Quantized) else (strategy.choices,)
-    work = fingerprint(
-        model, [epochs, temperature, label_weight, learning_rate, seed, kind.__name__], *given
-    )
+    options = [epochs, temperature, label_weight, learning_rate, seed, kind.__name__]
+    options += [] if density is None else [density]
+    work = fingerprint(model, options, *given)
     kept = _kept(checkpoints, work)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
@@ -174,7 +186,7 @@ def _trained(
         if calibration is None:
             calibration = [copied(batch) for batch in islice(loader, CALIBRATION_BATCHES)]
         start = quantize(model, strategy, calibration, forward=forward)
-        student = kind(model, start, temperature, label_weight, micro_batch)
+        student = kind(model, start, temperature, label_weight, micro_batch, density)
         optimizer = student.optimizer(learning_rate)
         keeping = _Keeping(checkpoints, loader, student, optimizer, work, began_with)
         if kept is not None:
@@ -185,6 +197,7 @@ def _trained(
                 epoch = keeping.left(batches_of(loader, model, forward=forward))
                 _epoch(keeping, epoch, epochs * batches, step)
                 keeping.end_epoch()
+        student.at(keeping.done, 1.0)
         return student
 
 
@@ -316,6 +329,7 @@ def _epoch(
             break
         for group in keeping.optimizer.param_groups:
             group["lr"] = group["full_rate"] * (1 + math.cos(math.pi * share)) / 2
+        keeping.student.at(keeping.done, share)
         keeping.optimizer.zero_grad()
         loss = keeping.student.backward(batch)
         keeping.optimizer.step()

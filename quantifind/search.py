@@ -15,12 +15,12 @@ from quantifind.metrics import Outcome, is_classification
 from quantifind.mixed_precision.candidates import Candidates, note
 from quantifind.mixed_precision.exploration import sweep_budgets, try_neighbours
 from quantifind.mixed_precision.found import Found, found_by
+from quantifind.mixed_precision.learned_candidates import learn_candidates
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.passes import OutOfTime, Passes
 from quantifind.mixed_precision.refinement import (
     add_safer_allocations,
     gptq_sequentially,
-    learn_allocations,
 )
 from quantifind.mixed_precision.search_space import (
     WIDER,
@@ -211,7 +211,7 @@ def refine(candidates: Candidates, learn: float, labels: bool) -> None:
         add_safer_allocations(candidates)
     if learn:
         with passes.of("learning", math.inf):
-            learn_allocations(candidates, learn, labels)
+            learn_candidates(candidates, learn, labels)
 
 
 def _goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goal:

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from quantifind.certification.resampling import bits_interval
+from quantifind.costs import model_bytes
 from quantifind.deployment.saving import save
 from quantifind.strategy import Strategy
+from quantifind.tensor.choice import STORAGES
+from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import batches_of
 from quantifind.workflow.certification_workflow import judge_ladder
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
@@ -71,7 +75,7 @@ def main(params: Params) -> None:
     proof |= {key: answer[key] for key in ("limit", "confidence", "look")}
     step, path, words = answer["step"], files.SAVED, in_words(answer, params.model)
     size = save(net, quantized[step], path, strategy=strategies[step], judged=proof)
-    answer["file"] = {"path": str(path), "bytes": size}
+    answer["file"] = {"path": str(path), "bytes": size, **_bytes(net, quantized[step])}
     some = networks.read_loader("test", batch_size=2)
     example = next(batches_of(some, net, criterion, made.forward))
     answer["exports"] = write_exports(params.export, net, quantized[step], example)
@@ -80,6 +84,12 @@ def main(params: Params) -> None:
     changed = changed_table(made, quantized[step], test, judged.columns[step], read_characters())
     files.write_table(files.PLOTS / "changed.csv", changed)
     _write(params, table, frontier, answer)
+
+
+def _bytes(net: nn.Module, quantized: Quantized) -> dict[str, int]:
+    """What the same codes take by storage, all of the network counted."""
+    costs = {s: model_bytes.measure(net, quantized.stored(s), []) for s in STORAGES}
+    return {storage: int(sum(cost.values())) for storage, cost in costs.items()}
 
 
 def _write(

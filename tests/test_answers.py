@@ -312,6 +312,7 @@ def test_a_number_of_levels_is_not_one_of_bits():
 def test_the_card_says_what_the_file_is_and_how_to_load_it():
     answer = answer_of([1.0, 1.005, 1.009])
     file = {"path": "out/network.safetensors", "bytes": answer["certified"]["model_bytes"] + 321}
+    file |= {"packed": 7001, "coded": 6002}
     exports = {
         "onnx": {"path": "out/exports/network.onnx", "bytes": 1234},
         "pt2": {"reason": "the network can't be traced"},
@@ -329,4 +330,5 @@ def test_the_card_says_what_the_file_is_and_how_to_load_it():
     for text in (page, words):
         assert "There is no .pt2 of it: the network can't be traced." in text
     assert all(line in page for line in bare.splitlines()[2:])
+    assert "packed take 7,001 bytes, coded 6,002" in words
     assert answer_of([1.02, 1.0])["step"] == 1

@@ -67,14 +67,14 @@ def test_a_control_is_what_a_plain_loop_trains(label_weight):
 
 
 def test_a_control_sees_what_the_codes_see(monkeypatch):
-    seen, blended = [], students._blended
+    seen, blended = [], students.blended
 
     def spy(batch):
         batch, blend = blended(batch)
         seen.append(batch.data[0].clone())
         return batch, blend
 
-    monkeypatch.setattr(students, "_blended", spy)
+    monkeypatch.setattr(students, "blended", spy)
     net, recipe = network(), {"epochs": 1.5, "seed": SEED, "label_weight": 1.0}
     learn(net, uniform_strategy(net, 2), training(), **recipe)
     train_control(net, uniform_strategy(net, 4), training(), **recipe)

@@ -294,6 +294,24 @@ def test_what_is_short_of_memory_is_said_and_loses_little(wide, scale):
     assert "rounded to nearest" in notes[none]["conv.weight"]
 
 
+@pytest.mark.parametrize("storage", ["packed", "coded"])
+def test_inputs_that_are_never_met_are_said(storage):
+    """And take next to nothing coded, whatever the weights there were."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(1000, 64), torch.randn(200, 1000)
+    x[:, 300:] = 0
+    choice = {"scheme": "uniform", "levels": 9, "rounding": "gptq", "storage": storage}
+    sizes = []
+    for inputs in (x, x[:, :300]):
+        net = nn.Linear(inputs.shape[1], 64)
+        found = quantize(net, Strategy({"weight": choice, "bias": None}), [(inputs,)])
+        sizes.append(found.tensors["weight"].stored_bits)
+        said = found.notes.get("weight", "")
+        assert said.startswith("700 of its 1,000 inputs are 0" if len(sizes) == 1 else "")
+        assert (said == "") == (len(sizes) == 2)
+    assert sizes[0] < (1.08 * sizes[1] if storage == "coded" else math.inf)
+
+
 def test_many_inputs_are_offered_to_gptq():
     """Of which the moments of all together would take 34 GB."""
     net = nn.Conv1d(1024, 2, 64)

@@ -149,8 +149,10 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     }
     saved = project.folder / "out/network.safetensors"
     with NetworkFile(saved) as file:
-        assert answer["file"] == {"path": "out/network.safetensors", "bytes": file.bytes}
-        best = answer["certified"] or answer["chosen"]
+        best, said = answer["certified"] or answer["chosen"], answer["file"]
+        assert (said["path"], said["bytes"]) == ("out/network.safetensors", file.bytes)
+        assert said["packed"] == best["model_bytes"]  # which is the storage that was asked for
+        assert 0 < said["coded"] <= said["packed"] + 6  # of each tensor a byte that says how
         assert file.bytes - file.header_bytes == best["model_bytes"] == file.index["model_bytes"]
         assert file.index["judged"]["mean_bits"] == best["mean_bits"]
         assert file.index["strategy"]["tensors"].keys() == answer["tensors"].keys()

@@ -12,7 +12,7 @@ from torch import nn
 from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import Goal
 from quantifind.metrics import outcome
-from quantifind.mixed_precision import refinement as refining
+from quantifind.mixed_precision import learned_candidates
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.knapsack import Option
@@ -277,6 +277,37 @@ def test_learning_goes_below_what_rounding_reaches():
     assert outcome(quantize_model(net, found.quantized), val, criterion)["loss"].isfinite().all()
 
 
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("goal", [(2.0, None), (None, 2.2)], ids=["limit", "budget"])
+def test_coded_codes_learn_to_be_few(goal, labels):
+    """As few as the goal lets them be, all bytes counted, beside what there was."""
+    net, train, val, _ = toy(8, 64, 4, examples=1_500)
+    coded = [{"scheme": "uniform", "levels": n, "storage": "coded"} for n in (3, 31)]
+    given = {"tensors": {name: coded for name, _ in net.named_parameters()}}
+    candidates = all_candidates(net, train, val, Goal.of(*goal), given)
+    begun = (0, 0) if goal[1] is None else (1, 1)
+    (before,) = candidates.measure([candidates.allocated(begun)])
+    learned_candidates.learn_candidates(candidates, 2, labels)
+    _, *rows = candidates.rows.values()
+    assert len(rows) == learned_candidates.LEARNED
+    shares = []
+    for row in rows:
+        assert row["answer"] == ("trained" if labels else "following")
+        assert {c.rounding for c in row["strategy"].tensors.values()} == {"learned"}
+        codes = torch.cat([t.codes.flatten() for t in row["quantized"].tensors.values()])
+        shares.append((codes != 0).double().mean().item())
+        assert shares[-1] == pytest.approx(float(row["origin"].split()[-3][:-1]) / 100, abs=2e-3)
+        parts, _ = pack(row["quantized"])
+        assert row["model_bytes"] == sum(part.nbytes for part in parts.values())
+    # sparser where the goal is kept, or a budget is not
+    for (one, row), other in zip(zip(shares, rows, strict=True), shares[1:], strict=False):
+        assert (other < one) == (candidates.goal.keeps(row) == (goal[1] is None))
+    # never worse than what there was, here better
+    better = "mean_bits" if goal[1] is None else "criterion_ratio"
+    assert candidates.best()[better] < before[better]
+    assert (candidates.control is not None) == labels
+
+
 def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
@@ -331,7 +362,7 @@ def test_a_killed_learning_search_goes_on(tmp_path, monkeypatch):
     before = train.generator.get_state()
     whole = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     assert train.generator.get_state().equal(before)
-    learn, calls = refining.learn_codes, []
+    learn, calls = learned_candidates.learn_codes, []
 
     def killed(*arguments, **named):
         calls.append(1)
@@ -339,7 +370,7 @@ def test_a_killed_learning_search_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return learn(*arguments, **named)
 
-    monkeypatch.setattr(refining, "learn_codes", killed)
+    monkeypatch.setattr(learned_candidates, "learn_codes", killed)
     cut = find_strategy(net, train, val, nn.CrossEntropyLoss(), folder=tmp_path, **options)
     assert cut.passes.left_out == ["interrupted"]
     assert whole.passes.left_out == []
@@ -383,7 +414,7 @@ def test_learning_is_kept(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     options = {"limit": 1.3, "learn": 1, "folder": tmp_path}
     first = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
-    monkeypatch.setattr(refining, "learn_codes", None)
+    monkeypatch.setattr(learned_candidates, "learn_codes", None)
     again = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     assert plain(first).equals(plain(again))
 
@@ -468,7 +499,7 @@ def test_codes_are_learned_of_weights_by_their_shape(small, axis):
 
     def learnable(**choice):
         weight = Choice("uniform", axis=axis, **choice)
-        return refining._learnable(candidates, Option({"0.weight": weight}, {}, 1.0, 0.0))
+        return learned_candidates._learnable(candidates, Option({"0.weight": weight}, {}, 1.0, 0.0))
 
     assert learnable(bits=2, rounding="gptq")
     assert not learnable(bits=2)

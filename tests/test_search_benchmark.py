@@ -35,21 +35,27 @@ def test_rows_come_one_by_one_and_take_the_place_of_earlier_ones(small, tmp_path
     monkeypatch.setattr(search, "find_strategy", quick)
     how = {"epochs": 1, "folder": tmp_path / "kept", "looks": tmp_path / "looks.json"}
     rows = list(search.rows_of("dense_mnist", *small, ["trained", "as_is"], **how))
+    rows += search.rows_of("dense_mnist", *small, ["as_is"], storage="coded", **how)
     # the same ladder is no new look
     assert {row["looks"] for row in rows} == set(range(1, 1 + max(row["looks"] for row in rows)))
-    for row in [*rows, rows[0] | {"mean_bits": 7.0}]:
+    # what was written before there was another storage
+    first = {name: value for name, value in rows[0].items() if name != "storage"}
+    pd.DataFrame([first]).to_csv(tmp_path / "search.csv", index=False)
+    for row in [*rows[1:], rows[0] | {"mean_bits": 7.0}]:
         results = search.put(pd.DataFrame([row]))
     read = pd.read_csv(tmp_path / "search.csv")
-    assert list(read.columns[:11]) == [*search.KEY, *search.COLUMNS[:7]]
-    assert list(read["answer"]) == ["as_is", "trained"]
-    assert read["mean_bits"].to_numpy()[1] == 7.0
+    assert list(read.columns[:12]) == [*search.KEY, *search.COLUMNS[:7]]
+    assert list(read["answer"]) == ["as_is", "as_is", "trained"]
+    assert list(read["storage"]) == ["packed", "coded", "packed"]
+    assert read["mean_bits"].to_numpy()[2] == 7.0
     sure = read[read["mean_bits"].notna()]
     assert (sure["bound"] <= 1.5).all()
     assert (sure["low"] < sure["value"]).all()
     assert (read["look_bits"].fillna(np.inf) >= read["mean_bits"].fillna(0)).to_numpy()[0]
     table = search.markdown(results)
     assert table == search.markdown(read)
-    assert table.count("\n") == 2 + 2
+    assert table.count("\n") == 2 + 3
+    assert table.count("as is, coded") == 1
 
 
 def test_halves_are_disjoint_and_whole(small):

@@ -13,6 +13,7 @@ from quantifind.network.modules import named_buffers, named_tensors
 from quantifind.network.moments import Found, layer_moments
 from quantifind.network.parts import all_parts, enough, note, passes, waves
 from quantifind.network.trace import GPTQ_KINDS, ProductFacts, trace, weight_uses
+from quantifind.tensor.gptq import Moments
 from quantifind.utils.batches import Forward
 from quantifind.utils.devices import allowed_bytes, device_of
 
@@ -35,7 +36,7 @@ class Calibration:
         self._given, self._batches = model, batches
         self._forward, self._folded = forward, folded
         self._max_memory = max_memory
-        # by weight what was done less well than it could be for want of memory
+        # by weight what was done less well than it could be for want of memory, and what has no say
         self.notes: dict[str, str] = {}
         shown = prepared_tensors(model, folded)
         self.parameters, self.buffers = named_tensors(shown), named_buffers(shown)
@@ -120,11 +121,27 @@ class Calibration:
             if name not in self.uses:
                 raise ValueError(f"{name}: rounding 'gptq': {unused()}; round it to 'nearest'")
         parts = all_parts(asked, self.facts, self.max_memory)
-        self.notes |= {name: said for name, own in parts.items() if (said := note(own))}
         limit = self.max_memory
-        yield from layer_moments(
+        found = layer_moments(
             self.model, asked, self.batches, self.facts, max_memory=limit, **options
         )
+        for name, moments in found:
+            # test_inputs_that_are_never_met_are_said
+            if said := [each for each in (note(parts[name]), zeros(moments.values())) if each]:
+                self.notes[name] = "; ".join(said)
+            yield name, moments
+
+
+def zeros(moments: Iterable[Moments]) -> str | None:
+    """How many inputs no example has, in words; None where none."""
+    met = [each.inputs.diagonal() > 0 for each in moments]
+    count, dead = sum(m.numel() for m in met), sum(int((~m).sum()) for m in met)
+    if not dead:
+        return None
+    return (
+        f"{dead:,} of its {count:,} inputs are 0 in all calibration examples: their weights are 0, "
+        "or the nearest to it, which coded takes next to nothing"
+    )
 
 
 def unused() -> str:

@@ -1,8 +1,9 @@
 """A network whose codes, scales and codebooks are trained to follow the float network's outputs."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,18 @@ from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
 from quantifind.network.memory import view_places
 from quantifind.network.modules import put_values
+from quantifind.runtime.blending import Blend, blended
 from quantifind.runtime.checks import independent
+from quantifind.runtime.labels import CLASSES, class_labels, judged
+from quantifind.tensor import sparsity
 from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.ste import in_float32, round_through
 from quantifind.tensor.stored_scales import stored_scale
-from quantifind.utils.batches import Batch, rows_of, tensors_of
+from quantifind.utils.batches import Batch, tensors_of
 from quantifind.utils.console import console
 from quantifind.utils.criteria import IGNORED, aligned, class_axes, told
 from quantifind.utils.devices import device_of, is_out_of_memory
-from quantifind.utils.forwards import DefaultForward
 
 # scales and tables are trained by the logarithm of the factor that they are multiplied with
 SCALE_LEARNING_RATE = 2e-3
@@ -32,8 +35,8 @@ SCALE_LEARNING_RATE = 2e-3
 SOFTENING = 2.0
 # latent weights start at most this fraction of the way from their level to the rounding boundary
 INSIDE = 0.9
-# as a criterion of classes has them
-CLASSES = nn.CrossEntropyLoss()
+# batches after which it is told anew which codes are 0
+OFTEN = 10
 
 
 class Student:
@@ -43,6 +46,7 @@ class Student:
     log_factors: by name, the logarithm of what its scales, or the entries of its table, are
         multiplied with.
     micro_batch: examples that go through the networks at a time, None for a whole batch.
+    thresholds: by name, of those of few codes other than 0, up to which magnitude they are 0.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Student:
         temperature: float,
         label_weight: float,
         micro_batch: int | None = None,
+        density: float | None = None,
     ) -> None:
         self.temperature, self.label_weight = temperature, label_weight
         self.micro_batch, self.classes = micro_batch, CLASSES
@@ -78,6 +83,10 @@ class Student:
                 self.log_factors[name] = factor.requires_grad_()
         if not self.latents:
             raise ValueError("the strategy leaves every parameter in float: nothing can be learned")
+        self.shares: dict[str, float] = {}
+        self.thresholds: dict[str, Tensor] = {}
+        if density is not None:
+            self._begin_sparse(density)
         self.run = _Run(self.net)
         alike = {start.tensors[name].dtype for name in self.latents} == {torch.float32}
         self.precision = _precision(device_of(self.teacher)) if alike else nullcontext()
@@ -90,6 +99,33 @@ class Student:
             ]
         )
 
+    @torch.no_grad()
+    def _begin_sparse(self, density: float) -> None:
+        """Latents are the float values, of which the largest will have codes other than 0."""
+        able = {n: t.shape for n, t in self.latents.items() if t.dim() > 1}
+        able = {n: s for n, s in able.items() if sparsity.is_sparse(self.start.tensors[n].qparams)}
+        if not able:
+            raise ValueError(
+                f"density is {density:g}: it needs a weight on a uniform grid with a level 0 and "
+                "others on both sides"
+            )
+        self.shares = sparsity.shares(able, density)
+        own = dict(self.teacher.named_parameters())
+        for name, share in self.shares.items():
+            self.latents[name].copy_(own[name])
+            qparams = self.start.tensors[name].qparams
+            factor = sparsity.first_factor(self.latents[name], qparams, share)
+            self.log_factors[name].fill_(math.log(factor))
+            self.thresholds[name] = torch.full((), -1.0, device=self.latents[name].device)
+
+    def at(self, batches: int, done: float) -> None:
+        """Tell which codes are 0, where few are others, after so many batches, a part of the
+        training, 0 to 1; also between those that are `OFTEN` apart when it is all."""
+        if batches % OFTEN == 0 or done >= 1:
+            for name, share in self.shares.items():
+                now = sparsity.falling(share, done)
+                self.thresholds[name].copy_(sparsity.threshold(self.latents[name], now))
+
     def backward(self, batch: Batch) -> Tensor:
         """Add a batch's gradients to those of the latents and factors.
 
@@ -97,7 +133,7 @@ class Student:
         Raises: ValueError for a batch that is to be taken in parts, and can't be.
         """
         # of the whole batch: test_parts_of_a_batch_give_what_the_batch_gives
-        batch, blend = _blended(batch)
+        batch, blend = blended(batch)
         weights = {name: self._weight(name) for name in self.latents}
         while True:
             leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
@@ -111,9 +147,7 @@ class Student:
         torch.autograd.backward([weights[name] for name in met], list(met.values()))
         return loss
 
-    def _by_parts(
-        self, batch: Batch, blend: "_Blend | None", leaves: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _by_parts(self, batch: Batch, blend: Blend | None, leaves: Mapping[str, Tensor]) -> Tensor:
         """Gradients of the weights, of the mean over all examples."""
         examples = len(batch)
         size = self.micro_batch or examples
@@ -151,7 +185,7 @@ class Student:
         console.print(said, markup=False)
         return True
 
-    def _loss(self, batch: Batch, blend: "_Blend | None", leaves: Mapping[str, Tensor]) -> Tensor:
+    def _loss(self, batch: Batch, blend: Blend | None, leaves: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             wanted, *targets = batch.clone().run(self.teacher)
         weights = dict(leaves)
@@ -169,7 +203,7 @@ class Student:
         return self._classes_loss(known[0], known[1], wanted, blend)
 
     def _numbers_loss(
-        self, outputs: Any, wanted: Any, targets: list[Any], blend: "_Blend | None"
+        self, outputs: Any, wanted: Any, targets: list[Any], blend: Blend | None
     ) -> Tensor:
         pairs = zip(tensors_of(outputs), tensors_of(wanted), strict=True)
         apart = [F.mse_loss(o.float(), w.float()) for o, w in pairs if o.is_floating_point()]
@@ -181,7 +215,7 @@ class Student:
         return loss
 
     def _classes_loss(
-        self, outputs: Tensor, labels: Tensor, wanted: Tensor, blend: "_Blend | None"
+        self, outputs: Tensor, labels: Tensor, wanted: Tensor, blend: Blend | None
     ) -> Tensor:
         outputs, wanted = outputs.float(), wanted.float()
         apart = F.kl_div(
@@ -191,13 +225,13 @@ class Student:
             log_target=True,
         ).sum(1)
         # of positions that no label judges, such as padding, nothing is learned
-        first = _judged(labels, outputs.shape[1])
-        judged = first != IGNORED
-        loss = SOFTENING**2 * (apart * judged).sum() / len(outputs)
+        first = judged(labels, outputs.shape[1])
+        counts = first != IGNORED
+        loss = SOFTENING**2 * (apart * counts).sum() / len(outputs)
         if self.label_weight:
             truth = F.cross_entropy(outputs, first, reduction="none")
             if blend is not None:
-                others = _judged(blend.targets.to(labels.device), outputs.shape[1])
+                others = judged(blend.targets.to(labels.device), outputs.shape[1])
                 other = F.cross_entropy(outputs, others, reduction="none")
                 # a target may have several positions: test_labels_of_several_positions
                 share = blend.shares(truth)
@@ -209,7 +243,11 @@ class Student:
         latent, qparams = self.latents[name], self._qparams(name)
         qparams = replace(qparams, grid=in_float32(qparams.grid, latent.device))
         rows = to_rows(latent, qparams.axis, qparams.group)
-        values = from_rows(round_through(rows, qparams), latent.shape, qparams.axis, qparams.group)
+        if name in self.thresholds:
+            rows = sparsity.sparse_through(rows, qparams, self.thresholds[name])
+        else:
+            rows = round_through(rows, qparams)
+        values = from_rows(rows, latent.shape, qparams.axis, qparams.group)
         return values.to(self.start.tensors[name].dtype)
 
     def _qparams(self, name: str) -> QParams:
@@ -233,8 +271,12 @@ class Student:
         tensors = dict(self.start.tensors)
         for name, latent in self.latents.items():
             start, qparams = tensors[name].qparams, self._qparams(name)
-            rows = to_rows(latent.double(), start.axis, start.group)
-            codes = from_rows(qparams.nearest(rows).int(), latent.shape, start.axis, start.group)
+            if name in self.thresholds:
+                rows = to_rows(latent, start.axis, start.group)
+                rows = sparsity.sparse_codes(rows, qparams, self.thresholds[name])
+            else:
+                rows = qparams.nearest(to_rows(latent.double(), start.axis, start.group))
+            codes = from_rows(rows.int(), latent.shape, start.axis, start.group)
             if start.scale is not None and qparams.scale is not None:
                 qparams = replace(qparams, scale=qparams.scale.to(start.scale.dtype))
             elif start.grid.table is not None and qparams.grid.table is not None:
@@ -243,7 +285,8 @@ class Student:
         return replace(self.start, tensors=tensors)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {"latents": self.latents, "log_factors": self.log_factors}
+        factors = {"latents": self.latents, "log_factors": self.log_factors}
+        return factors | ({"thresholds": self.thresholds} if self.thresholds else {})
 
     @torch.no_grad()
     def load(self, state: dict[str, dict[str, Tensor]]) -> None:
@@ -265,24 +308,6 @@ def _latent(values: Tensor, tensor: QuantizedTensor) -> Tensor:
     return level + INSIDE * (within - level)
 
 
-def class_labels(
-    outputs: Any, targets: Sequence[Any], criterion: Any = CLASSES
-) -> tuple[Tensor, Tensor] | None:
-    """Outputs with classes in the second axis, and the labels; None where targets are others, and
-    for as many positions as classes where the criterion doesn't know (`told`)."""
-    if len(class_axes(outputs, targets)) > 1 and not hasattr(criterion, "classes_last"):
-        return None
-    outputs, targets = aligned(criterion, outputs, targets)
-    if len(targets) != 1 or not isinstance(targets[0], Tensor) or not isinstance(outputs, Tensor):
-        return None
-    (labels,) = targets
-    if labels.is_floating_point() or outputs.dim() != labels.dim() + 1 or outputs.shape[1] < 2:
-        return None
-    if labels.shape != outputs.shape[:1] + outputs.shape[2:]:
-        return None
-    return outputs, labels
-
-
 class _Run(nn.Module):
     """A pass of a batch through a network, as a module, whose tensors torch can swap."""
 
@@ -292,55 +317,6 @@ class _Run(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Any, ...]:
         return batch.run(self.net)
-
-
-@dataclass(frozen=True)
-class _Blend:
-    """Each example's share (examples,), and the targets (examples, …) of the other one that it is
-    blended with, None where they are no tensor."""
-
-    share: Tensor
-    targets: Any
-
-    def __getitem__(self, rows: slice) -> "_Blend":
-        return _Blend(self.share[rows], _rows(self.targets, rows))
-
-    def shares(self, values: Tensor) -> Tensor:
-        """The shares, to multiply values (examples, …) with."""
-        return self.share.to(values).reshape(-1, *(1,) * (values.dim() - 1))
-
-    def mixed(self, values: Tensor, others: Tensor) -> Tensor:
-        share = self.shares(values)
-        return share * values + (1 - share) * others.to(values.device)
-
-
-def _blended(batch: Batch) -> tuple[Batch, _Blend | None]:
-    """Half of the examples, the first of a shuffled batch, blended with others of it: of batches
-    (inputs, targets) with floating point inputs; others stay."""
-    data, count = batch.data, (rows_of(batch.data) or 0) // 2
-    pair = isinstance(data, list | tuple) and len(data) == 2
-    if not pair or count == 0 or not isinstance(batch.forward, DefaultForward):
-        return batch, None
-    inputs, targets = data
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        return batch, None
-    share = torch.ones(len(inputs), device=inputs.device)
-    share[:count] = torch.rand(count).to(inputs.device)
-    others = torch.arange(len(inputs), device=inputs.device)
-    others[:count] = torch.randperm(len(inputs))[:count].to(inputs.device)
-    blend = _Blend(share, _rows(targets, others))
-    return Batch([blend.mixed(inputs, inputs[others]), targets], batch.forward), blend
-
-
-def _rows(targets: Any, rows: Any) -> Any:
-    if not isinstance(targets, Tensor):
-        return None
-    return targets[rows.to(targets.device) if isinstance(rows, Tensor) else rows]
-
-
-def _judged(labels: Tensor, classes: int) -> Tensor:
-    """The labels, `IGNORED` where there is no such class."""
-    return labels.where((labels >= 0) & (labels < classes), IGNORED)
 
 
 def _precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -154,7 +154,8 @@ class Quantized:
     """What has become of a network: tensors, and the parameters of activations, by name.
 
     folded: pairs of names (module, norm), of norms folded into what is before them first of all.
-    notes: by tensor, in words, what was done less well than asked for, such as for want of memory.
+    notes: by tensor, in words, what was done less well than asked for, such as for want of memory;
+        and how many inputs no calibration example has.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -167,6 +168,11 @@ class Quantized:
         values = sum(tensor.codes.numel() for tensor in self.tensors.values())
         inputs = f", {len(self.activations)} activations" if self.activations else ""
         return f"Quantized: {len(self.tensors)} tensors, {values:,} values{inputs}"
+
+    def stored(self, storage: str) -> "Quantized":
+        """With all codes packed, or all coded."""
+        tensors = {name: replace(tensor, storage=storage) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     def with_scales(self, scales: Mapping[str, Tensor]) -> "Quantized":
         """With other scales, of the same shape and dtype, of the tensors named."""

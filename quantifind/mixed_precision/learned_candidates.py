@@ -1,0 +1,257 @@
+"""Candidates of a search whose codes are learned: of few bits, or of which few are not 0."""
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from quantifind.learning import fit_temperature
+from quantifind.learning import learn as learn_codes
+from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
+from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
+from quantifind.mixed_precision.matched import control_of
+from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.refinement import stored
+from quantifind.runtime.control import Control
+from quantifind.storage import artifact
+from quantifind.storage.checkpoints import random_state, set_random_state
+from quantifind.storage.store import Store, fingerprint
+from quantifind.strategy import Strategy
+from quantifind.tensor.choice import Choice
+from quantifind.tensor.quantized import Quantized
+from quantifind.utils.console import console, progress
+from quantifind.utils.naming import NotFinite
+
+# candidates of learning at most
+LEARNED = 4
+# learning here may take large steps, where most codes are 0 larger ones
+LEARNING_RATE, LABEL_WEIGHT, SPARSE_LEARNING_RATE = 1e-3, 1.0, 2e-3
+LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
+# bits that a weight, and another tensor, has at most where codes are learned
+LEARNABLE, BESIDE = 4, 8
+# which shares of the codes may be others than 0, of how many levels; and how many bits others have
+# where no candidate says it
+DENSITIES, LEVELS, FEW = (0.005, 0.5), 7, 4
+
+
+def learn_candidates(candidates: Candidates, epochs: float, labels: bool) -> None:
+    """Learn codes: of few bits; or, where the search space has coded ones, of which few are not 0.
+
+    Where labels are learned, too, so are float weights, as a control.
+    """
+    criterion, sparse = candidates.measurements.criterion, _sparse_strategy(candidates)
+    if labels and not isinstance(criterion, LABELLED):
+        names = " and ".join(kind.__name__ for kind in LABELLED)
+        console.print(f"Labels are learned with {names} alone: codes follow the outputs")
+        labels = False
+    if sparse is None:
+        start = _learn_allocations(candidates, epochs, labels)
+    else:
+        _learn_densities(candidates, sparse, epochs, labels)
+        start = sparse
+    if labels and start is not None:
+        # the same tensors are trained, of how many bits the codes may be
+        candidates.control = _control(candidates.measurements, start, epochs)
+        console.print(f"{candidates.control}", markup=False, highlight=False)
+
+
+def _sparse_strategy(candidates: Candidates) -> Strategy | None:
+    """Weights that may be coded on one step, others by the best candidate's choices if these are of
+    few bits, else of about as few as may be; None where no weight may be coded."""
+    best, allocation = candidates.best(), candidates.allocation
+    found: dict[str, Choice | None] = dict.fromkeys(allocation.values)
+    some = False
+    for name, choices in allocation.rounded_options.space.tensors.items():
+        coded = [c for c in choices if c.storage == "coded" and c.scheme == "uniform"]
+        if coded and allocation.values[name].dim() > 1:
+            values = {k: v for k, v in coded[0].plain().items() if k not in ("scale", "rate")}
+            values |= {"levels": LEVELS, "rounding": "nearest"}
+            found[name], some = Choice.of(values), True
+            continue
+        chosen = None if best is None else best["strategy"].tensors[name]
+        if chosen is None or chosen.width > BESIDE or chosen.rounding == "learned":
+            chosen = min(choices, key=lambda choice: abs(choice.width - FEW))
+        found[name] = chosen
+    if not some:
+        return None
+    activations = {} if best is None else best["strategy"].activations
+    return Strategy(found, activations, candidates.allocation.folded)
+
+
+def _learn_densities(candidates: Candidates, start: Strategy, epochs: float, labels: bool) -> None:
+    """Learn codes of densities that halve, as ratios, what lies between the sparsest that keeps the
+    goal and the densest that does not; of a budget, the other way round."""
+    low, high = DENSITIES
+    with progress("learning candidates", total=LEARNED) as step:
+        for _ in range(LEARNED):
+            density = math.sqrt(low * high)
+            row = _learn(candidates, start, epochs, labels, density)
+            kept = row is not None and candidates.goal.keeps(row)
+            step("" if row is None else note(row))
+            sparser = kept == (candidates.goal.budget is None)
+            low, high = (low, density) if sparser else (density, high)
+
+
+def _learn_allocations(candidates: Candidates, epochs: float, labels: bool) -> Strategy | None:
+    """Learn the codes of few-bit allocations: at the budget and below it; or, for a limit, where
+    halving the ratio of the best cost to the cheapest leads.
+
+    Returns: what the first of them began with; None where there was none.
+    """
+    allocation, goal, best = candidates.allocation, candidates.goal, candidates.best()
+    groups = [
+        pareto([o for o in options if _learnable(candidates, o)]) or group[-1:]
+        for options, group in zip(allocation.options, allocation.groups, strict=True)
+    ]
+    low, high = (allocation.fixed + sum(group[end].cost for group in groups) for end in (-1, 0))
+    high = min(high, math.inf if best is None else best[goal.cost], goal.budget or math.inf)
+    learned: dict[Assignment, bool] = {}
+    with progress("learning candidates", total=LEARNED) as step:
+        for number in range(LEARNED):
+            if goal.budget is None:
+                target = math.sqrt(low * high)
+            else:
+                target = high * (low / high) ** (number / (2 * LEARNED))
+            assignment = allocation.solve(target, groups)
+            if assignment is None:
+                break
+            if assignment not in learned:
+                row = _learn(
+                    candidates, _begun(allocation.strategy(assignment, groups)), epochs, labels
+                )
+                learned[assignment] = row is not None and goal.keeps(row)
+                step("" if row is None else note(row))
+            if goal.budget is None:
+                low, high = (low, target) if learned[assignment] else (target, high)
+    return _begun(allocation.strategy(next(iter(learned)), groups)) if learned else None
+
+
+def _learnable(candidates: Candidates, option: Option) -> bool:
+    """Whether all its tensors are of few bits, weights rounded by GPTQ to begin with."""
+    for name, choice in option.tensors.items():
+        is_weight = candidates.allocation.values[name].dim() > 1
+        most = LEARNABLE if is_weight else BESIDE
+        if choice is None or choice.width > most:
+            return False
+        if is_weight and choice.rounding != "gptq":
+            return False
+    return True
+
+
+def _learn(
+    candidates: Candidates,
+    start: Strategy,
+    epochs: float,
+    labels: bool,
+    density: float | None = None,
+) -> Row | None:
+    measurements = candidates.measurements
+    try:
+        quantized = _learned(measurements, start, epochs, labels, density)
+    except NotFinite:
+        return None
+    learned = Strategy(
+        {
+            name: None if c is None else Choice.of({**c.plain(), "rounding": "learned"})
+            for name, c in start.tensors.items()
+        },
+        start.activations,
+        start.folded,
+    )
+    how = "trained" if labels else "following"
+    few = "" if density is None else f", {density:.2%} not 0"
+    trial = candidates.trial(f"{how} {epochs:g} epochs{few}", learned, quantized)
+    (row,) = candidates.measure([trial])
+    return row
+
+
+def _begun(strategy: Strategy) -> Strategy:
+    """What learning begins with."""
+    tensors = {n: None if c is None else _to_begin_with(c) for n, c in strategy.tensors.items()}
+    return Strategy(tensors, strategy.activations, strategy.folded)
+
+
+def _to_begin_with(choice: Choice) -> Choice:
+    """±½ and ±1½ waste no level, which learned codes make use of."""
+    if choice.rounding == "nearest" or choice.bits != 2 or choice.scheme != "uniform":
+        return choice
+    half_integer = not choice.options.get("zero_point")
+    return Choice.of({**choice.plain(), "half_integer": half_integer})
+
+
+def _learned(
+    measurements: Measurements,
+    start: Strategy,
+    epochs: float,
+    labels: bool,
+    density: float | None,
+) -> Quantized:
+    """The codes that a strategy learns, or as they are kept."""
+    key, recipe = _recipe(measurements, epochs, labels)
+    if density is not None:
+        recipe |= {"density": density, "learning_rate": SPARSE_LEARNING_RATE}
+        key += f" {density} {SPARSE_LEARNING_RATE}"
+    key, store = f"learned codes {key} {choices_key(start)}", measurements.store
+    recipe["checkpoints"] = resume = _resumed(store, key)
+    if store.get(key) is None:
+        loader = measurements.train_loader
+        with _in_order(loader):
+            quantized = learn_codes(measurements.model, start, loader, **recipe)
+        store.put(key, *artifact.pack(quantized))
+    if resume is not None:
+        shutil.rmtree(resume, ignore_errors=True)
+    learned = stored(store, key)
+    assert learned is not None
+    return learned
+
+
+def _control(measurements: Measurements, start: Strategy, epochs: float) -> Control:
+    """What becomes of float weights by the recipe of codes that learn from labels."""
+    key, recipe = _recipe(measurements, epochs, True)
+    trained = sorted(name for name, choice in start.tensors.items() if choice is not None)
+    key = f"control {key} {fingerprint(trained, start.folded)}"
+    recipe["checkpoints"] = _resumed(measurements.store, key)
+    with _in_order(measurements.train_loader):
+        return control_of(measurements, start, key, recipe)
+
+
+def _recipe(measurements: Measurements, epochs: float, labels: bool) -> tuple[str, dict[str, Any]]:
+    """What `quantifind.learning.learn` is given, and a key of it and of the data."""
+    label_weight, temperature = LABEL_WEIGHT if labels else 0.0, 1.0
+    if labels:
+        # a network trained to the end is overconfident, and so would its followers be; by training
+        # data, which is all that learning sees
+        temperature = fit_temperature(measurements.model, measurements.calibration)
+    dataset = getattr(measurements.train_loader, "dataset", None)
+    whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
+    options = [epochs, temperature, label_weight, LEARNING_RATE]
+    recipe = {
+        "epochs": epochs,
+        "calibration": measurements.calibration,
+        "forward": measurements.forward,
+        "temperature": temperature,
+        "label_weight": label_weight,
+        "learning_rate": LEARNING_RATE,
+        "seed": measurements.seed,
+    }
+    return fingerprint(*options, *whole), recipe
+
+
+def _resumed(store: Store, key: str) -> Path | None:
+    """Where a learning that was killed goes on."""
+    return None if store.folder is None else store.folder / f"learning-{fingerprint(key)[:16]}"
+
+
+@contextmanager
+def _in_order(loader: Iterable[Any]) -> Iterator[None]:
+    """Each learning sees the same order: test_a_killed_learning_search_goes_on."""
+    before = random_state(loader)
+    try:
+        yield
+    finally:
+        set_random_state(before, loader)
