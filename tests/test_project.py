@@ -30,13 +30,14 @@ def test_every_import_is_a_dependency():
         *PYPROJECT["project"]["optional-dependencies"]["test"],
         *PYPROJECT["project"]["optional-dependencies"]["cluster"],
         *PYPROJECT["project"]["optional-dependencies"]["datasets"],
+        *PYPROJECT["project"]["optional-dependencies"]["docs"],
         *PYPROJECT["project"]["optional-dependencies"]["onnx"],
         *PYPROJECT["project"]["optional-dependencies"]["strangers"],
     ]
     names = {re.split(r"[\[<>=]", item)[0].replace("-", "_") for item in listed}
     # what benchmarks/peers/ installs in environments of their own
     names |= {"modelopt", "optimum", "hqq", "aimet_torch", "nncf", "torchao"}
-    names |= {"yaml", "sklearn", "vl_convert", "quantifind", "stages", "benchmarks"}
+    names |= {"yaml", "sklearn", "vl_convert", "griffe", "quantifind", "stages", "benchmarks"}
     names |= {path.stem for path in (ROOT / "tests").glob("*.py")}
     for file in tracked_files():
         if file.endswith(".py"):

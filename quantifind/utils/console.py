@@ -25,8 +25,10 @@ class Board:
 
     def __init__(self, status: Callable[[], str]) -> None:
         self.status, self.bars = status, _bars(auto_refresh=False)
-        self.shown = console.is_terminal or console.is_jupyter
-        self.live = Live(console=console, transient=True) if self.shown else None
+        shown = console.is_terminal or console.is_jupyter
+        # no thread draws: what the line says changes where the work is done
+        live = Live(console=console, auto_refresh=False, transient=True)
+        self.live = live if shown else None
         self.last = time.monotonic()
 
     def update(self, *, now: bool = False) -> None:
@@ -37,7 +39,7 @@ class Board:
         since = time.monotonic() - self.last
         if self.live is not None:
             if now or since > QUICK:
-                self.live.update(Group(Text(self.status()), self.bars))
+                self.live.update(Group(Text(self.status()), self.bars), refresh=True)
                 self.last += since
         elif since > SLOW:
             console.print(self.status(), markup=False, highlight=False)
