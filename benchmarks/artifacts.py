@@ -7,8 +7,8 @@ What is measured is what becomes of an answer, so the answers are cheap ones: th
 are searched briefly at CR ≤ 1.01, the others have 4 bits in every tensor, a scale per channel, and
 nothing about them is certified. Networks are trained as the pipeline, or benchmarks/strangers.py,
 has them; with --untrained those that would be trained keep the weights that they begin with, since
-sizes don't depend on these. Writes benchmarks/results/artifacts.csv, into artifacts_onnx.csv what
-tensors become in ONNX, and the tables of docs/format.md. Columns:
+sizes don't depend on these. Writes benchmarks/results/artifacts.csv, and the tables of
+docs/format.md. Columns:
 
 - answer, bits: how it was found; per parameter;
 - promised, file, header: bytes of ``model_bytes``, of the file, and of its header;
@@ -17,10 +17,12 @@ tensors become in ONNX, and the tables of docs/format.md. Columns:
 - seconds: to load the file, the best of three;
 - loaded, compressed, by_onnx, by_pt2: the largest difference of their outputs to the copy's, on
   examples of the test data, and largest: the largest magnitude of an output there;
+- in_onnx: by what tensors become there, how many, their bytes there, and in the file;
 - note: what can't be exported, and why.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -54,19 +56,15 @@ from stages.networks import create_network
 from stages.params import read_params
 
 RESULTS = grids.ROOT / "benchmarks/results/artifacts.csv"
-IN_ONNX = grids.ROOT / "benchmarks/results/artifacts_onnx.csv"
 MARKERS = grids.markers("python -m benchmarks.artifacts")
-ONNX_MARKERS = grids.markers("python -m benchmarks.artifacts, in ONNX")
 SEARCHED = ("dense_mnist", "conv_mnist", "simple_dense")
 NETWORKS = (*grids.NETWORKS, *stranger_networks.STRANGERS)
 LIMIT, EFFORT, BITS, EXAMPLES = 1.01, 20, 4, 4
 
 
 @torch.no_grad()
-def artifacts(
-    net: nn.Module, quantized: Quantized, example: Any
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Sizes, seconds and differences of a quantized network, and what its tensors become in ONNX.
+def artifacts(net: nn.Module, quantized: Quantized, example: Any) -> dict[str, Any]:
+    """Sizes, seconds and differences of a quantized network.
 
     example: what it takes, as `export` takes it.
     """
@@ -76,7 +74,6 @@ def artifacts(
         pairs = zip(found, wanted, strict=True)
         return max((one.float() - other.float()).abs().max().item() for one, other in pairs)
 
-    in_onnx = pd.DataFrame()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.safetensors"
         size = save(net, quantized, path)
@@ -104,12 +101,21 @@ def artifacts(
             try:
                 table = export(net, quantized, path, example)
                 row[kind] = path.stat().st_size
-                in_onnx = table if kind == "onnx" else in_onnx
+                if kind == "onnx":
+                    row["in_onnx"] = json.dumps(by_kind(table))
                 row[f"by_{kind}"] = off(run(path, example))
             except Exception as error:  # what a runtime raises, too, is what is to be known
                 reason = f"{kind}: {' '.join(str(error).split())[:200]}"
                 row["note"] = "; ".join(filter(None, [row.get("note"), reason]))
-    return row, in_onnx
+    return row
+
+
+def by_kind(table: pd.DataFrame) -> dict[str, list[int]]:
+    """Of what tensors become: how many, their bytes there, and here."""
+    kinds = table.groupby("becomes")
+    sums = kinds[["bytes", "model_bytes"]].sum()
+    sums.insert(0, "tensors", kinds.size())
+    return {str(kind): [int(value) for value in row] for kind, row in sums.iterrows()}
 
 
 def outputs(net: Any, example: Any) -> list[Tensor]:
@@ -135,8 +141,8 @@ def pt2_outputs(path: Path, example: Any) -> list[Tensor]:
     return outputs(torch.export.load(path).module(), example)
 
 
-def measure(name: str, *, untrained: bool) -> tuple[dict[str, Any], pd.DataFrame]:
-    """A row of the table, and what its tensors become in ONNX."""
+def measure(name: str, *, untrained: bool) -> dict[str, Any]:
+    """A row of the table."""
     begun: list[str] = []
     if name in stranger_networks.STRANGERS:
         _, make = stranger_networks.STRANGERS[name]
@@ -172,16 +178,11 @@ def measure(name: str, *, untrained: bool) -> tuple[dict[str, Any], pd.DataFrame
     else:
         answer = f"{BITS} bits"
         quantized = quantize(net, uniform_strategy(net, BITS, axis=0))
-    row, in_onnx = artifacts(net, quantized, example)
-    row["note"] = "; ".join(
-        ["weights as they begin"] * len(begun) + [*filter(None, [row.get("note")])]
-    )
+    row = artifacts(net, quantized, example)
+    notes = [*["weights as they begin"] * len(begun), row.get("note")]
+    row["note"] = "; ".join(filter(None, notes)) or None
     facts = {"network": name, "answer": answer, "bits": mean_bits(net, quantized)}
-    if not in_onnx.empty:
-        kinds = in_onnx.groupby("becomes")
-        in_onnx = kinds[["bytes", "model_bytes"]].sum().assign(tensors=kinds.size()).reset_index()
-        in_onnx.insert(0, "network", name)
-    return {**facts, **row}, in_onnx
+    return {**facts, **row}
 
 
 def markdown(results: pd.DataFrame) -> str:
@@ -205,19 +206,25 @@ def markdown(results: pd.DataFrame) -> str:
         cells += [f"{row['float32'] / row['file']:.1f} times", memory, *others]
         cells += [f"{1e3 * row['seconds']:.0f}", ", ".join(differences)]
         lines.append(f"| {' | '.join(cells)} |")
-    noted = results[results["note"].fillna("") != ""]
+    noted = results[results["note"].notna()]
     notes = [f"- {row['network']}: {row['note']}" for row in noted.to_dict("records")]
-    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+    return "\n".join([*lines, *_kinds(results), *([""] if notes else []), *notes]) + "\n"
 
 
-def onnx_markdown(kinds: pd.DataFrame) -> str:
-    """What tensors become, of all networks."""
-    lines = ["| in ONNX | tensors | bytes there | bytes here |", "|---|---|---|---|"]
-    sums = kinds.groupby("becomes")[["tensors", "bytes", "model_bytes"]].sum()
-    for kind, row in sums.iterrows():
-        cells = [f"{row[one]:,.0f}" for one in ("tensors", "bytes", "model_bytes")]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def _kinds(results: pd.DataFrame) -> list[str]:
+    """What tensors become in ONNX, of all networks of which that is known."""
+    sums: dict[str, list[int]] = {}
+    for kinds in results["in_onnx"].dropna():
+        for kind, values in json.loads(kinds).items():
+            before = sums.get(kind, [0] * len(values))
+            sums[kind] = [one + other for one, other in zip(before, values, strict=True)]
+    if not sums:
+        return []
+    lines = ["", "| in ONNX | tensors | bytes there | bytes here |", "|---|---|---|---|"]
+    return lines + [
+        f"| {kind} | {' | '.join(f'{value:,}' for value in values)} |"
+        for kind, values in sorted(sums.items())
+    ]
 
 
 def write_rows(path: Path, rows: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -240,11 +247,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in [chosen.network] if chosen.network else NETWORKS:
         print(f"{name} …", flush=True)
-        row, in_onnx = measure(name, untrained=chosen.untrained)
+        row = measure(name, untrained=chosen.untrained)
         results = write_rows(RESULTS, pd.DataFrame([row]), name)
-        kinds = write_rows(IN_ONNX, in_onnx, name)
         grids.write_table(MARKERS, markdown(results))
-        grids.write_table(ONNX_MARKERS, onnx_markdown(kinds))
         print(pd.Series(row).to_string(), flush=True)
 
 
