@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from quantifind.mixed_precision.search_space import (
 from quantifind.mixed_precision.sensitivity import PRECISION, predict_sensitivity
 from quantifind.mixed_precision.survey import survey
 from quantifind.runtime.workers import Workers
-from quantifind.tensor.choice import STORAGES
+from quantifind.tensor.choice import STORAGES, Choice
 from quantifind.utils.batches import Forward
 from quantifind.utils.console import board, console
 from quantifind.utils.gains import gains_of
@@ -70,6 +71,7 @@ def find_strategy(
     widths: Iterable[int] | None = None,
     activation_bits: Iterable[int] = (),
     storage: str = "packed",
+    grids: Iterable[Choice | Mapping[str, Any]] = (),
     search_space: SearchSpace | Mapping[str, Any] | None = None,
     confidence: float = 0.95,
     precision: float = PRECISION,
@@ -111,6 +113,8 @@ def find_strategy(
     activation_bits: bits that activations may have besides float, for a budget of what they save.
     storage: of the weights' codes in the default search space: "packed", at fixed widths; or
         "coded", where what is frequent takes little, and which is decoded before it runs.
+    grids: choices that every weight has besides in the default search space, such as
+        ``{"scheme": "codebook", "bits": 3, "axis": 0, "rounding": "gptq"}``.
     search_space: instead of these, the choices of each tensor and activation, a `SearchSpace` or
         its fields.
     confidence: of the bounds, above 0.5 and below 1.
@@ -138,15 +142,15 @@ def find_strategy(
     with Workers(engine, scheduler=scheduler) as workers, interruptible():
         how: Any = {"forward": forward, "folder": folder, "seed": seed, "workers": workers}
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
-        default = limit is None and budget is None
-        goal = _measurable(goal, measurements.original, default=default)
+        goal = _measurable(goal, measurements.original, default=(limit, budget) == (None, None))
         _say_temperature(goal, measurements.original)
         passes = measurements.passes
         passes.effort, passes.deadline = effort, deadline
         candidates: Candidates | None = None
         try:
+            spaces = partial(_spaces, measurements, search_space, list(grids), widths)
             with board(lambda: _standing(passes, candidates, began)):
-                for space in _spaces(measurements, widths, activation_bits, storage, search_space):
+                for space in spaces(activation_bits, storage):
                     with passes.of("sensitivity", SURVEYED):
                         sensitivity, allocation = survey(measurements, space, goal, precision)
                     candidates = Candidates(measurements, allocation, confidence)
@@ -311,10 +315,11 @@ def _given_space(given: SearchSpace | Mapping[str, Any] | None) -> SearchSpace |
 
 def _spaces(
     measurements: Measurements,
+    given: SearchSpace | None,
+    grids: Sequence[Choice | Mapping[str, Any]],
     widths: Iterable[int] | None,
     activation_bits: Sequence[int],
     storage: str,
-    given: SearchSpace | None,
 ) -> Iterator[SearchSpace]:
     """The search space that is given; or the default one, and a wider one where it is too small."""
     if given is not None:
@@ -322,4 +327,6 @@ def _spaces(
         return
     for tried in (WIDTHS, WIDER) if widths is None else (list(widths) or WIDTHS,):
         facts = measurements.facts
-        yield default_search_space(measurements.model, facts, tried, activation_bits, storage)
+        yield default_search_space(
+            measurements.model, facts, tried, activation_bits, storage, grids
+        )

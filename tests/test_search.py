@@ -17,9 +17,9 @@ from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.mixed_precision.search_space import SearchSpace
+from quantifind.mixed_precision.search_space import SearchSpace, default_search_space
 from quantifind.mixed_precision.sensitivity import measure_sensitivity
-from quantifind.network.trace import macs
+from quantifind.network.trace import macs, trace
 from quantifind.quantize import mean_bits, quantize_model
 from quantifind.search import find_strategy
 from quantifind.storage.artifact import pack
@@ -524,6 +524,29 @@ def test_every_scheme_can_be_searched(small):
         allocation = all_candidates(net, train, val, Goal.of(1.5, None), alone).allocation
         strategy = allocation.strategy(allocation.solve(allocation.total((0, 0))))
         assert {one.scheme for one in strategy.tensors.values()} == {choice["scheme"]}
+
+
+@pytest.mark.parametrize("storage", ["packed", "coded"])
+@pytest.mark.parametrize("scheme", plugins.names("schemes"))
+def test_every_grid_may_be_one_of_the_default_search_space(scheme, storage):
+    """Of weights of any kind, each on the axis of its outputs."""
+    net = nn.Sequential(nn.ConvTranspose1d(3, 5, 2), nn.Flatten(), nn.Linear(20, 4))
+    net.table = nn.Parameter(torch.randn(4, 3))
+    grid = {"scheme": scheme, "bits": 3, "axis": 0, "rounding": "gptq", "storage": storage}
+    facts = trace(net, [(torch.randn(2, 3, 3),)])
+    before, found = (
+        default_search_space(net, facts, [2, 8], storage=storage, grids=grids).tensors
+        for grids in ((), [grid])
+    )
+    assert {n: found[n][: len(c)] for n, c in before.items()} == before
+    added = {n: found[n][len(c) :] for n, c in before.items()}
+    assert added == {
+        "0.weight": [Choice.of({**grid, "axis": 1})],
+        "2.weight": [Choice.of(grid)],
+        "table": [Choice.of({**grid, "rounding": "nearest"})],
+        "0.bias": [],
+        "2.bias": [],
+    }
 
 
 def test_activations_that_are_not_named_stay_in_float():

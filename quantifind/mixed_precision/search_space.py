@@ -84,6 +84,7 @@ def default_search_space(
     widths: Iterable[int] = WIDTHS,
     activation_bits: Iterable[int] = (),
     storage: str = "packed",
+    grids: Iterable[Choice | Mapping[str, Any]] = (),
 ) -> SearchSpace:
     """Uniform grids: weights with a scale per output channel, other tensors with one scale.
 
@@ -93,7 +94,11 @@ def default_search_space(
     facts: of a pass (`quantifind.network.trace.trace`).
     widths: bits, 1 to 32.
     activation_bits: widths that every activation may have besides float; none by default.
+    storage: of weights, one of `quantifind.tensor.choice.STORAGES`.
+    grids: choices that every weight has besides; those of an axis take that of its outputs, and
+        where GPTQ can't be, they are rounded to nearest.
     """
+    others = [choice if isinstance(choice, Choice) else Choice.of(choice) for choice in grids]
     widths, able = list(widths), gptq_weights(facts)
     nearest = [_at(NEAREST, bits) for bits in widths]
     gptq = [_at(GPTQ, bits) for bits in widths if bits in GPTQ_WIDTHS]
@@ -111,6 +116,7 @@ def default_search_space(
             found = [replace(choice, axis=axis) for choice in found]
             if storage == "coded":
                 found = [*coded(tensor, gptq=name in able), *found]
+            found += [_besides(choice, axis, gptq=name in able) for choice in others]
         if LEAST <= tensor.abs().max() <= MOST:
             return found
         return [Choice.of({**choice.plain(), "scale_dtype": "float32"}) for choice in found]
@@ -140,6 +146,14 @@ def coded(tensor: Tensor, *, gptq: bool = True) -> list[Choice]:
             values |= {"rounding": "nearest", "rate": 0.0}
         found.append(Choice.of(values))
     return found
+
+
+def _besides(choice: Choice, axis: int, *, gptq: bool) -> Choice:
+    """A choice for weights in general as one for a weight of an axis of outputs."""
+    if choice.rounding == "gptq" and not gptq:
+        scale = {"scale": "mse"} if choice.options.get("scale") == "output_mse" else {}
+        choice = Choice.of({**choice.plain(), **scale, "rounding": "nearest", "rate": 0.0})
+    return choice if choice.axis is None else replace(choice, axis=axis)
 
 
 def _at(choice: Choice, bits: int) -> Choice:
