@@ -12,7 +12,7 @@ from torch import nn
 from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import Goal
 from quantifind.metrics import outcome
-from quantifind.mixed_precision import learned_candidates
+from quantifind.mixed_precision import learned_candidates, matched
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.knapsack import Option
@@ -279,8 +279,15 @@ def test_learning_goes_below_what_rounding_reaches():
 
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("goal", [(2.0, None), (None, 2.2)], ids=["limit", "budget"])
-def test_coded_codes_learn_to_be_few(goal, labels):
+def test_coded_codes_learn_to_be_few(goal, labels, monkeypatch):
     """As few as the goal lets them be, all bytes counted, beside what there was."""
+    recipes = []
+
+    def noted(call):
+        return lambda *args, **recipe: recipes.append(recipe) or call(*args, **recipe)
+
+    for where, name in ((learned_candidates, "learn_codes"), (matched, "train_control")):
+        monkeypatch.setattr(where, name, noted(getattr(where, name)))
     net, train, val, _ = toy(8, 64, 4, examples=1_500)
     coded = [{"scheme": "uniform", "levels": n, "storage": "coded"} for n in (3, 31)]
     given = {"tensors": {name: coded for name, _ in net.named_parameters()}}
@@ -306,6 +313,11 @@ def test_coded_codes_learn_to_be_few(goal, labels):
     better = "mean_bits" if goal[1] is None else "criterion_ratio"
     assert candidates.best()[better] < before[better]
     assert (candidates.control is not None) == labels
+    # the control, which has no density, learns by the same recipe
+    own = ("density", "checkpoints")
+    plain = [{k: v for k, v in r.items() if k not in own} for r in recipes]
+    assert len(plain) == learned_candidates.LEARNED + labels
+    assert all(one == plain[0] for one in plain)
 
 
 def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):

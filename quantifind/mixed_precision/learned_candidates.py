@@ -56,7 +56,8 @@ def learn_candidates(candidates: Candidates, epochs: float, labels: bool) -> Non
         start = sparse
     if labels and start is not None:
         # the same tensors are trained, of how many bits the codes may be
-        candidates.control = _control(candidates.measurements, start, epochs)
+        sparsely = sparse is not None
+        candidates.control = _control(candidates.measurements, start, epochs, sparse=sparsely)
         console.print(f"{candidates.control}", markup=False, highlight=False)
 
 
@@ -192,10 +193,10 @@ def _learned(
     density: float | None,
 ) -> Quantized:
     """The codes that a strategy learns, or as they are kept."""
-    key, recipe = _recipe(measurements, epochs, labels)
+    key, recipe = _recipe(measurements, epochs, labels, sparse=density is not None)
     if density is not None:
-        recipe |= {"density": density, "learning_rate": SPARSE_LEARNING_RATE}
-        key += f" {density} {SPARSE_LEARNING_RATE}"
+        recipe["density"] = density
+        key += f" {density}"
     key, store = f"learned codes {key} {choices_key(start)}", measurements.store
     recipe["checkpoints"] = resume = _resumed(store, key)
     if store.get(key) is None:
@@ -210,9 +211,11 @@ def _learned(
     return learned
 
 
-def _control(measurements: Measurements, start: Strategy, epochs: float) -> Control:
+def _control(
+    measurements: Measurements, start: Strategy, epochs: float, *, sparse: bool
+) -> Control:
     """What becomes of float weights by the recipe of codes that learn from labels."""
-    key, recipe = _recipe(measurements, epochs, True)
+    key, recipe = _recipe(measurements, epochs, True, sparse=sparse)
     trained = sorted(name for name, choice in start.tensors.items() if choice is not None)
     key = f"control {key} {fingerprint(trained, start.folded)}"
     recipe["checkpoints"] = _resumed(measurements.store, key)
@@ -220,23 +223,26 @@ def _control(measurements: Measurements, start: Strategy, epochs: float) -> Cont
         return control_of(measurements, start, key, recipe)
 
 
-def _recipe(measurements: Measurements, epochs: float, labels: bool) -> tuple[str, dict[str, Any]]:
+def _recipe(
+    measurements: Measurements, epochs: float, labels: bool, *, sparse: bool
+) -> tuple[str, dict[str, Any]]:
     """What `quantifind.learning.learn` is given, and a key of it and of the data."""
     label_weight, temperature = LABEL_WEIGHT if labels else 0.0, 1.0
+    learning_rate = SPARSE_LEARNING_RATE if sparse else LEARNING_RATE
     if labels:
         # a network trained to the end is overconfident, and so would its followers be; by training
         # data, which is all that learning sees
         temperature = fit_temperature(measurements.model, measurements.calibration)
     dataset = getattr(measurements.train_loader, "dataset", None)
     whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
-    options = [epochs, temperature, label_weight, LEARNING_RATE]
+    options = [epochs, temperature, label_weight, learning_rate]
     recipe = {
         "epochs": epochs,
         "calibration": measurements.calibration,
         "forward": measurements.forward,
         "temperature": temperature,
         "label_weight": label_weight,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": learning_rate,
         "seed": measurements.seed,
     }
     return fingerprint(*options, *whole), recipe
