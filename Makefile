@@ -7,7 +7,7 @@ repro: .venv/installed
 	$(ACTIVATE) && dvc repro
 
 test: .venv/installed
-	$(ACTIVATE) && python -m pytest --numprocesses auto --dist loadfile
+	$(ACTIVATE) && python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # The pages of docs/ with the tour and the API, in out/docs/index.html; links are checked.
 docs: .venv/installed

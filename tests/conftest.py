@@ -24,6 +24,13 @@ settings.register_profile("quantifind", deadline=None, max_examples=60, derandom
 settings.load_profile("quantifind")
 
 ROOT = Path(__file__).parent.parent
+# files that take minutes, the longest first, so that no process is left with one at the end
+LONG = ["test_pipeline.py", "test_fuzz.py", "test_workers.py", "test_search.py", "test_docs.py"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture
