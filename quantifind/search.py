@@ -130,8 +130,7 @@ def find_strategy(
     goal = _goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
     _check(goal, learn, labels, confidence, activation_bits, effort, seconds, storage)
-    began = time.monotonic()
-    deadline = None if seconds is None else began + seconds
+    deadline = None if seconds is None else time.monotonic() + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
     search_space = _given_space(search_space)
@@ -145,7 +144,7 @@ def find_strategy(
         passes.effort, passes.deadline = effort, deadline
         candidates: Candidates | None = None
         try:
-            with board(lambda: _standing(passes, candidates, began)):
+            with board(lambda: _standing(passes, candidates)):
                 for space in _spaces(measurements, widths, activation_bits, storage, search_space):
                     with passes.of("sensitivity", SURVEYED):
                         sensitivity, allocation = survey(measurements, space, goal, precision)
@@ -193,11 +192,11 @@ def _cut_short(
         raise error
 
 
-def _standing(passes: Passes, candidates: Candidates | None, began: float) -> str:
+def _standing(passes: Passes, candidates: Candidates | None) -> str:
     """How a search stands, in one line."""
     best = None if candidates is None else candidates.best()
     said = "" if best is None else f"; best so far {note(best)}"
-    return f"{passes.standing(began)}{said}"
+    return f"{passes.standing()}{said}"
 
 
 def refine(candidates: Candidates, learn: float, labels: bool) -> None:
