@@ -134,8 +134,7 @@ def find_strategy(
     goal = _goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
     _check(goal, learn, labels, confidence, activation_bits, effort, seconds, storage)
-    began = time.monotonic()
-    deadline = None if seconds is None else began + seconds
+    deadline = None if seconds is None else time.monotonic() + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
     search_space = _given_space(search_space)
@@ -149,7 +148,7 @@ def find_strategy(
         candidates: Candidates | None = None
         try:
             spaces = partial(_spaces, measurements, search_space, list(grids), widths)
-            with board(lambda: _standing(passes, candidates, began)):
+            with board(lambda: _standing(passes, candidates)):
                 for space in spaces(activation_bits, storage):
                     with passes.of("sensitivity", SURVEYED):
                         sensitivity, allocation = survey(measurements, space, goal, precision)
@@ -197,11 +196,11 @@ def _cut_short(
         raise error
 
 
-def _standing(passes: Passes, candidates: Candidates | None, began: float) -> str:
+def _standing(passes: Passes, candidates: Candidates | None) -> str:
     """How a search stands, in one line."""
     best = None if candidates is None else candidates.best()
     said = "" if best is None else f"; best so far {note(best)}"
-    return f"{passes.standing(began)}{said}"
+    return f"{passes.standing()}{said}"
 
 
 def refine(candidates: Candidates, learn: float, labels: bool) -> None:

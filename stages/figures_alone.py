@@ -40,18 +40,8 @@ def visualize_sensitivity(
     name: of the network, for the title.
     limits: of the criterion ratio.
     """
-    labels = sensitivity["name"].where(
-        sensitivity["kind"] == "tensors", "input of " + sensitivity["name"]
-    )
-    table = sensitivity.assign(
-        label=labels, share=sensitivity["loss_increase"] / sensitivity["original_criterion"]
-    )
-    grids = {
-        str(rounding): part.pivot_table(
-            index="label", columns="bits", values="share", aggfunc="min", dropna=False
-        ).reindex(labels.unique())
-        for rounding, part in table.groupby("rounding", sort=False)
-    }
+    table, grids = _grids(sensitivity)
+    labels = table["label"]
     safe = {limit: minimum_safe_bits(sensitivity, limit, errors=SURE) for limit in limits}
     ringed = [bits for found in safe.values() for bits in found.values() if bits is not None]
     if wide := _without_cost(grids, max(ringed, default=0)):
@@ -102,6 +92,24 @@ def visualize_sensitivity(
     figure.legend(handles=rings, loc="outside lower center", ncols=2)
     figure.suptitle(title("Loss increase from each tensor alone, by rounding", name))
     return figure
+
+
+def _grids(sensitivity: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """The table with a ``label`` and the ``share`` of the loss; and by rounding the least share of
+    each label and width."""
+    labels = sensitivity["name"].where(
+        sensitivity["kind"] == "tensors", "input of " + sensitivity["name"]
+    )
+    table = sensitivity.assign(
+        label=labels, share=sensitivity["loss_increase"] / sensitivity["original_criterion"]
+    )
+    grids = {
+        str(rounding): part.pivot_table(
+            index="label", columns="bits", values="share", aggfunc="min", dropna=False
+        ).reindex(labels.unique())
+        for rounding, part in table.groupby("rounding", sort=False)
+    }
+    return table, grids
 
 
 def _without_cost(grids: Mapping[str, pd.DataFrame], ringed: float) -> list[float]:

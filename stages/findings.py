@@ -202,8 +202,8 @@ def changed(evidence: Evidence) -> str:
     wrong, right = (row.get(f"{way}", math.nan) for way in ("right_to_wrong", "wrong_to_right"))
     if is_number(wrong) and is_number(right):
         return (
-            f"Of {number(examples)} answers {number(wrong)} became wrong that were right, and "
-            f"{number(right)} right that were wrong"
+            f"Of {number(examples)} answers {number(wrong)} became wrong and {number(right)} "
+            "became right"
         )
     table = evidence.tables["changed"]
     if table.empty:

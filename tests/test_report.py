@@ -137,7 +137,7 @@ def test_names_are_escaped():
         ("nothing measured alone", "plots/sensitivity.csv has no rows"),
         ("usual", "needs 4.250 bits per parameter, 7.5 times fewer than float32: with 97.5%"),
         ("usual", "Mixed widths need 4.25 bits where one width for all needs 8: 1.9 times fewer"),
-        ("usual", "Of 1,000 answers 3 became wrong that were right, and 2 right that were wrong"),
+        ("usual", "Of 1,000 answers 3 became wrong and 2 became right"),
         ("pictures and texts", "right to wrong answer 3 → 5, truth 3 loss 0.1 → 0.4, example 7"),
         ("pictures and texts", "wrong to right answer 5 → 3, truth 3"),
         ("no examples", "plots/changed.csv has no rows"),

@@ -35,6 +35,8 @@ class Passes:
     seconds: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
     phase: str = "network"
+    # of `time.monotonic`
+    began: float = field(default_factory=time.monotonic)
     # of the effort, up to where the phases that are open may go
     ends: list[float] = field(default_factory=list)
 
@@ -68,17 +70,14 @@ class Passes:
         if what not in self.left_out:
             self.left_out.append(what)
 
-    def standing(self, began: float) -> str:
-        """In one line, while it goes on: phase, passes of those it may take, remaining time.
-
-        began: when, of `time.monotonic`.
-        """
+    def standing(self) -> str:
+        """In one line, while it goes on: phase, passes of those it may take, remaining time."""
         now = time.monotonic()
         text = f"{self.phase}: {self.taken:.1f}"
         text += f" of {self.effort:g} passes" if math.isfinite(self.effort) else " passes"
         left = [] if self.deadline is None else [max(self.deadline - now, 0.0)]
         if self.taken and math.isfinite(self.effort):
-            left.append((now - began) / self.taken * max(self.effort - self.taken, 0.0))
+            left.append((now - self.began) / self.taken * max(self.effort - self.taken, 0.0))
         return f"{text}, at most {in_words(min(left))} more" if left else text
 
     def __str__(self) -> str:

@@ -1,5 +1,6 @@
 """The console, on standard error, and what it shows while something long goes on."""
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +26,9 @@ class Board:
 
     def __init__(self, status: Callable[[], str]) -> None:
         self.status, self.bars = status, _bars(auto_refresh=False)
-        shown = console.is_terminal or console.is_jupyter
         # no thread draws: what the line says changes where the work is done
         live = Live(console=console, auto_refresh=False, transient=True)
-        self.live = live if shown else None
+        self.live = live if _stays() else None
         self.last = time.monotonic()
 
     def update(self, *, now: bool = False) -> None:
@@ -72,7 +72,7 @@ def board(status: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar of ``total`` steps, quiet but on a terminal and in a notebook.
+    """A progress bar of ``total`` steps, quiet but on a terminal and in a notebook with widgets.
 
     Yields a function to call after each step, with text to show beside the bar.
     """
@@ -90,9 +90,16 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
         finally:
             one.bars.remove_task(task)
         return
-    with _bars(disable=not (console.is_terminal or console.is_jupyter)) as bar:
+    with _bars(disable=not _stays()) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda note="", steps=1: bar.update(task, advance=steps, note=note)
+
+
+def _stays() -> bool:
+    """Whether a display can stay in its place; in a notebook that takes ipywidgets."""
+    return console.is_terminal or (
+        console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    )
 
 
 def _bars(**how: bool) -> Progress:
