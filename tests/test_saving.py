@@ -74,11 +74,6 @@ def test_every_scheme_comes_back_and_is_read_by_others(path, module, options, da
         assert file.index["said"] == [1]
         for name in ("again", "a.b"):
             assert_same(file.tensor(name), tensor)
-        with patch.object(network_reader, "STEP", packing.TOGETHER):
-            for name in ("a.b", *others):
-                whole = file.values(name).contiguous()
-                file.put(name, parts := torch.empty_like(whole))
-                assert bits_of(parts) == bits_of(whole)
             assert file.described(name) == (values.dtype, tuple(values.shape))
         with patch.object(network_reader, "STEP", packing.TOGETHER):
             for name in ("a.b", *others):
