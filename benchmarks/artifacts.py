@@ -85,12 +85,14 @@ def artifacts(net: nn.Module, quantized: Quantized, example: Any) -> dict[str, A
             loaded = load(path, net)
             seconds.append(time.perf_counter() - started)
         small = compressed(net, quantized).eval()
+        own = (tensor.untyped_storage() for tensor in small.state_dict().values())
+        storages = {storage.data_ptr(): storage.nbytes() for storage in own}
         row = {
             "promised": sum(model_bytes.measure(net, quantized, []).values()),
             "file": size,
             "header": header,
             "float32": sum(model_bytes.measure(net, Quantized({}), []).values()),
-            "memory": sum(t.untyped_storage().nbytes() for t in set(small.state_dict().values())),
+            "memory": sum(storages.values()),
             "seconds": min(seconds),
             "loaded": off(outputs(loaded, example)),
             "compressed": off(outputs(small, example)),
@@ -172,7 +174,7 @@ def measure(name: str, *, untrained: bool) -> dict[str, Any]:
     net.eval()
     batch = next(batches_of(test, net, criterion, forward))
     example = example_of(net, batch[:EXAMPLES] if batch.apart else batch)
-    if name in SEARCHED:
+    if name in SEARCHED and not begun:
         found = find_strategy(net, *rest, criterion, limit=LIMIT, effort=EFFORT)
         answer, quantized = f"searched, CR ≤ {LIMIT}", found.quantized
     else:

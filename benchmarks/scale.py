@@ -39,13 +39,14 @@ NETWORKS = ("mobilenet_v3_small", "resnet18", "vit", "all-MiniLM-L6-v2", "torchc
 # that a tensor may have
 GROWTH = {
     "tensors": (24, 48, 100, 200),
-    "weights": (160, 500, 1_600, 3_500),
+    "width": (160, 500, 1_600, 3_500),
     "examples": (1_000, 2_000, 4_000, 8_000),
     "options": (2, 4, 8, 16),
 }
+SHOWN = {"width": "weights", "options": "widths that a tensor may have"}
 LAYERS, CLASSES = 4, 4
-# of what does not grow
-WIDTH, EXAMPLES = 8, 1_000
+# of what does not grow: the width of chains; examples of training, validation and test data
+WIDTH, TRAINED, EXAMPLES, TESTED = 8, 900, 1_000, 100
 FEW = [2, 3, 4, 6, 8]
 
 
@@ -74,15 +75,17 @@ def grown(of: str, size: int) -> dict[str, Any]:
     """The row of a search, of one of `GROWTH` at one of its sizes; the network is trained for a
     moment."""
     torch.manual_seed(0)
-    net = chain(size) if of == "tensors" else square(size if of == "weights" else 128)
+    net = chain(size) if of == "tensors" else square(size if of == "width" else 128)
     width = next(net.parameters()).shape[1]
-    examples = size if of == "examples" else EXAMPLES
+    examples = TRAINED + (size if of == "examples" else EXAMPLES) + TESTED
     widths = list(range(1, size + 1)) if of == "options" else FEW
-    inputs = torch.randn(2 * examples, width)
-    noise = 0.3 * torch.randn(2 * examples, CLASSES)
+    inputs = torch.randn(examples, width)
+    noise = 0.3 * torch.randn(examples, CLASSES)
     labels = (inputs[:, :CLASSES] + noise).argmax(1)
     train, val, _ = create_dataloaders(
-        Tensors(inputs, labels), batch_size=100, fractions=(0.45, 0.5, 0.05)
+        Tensors(inputs, labels),
+        batch_size=100,
+        fractions=(TRAINED / examples, 1 - (TRAINED + TESTED) / examples, TESTED / examples),
     )
     criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(3):
@@ -118,19 +121,30 @@ def measure(of: str, size: int) -> None:
         strangers.write_phases(json.loads(file.read_text(encoding="utf-8")))
 
 
+def ordered() -> pd.DataFrame:
+    """The lines that are known, what grows alone first; written so."""
+    grow = [f"{of}: {size:,}" for of, sizes in GROWTH.items() for size in sizes]
+    places = {name: place for place, name in enumerate((*grow, *strangers.STRANGERS))}
+    results = pd.read_csv(RESULTS)
+    results = results[results["network"].isin(places.keys())]
+    results = results.sort_values("network", key=lambda c: c.map(places), kind="stable")
+    results.to_csv(RESULTS, index=False, float_format="%.6g")
+    return results
+
+
 def draw(results: pd.DataFrame) -> None:
     """Seconds against each size, with the power with which they grow."""
     whole = results[results["phase"] == "all"].set_index("network")
     figure, panels = plt.subplots(1, len(GROWTH), figsize=(12, 3.4), layout="constrained")
     for panel, (of, sizes) in zip(panels, GROWTH.items(), strict=True):
         rows = whole.reindex([f"{of}: {size:,}" for size in sizes])
-        size = rows["parameters"].to_numpy() if of == "weights" else np.array(sizes, float)
+        size = rows["parameters"].to_numpy() if of == "width" else np.array(sizes, float)
         taken = rows["seconds"].to_numpy()
         panel.loglog(size, taken[0] * size / size[0], color="0.6", linestyle="--", label="linear")
         panel.loglog(size, taken, marker="o", label="measured")
         power = np.polyfit(np.log(size), np.log(taken), 1)[0]
-        panel.set_title(f"{of}: power {power:.2f}")
-        panel.set_xlabel("widths a tensor may have" if of == "options" else of)
+        panel.set_title(f"grows with the power {power:.2f}")
+        panel.set_xlabel(SHOWN.get(of, of))
     panels[0].set_ylabel("seconds of a core")
     panels[0].legend(frameon=False)
     figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
@@ -173,11 +187,11 @@ def main() -> None:
         for of, sizes in GROWTH.items():
             for size in sizes:
                 measure(of, size)
-        draw(pd.read_csv(RESULTS))
+        draw(ordered())
     if not chosen.growth:
         for name in NETWORKS:
             strangers.write(name)
-    grids.write_table(MARKERS, markdown(pd.read_csv(RESULTS)))
+    grids.write_table(MARKERS, markdown(ordered()))
 
 
 if __name__ == "__main__":

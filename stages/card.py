@@ -14,12 +14,12 @@ LOADED_BY = {
 def file_in_words(file: Mapping[str, Any]) -> str:
     """Where a network is, and how to load it.
 
-    file: its ``path`` and ``bytes``, and what all its codes take ``packed`` and ``coded``.
+    file: its ``path`` and ``bytes``, and with all codes ``packed``, or all ``coded``.
     """
     return (
         f"It is in `{file['path']}`, {file['bytes']:,} bytes; with a network of the same "
-        f'architecture, `quantifind.load("{file["path"]}", net)` gives it back. All its codes '
-        f"packed take {file['packed']:,} bytes, coded {file['coded']:,} (`storage`)."
+        f'architecture, `quantifind.load("{file["path"]}", net)` gives it back. With all '
+        f"codes packed it takes {file['packed']:,} bytes, coded {file['coded']:,} (`storage`)."
     )
 
 

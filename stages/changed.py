@@ -11,9 +11,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from quantifind.metrics import judged
 from quantifind.quantize import quantize_model
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch, batches_of, joined, kept, tensors_of
+from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import evaluating
 from stages import files, networks
 
@@ -49,8 +51,8 @@ def changed_table(
     rows = most_changed(columns)
     few = whole[torch.from_numpy(rows)]
     small = quantize_model(made.net, quantized)
-    was, target = _answers(few, made.net) if "correct" in columns else (None, None)
-    became = _answers(few, small)[0] if "correct" in columns else None
+    was, target = _answers(few, made.net, criterion)
+    became, _ = _answers(few, small, criterion)
     table = pd.DataFrame(dict.fromkeys(COLUMNS, np.nan), index=range(len(rows)))
     table["example"] = rows
     for name in ("original_loss", "loss"):
@@ -73,20 +75,17 @@ def most_changed(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.lexsort((np.arange(len(by)), -by, ~flipped))[:FEW].copy()
 
 
-def _answers(few: Batch, net: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """The class that a network gives each example, and the true one; None for what is no class of
-    an example."""
-    with evaluating(net), torch.no_grad():
+def _answers(
+    few: Batch, net: nn.Module, criterion: Criterion | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The class that a network gives each example, as `quantifind.metrics.judged` has it, and the
+    true one; None where there are none."""
+    with evaluating(net):
         outputs, *targets = few.run(net)
-    outputs = getattr(outputs, "logits", outputs)
-    true = targets[0] if targets and isinstance(targets[0], Tensor) else None
-    if true is None or true.numel() != len(few):
-        true = None
-    if not isinstance(outputs, Tensor) or outputs.dim() > 2:
+        found = judged(criterion, outputs, *targets).parts[0]
+    if "answer" not in found:
         return None, None
-    one = outputs.dim() == 1 or outputs.shape[1] == 1
-    answers = (outputs.reshape(-1) > 0) if one else outputs.argmax(1)
-    return answers.long().cpu(), None if true is None else true.reshape(-1).long().cpu()
+    return found["answer"].long().cpu(), targets[0].reshape(-1).long().cpu()
 
 
 def _shown(values: Tensor, characters: Sequence[str] | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from stages import files, ladder, looks, networks
 from stages.answers import in_words, mark_certified, recommend, summarize
 from stages.card import card
 from stages.changed import changed_table, read_characters
-from stages.exports import write_exports
+from stages.exports import check_packages, write_exports
 from stages.params import Params
 from stages.tensors import tensor_table
 from stages.versions import versions
@@ -31,6 +31,7 @@ def main(params: Params) -> None:
     params: all of params.yaml.
     Raises: ValueError for a user's mistake; OSError for a file that can't be read or written.
     """
+    check_packages(params.export)
     made = networks.read_network()
     net, criterion = made.net, made.criterion
     uniform = [Strategy(**choices) for choices in files.read_json(files.UNIFORM)]

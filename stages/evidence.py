@@ -1,6 +1,6 @@
 """What a run left in tables and JSON, from which everything that people see is drawn."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,15 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "bit_depths": ("evaluate", ("bit_depth", "original_criterion", *JUDGED)),
     "frontier": ("evaluate", ("validation_origin", "validation_chosen", *JUDGED)),
-    "changed": ("evaluate", ("example", "kind", "input", "original_loss", "loss")),
+    "changed": (
+        "evaluate",
+        (
+            *("example", "original_loss", "loss", "target", "was", "became"),
+            "kind",
+            "shape",
+            "input",
+        ),
+    ),
     "tensors": ("evaluate", ("step", "kind", "name", "values", "bits", "stored_bits", "becomes")),
 }
 FACTS = {
@@ -89,14 +97,19 @@ class Evidence:
         return table[table["step"] == self.step]
 
 
-def read_evidence(read: Callable[[Path], str] = _text) -> Evidence:
+def read_evidence(
+    read: Callable[[Path], str] = _text, *, without: Collection[str] = ()
+) -> Evidence:
     """All of it.
 
     read: the text of a file of the project; by default as it stands in the folder.
+    without: tables that nobody asks for, which earlier runs may not have left.
     Raises: ValueError, one line, naming a file that is missing, empty or of an older version, and
     the stage to run.
     """
-    tables = {name: _table(read, name, *needs) for name, needs in TABLES.items()}
+    tables = {
+        name: _table(read, name, *needs) for name, needs in TABLES.items() if name not in without
+    }
     facts = {name: _facts(read, name, *needs) for name, needs in FACTS.items()}
     found = Evidence(tables, facts["recommendation"], facts["versions"])
     for measure in found.limits:

@@ -3,6 +3,7 @@
 import inspect
 import shutil
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,19 @@ from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch
 from quantifind.utils.naming import first_line
 from stages import files
+
+
+def check_packages(kinds: Iterable[str]) -> None:
+    """Raise ValueError where a package is missing that writes a kind of file.
+
+    Before anything is judged: what a stage leaves is kept, whatever is installed afterwards.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if "onnx" in kinds and missing:
+        raise ValueError(
+            f"export has onnx, and {' and '.join(missing)} can't be imported: "
+            "pip install quantifind[onnx]"
+        )
 
 
 def write_exports(

@@ -208,7 +208,10 @@ def changed(evidence: Evidence) -> str:
     table = evidence.tables["changed"]
     if table.empty:
         return "Which examples changed is not known"
-    moved = (table["loss"] - table["original_loss"]).abs().max()
+    moves = (table["loss"] - table["original_loss"]).abs()
+    if lost := int((~np.isfinite(moves)).sum()):
+        return f"The loss of {number(lost)} examples or more is no number"
+    moved = moves.max()
     return f"No example's loss moved by more than {number(moved, 3)}"
 
 

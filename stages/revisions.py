@@ -15,6 +15,8 @@ from stages.evidence import Evidence, read_evidence
 
 # what stands in the folder, by dvc's name for it
 WORKSPACE = "workspace"
+# tables that a comparison does not show, and runs of earlier versions did not leave
+UNUSED = ("changed",)
 
 
 def results(names: Iterable[str] = ()) -> dict[str, Evidence]:
@@ -62,7 +64,7 @@ def _at(name: str) -> tuple[str, Evidence]:
     if name == WORKSPACE:
         with naming(name):
             params = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-            return str(params["model"]), read_evidence()
+            return str(params["model"]), read_evidence(without=UNUSED)
     try:
         files: Any = dvc.api.DVCFileSystem(rev=name)
         params = yaml.safe_load(files.read_text("params.yaml", encoding="utf-8"))
@@ -74,4 +76,4 @@ def _at(name: str) -> tuple[str, Evidence]:
         return str(files.read_text(path.as_posix(), encoding="utf-8"))
 
     with naming(name):
-        return str(params["model"]), read_evidence(read)
+        return str(params["model"]), read_evidence(read, without=UNUSED)

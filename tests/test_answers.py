@@ -330,5 +330,5 @@ def test_the_card_says_what_the_file_is_and_how_to_load_it():
     for text in (page, words):
         assert "There is no .pt2 of it: the network can't be traced." in text
     assert all(line in page for line in bare.splitlines()[2:])
-    assert "packed take 7,001 bytes, coded 6,002" in words
+    assert "codes packed it takes 7,001 bytes, coded 6,002" in words
     assert answer_of([1.02, 1.0])["step"] == 1

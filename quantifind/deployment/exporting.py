@@ -60,10 +60,18 @@ def export(
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: its ending is {path.suffix!r}: .onnx or .pt2 is needed")
     codes = codes_of(model, quantized, calibration, forward)
-    if path.suffix == ".onnx":
-        whole, kinds = _onnx(model, codes, example, opset)
-    else:
-        whole, kinds = _pt2(model, codes, example)
+    try:
+        if path.suffix == ".onnx":
+            whole, kinds = _onnx(model, codes, example, opset)
+        else:
+            whole, kinds = _pt2(model, codes, example)
+    except ValueError:
+        raise
+    except Exception as error:  # of what writes the program: no file can be made of it
+        raise ValueError(
+            f"{path.suffix} can't be written ({_reason(error)}): quantifind.save and "
+            "quantifind.compressed work without it"
+        ) from error
     with written_whole(path) as partial:
         partial.write_bytes(whole)
     rows = [

@@ -112,10 +112,9 @@ def quantize_to_grid(
 
     values: floating point, finite, any shape. axis, group: what shares a scale, as in
     `quantifind.tensor.qparams.to_rows`: the tensor by default, a channel, or a group of its inputs.
-    scale: "max_abs", which reaches the row's largest magnitude; "mse", with the least sum
-        of squared errors among those tried, never more than that of "max_abs";
-        "weighted_mse", each error weighted with ``importance``; or the scale itself, a
-        number.
+    scale: "max_abs", the last level half a step below the row's largest magnitude; "mse", with the
+        least sum of squared errors among those tried, never more than that of "max_abs";
+        "weighted_mse", each error weighted with ``importance``; or the scale itself, a number.
     importance: not negative, broadcasts against ``values``: the inputs' second moments.
     scale_dtype: what the scale is stored in: "float32" (default; float64 for float64 values),
         "float16", or "power_of_two", 2^−127 to 2^127 in 8 bits.
