@@ -42,6 +42,7 @@ from quantifind.utils.batches import Batch, Forward, batches_of, copied
 from quantifind.utils.console import progress
 from quantifind.utils.devices import evaluating
 from quantifind.utils.loaders import length_of
+from quantifind.utils.naming import NotFinite
 
 LEARNING_RATE = 2e-4
 CALIBRATION_BATCHES = 64
@@ -343,4 +344,4 @@ def _epoch(
 
 def _check_finite(loss: Tensor, batches: int) -> None:
     if not loss.isfinite():
-        raise ValueError(f"the loss became {loss.item()} by batch {batches}")
+        raise NotFinite(f"the loss became {loss.item()} by batch {batches}")

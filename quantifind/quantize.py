@@ -33,38 +33,42 @@ from quantifind.utils.naming import naming
 WAVES = 16
 
 
-@torch.no_grad()
 def quantize(
     model: nn.Module,
     strategy: Strategy | Quantized,
-    calibration: Iterable[Any] | Calibration | None = None,
+    calibration: Iterable[Any] | None = None,
     *,
     forward: Forward | None = None,
     max_memory: float | None = None,
-    waves: int = WAVES,
 ) -> Quantized:
     """The tensors, and the parameters of activations, that a strategy names.
 
     Weights that GPTQ rounds make up for what those before them lost: one after another, or in
-    ``waves`` groups where there are more of them.
+    `WAVES` groups where there are more of them.
 
     strategy: what is already quantized is checked, and returned as it is.
     calibration: batches of training data, where a choice asks for them: GPTQ, weighted scales or
-        centres, and activations; or what is already known of the network with its norms folded.
+        centres, and activations.
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     max_memory: bytes that moments of calibration inputs may take at a time, by default a quarter of
         what is free; a weight with more is compensated in blocks of inputs, or rounded to nearest,
         as the notes say.
-    waves: 1 or more; passes over the calibration data grow with it.
     Raises: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
         be quantized so, with the option and what is allowed.
     """
-    network = calibration
-    if not isinstance(network, Calibration):
-        network = Calibration(model, network, forward, strategy.folded, max_memory)
+    network = Calibration(model, calibration, forward, strategy.folded, max_memory)
     if isinstance(strategy, Quantized):
         _check_fits(strategy, network.tensors)
         return strategy
+    return quantize_within(network, strategy)
+
+
+@torch.no_grad()
+def quantize_within(network: Calibration, strategy: Strategy, waves: int = WAVES) -> Quantized:
+    """As `quantize`, of a network whose norms are folded as the strategy says.
+
+    waves: groups of weights that make up for what those before them lost, at most.
+    """
     choices = _checked(strategy, network)
     activations: dict[str, QParams] = {}
     if strategy.activations:

@@ -38,6 +38,7 @@ from quantifind.utils.console import board, console
 from quantifind.utils.gains import gains_of
 from quantifind.utils.interrupts import interruptible
 from quantifind.utils.loaders import length_of
+from quantifind.utils.naming import naming
 
 # passes that a search may take, and the shares of what is left that its phases may: of one that
 # needs less, the rest is the next ones'
@@ -137,7 +138,7 @@ def find_strategy(
     deadline = None if seconds is None else time.monotonic() + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
-    search_space = _given_space(search_space)
+    search_space, besides = _given_space(search_space), _given_grids(grids, search_space)
     with Workers(engine, scheduler=scheduler) as workers, interruptible():
         how: Any = {"forward": forward, "folder": folder, "seed": seed, "workers": workers}
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
@@ -147,7 +148,7 @@ def find_strategy(
         passes.effort, passes.deadline = effort, deadline
         candidates: Candidates | None = None
         try:
-            spaces = partial(_spaces, measurements, search_space, list(grids), widths)
+            spaces = partial(_spaces, measurements, search_space, besides, widths)
             with board(lambda: _standing(passes, candidates)):
                 for space in spaces(activation_bits, storage):
                     with passes.of("sensitivity", SURVEYED):
@@ -312,10 +313,20 @@ def _given_space(given: SearchSpace | Mapping[str, Any] | None) -> SearchSpace |
     return SearchSpace(**given)
 
 
+def _given_grids(given: Iterable[Any], space: Any) -> list[Choice]:
+    if isinstance(given, Mapping | str):
+        raise ValueError(f"grids is {given!r}: a list of choices is needed")
+    with naming("grids"):
+        grids = [Choice.of(one) for one in given]
+    if grids and space is not None:
+        raise ValueError("grids stand beside the default search space: put them in search_space")
+    return grids
+
+
 def _spaces(
     measurements: Measurements,
     given: SearchSpace | None,
-    grids: Sequence[Choice | Mapping[str, Any]],
+    grids: Sequence[Choice],
     widths: Iterable[int] | None,
     activation_bits: Sequence[int],
     storage: str,

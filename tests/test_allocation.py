@@ -3,6 +3,8 @@
 import ctypes
 import itertools
 import math
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import numpy as np
@@ -245,3 +247,26 @@ def test_the_solver_says_nothing(capfd):
     library.fflush(None)
     print("still heard")
     assert capfd.readouterr() == ("heard\nstill heard\n", "")
+
+
+def test_silence_within_silence_ends(capfd):
+    library = ctypes.CDLL(None)
+    first, second = silent(), silent()
+    with first:
+        second.__enter__()
+    library.puts(b"unheard")
+    second.__exit__(None, None, None)
+    library.puts(b"heard")
+    library.fflush(None)
+    assert capfd.readouterr().out == "heard\n"
+
+
+def test_silence_without_an_output():
+    program = (
+        "import os, sys\n"
+        "os.close(1); sys.stdout = None\n"
+        "from quantifind.utils.silence import silent\n"
+        "with silent():\n    print('x', file=sys.stderr)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "x\n")

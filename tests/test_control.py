@@ -18,6 +18,7 @@ from quantifind.runtime.control import Control
 from quantifind.search import find_strategy
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.loaders import Tensors, batch_loader
+from quantifind.utils.naming import NotFinite
 from quantifind.workflow.certification_workflow import certify, judge_ladder
 from stages import ladder
 
@@ -196,4 +197,20 @@ def test_a_control_comes_back_from_its_file(fault, tmp_path, monkeypatch):
 
 
 def diverged(*_args, **_kwargs):
-    raise ValueError("the loss became nan by batch 7")
+    raise NotFinite("the loss became nan by batch 7")
+
+
+def test_what_is_no_divergence_is_no_control(tmp_path, monkeypatch):
+    """A disk that is full ends the search, which goes on another time."""
+    net, train, criterion = network(), training(), nn.CrossEntropyLoss()
+    val = batch_loader(training(2).dataset, batch_size=64, shuffle=False, seed=0)
+    how = {"limit": 1.5, "labels": True, "folder": tmp_path, "widths": [1, 2], "effort": 60}
+
+    def full(*args, **recipe):
+        raise ValueError("checkpoint-0001.pt: can't be written (No space left on device)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("quantifind.mixed_precision.matched.train_control", full)
+        with pytest.raises(ValueError, match="No space left"):
+            find_strategy(net, train, val, criterion, learn=1, **how)
+    assert find_strategy(net, train, val, criterion, learn=1, **how).control.ratio > 0

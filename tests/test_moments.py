@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -25,6 +24,7 @@ from quantifind.quantize import (
     quantize,
     quantize_alone,
     quantize_each,
+    quantize_within,
     sequential_examples,
 )
 from quantifind.storage import artifact
@@ -425,7 +425,7 @@ def test_what_sequential_rounding_takes_is_what_goes_through(depth, waves, besid
     strategy = Strategy(choices)
     taken = sequential_examples(network, strategy, waves)
     Counted.rows = 0
-    quantize(model, strategy, network, waves=waves)
+    quantize_within(network, strategy, waves)
     assert taken == pytest.approx(Counted.rows / depth, rel=1e-9)
 
 
@@ -437,15 +437,40 @@ def test_as_many_batches_as_tell_enough(examples, share):
     chosen = enough({"weight": [Fake()]}, examples)
     wanted = max(share, EXAMPLES / sum(examples))
     assert chosen == sorted(set(chosen))
-    assert chosen[0] == 0
     assert chosen[-1] < len(examples)
     if wanted >= 1:
         assert chosen == list(range(len(examples)))
     else:
         assert len(chosen) == math.ceil(wanted * len(examples))
-        # evenly spread: none of the gaps is more than one longer than another
-        gaps = np.diff([*chosen, len(examples)])
-        assert max(gaps) - min(gaps) <= 1
+        # one of each stretch
+        for i, place in enumerate(chosen):
+            assert math.floor(i * len(examples) / len(chosen)) <= place
+            assert place < (i + 1) * len(examples) / len(chosen)
+
+
+def test_what_few_batches_use_is_seen():
+    """A convolution for inputs of one size, another for another, one batch after the other."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)
+
+        def forward(self, x):
+            return (self.a if x.shape[-1] % 2 else self.b)(x)
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(32, 1, size, size),) for size in (32, 33) * 32]
+    choice = Choice.of({"scheme": "uniform", "bits": 4, "axis": 0, "rounding": "gptq"})
+    net = Two().eval()
+    strategy = Strategy(
+        {name: choice if "weight" in name else None for name, _ in net.named_parameters()}
+    )
+    quantized = quantize(net, strategy, batches)
+    assert not quantized.notes
+    for name in ("a.weight", "b.weight"):
+        off = quantized.tensors[name].dequantize() - net.get_parameter(name)
+        assert off.norm() < 0.2 * net.get_parameter(name).norm()
 
 
 def test_many_positions_of_few_examples_tell_what_all_do():

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 
+import pandas as pd
 import pytest
 import torch
 from conftest import count_measured
@@ -318,6 +319,67 @@ def test_coded_codes_learn_to_be_few(goal, labels, monkeypatch):
     plain = [{k: v for k, v in r.items() if k not in own} for r in recipes]
     assert len(plain) == learned_candidates.LEARNED + labels
     assert all(one == plain[0] for one in plain)
+
+
+@pytest.mark.parametrize(
+    "coded", [{"bits": 8}, {"bits": 4, "zero_point": True}, {"levels": 3, "axis": 0}]
+)
+def test_what_may_be_coded_learns_to_be_sparse(coded):
+    net, train, val, _ = toy(6, 16, 3, examples=300)
+    choices = [{"scheme": "uniform", "storage": "coded", "axis": 0, **coded}]
+    space = {"tensors": {name: choices for name, _ in net.named_parameters()}}
+    how = {"limit": 5.0, "search_space": space, "learn": 0.5}
+    found = find_strategy(net, train, val, nn.CrossEntropyLoss(), **how)
+    assert "following" in set(found.candidates["answer"])
+
+
+@pytest.mark.parametrize(
+    ("grids", "said"),
+    [
+        ({"scheme": "uniform"}, "a list of choices is needed"),
+        ([{"scheme": "unifrom"}], "grids: "),
+        ([{"scheme": "uniform", "bits": 2}], "put them in search_space"),
+    ],
+)
+def test_grids_are_looked_at_before_anything_runs(grids, said):
+    space = {"tensors": {"0.weight": [{"scheme": "uniform", "bits": 2}]}}
+    with pytest.raises(ValueError, match=said):
+        find_strategy(None, [], [], nn.CrossEntropyLoss(), grids=grids, search_space=space)
+
+
+def test_grids_suit_weights_of_any_size():
+    """Small ones, and rows shorter than a group."""
+    net, train, val, _ = toy(6, 16, 3, examples=300)
+    with torch.no_grad():
+        net[0].weight.mul_(2.0**-30)
+    grids = [
+        {"scheme": "codebook", "bits": 3, "axis": 0, "rounding": "gptq"},
+        {"scheme": "uniform", "bits": 3, "axis": 0, "group": 12},
+    ]
+    how = {"limit": 1.5, "grids": grids, "widths": [3, 8]}
+    found = find_strategy(net, train, val, nn.CrossEntropyLoss(), **how)
+    assert {"codebook", "uniform"} <= {c.scheme for c in found.sensitivity["choice"]}
+
+
+@pytest.mark.parametrize("before", [80, 400])
+def test_what_was_searched_with_another_effort_changes_nothing(before, tmp_path):
+    """Of so many layers that the number of waves follows from the passes that are left."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(24) for part in (nn.Linear(5, 5), nn.Tanh())]
+    net = nn.Sequential(*layers, nn.Linear(5, 3)).eval()
+    x = torch.randn(600, 5)
+    data = Tensors(x, net(x).argmax(1))
+    train, val, _ = create_dataloaders(data, batch_size=50)
+    how = {"limit": {"relative_error": 0.2}, "widths": [3, 4, 8]}
+    criterion = nn.CrossEntropyLoss()
+    find_strategy(net, train, val, criterion, effort=before, folder=tmp_path, **how)
+    again = find_strategy(net, train, val, criterion, effort=150, folder=tmp_path, **how)
+    fresh = find_strategy(net, train, val, criterion, effort=150, **how)
+    assert again.strategy == fresh.strategy
+    columns = ["origin", "mean_bits", "relative_error", "examples"]
+    pd.testing.assert_frame_equal(again.candidates[columns], fresh.candidates[columns])
+    origins = set(fresh.candidates["origin"])
+    assert "sequential" in origins
 
 
 def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):

@@ -34,7 +34,8 @@ class Trial:
     """A candidate to measure.
 
     key: stable.
-    origin: "uniform", "allocated", "sequential", "following … epochs" or "trained … epochs".
+    origin: "uniform", "allocated", "sequential", "following … epochs" or "trained … epochs",
+        and which share of the codes is not 0 where that was asked for.
     scales_adjusted: whether its scales are fitted on training inputs to follow the float network.
     """
 
@@ -65,9 +66,11 @@ class Candidates:
         self.control: Control | None = None
         self._best_losses: np.ndarray | None = None
 
-    def trial(self, origin: str, strategy: Strategy, quantized: Quantized) -> Trial:
-        """A candidate to measure, named by its origin and choices."""
-        return Trial(f"{origin} {choices_key(strategy)}", origin, False, strategy, quantized)
+    def trial(self, origin: str, strategy: Strategy, quantized: Quantized, how: str = "") -> Trial:
+        """A candidate to measure, named by its origin, by how its codes were made where choices
+        don't tell, and by its choices."""
+        key = f"{origin}{how} {choices_key(strategy)}"
+        return Trial(key, origin, False, strategy, quantized)
 
     def allocated(self, assignment: Assignment) -> Trial:
         """An allocation to measure, each tensor fitted with the rest in float."""

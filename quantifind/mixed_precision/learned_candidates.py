@@ -70,7 +70,9 @@ def _sparse_strategy(candidates: Candidates) -> Strategy | None:
     for name, choices in allocation.rounded_options.space.tensors.items():
         coded = [c for c in choices if c.storage == "coded" and c.scheme == "uniform"]
         if coded and allocation.values[name].dim() > 1:
-            values = {k: v for k, v in coded[0].plain().items() if k not in ("scale", "rate")}
+            # test_what_may_be_coded_learns_to_be_sparse
+            own = ("scheme", "axis", "group", "storage", "scale_dtype")
+            values = {k: v for k, v in coded[0].plain().items() if k in own}
             values |= {"levels": LEVELS, "rounding": "nearest"}
             found[name], some = Choice.of(values), True
             continue
@@ -166,7 +168,8 @@ def _learn(
     )
     how = "trained" if labels else "following"
     few = "" if density is None else f", {density:.2%} not 0"
-    trial = candidates.trial(f"{how} {epochs:g} epochs{few}", learned, quantized)
+    exactly = "" if density is None else f" ({density!r})"
+    trial = candidates.trial(f"{how} {epochs:g} epochs{few}", learned, quantized, exactly)
     (row,) = candidates.measure([trial])
     return row
 

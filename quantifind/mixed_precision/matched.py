@@ -12,6 +12,7 @@ from quantifind.mixed_precision.measurements import Measurements
 from quantifind.runtime.control import Control
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.strategy import Strategy
+from quantifind.utils.naming import NotFinite
 
 
 def control_of(
@@ -33,7 +34,7 @@ def control_of(
             ratio, fault = judged / measurements.original.criterion, ""
             if not math.isfinite(ratio):
                 fault = f"its loss on validation data is {judged}"
-        except ValueError as error:
+        except NotFinite as error:
             ratio, fault = math.nan, str(error)
         made: dict[str, Tensor] = {} if fault else {**dict(net.named_parameters())}
         store.put(key, made, {"ratio": None if fault else ratio, "fault": fault})

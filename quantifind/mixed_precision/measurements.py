@@ -35,7 +35,7 @@ from quantifind.utils.loaders import sample
 from quantifind.utils.naming import first_line, naming
 
 # of what is kept: another one is measured anew
-FORMAT = "measured 2"
+FORMAT = "measured 3"
 # examples of training data
 CALIBRATION = 4_096
 # seconds of work below which no task is split among workers, since each part has the candidates'

@@ -75,10 +75,12 @@ class Passes:
         now = time.monotonic()
         text = f"{self.phase}: {self.taken:.1f}"
         text += f" of {self.effort:g} passes" if math.isfinite(self.effort) else " passes"
-        left = [] if self.deadline is None else [max(self.deadline - now, 0.0)]
-        if self.taken and math.isfinite(self.effort):
-            left.append((now - self.began) / self.taken * max(self.effort - self.taken, 0.0))
-        return f"{text}, at most {in_words(min(left))} more" if left else text
+        if self.taken and math.isfinite(self.effort) and math.isfinite(sum(self.ends)):
+            left = (now - self.began) / self.taken * max(self.effort - self.taken, 0.0)
+            text += f", about {in_words(left)} more where it takes them all"
+        if self.deadline is not None:
+            text += f", at most {in_words(max(self.deadline - now, 0.0))} more"
+        return text
 
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {taken:.1f}" for phase, taken in self.by_phase.items())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from quantifind.mixed_precision.adjusted_scales import adjust_scales
 from quantifind.mixed_precision.candidates import Candidates, choices_key, note
 from quantifind.mixed_precision.measurements import Measurements
-from quantifind.quantize import WAVES, quantize, sequential_examples
+from quantifind.quantize import WAVES, quantize_within, sequential_examples
 from quantifind.storage import artifact
 from quantifind.storage.store import Store
 from quantifind.strategy import Strategy
@@ -45,7 +45,9 @@ def gptq_sequentially(candidates: Candidates) -> None:
             for strategy, quantized in zip(some, fitted, strict=False):
                 if quantized is None:
                     continue
-                (row,) = candidates.measure([candidates.trial("sequential", strategy, quantized)])
+                how = f" in {waves} waves"
+                trial = candidates.trial("sequential", strategy, quantized, how)
+                (row,) = candidates.measure([trial])
                 row = adjust_scales(candidates, row)
                 step(note(row))
                 failed = 0 if goal.keeps(row) else failed + 1
@@ -92,7 +94,7 @@ def _sequential(
 def _quantize(measurements: Measurements, task: tuple[Strategy, int]) -> Quantized | None:
     strategy, waves = task
     try:
-        return quantize(measurements.model, strategy, measurements.network, waves=waves)
+        return quantize_within(measurements.network, strategy, waves)
     except NotFinite:
         return None
 

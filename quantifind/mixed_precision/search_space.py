@@ -95,8 +95,8 @@ def default_search_space(
     widths: bits, 1 to 32.
     activation_bits: widths that every activation may have besides float; none by default.
     storage: of weights, one of `quantifind.tensor.choice.STORAGES`.
-    grids: choices that every weight has besides; those of an axis take that of its outputs, and
-        where GPTQ can't be, they are rounded to nearest.
+    grids: choices that every weight has besides; those of an axis take that of its outputs, groups
+        are at most a row, and where GPTQ can't be, they are rounded to nearest.
     """
     others = [choice if isinstance(choice, Choice) else Choice.of(choice) for choice in grids]
     widths, able = list(widths), gptq_weights(facts)
@@ -116,10 +116,11 @@ def default_search_space(
             found = [replace(choice, axis=axis) for choice in found]
             if storage == "coded":
                 found = [*coded(tensor, gptq=name in able), *found]
-            found += [_besides(choice, axis, gptq=name in able) for choice in others]
-        if LEAST <= tensor.abs().max() <= MOST:
+        if not LEAST <= tensor.abs().max() <= MOST:
+            found = [Choice.of({**choice.plain(), "scale_dtype": "float32"}) for choice in found]
+        if tensor.dim() < 2:
             return found
-        return [Choice.of({**choice.plain(), "scale_dtype": "float32"}) for choice in found]
+        return found + [_besides(choice, tensor, axis, gptq=name in able) for choice in others]
 
     tensors = {
         name: choices(name, tensor)
@@ -148,8 +149,11 @@ def coded(tensor: Tensor, *, gptq: bool = True) -> list[Choice]:
     return found
 
 
-def _besides(choice: Choice, axis: int, *, gptq: bool) -> Choice:
+def _besides(choice: Choice, weight: Tensor, axis: int, *, gptq: bool) -> Choice:
     """A choice for weights in general as one for a weight of an axis of outputs."""
+    row = weight.numel() // (1 if choice.axis is None else weight.shape[axis])
+    if choice.group is not None and choice.group >= row:
+        choice = replace(choice, group=None)
     if choice.rounding == "gptq" and not gptq:
         scale = {"scale": "mse"} if choice.options.get("scale") == "output_mse" else {}
         choice = Choice.of({**choice.plain(), **scale, "rounding": "nearest", "rate": 0.0})

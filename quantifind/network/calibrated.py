@@ -126,7 +126,8 @@ class Calibration:
             self.model, asked, self.batches, self.facts, max_memory=limit, **options
         )
         for name, moments in found:
-            # test_inputs_that_are_never_met_are_said
+            # those of another strategy: test_inputs_that_are_never_met_are_said
+            self.notes.pop(name, None)
             if said := [each for each in (note(parts[name]), zeros(moments.values())) if each]:
                 self.notes[name] = "; ".join(said)
             yield name, moments
@@ -134,13 +135,14 @@ class Calibration:
 
 def zeros(moments: Iterable[Moments]) -> str | None:
     """How many inputs no example has, in words; None where none."""
-    met = [each.inputs.diagonal() > 0 for each in moments]
+    # of what is only looked up, nothing is known
+    met = [each.inputs.diagonal() > 0 for each in moments if each.counts is None]
     count, dead = sum(m.numel() for m in met), sum(int((~m).sum()) for m in met)
     if not dead:
         return None
     return (
-        f"{dead:,} of its {count:,} inputs are 0 in all calibration examples: their weights are 0, "
-        "or the nearest to it, which coded takes next to nothing"
+        f"{dead:,} of its {count:,} inputs are 0 in all calibration examples that were looked at: "
+        "their weights are 0, or the nearest to it, which coded takes next to nothing"
     )
 
 

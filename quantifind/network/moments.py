@@ -41,10 +41,9 @@ def layer_moments(
     """Moments of the inputs that weights meet, by weight and matrix of it; those of one that meet
     the same inputs as another's are the same tensors.
 
-    They are sums over all positions, or estimates of them from evenly spread ones of evenly spread
-    batches (`quantifind.network.parts.POSITIONS`, `EXAMPLES`). Weights come in the order of a pass,
-    those for which there is no memory first; moments are let go of when the next weight's are asked
-    for.
+    They are sums over all positions, or estimates of them from evenly spread ones of some batches
+    (`quantifind.network.parts.POSITIONS`, `EXAMPLES`). Weights come in the order of a pass, those
+    for which there is no memory first; moments are let go of when the next weight's are asked for.
 
     model: the float network, whose outputs are wanted.
     names: of the weights, each used by a pass.

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from quantifind.network.trace import ProductFacts, together, weight_uses
 from quantifind.tensor.matrices import Matrices
 from quantifind.utils.naming import naming
@@ -94,14 +96,15 @@ def _part(name: str, matrices: Matrices, used: Sequence[ProductFacts], limit: fl
     most = max(BLOCK, TALL * outputs)
     if met and (inputs > most or NUMBER * groups * inputs**2 > limit):
         most = min(BLOCK, int(limit // (NUMBER * groups * inputs)))
-    enough = max(POSITIONS, POSITIONS_PER_INPUT * inputs)
+    enough, uses = max(POSITIONS, POSITIONS_PER_INPUT * inputs), [p.uses for p in used]
     positions = max(1, *(p.positions for p in used))
     return Part(
         name,
         matrices,
         met[0].meets if met else -1,
         min(1.0, max(enough, VALUES // inputs) / positions),
-        min(1.0, enough / positions) if len(met) == len(used) else 1.0,
+        # of what some batches alone use, all (test_what_few_batches_use_is_seen)
+        min(1.0, enough / positions) if met == used and all(map(all, uses)) else 1.0,
         tuple(matrices.blocks(most)) if most >= min(LEAST, inputs) else (),
         looked_up=len(met) < len(used),
         met=bool(met),
@@ -137,11 +140,13 @@ def note(parts: Sequence[Part]) -> str | None:
 
 
 def enough(parts: Mapping[str, Sequence[Part]], examples: Sequence[int]) -> list[int]:
-    """Of batches of so many examples those, evenly spread, that tell enough of some weights."""
+    """Of batches of so many examples those that tell enough of some weights: one drawn of each of
+    as many equal stretches, always the same."""
     share = max((part.enough for own in parts.values() for part in own), default=0.0)
     share = max(share, EXAMPLES / max(sum(examples), 1))
     count = math.ceil(min(share, 1.0) * len(examples))
-    return [i * len(examples) // count for i in range(count)]
+    drawn = np.random.default_rng(0).random(count)
+    return [int((i + drawn[i]) * len(examples) / count) for i in range(count)]
 
 
 def passes(parts: Mapping[str, Sequence[Part]], max_memory: float) -> Iterator[list[str]]:

@@ -24,6 +24,8 @@ def save_checkpoint(directory: Path | str, state: dict[str, Any]) -> Path:
     earlier = latest_checkpoint(directory)
     number = 1 if earlier is None else _number(earlier) + 1
     path = directory / f"checkpoint-{number:04d}.pt"
+    for left in directory.glob(f".{path.name}.*"):  # of a process that was killed while it wrote
+        left.unlink(missing_ok=True)
     with written_whole(path) as partial:
         torch.save(state, partial)
     return path

@@ -116,9 +116,12 @@ class NetworkFile:
         with self._reading(name), torch.no_grad():
             entry = self.tensors.get(name) or self.others[name]
             self._check_bytes(entry)
-            values, flat = self._between(entry), into.view(-1)
-            for first in range(0, len(flat), STEP):
-                last = min(first + STEP, len(flat))
+            values, flat, step = self._between(entry), into.view(-1), STEP
+            if len(entry.parts.get("table", (None, ()))[1]) == 2:
+                # each value has the table of its row beside it
+                step = packing.TOGETHER * max(1, STEP // packing.TOGETHER // entry.facts["levels"])
+            for first in range(0, len(flat), step):
+                last = min(first + step, len(flat))
                 flat[first:last] = values(first, last)
 
     def _between(self, entry: Entry) -> Callable[[int, int], Tensor]:
