@@ -19,7 +19,6 @@ from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import evaluating
 from stages import files, networks
 
-FEW = 12
 # pixels of the longer side of a picture, and characters of a text
 SIDE, LONG = 64, 160
 COLUMNS = ("example", "original_loss", "loss", "target", "was", "became", "kind", "shape", "input")
@@ -30,14 +29,17 @@ def changed_table(
     quantized: Quantized,
     loader: Any,
     columns: Mapping[str, np.ndarray],
+    *,
+    count: int,
     characters: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """A row for each of the `FEW` examples that changed most, those with another answer first.
+    """A row for each of the examples that changed most, those with another answer first.
 
     made: the float network, what judges it, and how it takes a batch.
     quantized: what has become of it.
     loader: of test data, in the order of the columns.
     columns: by example, as `quantifind.metrics.paired` has them.
+    count: of the examples, at most.
     characters: what the codes of texts stand for, where inputs are such.
     Returns: `COLUMNS`; ``target``, ``was`` and ``became`` are classes, and missing where there are
         none; ``kind`` is "picture", whose ``input`` is bytes of its ``shape`` in base64, or "text"
@@ -46,9 +48,9 @@ def changed_table(
     """
     criterion, forward = made.criterion, made.forward
     whole = joined(kept(batches_of(loader, made.net, criterion, forward)))
-    if whole is None or len(whole) != len(columns["loss"]):
+    if not count or whole is None or len(whole) != len(columns["loss"]):
         return pd.DataFrame(columns=list(COLUMNS))
-    rows = most_changed(columns)
+    rows = most_changed(columns, count)
     few = whole[torch.from_numpy(rows)]
     small = quantize_model(made.net, quantized)
     was, target = _answers(few, made.net, criterion)
@@ -65,14 +67,14 @@ def changed_table(
     return table.drop(columns=["kind", "shape", "input"]).join(shown)
 
 
-def most_changed(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which examples changed most, at most `FEW`: other answers first, then other losses.
+def most_changed(columns: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    """Which examples changed most, at most so many: other answers first, then other losses.
 
     columns: as `changed_table` takes them.
     """
     by = np.nan_to_num(np.abs(columns["loss"] - columns["original_loss"]), nan=np.inf)
     flipped = np.asarray(columns.get("flipped", np.zeros(len(by), dtype=bool)))
-    return np.lexsort((np.arange(len(by)), -by, ~flipped))[:FEW].copy()
+    return np.lexsort((np.arange(len(by)), -by, ~flipped))[:count].copy()
 
 
 def _answers(

@@ -82,7 +82,8 @@ def main(params: Params) -> None:
     answer["exports"] = write_exports(params.export, net, quantized[step], example)
     files.write_text(files.CARD, card(answer, params.model, words))
     files.write_table(files.PLOTS / "tensors.csv", tensor_table(net, strategies, quantized))
-    changed = changed_table(made, quantized[step], test, judged.columns[step], read_characters())
+    few: Any = {"count": params.evaluate.examples, "characters": read_characters()}
+    changed = changed_table(made, quantized[step], test, judged.columns[step], **few)
     files.write_table(files.PLOTS / "changed.csv", changed)
     _write(params, table, frontier, answer)
 

@@ -58,6 +58,8 @@ class Evaluate:
 
     limits: Annotated[list[Ratio], Field(min_length=1)]
     confidence: Annotated[float, Field(gt=0.5, lt=1, strict=True)] = 0.95
+    # test examples that the report shows
+    examples: Annotated[int, Field(ge=0, strict=True)] = 12
 
 
 @dataclass(frozen=True, config=NO_OTHER_KEYS)
