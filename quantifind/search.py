@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def find_strategy(
     deadline = None if seconds is None else time.monotonic() + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
-    search_space, besides = _given_space(search_space), _given_grids(grids, search_space)
+    own = _given_space(search_space), _given_grids(grids, search_space)
     with Workers(engine, scheduler=scheduler) as workers, interruptible():
         how: Any = {"forward": forward, "folder": folder, "seed": seed, "workers": workers}
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
@@ -148,9 +147,8 @@ def find_strategy(
         passes.effort, passes.deadline = effort, deadline
         candidates: Candidates | None = None
         try:
-            spaces = partial(_spaces, measurements, search_space, besides, widths)
             with board(lambda: _standing(passes, candidates)):
-                for space in spaces(activation_bits, storage):
+                for space in _spaces(measurements, *own, widths, activation_bits, storage):
                     with passes.of("sensitivity", SURVEYED):
                         sensitivity, allocation = survey(measurements, space, goal, precision)
                     candidates = Candidates(measurements, allocation, confidence)
