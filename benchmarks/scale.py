@@ -139,7 +139,8 @@ def draw(results: pd.DataFrame) -> None:
     for panel, (of, sizes) in zip(panels, GROWTH.items(), strict=True):
         rows = whole.reindex([f"{of}: {size:,}" for size in sizes])
         size = rows["parameters"].to_numpy() if of == "width" else np.array(sizes, float)
-        taken = rows["seconds"].to_numpy()
+        measured = rows["seconds"].notna().to_numpy()
+        size, taken = size[measured], rows["seconds"].to_numpy()[measured]
         panel.loglog(size, taken[0] * size / size[0], color="0.6", linestyle="--", label="linear")
         panel.loglog(size, taken, marker="o", label="measured")
         power = np.polyfit(np.log(size), np.log(taken), 1)[0]
