@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import EngFormatter, NullFormatter
 from torch import nn
 
 from benchmarks import grids, strangers
@@ -143,6 +144,10 @@ def draw(results: pd.DataFrame) -> None:
         size, taken = size[measured], rows["seconds"].to_numpy()[measured]
         panel.loglog(size, taken[0] * size / size[0], color="0.6", linestyle="--", label="linear")
         panel.loglog(size, taken, marker="o", label="measured")
+        panel.set_xticks(size, [EngFormatter(places=0, sep="")(each) for each in size], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.yaxis.set_minor_formatter(NullFormatter())
         power = np.polyfit(np.log(size), np.log(taken), 1)[0]
         panel.set_title(f"grows with the power {power:.2f}")
         panel.set_xlabel(SHOWN.get(of, of))
