@@ -54,7 +54,7 @@ class Stranger:
 
 RATIO, ERROR = {"criterion_ratio": 1.05}, {"relative_error": 0.05}
 # for networks of which a pass takes long
-FEW: dict[str, Any] = {"widths": [2, 3, 4, 6, 8]}
+FEW: dict[str, Any] = {"widths": range(2, 9)}
 
 
 def package(name: str) -> Path:

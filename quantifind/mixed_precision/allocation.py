@@ -23,9 +23,6 @@ from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
 
-# of the loss increase that a limit allows, the least and the most that are predicted of an
-# allocation that is looked at
-LOW, HIGH = 0.03, 100.0
 # the widest of the uniform candidates
 UNIFORM_BITS = 8
 
@@ -45,6 +42,7 @@ class Allocation:
         activations: all its options.
     groups: of each its Pareto-optimal options, costliest first.
     fixed: the cost of what the space doesn't name.
+    near: loss increases between which allocations near the limit lie.
     """
 
     model: nn.Module
@@ -58,6 +56,7 @@ class Allocation:
     options: list[list[Option]]
     groups: list[list[Option]]
     fixed: float
+    near: tuple[float, float] = (0.0, math.inf)
 
     @classmethod
     def of(
@@ -65,6 +64,7 @@ class Allocation:
         measurements: Measurements,
         sensitivity: Sensitivity,
         goal: Goal,
+        near: tuple[float, float] = (0.0, math.inf),
     ) -> "Allocation":
         """Raises: ValueError for a budget that the smallest candidate exceeds."""
         model = measurements.model
@@ -77,6 +77,7 @@ class Allocation:
             "original": measurements.original,
             "rounded_options": sensitivity.rounded_options,
             "loss_increases": sensitivity.loss_increases,
+            "near": near,
         }
         bare = cls(**given, options=[], groups=[], fixed=0.0)
         names = list(bare._group_names())
@@ -213,22 +214,6 @@ class Allocation:
         """The loss increase of an assignment."""
         pairs = zip(self.groups, assignment, strict=True)
         return sum(group[i].loss_increase for group, i in pairs)
-
-    def allowed(self) -> tuple[float, float]:
-        """Predicted loss increases between which allocations near the limit lie; of any size where
-        that can't be told."""
-        goal, original = self.goal, self.original
-        squares = original.classes is None and "outputs" in original
-        if goal.measure == "calibrated_ratio" and goal.limit is not None:
-            allowed = max(goal.limit - 1, 1e-3) * original.calibrated_criterion
-        elif goal.measure == "criterion_ratio" and goal.limit is not None:
-            allowed = max(goal.limit - 1, 1e-3) * original.criterion
-        elif goal.measure == "relative_error" and goal.limit and squares:
-            total = sum(float(p["outputs"].double().square().sum()) for p in original.parts)
-            allowed = goal.limit**2 * total / sum(p["outputs"].numel() for p in original.parts)
-        else:
-            return 0.0, math.inf
-        return LOW * allowed, HIGH * allowed
 
     def solve(
         self, budget: float, groups: Sequence[Sequence[Option]] | None = None

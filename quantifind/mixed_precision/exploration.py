@@ -29,7 +29,7 @@ SAVING = 0.003
 def sweep_budgets(candidates: Candidates) -> None:
     """Uniform strategies, and allocations under falling budgets, then finer below the best."""
     goal, allocation = candidates.goal, candidates.allocation
-    low, high = allocation.allowed()
+    low, high = allocation.near
     uniform = [
         candidates.trial("uniform", strategy, allocation.alone(strategy.tensors, {}))
         for strategy in allocation.uniform_strategies()

@@ -34,7 +34,7 @@ from quantifind.utils.console import progress
 # small stops more often where a tail has not been met: by simulation the increase of lognormal
 # divergences of spread 2 comes out 4% too low, and 8% with 250 examples first
 # (test_stopping_early_takes_little_off_the_increase)
-EXAMPLES, PRECISION = 500, 0.25
+EXAMPLES, FEWEST, PRECISION = 500, 64, 0.25
 # tensors measured at a time by each worker
 WAVE = 4
 # examples that say that a tensor changes nothing
@@ -61,7 +61,7 @@ class Sensitivity:
     def loss_increases(self) -> dict[str, float]:
         """By `choice_key`, as measured; else as predicted, by what the prediction of the same
         tensor's nearest option, or of others, was off."""
-        increases = {key: _increase(columns) for key, columns in self.measured.items()}
+        increases = {key: increase_of(columns) for key, columns in self.measured.items()}
         off = self._off()
         for key, predicted in self.predicted.items():
             increases.setdefault(key, predicted * off.factor(*_place(self.rounded_options, key)))
@@ -71,7 +71,7 @@ class Sensitivity:
         found = [
             (*_place(self.rounded_options, key), math.log(measured / self.predicted[key]))
             for key, columns in self.measured.items()
-            if self.predicted.get(key, 0) > 0 and 0 < (measured := _increase(columns)) < math.inf
+            if self.predicted.get(key, 0) > 0 and 0 < (measured := increase_of(columns)) < math.inf
         ]
         return _Off(found)
 
@@ -144,7 +144,9 @@ def measure_options(
     measurements = rounded_options.measurements
     rounded_options.make(keys)
     measured: dict[str, Columns] = {}
-    examples = EXAMPLES if precision else measurements.examples
+    examples = min(EXAMPLES, max(FEWEST, measurements.examples // 8))
+    if not precision:
+        examples = measurements.examples
     with progress("sensitivity", total=len(keys)) as step:
         going_on = list(keys)
         while going_on:
@@ -184,14 +186,15 @@ def _precise(columns: Columns, precision: float) -> bool:
     return bool(seen and stats.sem(increase) <= precision * increase.mean())
 
 
-def _increase(columns: Columns) -> float:
+def increase_of(columns: Columns) -> float:
+    """The mean divergence, by weight; infinite where it is no number."""
     increase = float(columns["divergence"].sum() / columns["weight"].sum())
     return max(increase, 0.0) if math.isfinite(increase) else math.inf
 
 
 def _increase_error(columns: Columns) -> float:
-    """The standard error of what `_increase` gives, a ratio of sums."""
-    increase, weight = _increase(columns), columns["weight"]
+    """The standard error of what `increase_of` gives, a ratio of sums."""
+    increase, weight = increase_of(columns), columns["weight"]
     if not math.isfinite(increase) or len(weight) < 2:
         return math.nan
     off = columns["divergence"] - increase * weight

@@ -9,6 +9,7 @@ import numpy as np
 
 from quantifind.certification.goal import Goal
 from quantifind.mixed_precision.allocation import Allocation
+from quantifind.mixed_precision.anchors import near_limit
 from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.rounded_options import RoundedOptions
@@ -53,6 +54,7 @@ def survey(
     scored = _scored(rounded_options, dict.fromkeys(stand_ins.values()))
     scores = {k: scored[s] for k, s in stand_ins.items() if k == s}
     measured = measure_options(rounded_options, activations, precision)
+    near = near_limit(rounded_options, goal)
     for _ in range(ROUNDS):
         hoped = scores | {
             key: _hoped(rounded_options, key, scored[other], scores)
@@ -60,7 +62,7 @@ def survey(
             if key not in scores
         }
         allocation = Allocation.of(
-            measurements, Sensitivity(rounded_options, measured, hoped), goal
+            measurements, Sensitivity(rounded_options, measured, hoped), goal, near
         )
         new = [key for key in near_frontier(allocation) if not rounded_options.has_made(key)]
         if not new:
@@ -70,7 +72,7 @@ def survey(
     scores = hoped | scores
     for _ in range(ROUNDS):
         sensitivity = Sensitivity(rounded_options, measured, scores)
-        allocation = Allocation.of(measurements, sensitivity, goal)
+        allocation = Allocation.of(measurements, sensitivity, goal, near)
         increases = sensitivity.loss_increases
         new = [key for key in near_frontier(allocation) if key not in measured]
         if not new or measurements.passes.left <= 0:
@@ -79,7 +81,7 @@ def survey(
         new.sort(key=lambda key: -increases[key])
         measured |= measure_options(rounded_options, new, precision)
     sensitivity = Sensitivity(rounded_options, measured, scores)
-    return sensitivity, Allocation.of(measurements, sensitivity, goal)
+    return sensitivity, Allocation.of(measurements, sensitivity, goal, near)
 
 
 def _hoped(
@@ -172,8 +174,8 @@ def near_frontier(allocation: Allocation) -> list[str]:
     slopes = sorted({s for group in groups for s in _slopes(group)})
     if len(slopes) > SLOPES:
         slopes = [slopes[i] for i in np.linspace(0, len(slopes) - 1, SLOPES).round().astype(int)]
-    low, high = allocation.allowed()
-    near: set[tuple[int, int]] = set()
+    low, high = allocation.near
+    found: set[tuple[int, int]] = set()
     # of those outside, the nearest on each side: test_something_is_measured_whatever_the_limit
     outside: dict[bool, list[int]] = {}
     for slope in (0.0, *slopes):
@@ -188,16 +190,16 @@ def near_frontier(allocation: Allocation) -> list[str]:
         if not inside and (increase < low or True not in outside):
             outside[increase >= low] = chosen
         if inside:
-            near |= {(g, i + step) for g, i in enumerate(chosen) for step in (-1, 0, 1)}
-    if not near:
-        near = {(g, i) for chosen in outside.values() for g, i in enumerate(chosen)}
-    found = []
-    for g, i in sorted(near):
+            found |= {(g, i + step) for g, i in enumerate(chosen) for step in (-1, 0, 1)}
+    if not found:
+        found = {(g, i) for chosen in outside.values() for g, i in enumerate(chosen)}
+    keys = []
+    for g, i in sorted(found):
         if 0 <= i < len(groups[g]):
             for name, choice in groups[g][i].tensors.items():
                 if choice is not None:
-                    found.append(choice_key("tensors", name, choice))
-    return list(dict.fromkeys(found))
+                    keys.append(choice_key("tensors", name, choice))
+    return list(dict.fromkeys(keys))
 
 
 def _slopes(group: Sequence[Option]) -> list[float]:
