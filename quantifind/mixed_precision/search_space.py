@@ -35,7 +35,7 @@ ACTIVATION = ActivationChoice("uniform", options={"zero_point": True, "scale": "
 # the most bits with float16 scales
 FLOAT16_BITS = 8
 # widths at which GPTQ is tried; above, rounding to nearest is as good
-GPTQ_WIDTHS = (1, 2, 3, 4, 5, 6)
+GPTQ_WIDTHS = (1, 2, 3, 4)
 # the largest value of a tensor whose float16 scales are precise, and finite
 LEAST, MOST = 2.0**-12, 30_000.0
 
