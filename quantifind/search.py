@@ -13,7 +13,7 @@ from torch import nn
 from quantifind.certification.goal import Goal, Limit
 from quantifind.metrics import Outcome, is_classification
 from quantifind.mixed_precision.candidates import Candidates, note
-from quantifind.mixed_precision.exploration import sweep_budgets, try_neighbours
+from quantifind.mixed_precision.exploration import explore, try_neighbours
 from quantifind.mixed_precision.found import Found, found_by
 from quantifind.mixed_precision.learned_candidates import learn_candidates
 from quantifind.mixed_precision.measurements import Measurements
@@ -153,7 +153,7 @@ def find_strategy(
                         sensitivity, allocation = survey(measurements, space, goal, precision)
                     candidates = Candidates(measurements, allocation, confidence)
                     with passes.of("budgets", SWEPT):
-                        sweep_budgets(candidates)
+                        sensitivity = explore(candidates, sensitivity, precision)
                     if candidates.best() is not None:
                         break
                 if candidates is not None:

@@ -1,7 +1,7 @@
 """Which choice each tensor gets, under a budget (`quantifind.mixed_precision.knapsack`)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product as combinations
 from typing import Any
@@ -214,6 +214,14 @@ class Allocation:
         """The loss increase of an assignment."""
         pairs = zip(self.groups, assignment, strict=True)
         return sum(group[i].loss_increase for group, i in pairs)
+
+    def keys_of(self, assignments: Iterable[Assignment]) -> list[str]:
+        """By `choice_key`, the choices of tensors that some assignments take, each once."""
+        found: dict[str, None] = {}
+        for assignment in assignments:
+            for group, index in zip(self.groups, assignment, strict=True):
+                found |= dict.fromkeys(self._keys(group[index].tensors, {})[0].values())
+        return list(found)
 
     def solve(
         self, budget: float, groups: Sequence[Sequence[Option]] | None = None

@@ -11,7 +11,7 @@ from quantifind.network.modules import named_tensors
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 
 # allocations that just keep a limit differ from one depth for all by such a factor of divergence
-SPREAD = 3.0
+SPREAD = 2.0
 
 
 def near_limit(rounded_options: RoundedOptions, goal: Goal) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from quantifind.costs import model_bytes
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.knapsack import Assignment
 from quantifind.mixed_precision.measurements import Columns, Measurements
+from quantifind.mixed_precision.sensitivity import Sensitivity
 from quantifind.quantize import mean_bits
 from quantifind.runtime.control import Control
 from quantifind.strategy import Strategy
@@ -65,6 +66,12 @@ class Candidates:
         self.assignments: dict[str, Assignment] = {}
         self.control: Control | None = None
         self._best_losses: np.ndarray | None = None
+
+    def reallocate(self, sensitivity: Sensitivity) -> None:
+        """Take other loss increases for those that the allocation was made by."""
+        old = self.allocation
+        self.allocation = Allocation.of(self.measurements, sensitivity, self.goal, old.near)
+        self.assignments = {}
 
     def trial(self, origin: str, strategy: Strategy, quantized: Quantized, how: str = "") -> Trial:
         """A candidate to measure, named by its origin, by how its codes were made where choices
@@ -160,17 +167,19 @@ class Candidates:
 
     def best(self, origin: str | None = None) -> Row | None:
         """The candidate that the goal likes best of those, of an origin, that keep it."""
-        keeping = [
-            row for row in self.whole() if self.goal.keeps(row) and origin in (None, row["origin"])
-        ]
-        return min(keeping, key=self.goal.rank, default=None)
+        return self._best_of(row for row in self.whole() if origin in (None, row["origin"]))
+
+    def _best_of(self, rows: Iterable[Row]) -> Row | None:
+        return min(filter(self.goal.keeps, rows), key=self.goal.rank, default=None)
 
     def is_best(self, row: Row) -> bool:
         best = self.best()
         return best is not None and best["key"] == row["key"]
 
     def best_assignment(self) -> Assignment | None:
-        row = self.best("allocated")
+        """That of the best allocated candidate; of one that the allocation still has."""
+        rows = (row for row in self.whole() if row["origin"] == "allocated")
+        row = self._best_of(r for r in rows if choices_key(r["strategy"]) in self.assignments)
         return None if row is None else self.assignments[choices_key(row["strategy"])]
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 
 from quantifind.mixed_precision.candidates import Candidates, choices_key, note
 from quantifind.mixed_precision.knapsack import Assignment, neighbours, total_cost
+from quantifind.mixed_precision.sensitivity import Sensitivity
 from quantifind.utils.console import progress
 
 # candidates at most, of a sweep over budgets, and of local moves
@@ -20,10 +21,33 @@ HALVINGS = 3
 FAILURES = 3
 # costlier ones that keep the goal, where no other does
 FIRST = 1
+# sweeps at most after one that found nothing
+AGAIN = 4
 # moves that take the same tensor down, before the next tensor has its turn
 TRIES = 3
 # of its cost, what a move saves at least: else there would be one for each small tensor
 SAVING = 0.003
+
+
+def explore(candidates: Candidates, sensitivity: Sensitivity, precision: float) -> Sensitivity:
+    """Sweep budgets; where no allocation keeps the goal, measure what they take and was only
+    predicted, and sweep again (test_bad_predictions_cost_no_answer).
+
+    candidates: get the allocation by what was measured.
+    precision: as `quantifind.mixed_precision.sensitivity.measure_options` takes it.
+    Returns: the sensitivities with what was measured besides.
+    """
+    sweep_budgets(candidates)
+    for _ in range(AGAIN):
+        keys = candidates.allocation.keys_of(candidates.assignments.values())
+        new = [key for key in keys if key not in sensitivity.measured]
+        done = candidates.best_assignment() is not None or not new
+        if done or candidates.measurements.passes.left <= 0:
+            break
+        sensitivity = sensitivity.with_measured(new, precision)
+        candidates.reallocate(sensitivity)
+        sweep_budgets(candidates)
+    return sensitivity
 
 
 def sweep_budgets(candidates: Candidates) -> None:

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -74,6 +74,11 @@ class Sensitivity:
             if self.predicted.get(key, 0) > 0 and 0 < (measured := increase_of(columns)) < math.inf
         ]
         return _Off(found)
+
+    def with_measured(self, keys: Sequence[str], precision: float) -> "Sensitivity":
+        """That with some more choices measured, as `measure_options` takes them."""
+        found = measure_options(self.rounded_options, keys, precision)
+        return replace(self, measured=self.measured | found)
 
     @property
     def table(self) -> pd.DataFrame:
