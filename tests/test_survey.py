@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import random
 import signal
 import statistics
 
@@ -12,14 +13,24 @@ import torch
 from torch import nn
 
 from quantifind.certification.goal import Goal
+from quantifind.certification.measures import degradation
 from quantifind.mixed_precision import exploration
+from quantifind.mixed_precision import survey as survey_module
+from quantifind.mixed_precision.anchors import near_limit
+from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.passes import Passes
+from quantifind.mixed_precision.rounded_options import RoundedOptions
 from quantifind.mixed_precision.scores import score_options
 from quantifind.mixed_precision.search_space import choice_key, default_search_space
-from quantifind.mixed_precision.sensitivity import measure_sensitivity, rank_correlations
+from quantifind.mixed_precision.sensitivity import (
+    increase_of,
+    measure_sensitivity,
+    rank_correlations,
+)
 from quantifind.mixed_precision.survey import survey
 from quantifind.search import find_strategy
+from quantifind.tensor.quantized import Quantized
 from quantifind.utils.loaders import Tensors, create_dataloaders
 
 
@@ -264,3 +275,53 @@ def test_between_what_keeps_the_limit_and_what_does_not_it_is_halved(softmax, mo
     search(softmax)
     assert len(tried) <= exploration.HALVINGS
     assert all(cost < high for cost, high in itertools.islice(tried, 1))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_bad_predictions_cost_no_answer(seed, monkeypatch):
+    """Scores that are wrong by any factor, and no passes to notice it in the survey: an allocation
+    still keeps what one depth for all keeps, in no more bytes."""
+    generator = random.Random(seed)
+    off: dict[str, float] = {}
+
+    def wrong(model, criterion, batches, options, **how):
+        scores = score_options(model, criterion, batches, options, **how)
+        for name in scores:
+            off.setdefault(name, math.exp(generator.gauss(0, 8)))
+        return {name: [off[name] * score for score in some] for name, some in scores.items()}
+
+    monkeypatch.setattr(survey_module, "score_options", wrong)
+    measurements, goal = measurements_of("softmax"), Goal.of(1.05, None)
+    measurements.passes.effort = 150
+    space = default_search_space(measurements.model, measurements.facts, range(2, 11))
+    with measurements.passes.of("sensitivity", 1e-9):
+        sensitivity, allocation = survey(measurements, space, goal)
+    assert not sensitivity.measured
+    candidates = Candidates(measurements, allocation, 0.95)
+    exploration.explore(candidates, sensitivity, 0.25)
+    best, uniform = candidates.best("allocated"), candidates.best("uniform")
+    assert best is not None
+    assert uniform is None or best["model_bytes"] <= uniform["model_bytes"]
+
+
+def test_what_keeps_a_limit_diverges_by_what_is_near_it():
+    """Of one depth for all, as an oracle: the first that keeps the goal, and the next that does
+    not, are within what is near; whatever the measure."""
+    measurements = measurements_of("softmax")
+    space = default_search_space(measurements.model, measurements.facts, range(1, 13))
+    rounded_options, depths = RoundedOptions(measurements, space), []
+    for bits in range(1, 13):
+        choices = {n: [c for c in some if c.width == bits] for n, some in space.tensors.items()}
+        keys = {n: choice_key("tensors", n, some[0]) for n, some in choices.items()}
+        quantized = Quantized({n: rounded_options[key] for n, key in keys.items()})
+        depths.append(measurements.columns(f"all at {bits}", quantized))
+    limits = {"calibrated_ratio": 1.01, "criterion_ratio": 1.1, "accuracy_drop": 0.02}
+    limits |= {"flips": 0.05, "fidelity": 0.02, "relative_error": 0.05}
+    for name, limit in limits.items():
+        goal = Goal.of({name: limit}, None)
+        low, high = near_limit(rounded_options, goal)
+        kept = [increase_of(one) for one in depths if goal.keeps(degradation(one))]
+        lost = [increase_of(one) for one in depths if not goal.keeps(degradation(one))]
+        assert (low > 0) == bool(kept), name
+        assert not kept or low <= max(kept), name
+        assert not lost or min(lost) <= high < math.inf, name
