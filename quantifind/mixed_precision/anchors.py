@@ -8,7 +8,7 @@ from quantifind.mixed_precision.rounded_options import RoundedOptions
 from quantifind.mixed_precision.search_space import choice_key
 from quantifind.mixed_precision.sensitivity import increase_of
 from quantifind.network.modules import named_tensors
-from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.tensor.quantized import Quantized
 
 # allocations that just keep a limit differ from one depth for all by such a factor of divergence
 SPREAD = 2.0

@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,11 +61,18 @@ class Sensitivity:
     @cached_property
     def loss_increases(self) -> dict[str, float]:
         """By `choice_key`, as measured; else as predicted, by what the prediction of the same
-        tensor's nearest option, or of others, was off."""
+        tensor's nearest option, or of others, was off, and in order with what was measured."""
         increases = {key: increase_of(columns) for key, columns in self.measured.items()}
-        off = self._off()
+        off, alike = self._off(), defaultdict[Any, list[tuple[int, float]]](list)
+        choices = self.rounded_options.choices
+        for key, measured in increases.items():
+            alike[_kind(*choices[key])].append((choices[key][2].count, measured))
         for key, predicted in self.predicted.items():
-            increases.setdefault(key, predicted * off.factor(*_place(self.rounded_options, key)))
+            if key not in increases:
+                value = predicted * off.factor(*_place(self.rounded_options, key))
+                increases[key] = _in_order(
+                    value, choices[key][2].count, alike[_kind(*choices[key])]
+                )
         return increases
 
     def _off(self) -> "_Off":
@@ -117,6 +125,21 @@ class _Off:
 def _place(rounded_options: RoundedOptions, key: str) -> tuple[str, str, int]:
     _, name, choice = rounded_options.choices[key]
     return name, choice.rounding, choice.width
+
+
+def _kind(kind: str, name: str, choice: Any) -> tuple[Any, ...]:
+    """What options have in common that differ in their levels alone."""
+    return kind, name, choice.scheme, choice.rounding, choice.axis, choice.group
+
+
+def _in_order(value: float, levels: int, measured: Sequence[tuple[int, float]]) -> float:
+    """A predicted increase at least that of the next one with more levels, and at most what that of
+    the next one with fewer comes to, where errors fall with the square of their number."""
+    fewer = max((one for one in measured if one[0] < levels), default=None)
+    more = min((one for one in measured if one[0] > levels), default=None)
+    if fewer is not None:
+        value = min(value, fewer[1] * (fewer[0] / levels) ** 2)
+    return value if more is None else max(value, more[1])
 
 
 def measure_sensitivity(

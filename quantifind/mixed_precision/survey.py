@@ -16,7 +16,6 @@ from quantifind.mixed_precision.rounded_options import RoundedOptions
 from quantifind.mixed_precision.scores import score_options
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.mixed_precision.sensitivity import PRECISION, Sensitivity, measure_options
-from quantifind.tensor.choice import Choice
 from quantifind.utils.batches import Batch, joined, regrouped
 
 # training examples that predict, so many at a time
@@ -96,13 +95,9 @@ def _hoped(
     found = [BY_GPTQ * nearest]
     for other, score in scores.items():
         _, own, tried = rounded_options.choices[other]
-        if own == name and tried.rounding == "gptq" and _levels(tried) < _levels(choice):
-            found.append(score * (_levels(tried) / _levels(choice)) ** 2)
+        if own == name and tried.rounding == "gptq" and tried.count < choice.count:
+            found.append(score * (tried.count / choice.count) ** 2)
     return min(found)
-
-
-def _levels(choice: Choice) -> int:
-    return choice.levels or 2**choice.width
 
 
 def _check_effort(measurements: Measurements, space: SearchSpace) -> None:

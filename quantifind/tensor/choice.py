@@ -111,6 +111,11 @@ class Choice:
         return ((self.levels or 2) - 1).bit_length() if self.bits is None else self.bits
 
     @property
+    def count(self) -> int:
+        """How many levels its codes tell apart."""
+        return self.levels or 2**self.width
+
+    @property
     def needs(self) -> str | None:
         """What in it asks for calibration examples, in words; None where nothing does."""
         if self.rounding == "gptq":
