@@ -68,6 +68,7 @@ def find_strategy(
     labels: bool = False,
     effort: float = EFFORT,
     seconds: float | None = None,
+    max_memory: float | None = None,
     widths: Iterable[int] | None = None,
     activation_bits: Iterable[int] = (),
     storage: str = "packed",
@@ -108,6 +109,8 @@ def find_strategy(
     effort: passes over the validation data that the search may take, without learning; a part of
         the examples, or of the network, counts as that part of one. What was left out is said.
     seconds: that it may take; the best so far is the answer. None for no end.
+    max_memory: bytes that moments of training inputs may take, as
+        `quantifind.quantize.quantize` takes it.
     widths: bits of the default search space, 1 to 32; by default 1 to 16, and up to 32 where none
         of those keeps the limit.
     activation_bits: bits that activations may have besides float, for a budget of what they save.
@@ -133,13 +136,15 @@ def find_strategy(
     """
     goal = _goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
-    _check(goal, learn, labels, confidence, activation_bits, effort, seconds, storage)
+    most = {"effort": effort, "seconds": seconds, "max_memory": max_memory}
+    _check(goal, learn, labels, confidence, activation_bits, most, storage)
     deadline = None if seconds is None else time.monotonic() + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
     own = _given_space(search_space), _given_grids(grids, search_space)
     with Workers(engine, scheduler=scheduler) as workers, interruptible():
         how: Any = {"forward": forward, "folder": folder, "seed": seed, "workers": workers}
+        how["max_memory"] = max_memory
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
         goal = _measurable(goal, measurements.original, default=(limit, budget) == (None, None))
         _say_temperature(goal, measurements.original)
@@ -280,8 +285,7 @@ def _check(
     labels: bool,
     confidence: float,
     activation_bits: Sequence[int],
-    effort: float,
-    seconds: float | None,
+    most: Mapping[str, float | None],
     storage: str,
 ) -> None:
     if storage not in STORAGES:
@@ -292,7 +296,7 @@ def _check(
         raise ValueError(f"labels is {labels!r}: False, or True where learn is above 0, is needed")
     if not 0.5 < confidence < 1:
         raise ValueError(f"confidence is {confidence!r}: above 0.5 and below 1 is needed")
-    for name, value in (("effort", effort), ("seconds", seconds)):
+    for name, value in most.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value!r}: a number above 0 is needed")
     if activation_bits and goal.cost in ("model_bytes", "mean_bits"):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import math
 
 import hypothesis.strategies as st
 import numpy as np
@@ -436,3 +437,16 @@ def test_spans_are_of_whole_batches(measurements, first, more, batch, shares, pa
 @pytest.fixture(scope="module")
 def measurements():
     return Measurements.start(network(), *splits(), nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("0.weight", math.nan), ("0.weight", math.inf), ("1.running_var", math.nan)],
+)
+def test_what_is_not_finite_in_a_network_is_named(name, value):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with torch.no_grad():
+        net.state_dict()[name].flatten()[0] = value
+    data = [(torch.randn(8, 3), torch.randint(2, (8,)))]
+    with pytest.raises(ValueError, match=rf"{name}: 1 of \d+ values are NaN or infinite"):
+        Measurements.start(net, data, data, nn.CrossEntropyLoss())

@@ -97,6 +97,21 @@ def efficient(row, rows):
     return not any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in others)
 
 
+def test_a_search_keeps_within_the_memory_that_is_allowed(small):
+    """What GPTQ had none for is rounded to nearest, said in the strategy; the limit is kept."""
+    net, train, val, _ = small
+    choices = [{"scheme": "uniform", "bits": b, "axis": 0, "rounding": "gptq"} for b in (3, 6)]
+    how = {
+        "limit": 1.2,
+        "search_space": {"tensors": {n: choices for n, _ in net.named_parameters()}},
+    }
+    found = find_strategy(net, train, val, nn.CrossEntropyLoss(), max_memory=1, **how)
+    assert found.quantized.notes.keys() == dict(net.named_parameters()).keys()
+    assert all("rounded to nearest" in note for note in found.quantized.notes.values())
+    with pytest.raises(ValueError, match="max_memory is 0: a number above 0"):
+        find_strategy(net, train, val, nn.CrossEntropyLoss(), max_memory=0, **how)
+
+
 @pytest.mark.parametrize("limit", [1.003, 1.01, 1.05, 1.2])
 def test_a_limit_is_kept_with_no_more_bytes_than_the_best_allocation(small, limit):
     """Of all strategies with fewer bytes, or less that is predicted, than any other."""

@@ -22,7 +22,14 @@ from quantifind.network.calibration import Batches as CalibrationBatches
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.foldable import exact, foldable
 from quantifind.network.folding import Pairs, prepared
-from quantifind.network.modules import PASS_FAILS, plain, plain_copy, run
+from quantifind.network.modules import (
+    PASS_FAILS,
+    named_buffers,
+    named_tensors,
+    plain,
+    plain_copy,
+    run,
+)
 from quantifind.network.trace import ProductFacts, macs
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
@@ -51,7 +58,7 @@ class Measurements:
     """The losses of a network's quantized versions on validation data, in a seeded order of the
     examples; and the training data that calibrate them.
 
-    train_loader, criterion, forward, seed, workers: as `start` was given them.
+    train_loader, criterion, forward, seed, workers, max_memory: as `start` was given them.
     model: a plain copy of the network, with norms folded.
     folded: pairs of names, of the norms.
     calibration: batches of training data.
@@ -76,6 +83,7 @@ class Measurements:
     store: Store
     seed: int
     workers: Workers
+    max_memory: float | None = None
     counted: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -90,6 +98,7 @@ class Measurements:
         folder: Path | str | None = None,
         seed: int = 0,
         workers: Workers | None = None,
+        max_memory: float | None = None,
     ) -> "Measurements":
         """Measure the float network.
 
@@ -98,6 +107,7 @@ class Measurements:
             data that are drawn or augmented at random are other data each time.
         seed: of the order of the examples, and of which training data calibrate.
         workers: who measures, by default this process.
+        max_memory: bytes that moments of inputs may take.
         Raises: ValueError for a split without examples, labels that the network has no outputs for,
             a batch that the network or the criterion does not take, and outputs or a loss that are
             not finite.
@@ -145,12 +155,13 @@ class Measurements:
             store=store,
             seed=seed,
             workers=workers or Workers(),
+            max_memory=max_memory,
         )
 
     @cached_property
     def network(self) -> Calibration:
         """The network beside its calibration batches."""
-        return Calibration(self.model, self.calibration)
+        return Calibration(self.model, self.calibration, max_memory=self.max_memory)
 
     @cached_property
     def facts(self) -> list[ProductFacts]:
@@ -271,13 +282,22 @@ def _float_outcome(evaluator: Evaluator) -> Outcome:
     if original.nans:
         raise ValueError(
             f"the float network on validation data: {original.nans} of its outputs are NaN"
+            f"{_because(evaluator.work)}"
         )
     if evaluator.criterion is not None and not math.isfinite(original.criterion):
         raise ValueError(
             f"the float network's loss on validation data is {original.criterion}: "
-            "a finite one is needed"
+            f"a finite one is needed{_because(evaluator.work)}"
         )
     return original
+
+
+def _because(model: nn.Module) -> str:
+    """The first tensor of a network that is not finite, in words; nothing where all are."""
+    for name, values in (named_tensors(model) | named_buffers(model)).items():
+        if bad := int((~values.isfinite()).sum()):
+            return f"; {name}: {bad} of {values.numel()} values are NaN or infinite"
+    return ""
 
 
 def _alone(quantized: Quantized) -> str | None:
