@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from quantifind.mixed_precision.search_space import default_search_space
+from quantifind.network import calibrated as calibrated_module
 from quantifind.network import parts as parts_module
 from quantifind.network.inputs import Inputs
 from quantifind.network.moments import layer_moments
@@ -530,3 +531,31 @@ def test_free_memory_is_what_the_system_and_a_group_leave(monkeypatch, tmp_path)
     assert allowed_bytes(torch.device("cpu")) == LEAST  # rather than nothing
     (tmp_path / "max").write_text("max\n")
     assert memory.free_bytes() > 1300
+
+
+def test_moments_are_kept_as_long_as_all_fit(monkeypatch):
+    """Those of the network as it is; what is asked for again takes no pass."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    batches = [(torch.randn(32, 6),) for _ in range(2)]
+    asked, passed = ["0.weight", "2.weight"], []
+    monkeypatch.setattr(
+        calibrated_module,
+        "layer_moments",
+        lambda *given, **options: passed.append(given[1]) or layer_moments(*given, **options),
+    )
+    for most, again in ((math.inf, []), (8 * 8 * 8, [asked])):
+        network = Calibration(net, batches, max_memory=most)
+        first = dict(network.moments(asked[:1])) | dict(network.moments(asked[1:]))
+        passed.clear()
+        kept = dict(network.moments(asked))
+        assert passed == again
+        for name in asked:
+            for matrix, moments in kept[name].items():
+                torch.testing.assert_close(moments.inputs, first[name][matrix].inputs)
+                torch.testing.assert_close(moments.outputs, first[name][matrix].outputs)
+        # what meets the inputs of a network in part quantized has its own
+        dict(network.moments(asked, work=copy.deepcopy(net)))
+        passed.clear()
+        dict(network.moments(asked))
+        assert passed == [asked]

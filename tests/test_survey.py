@@ -279,8 +279,8 @@ def test_between_what_keeps_the_limit_and_what_does_not_it_is_halved(softmax, mo
 
 @pytest.mark.parametrize("seed", range(2))
 def test_bad_predictions_cost_no_answer(seed, monkeypatch):
-    """Scores by which fewer bits of some tensors lose less, and no passes to notice it in the
-    survey: an allocation still keeps what one depth for all keeps, in at most a tenth more bytes."""
+    """By scores fewer bits of some tensors lose less, and no passes are left to notice it in the
+    survey: an allocation keeps what one depth for all keeps, in at most a tenth more bytes."""
     generator, turned = random.Random(seed), dict[str, bool]()
 
     def wrong(model, criterion, batches, options, **how):

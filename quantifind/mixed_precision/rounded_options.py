@@ -50,6 +50,8 @@ class RoundedOptions(Mapping[str, Made]):
         # stand-ins that are no choice themselves
         self._others: dict[str, tuple[str, str, Choice]] = {}
         self._asked: set[str] = set()
+        # weights that GPTQ was asked for
+        self._met: set[str] = set()
         # by key, what was done less well for want of memory
         self.notes: dict[str, str] = {}
         self._held: WeakValueDictionary[str, Made] = WeakValueDictionary()
@@ -100,8 +102,7 @@ class RoundedOptions(Mapping[str, Made]):
     def make(self, keys: Iterable[str]) -> None:
         """Round what is not there yet; the choices of a tensor together, which share its inputs."""
         new = [key for key in dict.fromkeys(keys) if key not in self._asked]
-        if any(self.choice(key)[2].rounding == "gptq" for key in new):
-            self.measurements.passes.add(sum(map(len, self.measurements.calibration)))
+        self._count({self.choice(key)[1] for key in new if self.choice(key)[2].rounding == "gptq"})
         missing: dict[tuple[str, str], list[Choice]] = {}
         for key in new:
             if self._kept(key) is None:
@@ -116,6 +117,13 @@ class RoundedOptions(Mapping[str, Made]):
                     step(name)
                     self.measurements.passes.check_time()
         self._asked.update(new)
+
+    def _count(self, weights: set[str]) -> None:
+        """Count the pass for the moments of what weights meet, unless they are kept."""
+        measurements, before = self.measurements, self._met
+        self._met = before | weights
+        if weights and not (weights <= before and measurements.network.fit(self._met)):
+            measurements.passes.add(sum(map(len, measurements.calibration)))
 
     def _rounded(self, tasks: Sequence[Task]) -> Iterator[tuple[Place, Quantized]]:
         """As they are done, so that what is done is kept."""

@@ -14,6 +14,7 @@ from quantifind.network.moments import Found, layer_moments
 from quantifind.network.parts import all_parts, enough, note, passes, waves
 from quantifind.network.trace import GPTQ_KINDS, ProductFacts, trace, weight_uses
 from quantifind.tensor.gptq import Moments
+from quantifind.tensor.matrices import Matrices
 from quantifind.utils.batches import Forward
 from quantifind.utils.devices import allowed_bytes, device_of
 
@@ -38,6 +39,7 @@ class Calibration:
         self._max_memory = max_memory
         # by weight what was done less well than it could be for want of memory, and what has no say
         self.notes: dict[str, str] = {}
+        self._kept: dict[str, Mapping[Matrices, Moments]] = {}
         shown = prepared_tensors(model, folded)
         self.parameters, self.buffers = named_tensors(shown), named_buffers(shown)
         self.tensors = self.buffers | self.parameters
@@ -108,8 +110,15 @@ class Calibration:
                 reached = math.inf if max(product.uses) > 1 else max(reached, done)
         return min(reached / done, 1.0) if done else 1.0
 
+    def fit(self, names: Iterable[str]) -> bool:
+        """Whether the moments of weights fit into memory together."""
+        parts = all_parts([*names], self.facts, self.max_memory)
+        return len(list(passes(parts, self.max_memory))) <= 1
+
     def moments(self, names: Iterable[str], **options: Any) -> Iterator[Found]:
         """Those of weights, in the order of a pass; none where there is no memory for them.
+
+        Of the network as it is they are kept, as long as they `fit`.
 
         options: of `quantifind.network.moments.layer_moments`.
         Raises: ValueError as it, and for a weight that no pass uses.
@@ -120,6 +129,13 @@ class Calibration:
         for name in asked:
             if name not in self.uses:
                 raise ValueError(f"{name}: rounding 'gptq': {unused()}; round it to 'nearest'")
+        keep = not options and self.fit({*self._kept, *asked})
+        if not keep:
+            self._kept.clear()
+        yield from ((name, self._kept[name]) for name in asked if name in self._kept)
+        asked = [name for name in asked if name not in self._kept]
+        if not asked:
+            return
         parts = all_parts(asked, self.facts, self.max_memory)
         limit = self.max_memory
         found = layer_moments(
@@ -130,6 +146,8 @@ class Calibration:
             self.notes.pop(name, None)
             if said := [each for each in (note(parts[name]), zeros(moments.values())) if each]:
                 self.notes[name] = "; ".join(said)
+            if keep:
+                self._kept[name] = moments
             yield name, moments
 
 
