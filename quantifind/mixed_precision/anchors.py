@@ -1,13 +1,13 @@
 """Where a limit lies on the scale of divergences: by one depth for all, measured whole."""
 
 import math
+from typing import Any
 
 from quantifind.certification.goal import Goal
 from quantifind.certification.measures import degradation
 from quantifind.mixed_precision.rounded_options import RoundedOptions
 from quantifind.mixed_precision.search_space import choice_key
 from quantifind.mixed_precision.sensitivity import increase_of
-from quantifind.network.modules import named_tensors
 from quantifind.tensor.quantized import Quantized
 
 # allocations that just keep a limit differ from one depth for all by such a factor of divergence
@@ -40,9 +40,9 @@ def near_limit(rounded_options: RoundedOptions, goal: Goal) -> tuple[float, floa
 
 def _one_depth(rounded_options: RoundedOptions, bits: int) -> tuple[str, Quantized]:
     """Every tensor by its choice nearest to so many bits, or by what stands in for it; named."""
-    values, keys = named_tensors(rounded_options.measurements.model), dict[str, str]()
+    keys = {}
     for name, choices in rounded_options.space.tensors.items():
         nearest = min(choices, key=lambda choice: abs(choice.width - bits))
         keys[name] = rounded_options.stand_in(choice_key("tensors", name, nearest))
-    made = {name: rounded_options[key] for name, key in keys.items() if name in values}
-    return f"one depth {' '.join(keys.values())}", Quantized(made)  # type: ignore[arg-type]
+    made: Any = {name: rounded_options[key] for name, key in keys.items()}
+    return f"one depth {' '.join(keys.values())}", Quantized(made)

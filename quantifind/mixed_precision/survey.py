@@ -102,11 +102,12 @@ def _hoped(
 
 def _check_effort(measurements: Measurements, space: SearchSpace) -> None:
     """Raise ValueError for an effort below what the smallest search takes: what has been taken, the
-    scores, and a few candidates."""
+    scores, the depths that are halved, and a few candidates."""
     passes = measurements.passes
     most = max(map(len, space.tensors.values()))
     examples = sum(map(len, scored_batches(measurements)))
     least = passes.taken + (3 + most) * examples / measurements.examples + CANDIDATES
+    least += most.bit_length()
     if passes.effort < least:
         raise ValueError(
             f"effort is {passes.effort:g}: the smallest search of this network and these data "

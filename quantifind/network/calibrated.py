@@ -39,7 +39,7 @@ class Calibration:
         self._max_memory = max_memory
         # by weight what was done less well than it could be for want of memory, and what has no say
         self.notes: dict[str, str] = {}
-        self._kept: dict[str, Mapping[Matrices, Moments]] = {}
+        self._kept: dict[str, dict[Matrices, Moments]] = {}
         shown = prepared_tensors(model, folded)
         self.parameters, self.buffers = named_tensors(shown), named_buffers(shown)
         self.tensors = self.buffers | self.parameters
