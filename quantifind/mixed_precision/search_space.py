@@ -156,7 +156,8 @@ def _besides(choice: Choice, weight: Tensor, axis: int, *, gptq: bool) -> Choice
         choice = replace(choice, group=None)
     if choice.rounding == "gptq" and not gptq:
         scale = {"scale": "mse"} if choice.options.get("scale") == "output_mse" else {}
-        choice = Choice.of({**choice.plain(), **scale, "rounding": "nearest", "rate": 0.0})
+        plain = {"rounding": "nearest", "rate": 0.0, "rotation": None}
+        choice = Choice.of({**choice.plain(), **scale, **plain})
     return choice if choice.axis is None else replace(choice, axis=axis)
 
 
