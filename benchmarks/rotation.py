@@ -1,12 +1,13 @@
-"""Whether weights whose inputs are rotated take fewer bits: entropy coded, rotated beside not.
+"""Whether weights whose inputs are rotated take fewer bits, or lose less.
 
-    python -m benchmarks.rotation [--network NAME] [--limits 1.01 1.05]
+    python -m benchmarks.rotation [--network NAME] [--search]
 
-Each network is trained as the pipeline trains it. First all weights have the same step, in their
-own standard deviations, the first of a convolutional network and the last of both a finer one
-(`FINER`), biases 8 bits: bits and CR on test data, of all weights as they are, all rotated, and all
-but the first, whose inputs are pixels. Then searches of the default coded space, and of one that
-has each of its coded choices rotated besides, with the same effort, certified on test data.
+Each network is trained as the pipeline trains it. All its weights are put on the same grid, biases
+on 8 bits, and judged on test data: none rotated, all, and all but the first, whose inputs are
+pixels. Grids at a fixed width have a scale per channel; entropy coded ones one step, in the
+weight's own standard deviations, of which the first weight of a convolutional network and the last
+of both have a finer one (`FINER`). With --search, searches of the default coded space, and of one
+that has each of its coded choices rotated besides, with the same effort, certified on test data.
 Writes benchmarks/results/rotation.csv and the table of docs/method.md.
 """
 
@@ -21,9 +22,10 @@ import torch
 from torch import nn
 
 from benchmarks import grids
-from benchmarks.search import judged
+from benchmarks.search import interval, judged
 from quantifind.metrics import outcome
 from quantifind.mixed_precision.search_space import (
+    GPTQ,
     PER_TENSOR,
     STEPS,
     SearchSpace,
@@ -42,46 +44,50 @@ from quantifind.workflow.evaluation_workflow import compare
 RESULTS = grids.ROOT / "benchmarks/results/rotation.csv"
 MARKERS = grids.markers("python -m benchmarks.rotation")
 NETWORKS = ("dense_mnist", "conv_mnist")
+LIMITS = (1.01, 1.05)
 MEASURES = ("criterion_ratio", "calibrated_ratio")
 SEED = 0
-# by network, how many halvings of the square of the step its weights have besides
+# by network, how many of STEPS finer the step of each weight is
 FINER = {"dense_mnist": (0, 0, 2), "conv_mnist": (4, 0, 0, 2)}
-# of STEPS: 1, 1.4, 2 and 2.8 standard deviations
-SAME = (6, 7, 8, 9)
+# of STEPS, those of all others
+SAME = (8, 9, 10)
+PACKED = {"binary": {"bits": 1}, "ternary": {"levels": 3}, "2 bits": {"bits": 2}}
 BATCHES = 32
 
 
-def same_step(net: nn.Module, step: int, finer: Sequence[int], rotated: Sequence[bool]) -> Strategy:
-    """Weights coded with one of `STEPS`, and the others of 8 bits."""
-    tensors: dict[str, Choice | None] = {}
-    left = iter(zip(finer, rotated, strict=True))
-    for name, tensor in named_tensors(net).items():
-        tensors[name] = replace(PER_TENSOR, bits=8)
-        if tensor.dim() > 1:
-            less, turned = next(left)
-            choice = coded(tensor)[max(step - less, 0)]
-            tensors[name] = replace(choice, rotation=SEED if turned else None)
-    return Strategy(tensors)
+def strategies(net: nn.Module, finer: Sequence[int]) -> Iterator[tuple[str, Strategy]]:
+    """A name, and the same for all weights."""
+    shown = named_tensors(net)
+    weights = [name for name, tensor in shown.items() if tensor.dim() > 1]
+    others = {name: replace(PER_TENSOR, bits=8) for name in shown if name not in weights}
+    for name, given in PACKED.items():
+        choice = Choice.of({**GPTQ.plain(), **given})
+        yield name, Strategy(dict.fromkeys(weights, choice) | others)
+    for step in SAME:
+        own = {
+            name: coded(shown[name])[max(step - less, 0)]
+            for name, less in zip(weights, finer, strict=True)
+        }
+        yield f"coded, step {STEPS[step]:.2g} sd", Strategy(own | others)
 
 
-def step_rows(network: str, made: tuple[nn.Module, nn.Module]) -> Iterator[dict[str, Any]]:
-    """Bits and CR on test data at each step."""
+def same_rows(network: str, made: tuple[nn.Module, nn.Module]) -> Iterator[dict[str, Any]]:
+    """Bits and CR on test data of each of `strategies`."""
     net, criterion = made
     train, _, test = grids.loaders(network)
     calibration, original = list(islice(train, BATCHES)), outcome(net, test, criterion)
-    finer = FINER[network]
-    variants = {
-        "no": [False] * len(finer),
-        "all": [True] * len(finer),
-        "all but the first": [False] + [True] * (len(finer) - 1),
-    }
-    for step in SAME:
-        for rotated, which in variants.items():
-            found = quantize(net, same_step(net, step, finer, which), calibration)
+    for name, strategy in strategies(net, FINER[network]):
+        weights = [n for n, c in strategy.tensors.items() if c and c.rounding == "gptq"]
+        for rotated, turned in (("none", []), ("all", weights), ("all but the first", weights[1:])):
+            own = {
+                n: replace(choice, rotation=SEED) if choice and n in turned else choice
+                for n, choice in strategy.tensors.items()
+            }
+            found = quantize(net, Strategy(own), calibration)
             measured = compare(outcome(quantize_model(net, found), test, criterion), original)
             yield {
                 "network": network,
-                "what": f"{STEPS[step]:#.2g} sd",
+                "what": name,
                 "rotated": rotated,
                 "mean_bits": mean_bits(net, found),
                 "value": measured["criterion_ratio"],
@@ -101,19 +107,17 @@ def both(net: nn.Module, example: Any) -> SearchSpace:
     )
 
 
-def search_rows(
-    network: str, made: tuple[nn.Module, nn.Module], limits: Sequence[float]
-) -> Iterator[dict[str, Any]]:
+def search_rows(network: str, made: tuple[nn.Module, nn.Module]) -> Iterator[dict[str, Any]]:
     """What is certified of searches with and without rotated choices."""
     net, criterion = made
     train, val, test = grids.loaders(network)
     example = next(iter(batches_of(train, net)))
     for measure in MEASURES:
-        for limit in limits:
+        for limit in LIMITS:
             for rotated in (False, True):
                 how: Any = {"search_space": both(net, example)} if rotated else {"storage": "coded"}
                 row = {"network": network, "what": f"{measure} ≤ {limit:g}"}
-                row["rotated"] = "where it wins" if rotated else "no"
+                row["rotated"] = "as the search has it" if rotated else "none"
                 try:
                     found = find_strategy(net, train, val, criterion, limit={measure: limit}, **how)
                 except ValueError as error:  # that nothing keeps the limit is a result, too
@@ -135,8 +139,7 @@ def markdown(results: pd.DataFrame) -> str:
         cells = {
             row["rotated"]: "none"
             if pd.isna(row["mean_bits"])
-            else f"{row['mean_bits']:.3f}, "
-            f"{row['value']:#.4g} [{row['low']:#.4g}, {row['high']:#.4g}]"
+            else f"{row['mean_bits']:.3f}, {interval(row)}"
             for row in rows.to_dict("records")
         }
         lines.append(f"| {network}, {what} | {' | '.join(cells.get(c, '–') for c in columns)} |")
@@ -148,13 +151,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--network", choices=NETWORKS, help="by default both")
-    parser.add_argument("--limits", type=float, nargs="*", default=[1.01, 1.05], help="of searches")
+    parser.add_argument("--search", action="store_true", help="search, too, which takes long")
     given = parser.parse_args()
     torch.manual_seed(0)
     for network in [given.network] if given.network else NETWORKS:
         made, rows = grids.trained(network), []
-        for found in (step_rows(network, made), search_rows(network, made, given.limits)):
-            for row in found:
+        for found in (same_rows, search_rows)[: 1 + given.search]:
+            for row in found(network, made):
                 rows.append(row)
                 print(pd.DataFrame([row]).to_string(index=False, header=len(rows) == 1), flush=True)
         results = grids.write_rows(RESULTS, pd.DataFrame(rows))

@@ -16,6 +16,7 @@ from quantifind.network.modules import (
 )
 from quantifind.network.trace import (
     activation_names,
+    check_rotation,
     output_axes,
 )
 from quantifind.strategy import Strategy
@@ -25,7 +26,6 @@ from quantifind.tensor.matrices import Matrices
 from quantifind.tensor.parts import quantizable
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
-from quantifind.tensor.rotation import rotation_axis
 from quantifind.tensor.scales import check_values
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
@@ -296,7 +296,8 @@ def _check_choice(name: str, choice: Choice, network: Calibration) -> None:
             with naming(choice.needs):
                 _ = network.batches
         if choice.rotation is not None:
-            _check_rotation(name, values, network)
+            with naming("rotation"):
+                check_rotation(name, values.shape, network.facts)
         if choice.options.get("scale") == "output_mse":
             axis = output_axes(network.facts).get(name, 0)
             if choice.axis is None or choice.axis % values.dim() != axis:
@@ -304,16 +305,6 @@ def _check_choice(name: str, choice: Choice, network: Calibration) -> None:
                     f"scale 'output_mse' needs the axis of its outputs, {axis}, "
                     f"not axis {choice.axis}"
                 )
-
-
-def _check_rotation(name: str, values: Tensor, network: Calibration) -> None:
-    used = [product for product in network.facts if product.weight == name]
-    with naming("rotation"):
-        if any(product.kind == "embedding" for product in used):
-            raise ValueError("an embedding is looked up, no inputs meet it: None is allowed")
-        known = [product.matrices for product in used if product.matrices is not None]
-        if known:  # else GPTQ says why it can't be
-            rotation_axis(known, values.shape)
 
 
 def _check_fits(quantized: Quantized, tensors: Mapping[str, Tensor]) -> None:

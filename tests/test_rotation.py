@@ -20,6 +20,8 @@ import quantifind.tensor.rotation as rotation_module
 from quantifind import Strategy, compressed, export, load, quantize_model, save, uniform_strategy
 from quantifind.costs import model_bytes
 from quantifind.learning import learn
+from quantifind.mixed_precision.search_space import default_search_space
+from quantifind.network.calibrated import Calibration
 from quantifind.quantize import quantize
 from quantifind.storage.network_reader import NetworkFile
 from quantifind.storage.network_writer import write_network
@@ -282,6 +284,16 @@ def test_what_has_no_inputs_to_rotate_is_refused_in_a_line(name, says):
 def test_a_rotation_that_cannot_be_is_refused(given, says):
     with pytest.raises(ValueError, match=says):
         Choice.of({"scheme": "uniform", "bits": 3, **given})
+
+
+@torch.no_grad()
+def test_a_search_rotates_what_can_be():
+    net, words = Looked(), torch.randint(9, (5, 7))
+    facts = Calibration(net, [(words,)]).facts
+    space = default_search_space(net, facts, [4], grids=[CODED | ROTATED])
+    turned = {name: choices[-1].rotation for name, choices in space.tensors.items()}
+    assert turned["line.weight"] == 5
+    assert turned["embedding.weight"] is turned["grouped.weight"] is turned["line.bias"] is None
 
 
 def test_where_memory_is_short_it_is_said():
