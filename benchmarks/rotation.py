@@ -3,11 +3,11 @@
     python -m benchmarks.rotation [--network NAME] [--search]
 
 Each network is trained as the pipeline trains it. All its weights are put on the same grid, biases
-on 8 bits, and judged on test data: none rotated, all, and all but the first, whose inputs are
-pixels. Grids at a fixed width have a scale per channel; entropy coded ones one step, in the
-weight's own standard deviations, of which the first weight of a convolutional network and the last
-of both have a finer one (`FINER`). With --search, searches of the default coded space, and of one
-that has each of its coded choices rotated besides, with the same effort, certified on test data.
+on 8 bits, and judged on test data: none rotated, and all. Grids at a fixed width have a scale per
+channel; entropy coded ones one step, in the weight's own standard deviations, of which the first
+weight of a convolutional network and the last of both have a finer one (`FINER`). With --search,
+searches of the default coded space, and of one that has each of its coded choices rotated besides,
+with the same effort, certified on test data.
 Writes benchmarks/results/rotation.csv and the table of docs/method.md.
 """
 
@@ -78,7 +78,7 @@ def same_rows(network: str, made: tuple[nn.Module, nn.Module]) -> Iterator[dict[
     calibration, original = list(islice(train, BATCHES)), outcome(net, test, criterion)
     for name, strategy in strategies(net, FINER[network]):
         weights = [n for n, c in strategy.tensors.items() if c and c.rounding == "gptq"]
-        for rotated, turned in (("none", []), ("all", weights), ("all but the first", weights[1:])):
+        for rotated, turned in (("none", []), ("all", weights)):
             own = {
                 n: replace(choice, rotation=SEED) if choice and n in turned else choice
                 for n, choice in strategy.tensors.items()

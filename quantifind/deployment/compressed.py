@@ -30,11 +30,11 @@ def compressed(
 
     Its outputs are bit for bit those of `quantifind.quantize.quantize_model`'s copy, in about the
     memory of the file; codes that are stored coded are packed in memory. In the place of a
-    parameter ``weight`` are the buffers ``weight_codes``, ``weight_scale``, ``weight_zero_point``,
-    ``weight_table`` and ``weight_met``, so that ``state_dict()`` gives codes; ``module.weight``
-    makes its values anew each time. What other tensors are a part of keeps its values. It is for
-    inference: what is quantized isn't among its ``parameters()``. Cast the network before; keep it
-    by its ``state_dict()``, or by `quantifind.save`.
+    parameter ``weight`` are the buffers ``weight_codes``, ``weight_scale``, ``weight_zero_point``
+    and ``weight_table``, so that ``state_dict()`` gives codes; ``module.weight`` makes its values
+    anew each time. What other tensors are a part of keeps its values. It is for inference: what is
+    quantized isn't among its ``parameters()``. Cast the network before; keep it by its
+    ``state_dict()``, or by `quantifind.save`.
 
     quantized: what a search found, what `quantize` gave, or a strategy.
     calibration, forward: as for `quantifind.quantize.quantize`.
@@ -63,7 +63,6 @@ def _pack(model: nn.Module, names: Iterable[str], tensor: QuantizedTensor) -> No
         "scale": qparams.scale,
         "zero_point": qparams.zero_point,
         "table": qparams.grid.table,
-        "met": None if tensor.rotation is None else tensor.rotation.met,
     }
     # packed codes may be a part of more memory: test_compressed_networks_give_the_same
     device = own[first].device
@@ -104,14 +103,14 @@ def _values_of(attribute: str, name: str, tensor: QuantizedTensor, like: Tensor)
     shape, dtype, rotation = tensor.codes.shape, tensor.dtype, tensor.rotation
 
     def values(module: nn.Module) -> Tensor:
-        codes, scale, zero_point, table, met = (
+        codes, scale, zero_point, table = (
             module._buffers.get(f"{attribute}_{part}")
-            for part in ("codes", "scale", "zero_point", "table", "met")
+            for part in ("codes", "scale", "zero_point", "table")
         )
         assert codes is not None
         qparams = QParams(Grid(levels, offset, table, stored), scale, zero_point, axis, group)
-        turn = None if rotation is None else replace(rotation, met=met)
-        made = QuantizedTensor.unpack(codes, shape, qparams, dtype, rotation=turn).dequantize()
+        kept = QuantizedTensor.unpack(codes, shape, qparams, dtype, rotation=rotation)
+        made = kept.dequantize()
         if made.stride() != stride:
             # other strides may round otherwise: test_compressed_networks_give_the_same
             made = torch.empty_strided(shape, stride, dtype=dtype, device=made.device).copy_(made)

@@ -51,9 +51,7 @@ def pack(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "storage": tensor.storage,
         }
         if (rotation := tensor.rotation) is not None:
-            description[key]["rotation"] = [rotation.axis, rotation.seed, rotation.count]
-            if rotation.met is not None:
-                tensors[f"{key}/met"] = rotation.met
+            description[key]["rotation"] = [rotation.axis, rotation.seed]
     for name, qparams in quantized.activations.items():
         description[f"activations/{name}"] = put(f"activations/{name}", qparams)
     return tensors, description
@@ -80,9 +78,8 @@ def unpack(tensors: dict[str, Tensor], description: dict[str, Any]) -> Quantized
             shape, dtype = torch.Size(facts["shape"]), getattr(torch, facts["dtype"])
             storage = facts.get("storage", "packed")
             with naming(name):
-                rotation = None
-                if "rotation" in facts:
-                    rotation = Rotation(*facts["rotation"], tensors.get(f"{key}/met"))
+                turned = facts.get("rotation")
+                rotation = None if turned is None else Rotation(*turned)
                 quantized.tensors[name] = QuantizedTensor.unpack(
                     tensors[f"{key}/codes"], shape, qparams, dtype, storage, rotation
                 )

@@ -59,7 +59,10 @@ def check(entry: Entry, tables: Mapping[str, Entry]) -> None:
         if len(codes) != 1 or math.prod(shape) > most:
             raise ValueError(f"{list(codes)} bytes for shape {list(shape)}")
         rows = _rows(shape, facts.get("axis"), facts.get("group"))
-        _check_rotation(facts.get("rotation"), shape, shapes.pop("met", None))
+        if (rotation := facts.get("rotation")) is not None:
+            turned, seed = map(count, rotation)
+            if turned >= len(shape) or seed >= SEEDS:
+                raise ValueError(f"rotation is {rotation!r}, of shape {list(shape)}")
     elif "shape" in facts:
         raise ValueError("it has no codes")
     allowed = {"scale": [(), (rows, 1)], "zero_point": [(), (rows, 1)]}
@@ -69,16 +72,6 @@ def check(entry: Entry, tables: Mapping[str, Entry]) -> None:
             raise ValueError(f"{part} of shape {list(shape)} beside {rows} rows")
     if "table" in facts and tables[facts["table"]].parts[""][1] != (levels,):
         raise ValueError(f"a table of other than {levels} levels")
-
-
-def _check_rotation(given: Any, shape: tuple[int, ...], met: tuple[int, ...] | None) -> None:
-    if given is None and met is None:
-        return
-    axis, seed, mixed = map(count, given)
-    inputs = math.prod(shape[:axis] + shape[axis + 1 :])
-    bits = None if mixed == inputs else (-(-inputs // 8),)
-    if axis >= len(shape) or seed >= SEEDS or mixed > inputs or met != bits:
-        raise ValueError(f"rotation is {given!r}, of shape {list(shape)}, which inputs by {met}")
 
 
 def _rows(shape: tuple[int, ...], axis: Any, group: Any) -> int:

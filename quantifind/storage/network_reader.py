@@ -213,7 +213,8 @@ class NetworkFile:
         shape, dtype = torch.Size(entry.facts["shape"]), DTYPES[entry.facts["dtype"]]
         qparams = self._qparams(entry, parts)
         storage = entry.facts.get("storage", "packed")
-        rotation = _rotation(entry, parts)
+        turned = entry.facts.get("rotation")
+        rotation = None if turned is None else Rotation(*turned)
         return QuantizedTensor.unpack(parts["codes"], shape, qparams, dtype, storage, rotation)
 
     def activation(self, name: str) -> QParams:
@@ -265,16 +266,6 @@ class NetworkFile:
                 yield
             except _BAD as error:
                 raise ValueError(first_line(error)) from error
-
-
-def _rotation(entry: Entry, parts: Mapping[str, Tensor]) -> Rotation | None:
-    given, met = entry.facts.get("rotation"), parts.get("met")
-    if given is None:
-        return None
-    axis, seed, mixed = given
-    if met is not None and int(packing.unpack(met, 2, 8 * len(met)).sum()) != mixed:
-        raise ValueError(f"rotation is of {mixed} inputs, and others are said")
-    return Rotation(axis, seed, mixed, met)
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[Mapping[str, str], dict[str, tuple[int, int]]]:

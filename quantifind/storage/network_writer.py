@@ -113,9 +113,7 @@ def _entries(
         if tensor.storage != "packed":
             facts["storage"] = tensor.storage
         if (rotation := tensor.rotation) is not None:
-            facts["rotation"] = [rotation.axis, rotation.seed, rotation.count]
-            if rotation.met is not None:
-                parts["met"] = rotation.met
+            facts["rotation"] = [rotation.axis, rotation.seed]
         found["tensors"][name] = facts, {"codes": tensor.pack(), **parts}
     for name, qparams in quantized.activations.items():
         found["activations"][name] = put(qparams)

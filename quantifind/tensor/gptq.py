@@ -144,8 +144,7 @@ def _rotation(moments: Mapping[Matrices, Moments], shape: torch.Size, seed: int)
         axis = rotation_axis(moments.keys(), shape)
     except ValueError:
         return None
-    power = sum(part.inputs.diagonal(dim1=-2, dim2=-1) for part in moments.values())
-    return Rotation.of_inputs(axis, seed, torch.as_tensor(power))
+    return Rotation(axis, seed)
 
 
 def _rounded(

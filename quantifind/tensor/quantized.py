@@ -86,18 +86,12 @@ class QuantizedTensor:
 
     @cached_property
     def stored_bits(self) -> int:
-        """Bits of the bytes of the codes, and beside them of scales, zero points, a codebook, and
-        which inputs are rotated."""
+        """Bits of the bytes of the codes, and of scales, zero points and a codebook beside them."""
         if self.storage == "coded":
             size = len(self.pack())
         else:
             size = packing.packed_bytes(self.codes.numel(), self.qparams.grid.levels)
-        return 8 * size + self._beside
-
-    @property
-    def _beside(self) -> int:
-        mixed = 0 if self.rotation is None else self.rotation.stored_bits
-        return self.qparams.stored_bits + mixed
+        return 8 * size + self.qparams.stored_bits
 
     def pack(self) -> Tensor:
         """The codes as bytes, uint8, in the order of the flattened values: `packing.pack`, or
@@ -129,7 +123,7 @@ class QuantizedTensor:
         codes = codes.int() if codes.dtype == torch.uint8 else codes.long()
         tensor = cls(codes.add_(grid.lowest_code).int(), qparams, dtype, storage, rotation)
         # what is known need not be coded again
-        tensor.__dict__["stored_bits"] = 8 * len(packed) + tensor._beside
+        tensor.__dict__["stored_bits"] = 8 * len(packed) + qparams.stored_bits
         return tensor
 
 

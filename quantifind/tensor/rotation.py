@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantifind.tensor import packing
 from quantifind.tensor.matrices import Matrices, moves, output_axis
 from quantifind.tensor.qparams import from_rows, to_rows
 
@@ -23,32 +22,15 @@ _APART, _SPREAD = 0x9E3779B1, ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1))
 @dataclass(frozen=True)
 class Rotation:
     """What mixes the inputs of each output of a weight. It is orthogonal: mixed weights make of
-    mixed inputs the outputs there were.
+    mixed inputs the outputs there were. Inputs that are always 0 take part: what is
+    lost along them is not met (test_more_codes_than_inputs_that_are_met_lose_less).
 
     axis: of the weight, whose indices are its outputs; all else of one is its inputs, in order.
     seed: of the signs, 0 to `SEEDS` − 1.
-    count: how many inputs are mixed.
-    met: which, a bit each as `quantifind.tensor.packing` has them; None for all.
     """
 
     axis: int
     seed: int
-    count: int
-    met: Tensor | None = None
-
-    @classmethod
-    def of_inputs(cls, axis: int, seed: int, power: Tensor) -> "Rotation":
-        """Of a weight, of inputs of a power (inputs,), of which those that are always 0 stay apart:
-        nothing is lost by them."""
-        alive = power > 0
-        count = int(alive.sum())
-        met = None if count == len(alive) else packing.pack(alive.long().cpu(), 2)
-        return cls(axis, seed, count, met)
-
-    @property
-    def stored_bits(self) -> int:
-        """Of which inputs are mixed."""
-        return 0 if self.met is None else 8 * len(self.met)
 
     def of(self, weight: Tensor) -> Tensor:
         """A weight mixed, in its dtype."""
@@ -60,26 +42,18 @@ class Rotation:
 
     def of_form(self, form: Tensor) -> Tensor:
         """Σ x xᵀ of inputs, (…, inputs, inputs), as it is of mixed ones, float64."""
-        half = self._of_rows(form.flatten(0, -2).double()).reshape(form.shape).mT
-        return self._of_rows(half.flatten(0, -2)).reshape(form.shape)
+        half = mixed(form.flatten(0, -2).double(), self.seed).reshape(form.shape).mT
+        return mixed(half.flatten(0, -2), self.seed).reshape(form.shape)
 
     def _turned(self, weight: Tensor, dtype: torch.dtype, *, back: bool) -> Tensor:
         rows, finite = to_rows(weight, self.axis, None), torch.finfo(dtype)
         together = max(1, AT_A_TIME // max(1, rows.shape[1]))
         # few float64 at a time: test_rotated_tensors_are_dequantized_in_parts
         turned = [
-            self._of_rows(some.double(), back=back).clamp(finite.min, finite.max).to(dtype)
+            mixed(some.double(), self.seed, back=back).clamp(finite.min, finite.max).to(dtype)
             for some in rows.split(together)
         ]
         return from_rows(torch.cat(turned), weight.shape, self.axis, None)
-
-    def _of_rows(self, rows: Tensor, *, back: bool = False) -> Tensor:
-        if self.met is None:
-            return mixed(rows, self.seed, back=back)
-        met = packing.unpack(self.met, 2, rows.shape[1]).to(rows.device)
-        # as many as are known, whichever they are: programs have shapes that don't depend on values
-        places = met.argsort(descending=True, stable=True)[: self.count]
-        return rows.index_copy(1, places, mixed(rows[:, places], self.seed, back=back))
 
 
 def rotation_axis(matrices: Collection[Matrices], shape: torch.Size) -> int:
