@@ -6,12 +6,13 @@ Each network is trained as the pipeline trains it. All its weights are put on th
 on 8 bits, and judged on test data: none rotated, and all. Grids at a fixed width have a scale per
 channel; entropy coded ones one step, in the weight's own standard deviations, of which the first
 weight of a convolutional network and the last of both have a finer one (`FINER`). With --search,
-searches of the default coded space, and of one that has each of its coded choices rotated besides,
-with the same effort, certified on test data.
+searches of the default spaces, and of those that have what GPTQ rounds rotated besides, with the
+same effort, certified on test data.
 Writes benchmarks/results/rotation.csv and the table of docs/method.md.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -33,11 +34,11 @@ from quantifind.mixed_precision.search_space import (
     default_search_space,
 )
 from quantifind.network.modules import named_tensors
-from quantifind.network.trace import trace
+from quantifind.network.trace import rotatable, trace
 from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.search import find_strategy
 from quantifind.strategy import Strategy
-from quantifind.tensor.choice import Choice
+from quantifind.tensor.choice import STORAGES, Choice
 from quantifind.utils.batches import batches_of
 from quantifind.workflow.evaluation_workflow import compare
 
@@ -96,15 +97,16 @@ def same_rows(network: str, made: tuple[nn.Module, nn.Module]) -> Iterator[dict[
             }
 
 
-def both(net: nn.Module, example: Any) -> SearchSpace:
-    """The default coded space, with what GPTQ rounds there rotated besides."""
-    space = default_search_space(net, trace(net, [example]), storage="coded")
-    return SearchSpace(
-        {
-            name: [*choices, *(replace(c, rotation=SEED) for c in choices if c.rounding == "gptq")]
-            for name, choices in space.tensors.items()
-        }
-    )
+def besides(net: nn.Module, example: Any, storage: str) -> SearchSpace:
+    """The default search space, with what GPTQ rounds there rotated besides."""
+    facts = trace(net, [example])
+    space = default_search_space(net, facts, storage=storage)
+    tensors = {}
+    for name, choices in space.tensors.items():
+        turned = [replace(c, rotation=SEED) for c in choices if c.rounding == "gptq"]
+        able = rotatable(name, named_tensors(net)[name].shape, facts)
+        tensors[name] = [*choices, *(turned if able else [])]
+    return SearchSpace(tensors)
 
 
 def search_rows(network: str, made: tuple[nn.Module, nn.Module]) -> Iterator[dict[str, Any]]:
@@ -112,22 +114,25 @@ def search_rows(network: str, made: tuple[nn.Module, nn.Module]) -> Iterator[dic
     net, criterion = made
     train, val, test = grids.loaders(network)
     example = next(iter(batches_of(train, net)))
-    for measure in MEASURES:
-        for limit in LIMITS:
-            for rotated in (False, True):
-                how: Any = {"search_space": both(net, example)} if rotated else {"storage": "coded"}
-                row = {"network": network, "what": f"{measure} ≤ {limit:g}"}
-                row["rotated"] = "as the search has it" if rotated else "none"
-                try:
-                    found = find_strategy(net, train, val, criterion, limit={measure: limit}, **how)
-                except ValueError as error:  # that nothing keeps the limit is a result, too
-                    print(f"{row}: {error}", flush=True)
-                    yield row
-                    continue
-                row |= {"passes": found.passes} | judged(net, found, test, measure, None)
-                tensors = found.quantized.tensors.values()
-                row["turned"] = sum(tensor.rotation is not None for tensor in tensors)
+    for storage, measure, limit in itertools.product(STORAGES, MEASURES, LIMITS):
+        for rotated in (False, True):
+            space = besides(net, example, storage) if rotated else None
+            how: Any = {"search_space": space, "storage": storage}
+            row = {
+                "network": network,
+                "what": f"{storage}, {measure.replace('_', ' ')} ≤ {limit:g}",
+            }
+            row["rotated"] = "where the search has it" if rotated else "none"
+            try:
+                found = find_strategy(net, train, val, criterion, limit={measure: limit}, **how)
+            except ValueError as error:  # that nothing keeps the limit is a result, too
+                print(f"{row}: {error}", flush=True)
                 yield row
+                continue
+            tensors = found.quantized.tensors.values()
+            turned = sum(tensor.rotation is not None for tensor in tensors)
+            row |= {"passes": found.passes, "turned": turned}
+            yield row | judged(net, found, test, measure, None)
 
 
 def markdown(results: pd.DataFrame) -> str:
