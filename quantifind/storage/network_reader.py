@@ -130,8 +130,8 @@ class NetworkFile:
         if "" in entry.parts:
             return partial(self._some, entry, "")
         if "rotation" in entry.facts:  # whose values are of whole outputs
-            whole = self._tensor(entry).dequantize().flatten()
-            return lambda first, last: whole[first:last]
+            turned = self._tensor(entry).dequantize().flatten()
+            return lambda first, last: turned[first:last]
         facts, (size,) = entry.facts, entry.parts["codes"][1]
         beside = {part: shape for part, (_, shape) in entry.parts.items() if part != "codes"}
         own = {

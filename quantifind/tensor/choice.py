@@ -207,8 +207,8 @@ def per_tensor(choice: Choice) -> Choice:
     }
     rounding = "nearest" if choice.rounding == "gptq" else choice.rounding
     rate = 0.0 if rounding == "nearest" else choice.rate
-    own = {"rounding": rounding, "rate": rate, "rotation": None, "options": options}
-    return replace(choice, axis=None, group=None, **own)
+    choice = replace(choice, axis=None, group=None, rotation=None)
+    return replace(choice, rounding=rounding, rate=rate, options=options)
 
 
 @cache
