@@ -118,7 +118,7 @@ def search_rows(network: str, made: tuple[nn.Module, nn.Module]) -> Iterator[dic
         for rotated in (False, True):
             space = besides(net, example, storage) if rotated else None
             how: Any = {"search_space": space, "storage": storage}
-            row = {
+            row: dict[str, Any] = {
                 "network": network,
                 "what": f"{storage}, {measure.replace('_', ' ')} ≤ {limit:g}",
             }
@@ -131,7 +131,7 @@ def search_rows(network: str, made: tuple[nn.Module, nn.Module]) -> Iterator[dic
                 continue
             tensors = found.quantized.tensors.values()
             turned = sum(tensor.rotation is not None for tensor in tensors)
-            row |= {"passes": found.passes, "turned": turned}
+            row |= {"passes": found.passes.taken, "turned": turned}
             yield row | judged(net, found, test, measure, None)
 
 
