@@ -22,8 +22,8 @@ _APART, _SPREAD = 0x9E3779B1, ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1))
 @dataclass(frozen=True)
 class Rotation:
     """What mixes the inputs of each output of a weight. It is orthogonal: mixed weights make of
-    mixed inputs the outputs there were. Inputs that are always 0 take part: what is
-    lost along them is not met (test_more_codes_than_inputs_that_are_met_lose_less).
+    mixed inputs the outputs there were. Inputs that are always 0 take part: what is lost along them
+    is not met (test_more_codes_than_inputs_that_are_met_lose_less).
 
     axis: of the weight, whose indices are its outputs; all else of one is its inputs, in order.
     seed: of the signs, 0 to `SEEDS` − 1.
@@ -88,7 +88,7 @@ def mixed(rows: Tensor, seed: int, *, back: bool = False) -> Tensor:
     if not rows.numel():
         return rows
     size = 2 ** (inputs.bit_length() - 1)
-    own = signs(2 * size, seed).to(rows).split(size)
+    own = signs(2 * size, seed, rows.device).to(rows.dtype).split(size)
     for start in sorted({0, inputs - size}, reverse=back):
         sign, part = own[start > 0], rows[:, start : start + size]
         part = _hadamard(part) * sign if back else _hadamard(part * sign)
@@ -106,9 +106,9 @@ def _hadamard(rows: Tensor) -> Tensor:
     return rows.reshape(-1, length) / math.sqrt(length)
 
 
-def signs(count: int, seed: int) -> Tensor:
+def signs(count: int, seed: int, device: torch.device) -> Tensor:
     """So many of ±1, int64, drawn by a seed."""
-    bits = (torch.arange(count) + seed * _APART) & 0xFFFFFFFF
+    bits = (torch.arange(count, device=device) + seed * _APART) & 0xFFFFFFFF
     for shift, factor in _SPREAD:
         bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
     return 1 - 2 * (bits & 1)
