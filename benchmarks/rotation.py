@@ -51,7 +51,7 @@ SEED = 0
 # by network, how many of STEPS finer the step of each weight is
 FINER = {"dense_mnist": (0, 0, 2), "conv_mnist": (4, 0, 0, 2)}
 # of STEPS, those of all others
-SAME = (8, 9, 10)
+SAME = (8, 9)
 PACKED = {"binary": {"bits": 1}, "ternary": {"levels": 3}, "2 bits": {"bits": 2}}
 BATCHES = 32
 
