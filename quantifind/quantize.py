@@ -16,6 +16,7 @@ from quantifind.network.modules import (
 )
 from quantifind.network.trace import (
     activation_names,
+    check_rotation,
     output_axes,
 )
 from quantifind.strategy import Strategy
@@ -190,8 +191,14 @@ def _by_moments(
     values = network.tensors[name]
     with naming(name):
         if moments:
-            return gptq_layer(values, moments, choices)
-        return [choice.quantize(values, network.importance(name)) for choice in choices]
+            found = gptq_layer(values, moments, choices)
+        else:
+            found = [choice.quantize(values, network.importance(name)) for choice in choices]
+    for choice, tensor in zip(choices, found, strict=True):
+        if choice.rotation is not None and tensor.rotation is None:
+            network.notes[name] = f"{network.notes[name]}; its inputs not rotated"
+            break
+    return found
 
 
 def _nearest(name: str, choice: Choice, network: Calibration) -> QuantizedTensor:
@@ -288,6 +295,9 @@ def _check_choice(name: str, choice: Choice, network: Calibration) -> None:
         if choice.needs is not None:
             with naming(choice.needs):
                 _ = network.batches
+        if choice.rotation is not None:
+            with naming("rotation"):
+                check_rotation(name, values.shape, network.facts)
         if choice.options.get("scale") == "output_mse":
             axis = output_axes(network.facts).get(name, 0)
             if choice.axis is None or choice.axis % values.dim() != axis:

@@ -52,7 +52,7 @@ def read_by_docs(path):
 
 
 def test_the_reader_of_the_docs_is_short_and_needs_only_numpy():
-    assert sum(bool(line.strip()) for line in READER.splitlines()) <= 60
+    assert sum(bool(line.strip()) for line in READER.splitlines()) <= 90
     assert set(re.findall(r"^(?:import|from) (\w+)", READER, re.MULTILINE)) == {
         *("json", "zlib", "numpy")
     }
@@ -344,8 +344,8 @@ def test_no_other_file_is_read_or_executed(path, content, says, tmp_path, monkey
 
 def test_a_later_version_is_refused(path):
     small(path)
-    path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
-    with pytest.raises(ValueError, match=r"version 2 of the format.* up to 1"):
+    path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"3"'))
+    with pytest.raises(ValueError, match=r"version 3 of the format.* up to 2"):
         load(path, nn.Linear(2, 2))
     with pytest.raises(ValueError, match="can't be read"):
         load(path.with_name("missing"), nn.Linear(2, 2))

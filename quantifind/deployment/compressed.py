@@ -100,7 +100,7 @@ def _values_of(attribute: str, name: str, tensor: QuantizedTensor, like: Tensor)
     stride, trained = like.stride(), like.requires_grad
     grid, axis, group = tensor.qparams.grid, tensor.qparams.axis, tensor.qparams.group
     levels, offset, stored = grid.levels, grid.offset, grid.stored
-    shape, dtype = tensor.codes.shape, tensor.dtype
+    shape, dtype, rotation = tensor.codes.shape, tensor.dtype, tensor.rotation
 
     def values(module: nn.Module) -> Tensor:
         codes, scale, zero_point, table = (
@@ -109,7 +109,8 @@ def _values_of(attribute: str, name: str, tensor: QuantizedTensor, like: Tensor)
         )
         assert codes is not None
         qparams = QParams(Grid(levels, offset, table, stored), scale, zero_point, axis, group)
-        made = QuantizedTensor.unpack(codes, shape, qparams, dtype).dequantize()
+        kept = QuantizedTensor.unpack(codes, shape, qparams, dtype, rotation=rotation)
+        made = kept.dequantize()
         if made.stride() != stride:
             # other strides may round otherwise: test_compressed_networks_give_the_same
             made = torch.empty_strided(shape, stride, dtype=dtype, device=made.device).copy_(made)

@@ -179,13 +179,15 @@ class _Made:
     def values(self, tensor: QuantizedTensor, opset: int) -> str | None:
         """Make the values of codes.
 
-        Returns: of what, in words; None where ONNX has no such whole numbers.
+        Returns: of what, in words; None where ONNX has no such whole numbers, and for what is
+            rotated.
         """
         qparams, shape = tensor.qparams, tensor.codes.shape
         axis, group = qparams.axis, qparams.group
         looked_up = qparams.grid.table is not None
         width = 0 if looked_up else _width(qparams, opset)
-        if width is None or (looked_up and qparams.grid.levels > 2 ** max(WIDTHS)):
+        rotated = tensor.rotation is not None
+        if rotated or width is None or (looked_up and qparams.grid.levels > 2 ** max(WIDTHS)):
             return None
         if width:
             kind = f"int{width}" if group is None else f"int{width} in blocks of {group}"

@@ -91,7 +91,7 @@ class RoundedOptions(Mapping[str, Made]):
         if choice.rounding != "gptq":
             return key
         scale = choice.options.get("scale")
-        options = {**choice.plain(), "rounding": "nearest", "rate": 0.0}
+        options = {**choice.plain(), "rounding": "nearest", "rate": 0.0, "rotation": None}
         if scale == "output_mse":
             options["scale"] = "mse"
         nearest = Choice.of(options)

@@ -10,7 +10,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from quantifind.network.modules import named_tensors
-from quantifind.network.trace import ProductFacts, activation_names, gptq_weights, output_axes
+from quantifind.network.trace import (
+    ProductFacts,
+    activation_names,
+    gptq_weights,
+    output_axes,
+    rotatable,
+)
 from quantifind.tensor.choice import ActivationChoice, Choice
 from quantifind.tensor.parts import quantizable
 from quantifind.utils.naming import naming
@@ -96,7 +102,8 @@ def default_search_space(
     activation_bits: widths that every activation may have besides float; none by default.
     storage: of weights, one of `quantifind.tensor.choice.STORAGES`.
     grids: choices that every weight has besides; those of an axis take that of its outputs, groups
-        are at most a row, and where GPTQ can't be, they are rounded to nearest.
+        are at most a row; where GPTQ can't be, they are rounded to nearest, and where inputs can't
+        be rotated, they are not.
     """
     others = [choice if isinstance(choice, Choice) else Choice.of(choice) for choice in grids]
     widths, able = list(widths), gptq_weights(facts)
@@ -120,7 +127,8 @@ def default_search_space(
             found = [Choice.of({**choice.plain(), "scale_dtype": "float32"}) for choice in found]
         if tensor.dim() < 2:
             return found
-        return found + [_besides(choice, tensor, axis, gptq=name in able) for choice in others]
+        can = {"gptq": name in able, "turn": rotatable(name, tensor.shape, facts)}
+        return found + [_besides(choice, tensor, axis, **can) for choice in others]
 
     tensors = {
         name: choices(name, tensor)
@@ -149,14 +157,17 @@ def coded(tensor: Tensor, *, gptq: bool = True) -> list[Choice]:
     return found
 
 
-def _besides(choice: Choice, weight: Tensor, axis: int, *, gptq: bool) -> Choice:
+def _besides(choice: Choice, weight: Tensor, axis: int, *, gptq: bool, turn: bool) -> Choice:
     """A choice for weights in general as one for a weight of an axis of outputs."""
     row = weight.numel() // (1 if choice.axis is None else weight.shape[axis])
     if choice.group is not None and choice.group >= row:
         choice = replace(choice, group=None)
+    if not turn:
+        choice = replace(choice, rotation=None)
     if choice.rounding == "gptq" and not gptq:
         scale = {"scale": "mse"} if choice.options.get("scale") == "output_mse" else {}
-        choice = Choice.of({**choice.plain(), **scale, "rounding": "nearest", "rate": 0.0})
+        plain = {"rounding": "nearest", "rate": 0.0, "rotation": None}
+        choice = Choice.of({**choice.plain(), **scale, **plain})
     return choice if choice.axis is None else replace(choice, axis=axis)
 
 

@@ -16,6 +16,7 @@ from quantifind.network.products import Product, visiting
 from quantifind.tensor.matrices import Matrices, compatible, output_axis
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
+from quantifind.tensor.rotation import rotation_axis
 from quantifind.utils.batches import as_batch, rows_of
 from quantifind.utils.devices import evaluating
 
@@ -198,6 +199,26 @@ def gptq_weights(facts: Sequence[ProductFacts]) -> set[str]:
         for used in [[product for product in facts if product.weight == weight]]
         if together([product.matrices for product in used], used[0].count)
     }
+
+
+def check_rotation(name: str, shape: torch.Size, facts: Sequence[ProductFacts]) -> None:
+    """Raise ValueError for a weight of a shape whose inputs can't be rotated."""
+    used = [product for product in facts if product.weight == name]
+    if any(product.kind == "embedding" for product in used):
+        raise ValueError("an embedding is looked up, no inputs meet it: None is allowed")
+    # where it is no matrix, GPTQ is refused in other words
+    known = [product.matrices for product in used if product.matrices is not None]
+    if known:
+        rotation_axis(known, shape)
+
+
+def rotatable(name: str, shape: torch.Size, facts: Sequence[ProductFacts]) -> bool:
+    """Whether a weight of a shape has inputs that can be rotated."""
+    try:
+        check_rotation(name, shape, facts)
+    except ValueError:
+        return False
+    return True
 
 
 def together(uses: Iterable[Matrices | None], count: int) -> bool:

@@ -231,8 +231,11 @@ class _Fit:
                     found = _dense(self.parameters[view]).flatten()
                     gradient = gradient.flatten().index_add(0, places.flatten(), found)
                     gradient = gradient.reshape(parameter.shape)
+            values, tensor = parameter.detach().float(), self.start.tensors[name]
+            if tensor.rotation is not None:
+                gradient, values = map(tensor.rotation.of, (gradient, values))
             # a weight is a level times its scale: so it is itself its derivative by the logarithm
-            met = to_rows(gradient * parameter.detach().float(), qparams.axis, qparams.group)
+            met = to_rows(gradient * values, qparams.axis, qparams.group)
             log_factor.grad = met.double().sum(1, keepdim=True).reshape(log_factor.shape)
         return True
 

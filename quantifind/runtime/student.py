@@ -112,7 +112,7 @@ class Student:
         self.shares = sparsity.shares(able, density)
         own = dict(self.teacher.named_parameters())
         for name, share in self.shares.items():
-            self.latents[name].copy_(own[name])
+            self.latents[name].copy_(_mixed(own[name], self.start.tensors[name]))
             qparams = self.start.tensors[name].qparams
             factor = sparsity.first_factor(self.latents[name], qparams, share)
             self.log_factors[name].fill_(math.log(factor))
@@ -248,7 +248,11 @@ class Student:
         else:
             rows = round_through(rows, qparams)
         values = from_rows(rows, latent.shape, qparams.axis, qparams.group)
-        return values.to(self.start.tensors[name].dtype)
+        tensor = self.start.tensors[name]
+        rotation = tensor.rotation
+        return (
+            values.to(tensor.dtype) if rotation is None else rotation.undone(values, tensor.dtype)
+        )
 
     def _qparams(self, name: str) -> QParams:
         """A tensor's parameters as trained: float32 values of what is stored, with the gradient of
@@ -295,10 +299,15 @@ class Student:
                 tensor.copy_(state[name][key])
 
 
+def _mixed(values: Tensor, tensor: QuantizedTensor) -> Tensor:
+    return values if tensor.rotation is None else tensor.rotation.of(values)
+
+
 def _latent(values: Tensor, tensor: QuantizedTensor) -> Tensor:
     """The float values, moved where need be to round to the codes there are, and not beyond the
     outermost levels, where no gradient would bring them back."""
     grid = tensor.qparams.grid
+    values, tensor = _mixed(values, tensor), replace(tensor, rotation=None)
     codes = tensor.codes.long()
     level, below, above = (
         replace(tensor, codes=moved.clamp(grid.lowest_code, grid.highest_code)).dequantize().float()

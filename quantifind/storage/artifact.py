@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantifind.tensor.qparams import Grid, QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
+from quantifind.tensor.rotation import Rotation
 from quantifind.utils.naming import naming
 
 
@@ -49,6 +50,8 @@ def pack(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "storage": tensor.storage,
         }
+        if (rotation := tensor.rotation) is not None:
+            description[key]["rotation"] = [rotation.axis, rotation.seed]
     for name, qparams in quantized.activations.items():
         description[f"activations/{name}"] = put(f"activations/{name}", qparams)
     return tensors, description
@@ -75,7 +78,9 @@ def unpack(tensors: dict[str, Tensor], description: dict[str, Any]) -> Quantized
             shape, dtype = torch.Size(facts["shape"]), getattr(torch, facts["dtype"])
             storage = facts.get("storage", "packed")
             with naming(name):
+                turned = facts.get("rotation")
+                rotation = None if turned is None else Rotation(*turned)
                 quantized.tensors[name] = QuantizedTensor.unpack(
-                    tensors[f"{key}/codes"], shape, qparams, dtype, storage
+                    tensors[f"{key}/codes"], shape, qparams, dtype, storage, rotation
                 )
     return quantized

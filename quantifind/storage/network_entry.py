@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quantifind.storage.network_writer import DTYPES
+from quantifind.tensor.rotation import SEEDS
 
 # how codes are bytes, and how many codes a tensor may have whose bytes don't tell
 STORAGES, MOST_CODES = ("packed", "coded"), 2**31
@@ -58,6 +59,10 @@ def check(entry: Entry, tables: Mapping[str, Entry]) -> None:
         if len(codes) != 1 or math.prod(shape) > most:
             raise ValueError(f"{list(codes)} bytes for shape {list(shape)}")
         rows = _rows(shape, facts.get("axis"), facts.get("group"))
+        if (rotation := facts.get("rotation")) is not None:
+            turned, seed = map(count, rotation)
+            if turned >= len(shape) or seed >= SEEDS:
+                raise ValueError(f"rotation is {rotation!r}, of shape {list(shape)}")
     elif "shape" in facts:
         raise ValueError("it has no codes")
     allowed = {"scale": [(), (rows, 1)], "zero_point": [(), (rows, 1)]}

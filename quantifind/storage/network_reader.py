@@ -21,6 +21,7 @@ from quantifind.storage.states import unpack_state
 from quantifind.tensor import coding, packing
 from quantifind.tensor.qparams import Grid, QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor, values_from
+from quantifind.tensor.rotation import Rotation
 from quantifind.utils.naming import first_line, naming
 
 # what is read of a header, so that it can't ask for more memory than a network would:
@@ -109,7 +110,7 @@ class NetworkFile:
 
     def put(self, name: str, into: Tensor) -> None:
         """Copy the values of a tensor into one of its dtype and shape, contiguous, a few at a time:
-        beside it, that takes little memory.
+        beside it, that takes little memory, but for what is rotated.
 
         Raises: ValueError as `tensor`; what was copied by then stays.
         """
@@ -128,6 +129,9 @@ class NetworkFile:
         """(first, last) → these of the flattened values."""
         if "" in entry.parts:
             return partial(self._some, entry, "")
+        if "rotation" in entry.facts:  # whose values are of whole outputs
+            turned = self._tensor(entry).dequantize().flatten()
+            return lambda first, last: turned[first:last]
         facts, (size,) = entry.facts, entry.parts["codes"][1]
         beside = {part: shape for part, (_, shape) in entry.parts.items() if part != "codes"}
         own = {
@@ -202,12 +206,16 @@ class NetworkFile:
         Raises: ValueError naming the file and the tensor, where it was altered.
         """
         with self._reading(name):
-            entry = self.tensors[name]
-            parts = self._parts("it was", entry)
-            shape, dtype = torch.Size(entry.facts["shape"]), DTYPES[entry.facts["dtype"]]
-            qparams = self._qparams(entry, parts)
-            storage = entry.facts.get("storage", "packed")
-            return QuantizedTensor.unpack(parts["codes"], shape, qparams, dtype, storage)
+            return self._tensor(self.tensors[name])
+
+    def _tensor(self, entry: Entry) -> QuantizedTensor:
+        parts = self._parts("it was", entry)
+        shape, dtype = torch.Size(entry.facts["shape"]), DTYPES[entry.facts["dtype"]]
+        qparams = self._qparams(entry, parts)
+        storage = entry.facts.get("storage", "packed")
+        turned = entry.facts.get("rotation")
+        rotation = None if turned is None else Rotation(*turned)
+        return QuantizedTensor.unpack(parts["codes"], shape, qparams, dtype, storage, rotation)
 
     def activation(self, name: str) -> QParams:
         """The parameters of an activation."""

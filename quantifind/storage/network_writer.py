@@ -16,7 +16,8 @@ from quantifind.tensor.quantized import Quantized
 from quantifind.utils.naming import naming
 from quantifind.utils.whole_files import written_whole
 
-FORMAT, VERSION = "quantifind", 1
+# of files in which nothing is rotated, and of others
+FORMAT, PLAIN, VERSION = "quantifind", 1, 2
 SECTIONS = ("tables", "tensors", "activations", "others")
 _WIDTHS = ("8", "16", "32", "64")
 DTYPES = {
@@ -53,12 +54,13 @@ def write_network(
             described = {p: [_dtype_name(t.dtype), *t.shape] for p, t in own.items()}
             index[section][key] = {**facts, "parts": described, "crc32": check}
             parts += own.values()
+    rotated = any(tensor.rotation is not None for tensor in quantized.tensors.values())
     packed = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
     size = sum(part.numel() * part.element_size() for part in parts)
     header = {
         "__metadata__": {
             "format": FORMAT,
-            "version": str(VERSION),
+            "version": str(VERSION if rotated else PLAIN),
             "index_crc32": str(zlib.crc32(packed)),
         },
         "data": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
@@ -110,6 +112,8 @@ def _entries(
         facts |= {"shape": list(tensor.codes.shape), "dtype": _dtype_name(tensor.dtype)}
         if tensor.storage != "packed":
             facts["storage"] = tensor.storage
+        if (rotation := tensor.rotation) is not None:
+            facts["rotation"] = [rotation.axis, rotation.seed]
         found["tensors"][name] = facts, {"codes": tensor.pack(), **parts}
     for name, qparams in quantized.activations.items():
         found["activations"][name] = put(qparams)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from quantifind.tensor.quantized import QuantizedTensor
+from quantifind.tensor.rotation import SEEDS
 from quantifind.tensor.scales import quantize_to_grid
 from quantifind.utils import plugins
 
@@ -33,6 +34,8 @@ class Choice:
     storage: of its codes: "packed", at a fixed width, or "coded", by how frequent each is.
     rate: what a bit of a coded code weighs where GPTQ rounds, in squared steps of an average
         input; 0 for nothing.
+    rotation: what the signs are drawn by where GPTQ rounds a weight with its inputs mixed
+        (`quantifind.tensor.rotation`); None for no mixing.
     options: further arguments of the scheme, by name.
     Raises: ValueError naming the scheme that is not there, or the option that it doesn't take.
     """
@@ -45,6 +48,7 @@ class Choice:
     rounding: str = "nearest"
     storage: str = "packed"
     rate: float = 0.0
+    rotation: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     # those of the scheme's arguments that have a field here
@@ -77,6 +81,9 @@ class Choice:
             raise ValueError(
                 f"rate is {rate:g}: it needs rounding 'gptq', and a scale that is not 'output_mse'"
             )
+
+        if self.rotation is not None:
+            _check_rotation(self.rotation, self.rounding)
 
     @classmethod
     def of(cls, given: "Choice | Mapping[str, Any]") -> Self:
@@ -181,6 +188,15 @@ class ActivationChoice(Choice):
             raise ValueError(f"storage is {self.storage!r}: activations are not stored")
 
 
+def _check_rotation(seed: Any, rounding: str) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise ValueError(
+            f"rotation is {seed!r}: a seed, a whole number 0 to {SEEDS - 1}, is needed"
+        )
+    if rounding == "nearest":
+        raise ValueError(f"rotation is {seed}: it needs rounding 'gptq'")
+
+
 # what a tensor of one axis, a bias or a norm, takes instead of a choice about channels or inputs
 _PER_TENSOR = {
     "scale": {"output_mse": "mse", "weighted_mse": "mse"},
@@ -196,7 +212,8 @@ def per_tensor(choice: Choice) -> Choice:
     }
     rounding = "nearest" if choice.rounding == "gptq" else choice.rounding
     rate = 0.0 if rounding == "nearest" else choice.rate
-    return replace(choice, axis=None, group=None, rounding=rounding, rate=rate, options=options)
+    choice = replace(choice, axis=None, group=None, rotation=None)
+    return replace(choice, rounding=rounding, rate=rate, options=options)
 
 
 @cache

@@ -12,6 +12,7 @@ from quantifind.tensor.compensation import TOGETHER, gptq
 from quantifind.tensor.matrices import Matrices, moves
 from quantifind.tensor.output_error import OutputError
 from quantifind.tensor.quantized import QuantizedTensor
+from quantifind.tensor.rotation import Rotation, rotation_axis
 from quantifind.tensor.row_params import RowParams, places
 from quantifind.tensor.stored_scales import stored_scale
 
@@ -57,12 +58,17 @@ def gptq_layer(
     moments: by matrix of it, as `quantifind.network.moments.layer_moments` gives them.
     choices: each grid is fitted by rounding to nearest; with the scale "output_mse" that of each
         channel is chosen among `SHARES` of it, by the error of the channel's outputs, unless a
-        channel is of several outputs.
+        channel is of several outputs. Inputs are rotated where all of an output's are in one
+        matrix.
     """
-    found: dict[bool, _Prepared] = {}
-    for weighs in dict.fromkeys(choice.rate > 0 for choice in choices):
-        found[weighs] = _Prepared.of(values, moments, STEADY if weighs else 0.0)
-    return [found[choice.rate > 0].rounded(choice) for choice in choices]
+    found: dict[tuple[float, int | None], _Prepared] = {}
+    rounded = []
+    for choice in choices:
+        kind = STEADY if choice.rate else 0.0, choice.rotation
+        if kind not in found:
+            found[kind] = _Prepared.of(values, moments, *kind)
+        rounded.append(found[kind].rounded(choice))
+    return rounded
 
 
 @dataclass
@@ -72,17 +78,28 @@ class _Prepared:
     target: the weights with the best outputs, float64; rough: in the weight's dtype.
     importance: of each weight.
     errors: by matrix, what its rows' outputs lose.
+    rotation: of the inputs, which all of these are about.
     """
 
     target: Tensor
     rough: Tensor
     importance: Tensor
     errors: dict[Matrices, OutputError]
+    rotation: Rotation | None
 
     @classmethod
-    def of(cls, values: Tensor, moments: Mapping[Matrices, Moments], steady: float) -> "_Prepared":
+    def of(
+        cls,
+        values: Tensor,
+        moments: Mapping[Matrices, Moments],
+        steady: float,
+        seed: int | None = None,
+    ) -> "_Prepared":
         """steady: of the mean power of inputs, how much each that is ever met is held to have at
-        least, so that the weights of what is hardly ever met do not go far."""
+        least, so that the weights of what is hardly ever met do not go far.
+        seed: of the rotation of inputs; None for none.
+        """
+        rotation = None if seed is None else _rotation(moments, values.shape, seed)
         target = values.detach().double().clone(memory_format=torch.contiguous_format)
         importance = torch.zeros_like(target)
         errors: dict[Matrices, OutputError] = {}
@@ -102,6 +119,9 @@ class _Prepared:
             error = OutputError.of(inputs, own)
             best = best_weights(rows, outputs, error)
             matrix.put(target, best.reshape(matrix.shape))
+            if rotation is not None:
+                inputs = rotation.of_form(inputs)
+                error = OutputError.of(inputs)
             power = inputs.diagonal(dim1=1, dim2=2).unsqueeze(1)
             power = power if own is None else power + own.reshape(len(parts), -1, 1)
             positions = target.new_tensor([max(part.positions, 1) for part in parts])
@@ -109,11 +129,22 @@ class _Prepared:
             # nothing to compensate with: test_an_embedding_is_rounded_to_nearest
             if own is None or inputs.any():
                 errors[matrix] = error
-        return cls(target, target.to(values.dtype), importance, errors)
+        target = target if rotation is None else rotation.of(target)
+        return cls(target, target.to(values.dtype), importance, errors, rotation)
 
     def rounded(self, choice: Choice) -> QuantizedTensor:
         start = choice.quantize(self.rough, self.importance)
-        return _rounded(self.target, choice, start, self.errors)
+        rounded = _rounded(self.target, choice, start, self.errors)
+        return replace(rounded, rotation=self.rotation)
+
+
+def _rotation(moments: Mapping[Matrices, Moments], shape: torch.Size, seed: int) -> Rotation | None:
+    """None where no matrix has all inputs of an output, for want of memory."""
+    try:
+        axis = rotation_axis(moments.keys(), shape)
+    except ValueError:
+        return None
+    return Rotation(axis, seed)
 
 
 def _rounded(

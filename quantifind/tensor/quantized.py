@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantifind.tensor import coding, packing
 from quantifind.tensor.qparams import QParams, from_rows, row_of, to_rows
+from quantifind.tensor.rotation import Rotation
 
 # what codes are kept in, the first that holds all of a grid's
 NARROW = (torch.int8, torch.uint8, torch.int16)
@@ -25,12 +26,14 @@ class QuantizedTensor:
     qparams: what turns them into values.
     dtype: of the values.
     storage: of the codes, "packed", at a fixed width, or "coded", by how frequent they are.
+    rotation: what the values were mixed by before they were put on the grid, and are mixed back by.
     """
 
     codes: Tensor
     qparams: QParams
     dtype: torch.dtype
     storage: str = "packed"
+    rotation: Rotation | None = None
 
     def dequantize(self) -> Tensor:
         """The values, (level − zero point) · scale, in ``dtype``; never beyond its finite range.
@@ -40,6 +43,10 @@ class QuantizedTensor:
         >>> QuantizedTensor(torch.tensor([-2, 1]), qparams, torch.float32).dequantize().tolist()
         [-1.0, 0.5]
         """
+        if self.rotation is not None:
+            wide = torch.promote_types(self.dtype, torch.float32)
+            mixed = replace(self, rotation=None, dtype=wide).dequantize()
+            return self.rotation.undone(mixed, self.dtype)
         axis, group = self.qparams.axis, self.qparams.group
         rows = to_rows(self.codes, axis, group)
         if rows.numel() <= AT_A_TIME:
@@ -101,6 +108,7 @@ class QuantizedTensor:
         qparams: QParams,
         dtype: torch.dtype,
         storage: str = "packed",
+        rotation: Rotation | None = None,
     ) -> "QuantizedTensor":
         """The tensor of a shape whose codes `pack` made bytes of.
 
@@ -113,7 +121,7 @@ class QuantizedTensor:
             codes = packing.unpack(packed, grid.levels, shape.numel()).reshape(shape)
         # what fits in a byte needs no more to become less
         codes = codes.int() if codes.dtype == torch.uint8 else codes.long()
-        tensor = cls(codes.add_(grid.lowest_code).int(), qparams, dtype, storage)
+        tensor = cls(codes.add_(grid.lowest_code).int(), qparams, dtype, storage, rotation)
         # what is known need not be coded again
         tensor.__dict__["stored_bits"] = 8 * len(packed) + qparams.stored_bits
         return tensor
