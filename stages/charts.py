@@ -17,6 +17,8 @@ Spec = dict[str, Any]
 SIZES = {"wide": (760, 360), "narrow": (290, 300)}
 BIT_TICKS = (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 SHARE_TICKS = (0, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1000)
+# a symbol of one's own, within a square from -1 to 1: an x, which no filling hides
+SALTIRE = "M-.7,-.7L.7,.7M-.7,.7L.7,-.7"
 FEW_TICKS = (0, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
 

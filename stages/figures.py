@@ -25,6 +25,7 @@ from quantifind.utils.palette import (
     FOUND,
     LIMITS,
     ORIGINS,
+    RANDOM,
     TRIED,
     UNIFORM,
 )
@@ -45,6 +46,7 @@ def visualize_frontier(
     limit: float = 1.01,
     asked: Mapping[str, float] | None = None,
     limits: Sequence[float] = (1.01, 1.05),
+    random: pd.DataFrame | None = None,
 ) -> Figure:
     """What is lost on test data against bits: the search's ladder beside the uniform depths.
 
@@ -56,6 +58,7 @@ def visualize_frontier(
     limit: the most that it may be; what is certified is marked on each of the two.
     asked: all limits that are certified, by measure, by default this one.
     limits: those of the other pictures, whose colours they have here too.
+    random: rows of `quantifind.mixed_precision.random_allocations`, of validation data.
     Returns: the whole range above, and below it the region in which the limit lies.
     """
     uniform = uniform.sort_values("mean_bits", ascending=False)
@@ -78,6 +81,11 @@ def visualize_frontier(
     for axes in (whole, near):
         axes.axhline(lossless, color=FLOAT, ls="--", label="float")
         axes.axhline(limit, color=colour, lw=1, label=f"limit {limit:g}")
+        if random is not None and len(random):
+            axes.plot(
+                random["mean_bits"], random[measure], "x", ms=6, mew=1.5, color=RANDOM,
+                label="random widths, on validation data",
+            )  # fmt: skip
         _ladder(axes, uniform, measure, UNIFORM, "uniform depths")
         _ladder(axes, frontier, measure, FOUND, "ladder of the search")
         for row, marker, mark_colour, what in marks:

@@ -100,6 +100,25 @@ def frontier(evidence: Evidence) -> str:
     )
 
 
+def drawn(evidence: Evidence) -> str | None:
+    """What widths at random reach; None where none were measured."""
+    table, best = evidence.tables["random"], evidence.best
+    if table.empty:
+        return None
+    keeps = np.logical_and.reduce([table[m] <= most for m, most in evidence.limits.items()])
+    text = f"Of {_count(len(table), 'network')} with random widths (each tensor's drawn between "
+    text += "half and one and a half times a middle) "
+    if not keeps.any():
+        fewest = table["mean_bits"].min()
+        return f"{text}none keeps the limits on validation data, from {fewest:.3g} bits on."
+    fewest = table["mean_bits"][keeps].min()
+    times = fewest / best["mean_bits"]
+    return (
+        f"{text}{keeps.sum()} keep the limits on validation data, the smallest with {fewest:.3g} "
+        f"bits, {times:.2g} times those of the answer."
+    )
+
+
 def where(tensors: pd.DataFrame) -> str:
     """Where the bits go: what holds most of the parameters, and what has the widest codes.
 

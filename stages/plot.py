@@ -47,8 +47,11 @@ def main(params: Params) -> None:
         limit=limit,
         asked=evidence.limits,
         limits=limits,
+        random=tables["random"],
     )
-    figures["sensitivity"] = visualize_sensitivity(tables["sensitivity"], name=name, limits=limits)
+    figures["sensitivity"] = visualize_sensitivity(
+        tables["sensitivity"], name=name, limits=limits, tensors=evidence.tensors
+    )
     figures["prediction"] = visualize_prediction(tables["candidates"], name=name)
     figures["costs"] = visualize_costs(tables["candidates"], plugins.names("costs"), name=name)
     for picture, figure in figures.items():

@@ -40,6 +40,7 @@ def main(params: Params) -> None:
     objects = ["strategy", "quantized"]
     files.write_table(files.PLOTS / "weight_error.csv", errors)
     files.write_table(files.PLOTS / "candidates.csv", found.candidates.drop(columns=objects))
+    files.write_table(files.PLOTS / "random.csv", found.random.drop(columns=objects))
     files.write_table(files.PLOTS / "sensitivity.csv", found.sensitivity.drop(columns="choice"))
     correlations = {"rank_correlation": rank_correlations(found.sensitivity)}
     files.write_json(files.METRICS / "sensitivity.json", correlations)

@@ -3,11 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
 from stages import files, findings, report_changed, report_charts, report_tensors
+from stages.alone import cost_grid
 from stages.charts import SIZES
 from stages.evidence import Evidence
 from stages.pages import render
@@ -32,7 +31,7 @@ def report(evidence: Evidence, params: Params) -> str:
     params: that it ran with.
     """
     tensors = evidence.tensors
-    grid = report_tensors.sensitivity_grid(evidence.tables["sensitivity"])
+    sensitivity = evidence.tables["sensitivity"]
     shown = report_charts.predicted(evidence.tables["candidates"])
     context = {
         "name": params.model,
@@ -47,18 +46,17 @@ def report(evidence: Evidence, params: Params) -> str:
             "frontier": findings.frontier(evidence),
             "where": findings.where(tensors),
             "tensors": findings.tensors(tensors),
-            "sensitivity": findings.sensitivity(grid),
+            "sensitivity": findings.sensitivity(cost_grid(sensitivity)),
             "prediction": findings.prediction(shown),
             "changed": findings.changed(evidence),
             "judged": findings.judged(evidence),
         },
         "frontier": {size: report_charts.frontier(evidence, size) for size in SIZES},
+        "drawn": findings.drawn(evidence),
         "measure": MEASURES[evidence.measure],
         "ladder": _ladder(evidence),
         "strip": report_tensors.strip(tensors),
-        "grid": report_tensors.heat(
-            grid, tensors, report_tensors.predicted_cells(evidence.tables["sensitivity"])
-        ),
+        "grid": report_tensors.heat(sensitivity, tensors),
         "tensors": report_tensors.rows_of(tensors),
         "columns": COLUMNS,
         "prediction": {size: report_charts.prediction(shown, size) for size in SIZES}
@@ -197,11 +195,6 @@ def _judged(evidence: Evidence) -> list[tuple[str, str]]:
         facts.insert(
             0, ("searched for", f"the least loss with {cost.replace('_', ' ')} ≤ {most:g}")
         )
-    if {"right_to_wrong", "wrong_to_right"} <= set(row.index) and np.isfinite(
-        row["right_to_wrong"]
-    ):
-        changed = f"{row['right_to_wrong']:.0f} became wrong, {row['wrong_to_right']:.0f} right"
-        facts.append(("answers that changed", changed))
     return facts
 
 

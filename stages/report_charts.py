@@ -5,7 +5,7 @@ import pandas as pd
 
 from quantifind.certification.measures import MEASURES
 from stages import findings
-from stages.charts import Level, Series, frontier_chart, prediction_chart
+from stages.charts import SALTIRE, Level, Series, frontier_chart, prediction_chart
 from stages.evidence import Evidence
 
 # by the first word of a candidate's origin, those of matplotlib's markers in the palette
@@ -33,6 +33,7 @@ def frontier(evidence: Evidence, size: str) -> str:
     words, kept = MEASURES[measure].words, evidence.kept
     candidates, uniform, ladder = (tables[n] for n in ("candidates", "bit_depths", "frontier"))
     candidates = candidates[candidates["examples"] == candidates["examples"].max()]
+    drawn = tables["random"]
 
     def said(table: pd.DataFrame, what: pd.Series, split: str) -> pd.Series:
         bits = table["mean_bits"].map("{:.4g} bits".format)
@@ -46,11 +47,13 @@ def frontier(evidence: Evidence, size: str) -> str:
     tried = _points(
         candidates, measure, said(candidates, candidates["origin"], "validation data")
     ).drop(columns=["low", "high"])
+    blind = _points(drawn, measure, said(drawn, drawn["origin"] + " widths", "validation data"))
     marked = steps[steps.index == evidence.step].drop(columns=["low", "high"])
     colour = "var(--limit)" if kept else "var(--ink)"
     label = f"{evidence.best['mean_bits']:.3g} bits"
     series = [
         Series(tried, "var(--tried)", size=28),
+        Series(blind.drop(columns=["low", "high"]), "var(--random)", shape=SALTIRE, size=60),
         Series(judged_depths, "var(--uniform)", shape="square", joined=True),
         Series(steps, "var(--ink)", joined=True),
         *_certified_depth(evidence, judged_depths),

@@ -25,9 +25,9 @@ from quantifind.quantize import mean_bits, quantize
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils import palette
 from stages import files, findings
+from stages.alone import cost_grid
 from stages.comparison import certified_bits, comparison
 from stages.evidence import FACTS, TABLES, read_evidence
-from stages.report_tensors import sensitivity_grid
 from stages.tensors import tensor_table
 
 VOID = {"meta", "link", "input", "br", "img"}
@@ -189,7 +189,7 @@ def test_names_that_look_like_numbers_come_back():
     leave(names=names)
     evidence = read_evidence()
     assert evidence.tensors["name"].tolist() == names
-    assert list(sensitivity_grid(evidence.tables["sensitivity"]).index) == names
+    assert list(cost_grid(evidence.tables["sensitivity"]).index) == names
 
 
 @given(
@@ -237,7 +237,9 @@ BLIND = {
 }  # fmt: skip
 PICTURES = {
     "limits": palette.LIMITS,
-    "frontier": (palette.UNIFORM, palette.FOUND, palette.FLOAT, palette.LIMITS[0]),
+    "frontier": (
+        *(palette.UNIFORM, palette.FOUND, palette.FLOAT, palette.LIMITS[0], palette.RANDOM),
+    ),
     "history": (palette.TRAIN, palette.UNIFORM),
     "prediction": (*(colour for colour, _ in palette.ORIGINS.values()), palette.FOUND),
 }
