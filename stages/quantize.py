@@ -16,6 +16,7 @@ from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.console import progress
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, networks
+from stages.live import live
 from stages.params import Params
 
 
@@ -34,7 +35,8 @@ def main(params: Params) -> None:
     errors = weight_errors(net, uniform)
     folder = files.measured_folder()
     how: Any = {"forward": made.forward, "folder": folder, **params.search_options}
-    found = find_strategy(net, train, val, criterion, **how)
+    with live(files.SEARCHING, step="passes") as log:
+        found = find_strategy(net, train, val, criterion, told=log, **how)
     if "interrupted" in found.passes.left_out:
         raise ValueError("interrupted; what was measured is kept, and dvc repro goes on from there")
     objects = ["strategy", "quantized"]
