@@ -32,7 +32,8 @@ class Series:
     size: area in square pixels.
     filled: or only a line around.
     joined: by a line, from left to right.
-    label: beside the first point.
+    label: beside the first point, below it.
+    right: the label is to the right of it, where that of another may be to the left.
     """
 
     points: pd.DataFrame
@@ -42,6 +43,7 @@ class Series:
     filled: bool = True
     joined: bool = False
     label: str = ""
+    right: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,10 @@ def _layers(one: Series, x: Spec, y: Spec, domain: tuple[float, float]) -> list[
             words = {"field": "words", "type": "nominal"}
             layers.append(_layer(shown, mark | {"shape": shape}, x=x, y=y, description=words))
     if one.label and len(inside):
-        # left of it and below, where the curves, which fall to the right, are not
-        place = {"align": "right", "baseline": "top", "dx": -9, "dy": 5}
+        # where the curves, which fall to the right, are not
+        place: Spec = {"align": "right", "baseline": "top", "dx": -9, "dy": 5}
+        if one.right:
+            place |= {"align": "left", "dx": 9, "dy": 7}
         layers += _words(inside.head(1).assign(words=one.label), x, y, **place)
     return layers
 

@@ -58,6 +58,12 @@ def limits_in_words(limits: Mapping[str, float]) -> str:
     return " and ".join(f"{MEASURES[name].words} at most {v:g}" for name, v in limits.items())
 
 
+def kept_in_words(limits: Mapping[str, float]) -> str:
+    """Likewise, as a sentence without its end."""
+    first, *others = (f"{MEASURES[name].words} is at most {v:g}" for name, v in limits.items())
+    return " and ".join([f"its {first}", *(f"its {other}" for other in others)])
+
+
 def answer(evidence: Evidence, name: str) -> str:
     """The answer in one sentence.
 
@@ -65,7 +71,7 @@ def answer(evidence: Evidence, name: str) -> str:
     """
     best, found = evidence.best, evidence.answer
     sure = percent(found["look"]["confidence"])
-    limits, examples = limits_in_words(evidence.limits), number(best["examples"])
+    examples = number(best["examples"])
     if found["certified"] is None:
         needed = found.get("needed")
         more = (
@@ -73,12 +79,13 @@ def answer(evidence: Evidence, name: str) -> str:
         )
         return (
             f"Nothing is certified for {name}: no strategy of the search is known with {sure} "
-            f"confidence, on {examples} test examples, to keep {limits}.{more}"
+            f"confidence, on {examples} test examples, to keep "
+            f"{limits_in_words(evidence.limits)}.{more}"
         )
     return (
         f"{name} needs {best['mean_bits']:.3f} bits per parameter, {best['compression']:.1f} times "
-        f"fewer than float32: with {sure} confidence, on {examples} test examples, it keeps "
-        f"{limits}."
+        f"fewer than float32: with {sure} confidence, on {examples} test examples, "
+        f"{kept_in_words(evidence.limits)}."
     )
 
 
@@ -238,8 +245,9 @@ def judged(evidence: Evidence) -> str:
     """How sure the answer is."""
     look, best = evidence.answer["look"], evidence.best
     return (
-        f"Judged on {number(best['examples'])} test examples that chose nothing; look "
-        f"{look['k']} at them, which may err in {percent(look['level'])}"
+        f"Judged on {number(best['examples'])} test examples that chose nothing; "
+        f"{'the first ladder' if look['k'] == 1 else 'ladder ' + str(look['k'])} on them, it may "
+        f"err in {percent(look['level'])}"
     )
 
 

@@ -25,7 +25,7 @@ def live(folder: Path, *, step: str) -> Iterator[Log]:
 
         def log(values: Mapping[str, float]) -> None:
             # DVCLive counts steps, and takes what it is told for one
-            one.step = round(values.get(step, 0), 1)  # type: ignore[assignment]
+            one.step = round(values.get(step, 0), 1)
             for name in values.keys() - {step}:
                 one.log_metric(name, float(values[name]))
             one.next_step()

@@ -5,8 +5,9 @@ from typing import Any
 
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
-from stages import files, findings, report_changed, report_charts, report_tensors
+from stages import files, findings, report_changed, report_charts, report_judged, report_tensors
 from stages.alone import cost_grid
+from stages.card import export_in_words, file_in_words
 from stages.charts import SIZES
 from stages.evidence import Evidence
 from stages.pages import render
@@ -64,10 +65,13 @@ def report(evidence: Evidence, params: Params) -> str:
         else None,
         "origins": sorted(set(shown["origin"].str.split().str[0])) if len(shown) else [],
         "changed": report_changed.examples(evidence.tables["changed"]),
-        "judged": _judged(evidence),
+        "judged": report_judged.judged(evidence, params),
+        "meaning": report_judged.meaning(evidence),
+        "others": report_judged.other_limits(evidence),
         "parameters": _parameters(params),
         "versions": dict(evidence.versions),
         "file": str(files.SAVED),
+        "kept": _kept(evidence),
         "model": params.model,
     }
     return render("report.html", context)
@@ -122,8 +126,8 @@ def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
     for kind, words in findings.KINDS.items():
         of_kind = frontier[kinds == kind]
         kept = of_kind[of_kind.index < evidence.kept]
-        said = "none on the ladder" if of_kind.empty else "not certified"
-        row = {"words": words, "bits": said, "size": "–", "lost": "–"}
+        said = "not on the ladder" if of_kind.empty else "on the ladder, but not certified"
+        row = {"words": words, "bits": "none", "size": "–", "lost": said}
         if len(kept):
             best = kept.iloc[-1]
             row |= {"bits": f"{best['mean_bits']:.3f}", "lost": _lost(best, evidence.measure)}
@@ -134,6 +138,14 @@ def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
 
 def _lost(row: Any, measure: str) -> str:
     return findings.interval(*(row[f"{measure}{end}"] for end in ("", "_low", "_high")))
+
+
+def _kept(evidence: Evidence) -> list[str]:
+    """Where the network is, in words."""
+    file, exports = evidence.answer.get("file"), evidence.answer.get("exports", {})
+    said = [] if file is None else [file_in_words(file)]
+    said += [export_in_words(kind, other) for kind, other in exports.items()]
+    return [words.replace("`", "") for words in said]
 
 
 def _ladder(evidence: Evidence) -> list[dict[str, Any]]:
@@ -151,51 +163,6 @@ def _ladder(evidence: Evidence) -> list[dict[str, Any]]:
         }
         for place, row in enumerate(evidence.tables["frontier"].to_dict("records"))
     ]
-
-
-def _judged(evidence: Evidence) -> list[tuple[str, str]]:
-    """How the answer was judged, by what."""
-    best, found, limits = evidence.best, evidence.answer, evidence.limits
-    row = evidence.tables["frontier"].iloc[evidence.step]
-    look, alone = found["look"], found["certified_alone"]
-    facts = [
-        ("limits", findings.limits_in_words(limits)),
-        ("chosen on", f"{findings.number(row.get('validation_examples'))} validation examples"),
-        ("judged on", f"{findings.number(best['examples'])} test examples, which chose nothing"),
-        (
-            "look",
-            f"number {look['k']} at this test split: it may err in "
-            f"{findings.percent(look['level'])}, all looks together in "
-            f"{findings.percent(1 - found['confidence'])}",
-        ),
-        *(
-            (
-                MEASURES[name].words,
-                f"{findings.interval(m['value'], m['low'], m['high'])} on test data, "
-                f"{findings.number(m['on_validation'])} on validation data"
-                + (f"; bound {findings.number(m['look_bound'])}" if "look_bound" in m else ""),
-            )
-            for name, m in best["measures"].items()
-        ),
-        (
-            "were it the only look",
-            "nothing would be certified"
-            if alone is None
-            else f"{alone['mean_bits']:.3f} bits would be certified",
-        ),
-        (
-            "certificate",
-            f"steps 1 to {evidence.kept} of the ladder's {len(evidence.tables['frontier'])}, "
-            "walked from most bytes to fewest until a bound is above its limit"
-            if evidence.kept
-            else "none: the first step of the ladder has a bound above its limit",
-        ),
-    ]
-    for cost, most in (found.get("budget") or {}).items():
-        facts.insert(
-            0, ("searched for", f"the least loss with {cost.replace('_', ' ')} ≤ {most:g}")
-        )
-    return facts
 
 
 def _parameters(params: Params) -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ def _certified_depth(evidence: Evidence, depths: pd.DataFrame) -> list[Series]:
     of_depth = evidence.tables["bit_depths"]["bit_depth"] == depth
     marked = depths[of_depth.reindex(depths.index)].drop(columns=["low", "high"])
     label = f"{depth} bits for all"
-    return [Series(marked, "var(--limit)", "square", 150, filled=False, label=label)]
+    return [Series(marked, "var(--limit)", "square", 150, filled=False, label=label, right=True)]
 
 
 def _mixtures(tensors: pd.DataFrame) -> pd.Series:
