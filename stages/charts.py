@@ -172,12 +172,18 @@ def _layers(one: Series, x: Spec, y: Spec, domain: tuple[float, float]) -> list[
             words = {"field": "words", "type": "nominal"}
             layers.append(_layer(shown, mark | {"shape": shape}, x=x, y=y, description=words))
     if one.label and len(inside):
-        # where the curves, which fall to the right, are not
-        place: Spec = {"align": "right", "baseline": "top", "dx": -9, "dy": 5}
-        if one.right:
-            place |= {"align": "left", "dx": 9, "dy": 7}
+        place = _beside(one.right, inside["x"].iloc[0], *x["scale"]["domain"])
         layers += _words(inside.head(1).assign(words=one.label), x, y, **place)
     return layers
+
+
+def _beside(right: bool, at: float, low: float, high: float) -> Spec:
+    """Where the label of a point is: below it, where the curves, which fall to the right, are not;
+    on the other side of it, and a line lower, where it would leave the axis."""
+    share = math.log(at / low) / math.log(high / low)
+    to_right = share < 0.25 or (right and share < 0.6)
+    side: Spec = {"align": "left", "dx": 9} if to_right else {"align": "right", "dx": -9}
+    return side | {"baseline": "top", "dy": 5 if to_right == right else 20}
 
 
 def _svg(layers: list[Spec], width: str) -> str:

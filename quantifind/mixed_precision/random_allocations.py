@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from quantifind.mixed_precision.candidates import Candidates, Row
+from quantifind.mixed_precision.candidates import Candidates, Row, Trial
 from quantifind.mixed_precision.search_space import choice_key
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
@@ -27,13 +27,14 @@ def random_allocations(
 
     candidates: of a search that is over.
     mean_bits: of its answer.
-    count: how many; each takes a pass over the validation data.
+    count: how many, or fewer where there are few widths; each takes a pass over the validation
+        data.
     seed: of the draws.
     Returns: rows as those of the candidates, but for the costs; by middle, fewest bits first.
     """
     options = _options(candidates)
     generator = np.random.default_rng(seed)
-    trials = []
+    trials: dict[str, Trial] = {}
     for middle in np.geomspace(*MIDDLES, count) * mean_bits:
         tensors: dict[str, Choice | None] = dict.fromkeys(candidates.allocation.values)
         for name, by_width in options.items():
@@ -42,10 +43,11 @@ def random_allocations(
             tensors[name] = by_width[generator.choice(widths) if widths else nearest]
         strategy = Strategy(tensors, folded=candidates.allocation.folded)
         quantized = candidates.allocation.alone(strategy.tensors, {})
-        trials.append(candidates.trial("random", strategy, quantized))
+        trial = candidates.trial("random", strategy, quantized)
+        trials[trial.key] = trial
     rows: list[Row] = []
-    with progress("random allocations", total=count) as step:
-        for trial in trials:
+    with progress("random allocations", total=len(trials)) as step:
+        for trial in trials.values():
             rows += candidates.measured([trial], WHOLE)
             step()
     return pd.DataFrame(rows).drop(columns="key")
