@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from quantifind.certification.certificate import minimum_safe_bits
+from quantifind.utils.naming import short
 from quantifind.utils.palette import FOUND, NOT_TRIED, limit_mark
 from quantifind.workflow.visualization_workflow import styled, title
 from stages.alone import SHARES, cost_grid, guessed_cells, in_spans, labelled, left_out, near
@@ -70,7 +71,7 @@ def visualize_sensitivity(
         cells = axes.imshow(grid.to_numpy(), aspect="auto", cmap=colours, norm=norm)
         axes.set(xlabel="bits", title=ROUNDINGS.get(rounding, rounding), facecolor=NOT_TRIED)
         axes.set_xticks(range(len(grid.columns)), [f"{bits:g}" for bits in grid.columns])
-        axes.set_yticks(range(rows), list(labels.unique()), fontsize=9)
+        axes.set_yticks(range(rows), list(map(short, labels.unique())), fontsize=9)
         for row, column in zip(*np.nonzero(guessed[rounding].to_numpy()), strict=True):
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **PREDICTED))
     figure.colorbar(

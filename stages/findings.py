@@ -9,6 +9,7 @@ import pandas as pd
 
 from quantifind.certification.goal import answer_of
 from quantifind.certification.measures import MEASURES
+from quantifind.utils.naming import short
 from stages.evidence import Evidence
 
 # the first words of `quantifind.certification.goal.ANSWERS`
@@ -137,7 +138,7 @@ def where(tensors: pd.DataFrame) -> str:
     rows = weights.to_dict("records")
     largest = max(rows, key=lambda row: row["values"])
     share = percent(largest["values"] / weights["values"].sum())
-    text = f"{largest['name']} holds {share} of the parameters, at {width(largest)}"
+    text = f"{short(largest['name'])} holds {share} of the parameters, at {width(largest)}"
     widest = max(rows, key=lambda row: row["bits"])
     if widest["bits"] == weights["bits"].min():
         return text if len(weights) == 1 else f"{text}, as all others"
@@ -145,7 +146,7 @@ def where(tensors: pd.DataFrame) -> str:
         return f"{text}, the widest there are"
     others = sum(row["bits"] == widest["bits"] for row in rows) - 1
     more = f" and {_count(others, 'other')}" if others else ""
-    return f"{text}; the widest codes, {width(widest)}, are those of {widest['name']}{more}"
+    return f"{text}; the widest codes, {width(widest)}, are those of {short(widest['name'])}{more}"
 
 
 def tensors(table: pd.DataFrame) -> str:
@@ -188,9 +189,10 @@ def sensitivity(grid: pd.DataFrame) -> str:
     most = max(shares, key=lambda name: shares[name])
     at = "1 bit" if enough[0] == 1 else f"{enough[0]:g} bits"
     if len(shares) == 1:
-        return f"At {at}, {most} costs {cost(shares[most])}"
+        return f"At {at}, {short(most)} costs {cost(shares[most])}"
     least = min(shares, key=lambda name: shares[name])
-    ends = f"{most} costs most, {cost(shares[most])}; {least} least, {cost(shares[least])}"
+    ends = f"{short(most)} costs most, {cost(shares[most])}; "
+    ends += f"{short(least)} least, {cost(shares[least])}"
     return f"At {at} alone, {ends}"
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from quantifind.utils import palette
+from quantifind.utils.naming import short
 from stages import findings
 from stages.alone import SHARES, cost_grid, guessed_cells, in_spans, labelled, left_out, near
 
@@ -47,7 +48,8 @@ def heat(sensitivity: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:
     chosen = dict(zip(labelled(tensors), tensors["bits"], strict=True))
     rows: list[dict[str, Any]] = [
         {
-            "label": label,
+            # whole in the table of tensors: here it would make rows of many lines
+            "label": short(str(label)),
             "cells": [
                 _cell(share, bool(near(chosen.get(str(label), np.nan), bits)))
                 | {"guess": bool(guess)}

@@ -118,7 +118,7 @@ def test_report_is_well_formed(case):
     labels = {a[key] for _, a in found.tags for key in ("aria-labelledby",) if key in a}
     assert labels <= ids.keys()
     headings = [tag for tag, _ in found.tags if re.fullmatch("h[1-6]", tag)]
-    assert headings == ["h1"] + ["h2"] * 8
+    assert headings == ["h1"] + ["h2"] * 7 + ["h3", "h2"]
 
 
 def test_names_are_escaped():
@@ -137,6 +137,9 @@ def test_names_are_escaped():
         ("nothing measured alone", "plots/sensitivity.csv has no rows"),
         ("usual", "needs 4.250 bits per parameter, 7.5 times fewer than float32: with 97.5%"),
         ("usual", "Mixed widths need 4.25 bits where one width for all needs 8: 1.9 times fewer"),
+        ("usual", "Of 2 networks with random widths"),
+        ("usual", "Calibrated ratio: the mean loss of the quantized network over"),
+        ("usual", "1.005 6.500 8 1.01 4.250 8 1.02 4.250 8"),
         ("usual", "Of 1,000 answers 3 became wrong and 2 became right"),
         ("pictures and texts", "right to wrong answer 3 → 5, truth 3 loss 0.1 → 0.4, example 7"),
         ("pictures and texts", "wrong to right answer 5 → 3, truth 3"),
