@@ -54,6 +54,8 @@ class Level:
     colour: str
     words: str
     dashed: bool = False
+    # whether its words are below it, since another is near above
+    below: bool = False
 
 
 def frontier_chart(
@@ -138,8 +140,9 @@ def _words(points: pd.DataFrame, x: Spec, y: Spec, **place: Any) -> list[Spec]:
 def _level(level: Level, end: float, x: Spec, y: Spec) -> list[Spec]:
     data = pd.DataFrame({"x": [end], "y": [level.y], "words": [level.words]})
     dash = [4, 3] if level.dashed else [1, 0]
+    place: Spec = {"baseline": "top", "dy": 5} if level.below else {"dy": -3}
     rule = {"type": "rule", "color": level.colour, "strokeDash": dash, "aria": False}
-    return [_layer(data, rule, y=y), *_words(data, x, y, align="right", dy=-3)]
+    return [_layer(data, rule, y=y), *_words(data, x, y, align="right", **place)]
 
 
 def _layers(one: Series, x: Spec, y: Spec, domain: tuple[float, float]) -> list[Spec]:

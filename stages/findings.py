@@ -191,6 +191,8 @@ def sensitivity(grid: pd.DataFrame) -> str:
     if len(shares) == 1:
         return f"At {at}, {short(most)} costs {cost(shares[most])}"
     least = min(shares, key=lambda name: shares[name])
+    if shares[most] == shares[least]:
+        return f"At {at} alone, each tensor costs {cost(shares[most])}"
     ends = f"{short(most)} costs most, {cost(shares[most])}; "
     ends += f"{short(least)} least, {cost(shares[least])}"
     return f"At {at} alone, {ends}"

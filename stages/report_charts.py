@@ -64,7 +64,7 @@ def frontier(evidence: Evidence, size: str) -> str:
     low = lowest - 0.35 * max(reach, lossless - lowest)
     high = limit + max(1.5 * reach, 0.3 * (limit - low), 0.002)
     levels = [
-        Level(lossless, "var(--float)", "float", dashed=True),
+        Level(lossless, "var(--float)", "float", dashed=True, below=reach < (high - low) / 12),
         Level(limit, "var(--limit)", f"limit {limit:g}"),
     ]
     return frontier_chart(series, levels, title=words, domain=(low, high), width=size)
