@@ -21,7 +21,7 @@ def made():
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(300, 6)
     loaders = create_dataloaders(Tensors(x, x[:, :3].argmax(1)), batch_size=50)
-    how = {"limit": 1.2, "widths": WIDTHS, "effort": 120}
+    how = {"limit": 1.2, "widths": WIDTHS, "effort": 160}
     told = []
     with_them, without = (
         find_strategy(net, *loaders[:2], nn.CrossEntropyLoss(), **how, **more)
