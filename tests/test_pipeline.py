@@ -389,6 +389,7 @@ def test_a_killed_training_is_resumed(project):
     assert 10 <= int(last.stem[-4:]) < 150
     left = [
         project.folder / "plots/history.csv",
+        project.folder / "plots/training/plots/metrics/val_loss.tsv",
         project.folder / "out/checkpoint/weights.safetensors",
     ]
     results = []
