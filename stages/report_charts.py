@@ -7,6 +7,7 @@ from quantifind.certification.measures import MEASURES
 from stages import findings
 from stages.charts import SALTIRE, Level, Series, frontier_chart, prediction_chart
 from stages.evidence import Evidence
+from stages.mixtures import mixture
 
 # by the first word of a candidate's origin, those of matplotlib's markers in the palette
 SHAPES = {
@@ -38,9 +39,14 @@ def frontier(evidence: Evidence, size: str) -> str:
     def said(table: pd.DataFrame, what: pd.Series, split: str) -> pd.Series:
         bits = table["mean_bits"].map("{:.4g} bits".format)
         found = table[measure] if measure in table else pd.Series(np.nan, table.index)
-        return what + ": " + bits + f", {words} " + found.map(findings.number) + f" on {split}"
+        text = what + ": " + bits + f", {words} " + found.map(findings.number) + f" on {split}"
+        # earlier runs did not leave them
+        held = "; tensors by bits: " + table["widths"].astype(str) if "widths" in table else ""
+        return text + held
 
-    texts = said(ladder, ladder["validation_origin"], "test data") + _mixtures(tables["tensors"])
+    held = tables["tensors"].query("kind == 'tensors'").groupby("step")["bits"].agg(mixture)
+    ladder = ladder.assign(widths=held.reindex(ladder.index))
+    texts = said(ladder, ladder["validation_origin"], "test data")
     steps = _points(ladder, measure, texts)
     depths = uniform["bit_depth"].map("{:g} bits for all".format)
     judged_depths = _points(uniform, measure, said(uniform, depths, "test data"))
@@ -77,17 +83,6 @@ def _certified_depth(evidence: Evidence, depths: pd.DataFrame) -> list[Series]:
     marked = depths[of_depth.reindex(depths.index)].drop(columns=["low", "high"])
     label = f"{depth} bits for all"
     return [Series(marked, "var(--limit)", "square", 150, filled=False, label=label, right=True)]
-
-
-def _mixtures(tensors: pd.DataFrame) -> pd.Series:
-    """By step how many tensors have which bits."""
-    weights = tensors[tensors["kind"] == "tensors"]
-
-    def mixture(bits: pd.Series) -> str:
-        counts = bits.value_counts().sort_index()
-        return "; tensors by bits: " + ", ".join(f"{n} × {b:.3g}" for b, n in counts.items())
-
-    return weights.groupby("step")["bits"].agg(mixture)
 
 
 def predicted(candidates: pd.DataFrame) -> pd.DataFrame:

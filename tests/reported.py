@@ -105,6 +105,7 @@ def leave(
     errors = pd.DataFrame({"tensor": list(names), "bit_depth": 4, "values": values, "sqnr_db": 9.0})
     tables = {"frontier": frontier, "bit_depths": depths, "candidates": candidates}
     random = candidates.iloc[[0] * drawn].assign(origin="random", mean_bits=9.5)
+    random["widths"] = "1 × 3, 3 × 8"
     tables |= {
         "random": random,
         "tensors": pd.concat(steps),

@@ -152,6 +152,15 @@ def test_report_says_what_there_is(case, words):
     assert words in re.sub(r"\s+", " ", " ".join(Page(page()).words))
 
 
+def test_marks_say_their_strategy():
+    leave()
+    marks = [a.get("aria-label", "") for _, a in Page(page()).tags]
+    random = [one for one in marks if one.startswith("random widths: 9.5 bits")]
+    assert random
+    assert all(one.endswith("on validation data; tensors by bits: 1 × 3, 3 × 8") for one in random)
+    assert any(one.startswith("following 1 epochs: 4.25 bits") and " × " in one for one in marks)
+
+
 def test_a_budget_is_said():
     leave()
     alter("recommendation.json", lambda found: found | {"budget": {"mean_bits": 2.5}})
