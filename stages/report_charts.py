@@ -41,7 +41,7 @@ def frontier(evidence: Evidence, size: str) -> str:
         found = table[measure] if measure in table else pd.Series(np.nan, table.index)
         text = what + ": " + bits + f", {words} " + found.map(findings.number) + f" on {split}"
         # earlier runs did not leave them
-        held = "; tensors by bits: " + table["widths"].astype(str) if "widths" in table else ""
+        held = "; tensors by bits: " + table["widths"].fillna("none") if "widths" in table else ""
         return text + held
 
     held = tables["tensors"].query("kind == 'tensors'").groupby("step")["bits"].agg(mixture)
