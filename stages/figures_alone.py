@@ -78,24 +78,12 @@ def visualize_sensitivity(
         cells, ax=panels[0].tolist(), label="loss increase / float loss", format="%g",
         fraction=0.04,
     )  # fmt: skip
+    by_rounding = dict(zip(grids, panels[0], strict=True))
     rings: list[Artist] = []
     for number, limit in enumerate(limits):
-        ring = limit_mark(number) | {"ls": ""}
-        label = f"safe by {SURE} standard errors, predicted, for CR ≤ {limit:g}"
-        rings.append(Line2D([], [], label=label, **ring))
-        for row, tensor in enumerate(labels.unique()):
-            bits = safe[limit][tensor]
-            reached = {
-                r: grid.loc[tensor, bits]
-                for r, grid in grids.items()
-                if bits in grid and np.isfinite(grid.loc[tensor, bits])
-            }
-            if reached:
-                rounding = min(reached, key=reached.__getitem__)
-                place = grids[rounding].columns.get_loc(bits)
-                panels[0][list(grids).index(rounding)].plot(place, row, **ring)
+        rings.append(_ring(by_rounding, grids, safe[limit], number, limit))
     if tensors is not None:
-        rings += _outline(dict(zip(grids, panels[0], strict=True)), grids, tensors)
+        rings += _outline(by_rounding, grids, tensors)
     if any(grid.any(axis=None) for grid in guessed.values()):
         rings.append(Patch(label="predicted, not measured", **PREDICTED))
     if wide:
@@ -105,6 +93,30 @@ def visualize_sensitivity(
     figure.legend(handles=rings, loc="outside lower center", ncols=2)
     figure.suptitle(title("Loss increase from each tensor alone, by rounding", name))
     return figure
+
+
+def _ring(
+    panels: Mapping[str, Axes],
+    grids: Mapping[str, pd.DataFrame],
+    safe: Mapping[str, Any],
+    number: int,
+    limit: float,
+) -> Artist:
+    """Mark the safe bits of each tensor in the panel in which it loses least; the entry in the
+    legend."""
+    look = limit_mark(number) | {"ls": ""}
+    for row, tensor in enumerate(next(iter(grids.values())).index):
+        bits = safe[tensor]
+        reached = {
+            r: grid.loc[tensor, bits]
+            for r, grid in grids.items()
+            if bits in grid and np.isfinite(grid.loc[tensor, bits])
+        }
+        if reached:
+            rounding = min(reached, key=reached.__getitem__)
+            panels[rounding].plot(grids[rounding].columns.get_loc(bits), row, **look)
+    label = f"safe by {SURE} standard errors, predicted, for CR ≤ {limit:g}"
+    return Line2D([], [], label=label, **look)
 
 
 def _outline(

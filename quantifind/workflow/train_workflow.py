@@ -85,9 +85,7 @@ def train_network(
         schedule = LambdaLR(optimizer, lambda batch: 1 - batch / batches, last_epoch=done - 1)
     with progress("training", total=batches) as step:
         step(steps=len(history) * length)
-        tell = told or (lambda row: None)
-        for known in history:
-            tell(known)
+        _tell(told, history)
         for epoch in range(len(history) + 1, epochs + 1):
             row: dict[str, float] = {"epoch": epoch}
             with pooling_first(net):
@@ -105,7 +103,7 @@ def train_network(
             row |= validate(net, criterion, val_loader, forward)
             _check_finite(row["val_loss"], f"after epoch {epoch}, on validation data")
             history.append(row)
-            tell(row)
+            _tell(told, [row])
             if checkpoints is not None:
                 extra = {"history": history, "random_state": random_state(train_loader)}
                 replace_checkpoint(checkpoints, _state(net, optimizer, extra))
@@ -114,6 +112,12 @@ def train_network(
             group["lr"] = group["initial_lr"]
     net.eval()
     return pd.DataFrame(history)
+
+
+def _tell(told: Callable[[dict[str, float]], None] | None, rows: list[dict[str, float]]) -> None:
+    if told is not None:
+        for row in rows:
+            told(row)
 
 
 def validate(
