@@ -47,6 +47,11 @@ def visualize_sensitivity(
     tensors: what they become in the answer (`stages.tensors.tensor_table`); these cells are
         outlined.
     """
+    if sensitivity.empty:
+        figure = plt.figure(figsize=(9, 3.6))
+        figure.text(0.5, 0.5, "no tensor was measured alone", ha="center")
+        figure.suptitle(title("Loss increase from each tensor alone", name))
+        return figure
     labels = labelled(sensitivity)
     parts = dict(tuple(sensitivity.groupby("rounding", sort=False)))
     grids = {
@@ -114,7 +119,7 @@ def _ring(
         }
         if reached:
             rounding = min(reached, key=reached.__getitem__)
-            panels[rounding].plot(grids[rounding].columns.get_loc(bits), row, **look)
+            panels[rounding].plot(grids[rounding].columns.tolist().index(bits), row, **look)
     label = f"safe by {SURE} standard errors, predicted, for CR ≤ {limit:g}"
     return Line2D([], [], label=label, **look)
 

@@ -320,6 +320,11 @@ def test_names_of_120_characters_leave_room_for_the_picture():
     assert "what the answer takes" in [t.get_text() for t in drawn_of[0].legends[0].get_texts()]
 
 
+def test_a_picture_of_no_sensitivity_says_so():
+    figure = visualize_sensitivity(alone().iloc[:0], name="toy")
+    assert [text.get_text() for text in figure.texts][0] == "no tensor was measured alone"
+
+
 def test_every_width_that_a_tensor_has_is_shown():
     """What costs nothing beside them has no column."""
     extra = [alone().query("rounding == 'nearest' and bits == 8").assign(bits=b) for b in (10, 12)]
