@@ -12,7 +12,7 @@ from torch import nn
 
 from quantifind.certification.goal import Goal, Limit
 from quantifind.metrics import Outcome, is_classification
-from quantifind.mixed_precision.candidates import Candidates, note
+from quantifind.mixed_precision.candidates import Candidates, Told, note
 from quantifind.mixed_precision.exploration import explore, try_neighbours
 from quantifind.mixed_precision.found import Found, found_by
 from quantifind.mixed_precision.learned_candidates import learn_candidates
@@ -28,7 +28,7 @@ from quantifind.mixed_precision.search_space import (
     SearchSpace,
     default_search_space,
 )
-from quantifind.mixed_precision.sensitivity import PRECISION, predict_sensitivity
+from quantifind.mixed_precision.sensitivity import PRECISION, Sensitivity, predict_sensitivity
 from quantifind.mixed_precision.survey import survey
 from quantifind.runtime.workers import Workers
 from quantifind.tensor.choice import STORAGES, Choice
@@ -43,8 +43,6 @@ from quantifind.utils.naming import naming
 # needs less, the rest is the next ones'
 EFFORT = 200
 SURVEYED, SWEPT, MOVED, SEQUENTIAL = 0.4, 0.6, 0.4, 0.6
-
-
 # where the data have no other measure, and no limit is given
 RELATIVE_ERROR = 0.05
 # what a measure takes
@@ -77,6 +75,8 @@ def find_strategy(
     confidence: float = 0.95,
     precision: float = PRECISION,
     proxies: bool = False,
+    random: int = 0,
+    told: Told | None = None,
     folder: Path | str | None = None,
     seed: int = 0,
     engine: str = "sequential",
@@ -125,6 +125,8 @@ def find_strategy(
         of the increase (`quantifind.mixed_precision.sensitivity.measure_sensitivity`); 0: use every
         example.
     proxies: whether the sensitivity table also has what is predicted without measuring.
+    random: how many allocations with widths at random are measured besides, each in a pass.
+    told: gets passes, and of the best so far mean bits and what it loses, after each candidate.
     folder: keeps all that is measured. A call that was killed goes on, and another limit for the
         same network and data does not measure again what is there.
     seed: of the order of the examples, of which training data calibrate, and of learning.
@@ -137,7 +139,7 @@ def find_strategy(
     goal = _goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
     most = {"effort": effort, "seconds": seconds, "max_memory": max_memory}
-    _check(goal, learn, labels, confidence, activation_bits, most, storage)
+    _check(goal, learn, labels, confidence, activation_bits, most, storage, random)
     deadline = None if seconds is None else time.monotonic() + seconds
     if learn and isinstance(train_loader, Iterator):
         length_of(train_loader)  # says that it can't be gone through again
@@ -156,7 +158,7 @@ def find_strategy(
                 for space in _spaces(measurements, *own, widths, activation_bits, storage):
                     with passes.of("sensitivity", SURVEYED):
                         sensitivity, allocation = survey(measurements, space, goal, precision)
-                    candidates = Candidates(measurements, allocation, confidence)
+                    candidates = Candidates(measurements, allocation, confidence, told)
                     with passes.of("budgets", SWEPT):
                         sensitivity = explore(candidates, sensitivity, precision)
                     if candidates.best() is not None:
@@ -166,11 +168,14 @@ def find_strategy(
         except (KeyboardInterrupt, OutOfTime) as error:
             _cut_short(error, candidates, seconds, folder)
         assert candidates is not None
-        table = sensitivity.table
-        # who wants it to end does not want minutes of derivatives
-        if proxies and "interrupted" not in passes.left_out:
-            table = predict_sensitivity(measurements, sensitivity)
-        return found_by(candidates, table, criterion, forward)
+        table = _sensitivities(measurements, sensitivity, proxies)
+        return found_by(candidates, table, criterion, forward, (random, seed))
+
+
+def _sensitivities(measurements: Measurements, found: Sensitivity, proxies: bool) -> Any:
+    # who wants it to end does not want minutes of derivatives
+    asked = proxies and "interrupted" not in measurements.passes.left_out
+    return predict_sensitivity(measurements, found) if asked else found.table
 
 
 def _cut_short(
@@ -287,6 +292,7 @@ def _check(
     activation_bits: Sequence[int],
     most: Mapping[str, float | None],
     storage: str,
+    random: int,
 ) -> None:
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}: {', '.join(STORAGES)} are allowed")
@@ -296,6 +302,8 @@ def _check(
         raise ValueError(f"labels is {labels!r}: False, or True where learn is above 0, is needed")
     if not 0.5 < confidence < 1:
         raise ValueError(f"confidence is {confidence!r}: above 0.5 and below 1 is needed")
+    if not isinstance(random, int) or random < 0:
+        raise ValueError(f"random is {random!r}: a whole number, 0 or more, is needed")
     for name, value in most.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value!r}: a number above 0 is needed")

@@ -17,6 +17,8 @@ Spec = dict[str, Any]
 SIZES = {"wide": (760, 360), "narrow": (290, 300)}
 BIT_TICKS = (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 SHARE_TICKS = (0, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1000)
+# a symbol of one's own, within a square from -1 to 1: an x, which no filling hides
+SALTIRE = "M-.7,-.7L.7,.7M-.7,.7L.7,-.7"
 FEW_TICKS = (0, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
 
@@ -30,7 +32,8 @@ class Series:
     size: area in square pixels.
     filled: or only a line around.
     joined: by a line, from left to right.
-    label: beside the first point.
+    label: beside the first point, below it.
+    right: the label is to the right of it, where that of another may be to the left.
     """
 
     points: pd.DataFrame
@@ -40,6 +43,7 @@ class Series:
     filled: bool = True
     joined: bool = False
     label: str = ""
+    right: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Level:
     colour: str
     words: str
     dashed: bool = False
+    # whether its words are below it, since another is near above
+    below: bool = False
 
 
 def frontier_chart(
@@ -134,8 +140,9 @@ def _words(points: pd.DataFrame, x: Spec, y: Spec, **place: Any) -> list[Spec]:
 def _level(level: Level, end: float, x: Spec, y: Spec) -> list[Spec]:
     data = pd.DataFrame({"x": [end], "y": [level.y], "words": [level.words]})
     dash = [4, 3] if level.dashed else [1, 0]
+    place: Spec = {"baseline": "top", "dy": 5} if level.below else {"dy": -3}
     rule = {"type": "rule", "color": level.colour, "strokeDash": dash, "aria": False}
-    return [_layer(data, rule, y=y), *_words(data, x, y, align="right", dy=-3)]
+    return [_layer(data, rule, y=y), *_words(data, x, y, align="right", **place)]
 
 
 def _layers(one: Series, x: Spec, y: Spec, domain: tuple[float, float]) -> list[Spec]:
@@ -168,10 +175,18 @@ def _layers(one: Series, x: Spec, y: Spec, domain: tuple[float, float]) -> list[
             words = {"field": "words", "type": "nominal"}
             layers.append(_layer(shown, mark | {"shape": shape}, x=x, y=y, description=words))
     if one.label and len(inside):
-        # left of it and below, where the curves, which fall to the right, are not
-        place = {"align": "right", "baseline": "top", "dx": -9, "dy": 5}
+        place = _beside(one.right, inside["x"].iloc[0], *x["scale"]["domain"])
         layers += _words(inside.head(1).assign(words=one.label), x, y, **place)
     return layers
+
+
+def _beside(right: bool, at: float, low: float, high: float) -> Spec:
+    """Where the label of a point is: below it, where the curves, which fall to the right, are not;
+    on the other side of it, and a line lower, where it would leave the axis."""
+    share = math.log(at / low) / math.log(high / low)
+    to_right = share < 0.25 or (right and share < 0.6)
+    side: Spec = {"align": "left", "dx": 9} if to_right else {"align": "right", "dx": -9}
+    return side | {"baseline": "top", "dy": 5 if to_right == right else 20}
 
 
 def _svg(layers: list[Spec], width: str) -> str:

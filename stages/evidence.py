@@ -18,6 +18,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "history": ("train", ("epoch", "train_loss", "val_loss")),
     "weight_error": ("quantize", ("tensor", "bit_depth", "values", "sqnr_db")),
     "candidates": ("quantize", ("origin", "examples", "chosen", "scales_adjusted", *JUDGED)),
+    "random": ("quantize", ("origin", "examples", "mean_bits", "model_bytes", "criterion_ratio")),
     "sensitivity": (
         "quantize",
         ("kind", "name", "rounding", "bits", *INCREASE),
@@ -43,7 +44,7 @@ FACTS = {
     "versions": ("evaluate", ("python", "torch")),
 }
 # without a row there is nothing to draw; weights that were given have no history
-MAY_BE_EMPTY = ("changed", "history", "sensitivity", "weight_error")
+MAY_BE_EMPTY = ("changed", "history", "random", "sensitivity", "weight_error")
 
 
 def _text(path: Path) -> str:
@@ -112,6 +113,8 @@ def read_evidence(
     }
     facts = {name: _facts(read, name, *needs) for name, needs in FACTS.items()}
     found = Evidence(tables, facts["recommendation"], facts["versions"])
+    if "random" not in without:
+        _check(files.PLOTS / "random.csv", found.tables["random"], tuple(found.limits), "quantize")
     for measure in found.limits:
         columns = (measure, *(f"{measure}_{end}" for end in ("low", "high", "look_bound")))
         _check(files.PLOTS / "frontier.csv", found.tables["frontier"], columns, "evaluate")

@@ -25,6 +25,7 @@ from quantifind.utils.palette import (
     FOUND,
     LIMITS,
     ORIGINS,
+    RANDOM,
     TRIED,
     UNIFORM,
 )
@@ -33,6 +34,8 @@ from quantifind.workflow.visualization_workflow import DEPTH_TICKS, log_axis, st
 ADJUSTED = ", scales adjusted"
 # ratios nearer to 1 are told apart on a linear scale
 LINEAR = 1e-3
+# with which names of costs end
+UNITS = ("bytes", "picojoules")
 
 
 @styled
@@ -45,6 +48,7 @@ def visualize_frontier(
     limit: float = 1.01,
     asked: Mapping[str, float] | None = None,
     limits: Sequence[float] = (1.01, 1.05),
+    random: pd.DataFrame | None = None,
 ) -> Figure:
     """What is lost on test data against bits: the search's ladder beside the uniform depths.
 
@@ -56,6 +60,7 @@ def visualize_frontier(
     limit: the most that it may be; what is certified is marked on each of the two.
     asked: all limits that are certified, by measure, by default this one.
     limits: those of the other pictures, whose colours they have here too.
+    random: rows of `quantifind.mixed_precision.random_allocations`, of validation data.
     Returns: the whole range above, and below it the region in which the limit lies.
     """
     uniform = uniform.sort_values("mean_bits", ascending=False)
@@ -78,6 +83,11 @@ def visualize_frontier(
     for axes in (whole, near):
         axes.axhline(lossless, color=FLOAT, ls="--", label="float")
         axes.axhline(limit, color=colour, lw=1, label=f"limit {limit:g}")
+        if random is not None and len(random):
+            axes.plot(
+                random["mean_bits"], random[measure], "x", ms=6, mew=1.5, color=RANDOM,
+                label="random widths, on validation data",
+            )  # fmt: skip
         _ladder(axes, uniform, measure, UNIFORM, "uniform depths")
         _ladder(axes, frontier, measure, FOUND, "ladder of the search")
         for row, marker, mark_colour, what in marks:
@@ -162,7 +172,12 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
 
 @styled
 def visualize_costs(
-    candidates: pd.DataFrame, costs: Sequence[str], *, name: str = "", reach: float = 0.1
+    candidates: pd.DataFrame,
+    costs: Sequence[str],
+    *,
+    name: str = "",
+    measure: str = "criterion_ratio",
+    reach: float = 0.1,
 ) -> Figure:
     """What the candidates lose against each cost, a panel per cost, and the frontier.
 
@@ -170,8 +185,10 @@ def visualize_costs(
         all examples.
     costs: the columns of their costs.
     name: of the network, for the title.
-    reach: criterion ratios up to at most 1 + ``reach`` are shown.
+    measure: of what is lost, one of `quantifind.certification.measures.MEASURES`.
+    reach: losses up to at most so much above lossless are shown.
     """
+    words, lossless = MEASURES[measure].words, MEASURES[measure].lossless
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
     figure, panels = plt.subplots(
         1,
@@ -183,22 +200,22 @@ def visualize_costs(
     )
     chosen = shown[shown["chosen"].astype(bool)]
     for axes, cost in zip(panels[0], costs, strict=True):
-        axes.axhline(1, color=FLOAT, ls="--", label="float")
+        axes.axhline(lossless, color=FLOAT, ls="--", label="float")
         same = shown["origin"].astype(str).str.startswith("uniform")
         for rows, look, label in (
             (shown[~same], {"marker": "o", "ms": 5, "color": TRIED}, "candidates"),
             (shown[same], {"marker": "s", "ms": 6, "color": UNIFORM}, "the same bits for all"),
         ):
-            axes.plot(rows[cost], rows["criterion_ratio"], ls="", label=label, **look)
-        best = frontier(shown, cost)
-        axes.step(
-            best[cost], best["criterion_ratio"], where="post", color=FOUND, lw=1.2, label="frontier"
-        )
+            axes.plot(rows[cost], rows[measure], ls="", label=label, **look)
+        best = frontier(shown, cost, measure)
+        axes.step(best[cost], best[measure], where="post", color=FOUND, lw=1.2, label="frontier")
         axes.plot(
-            chosen[cost], chosen["criterion_ratio"], "D", ms=10, mew=2, mfc="none", color=FOUND,
+            chosen[cost], chosen[measure], "D", ms=10, mew=2, mfc="none", color=FOUND,
             label="chosen",
         )  # fmt: skip
-        axes.set(xlabel=cost.replace("_", " "), xscale="log")
+        what, _, unit = cost.rpartition("_")
+        label = f"{what} ({unit})" if unit in UNITS else cost.replace("_", " ")
+        axes.set(xlabel=label, xscale="log")
         # few factors of two have few ticks between: test_costs_have_ticks_whatever_their_range
         narrow = shown[cost].max() < 4 * shown[cost].min()
         axes.xaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(subs=(1, 2, 3, 5)))
@@ -206,27 +223,26 @@ def visualize_costs(
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     # nothing is lower where all are missing: test_what_is_no_number_is_drawn_as_missing
-    lowest = np.fmin(shown["criterion_ratio"].min(), 1 - reach / 10)
-    inside = shown["criterion_ratio"][shown["criterion_ratio"] <= 1 + reach]
-    highest = np.fmax(inside.max(), 1 + reach / 10)
+    lowest = np.fmin(shown[measure].min(), lossless - reach / 10)
+    inside = shown[measure][shown[measure] <= lossless + reach]
+    highest = np.fmax(inside.max(), lossless + reach / 10)
     margin = (highest - lowest) / 10
-    panels[0][0].set(
-        ylim=(lowest - margin, highest + margin), ylabel="criterion ratio on validation data"
-    )
+    panels[0][0].set(ylim=(lowest - margin, highest + margin), ylabel=f"{words} on validation data")
     figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(title("What the candidates cost", name))
     return figure
 
 
-def frontier(candidates: pd.DataFrame, cost: str) -> pd.DataFrame:
+def frontier(candidates: pd.DataFrame, cost: str, measure: str = "criterion_ratio") -> pd.DataFrame:
     """The candidates that lose less than all cheaper or equally cheap ones, the cheapest first.
 
     candidates: those of `quantifind.search.find_strategy`.
     cost: the column of a cost.
+    measure: of what is lost.
     """
-    ordered = candidates.sort_values([cost, "criterion_ratio"], kind="stable")
-    before = ordered["criterion_ratio"].cummin().shift(fill_value=np.inf)
-    return ordered[ordered["criterion_ratio"] < before]
+    ordered = candidates.sort_values([cost, measure], kind="stable")
+    before = ordered[measure].cummin().shift(fill_value=np.inf)
+    return ordered[ordered[measure] < before]
 
 
 def _certified(table: pd.DataFrame, limits: Mapping[str, float]) -> pd.Series | None:

@@ -56,6 +56,8 @@ CARD = Path("out/README.md")
 # for other runtimes, and beside them what each tensor takes there
 EXPORTS = Path("out/exports")
 EXPORTED = EXPORTS / "bytes.csv"
+# curves of a stage that runs
+TRAINING, SEARCHING = Path("plots/training"), Path("plots/search")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 TEST_BATCH = 250

@@ -9,6 +9,7 @@ import pandas as pd
 
 from quantifind.certification.goal import answer_of
 from quantifind.certification.measures import MEASURES
+from quantifind.utils.naming import short
 from stages.evidence import Evidence
 
 # the first words of `quantifind.certification.goal.ANSWERS`
@@ -58,6 +59,12 @@ def limits_in_words(limits: Mapping[str, float]) -> str:
     return " and ".join(f"{MEASURES[name].words} at most {v:g}" for name, v in limits.items())
 
 
+def kept_in_words(limits: Mapping[str, float]) -> str:
+    """Likewise, as a sentence without its end."""
+    first, *others = (f"{MEASURES[name].words} is at most {v:g}" for name, v in limits.items())
+    return " and ".join([f"its {first}", *(f"its {other}" for other in others)])
+
+
 def answer(evidence: Evidence, name: str) -> str:
     """The answer in one sentence.
 
@@ -65,7 +72,7 @@ def answer(evidence: Evidence, name: str) -> str:
     """
     best, found = evidence.best, evidence.answer
     sure = percent(found["look"]["confidence"])
-    limits, examples = limits_in_words(evidence.limits), number(best["examples"])
+    examples = number(best["examples"])
     if found["certified"] is None:
         needed = found.get("needed")
         more = (
@@ -73,12 +80,13 @@ def answer(evidence: Evidence, name: str) -> str:
         )
         return (
             f"Nothing is certified for {name}: no strategy of the search is known with {sure} "
-            f"confidence, on {examples} test examples, to keep {limits}.{more}"
+            f"confidence, on {examples} test examples, to keep "
+            f"{limits_in_words(evidence.limits)}.{more}"
         )
     return (
         f"{name} needs {best['mean_bits']:.3f} bits per parameter, {best['compression']:.1f} times "
-        f"fewer than float32: with {sure} confidence, on {examples} test examples, it keeps "
-        f"{limits}."
+        f"fewer than float32: with {sure} confidence, on {examples} test examples, "
+        f"{kept_in_words(evidence.limits)}."
     )
 
 
@@ -100,6 +108,25 @@ def frontier(evidence: Evidence) -> str:
     )
 
 
+def drawn(evidence: Evidence) -> str | None:
+    """What widths at random reach; None where none were measured."""
+    table, best = evidence.tables["random"], evidence.best
+    if table.empty:
+        return None
+    keeps = np.logical_and.reduce([table[m] <= most for m, most in evidence.limits.items()])
+    text = f"Of {_count(len(table), 'network')} with random widths (each tensor's drawn between "
+    text += "half and one and a half times a middle) "
+    if not keeps.any():
+        fewest = table["mean_bits"].min()
+        return f"{text}none keeps the limits on validation data, from {fewest:.3g} bits on."
+    fewest = table["mean_bits"][keeps].min()
+    times = fewest / best["mean_bits"]
+    return (
+        f"{text}{keeps.sum()} keep the limits on validation data, the smallest with {fewest:.3g} "
+        f"bits, {times:.2g} times those of the answer."
+    )
+
+
 def where(tensors: pd.DataFrame) -> str:
     """Where the bits go: what holds most of the parameters, and what has the widest codes.
 
@@ -111,7 +138,7 @@ def where(tensors: pd.DataFrame) -> str:
     rows = weights.to_dict("records")
     largest = max(rows, key=lambda row: row["values"])
     share = percent(largest["values"] / weights["values"].sum())
-    text = f"{largest['name']} holds {share} of the parameters, at {width(largest)}"
+    text = f"{short(largest['name'])} holds {share} of the parameters, at {width(largest)}"
     widest = max(rows, key=lambda row: row["bits"])
     if widest["bits"] == weights["bits"].min():
         return text if len(weights) == 1 else f"{text}, as all others"
@@ -119,7 +146,7 @@ def where(tensors: pd.DataFrame) -> str:
         return f"{text}, the widest there are"
     others = sum(row["bits"] == widest["bits"] for row in rows) - 1
     more = f" and {_count(others, 'other')}" if others else ""
-    return f"{text}; the widest codes, {width(widest)}, are those of {widest['name']}{more}"
+    return f"{text}; the widest codes, {width(widest)}, are those of {short(widest['name'])}{more}"
 
 
 def tensors(table: pd.DataFrame) -> str:
@@ -162,9 +189,12 @@ def sensitivity(grid: pd.DataFrame) -> str:
     most = max(shares, key=lambda name: shares[name])
     at = "1 bit" if enough[0] == 1 else f"{enough[0]:g} bits"
     if len(shares) == 1:
-        return f"At {at}, {most} costs {cost(shares[most])}"
+        return f"At {at}, {short(most)} costs {cost(shares[most])}"
     least = min(shares, key=lambda name: shares[name])
-    ends = f"{most} costs most, {cost(shares[most])}; {least} least, {cost(shares[least])}"
+    if shares[most] == shares[least]:
+        return f"At {at} alone, each tensor costs {cost(shares[most])}"
+    ends = f"{short(most)} costs most, {cost(shares[most])}; "
+    ends += f"{short(least)} least, {cost(shares[least])}"
     return f"At {at} alone, {ends}"
 
 
@@ -219,8 +249,9 @@ def judged(evidence: Evidence) -> str:
     """How sure the answer is."""
     look, best = evidence.answer["look"], evidence.best
     return (
-        f"Judged on {number(best['examples'])} test examples that chose nothing; look "
-        f"{look['k']} at them, which may err in {percent(look['level'])}"
+        f"Judged on {number(best['examples'])} test examples that chose nothing; "
+        f"{'the first ladder' if look['k'] == 1 else 'ladder ' + str(look['k'])} on them, it may "
+        f"err in {percent(look['level'])}"
     )
 
 

@@ -8,6 +8,8 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+# allocations at random that are measured beside a search: of its passes about a twentieth
+RANDOM = 8
 NO_OTHER_KEYS = ConfigDict(extra="forbid")
 Count = Annotated[int, Field(ge=1, strict=True)]
 BitDepth = Annotated[int, Field(ge=2, le=32, strict=True)]
@@ -91,7 +93,8 @@ class Params:
     @property
     def search_options(self) -> dict[str, Any]:
         """The arguments of `quantifind.search.find_strategy` that the pipeline sets."""
-        beside = {"confidence": self.evaluate.confidence, "seed": self.seed, "proxies": True}
+        beside = {"confidence": self.evaluate.confidence, "seed": self.seed}
+        beside |= {"proxies": True, "random": RANDOM}
         search = asdict(self.search)
         if search["effort"] is None:
             del search["effort"]  # the search has its own

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from quantifind.certification.measures import MEASURES
 from quantifind.utils import plugins
 from quantifind.utils.palette import STYLE
 from quantifind.workflow.visualization_workflow import (
@@ -47,10 +48,19 @@ def main(params: Params) -> None:
         limit=limit,
         asked=evidence.limits,
         limits=limits,
+        random=tables["random"],
     )
-    figures["sensitivity"] = visualize_sensitivity(tables["sensitivity"], name=name, limits=limits)
+    figures["sensitivity"] = visualize_sensitivity(
+        tables["sensitivity"], name=name, limits=limits, tensors=evidence.tensors
+    )
     figures["prediction"] = visualize_prediction(tables["candidates"], name=name)
-    figures["costs"] = visualize_costs(tables["candidates"], plugins.names("costs"), name=name)
+    figures["costs"] = visualize_costs(
+        tables["candidates"],
+        plugins.names("costs"),
+        name=name,
+        measure=measure,
+        reach=10 * (limit - MEASURES[measure].lossless),
+    )
     for picture, figure in figures.items():
         files.write_figure(files.PLOTS / f"{picture}.png", figure)
         write_svg(files.PLOTS / f"{picture}.svg", figure)

@@ -16,6 +16,8 @@ from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils.console import progress
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, networks
+from stages.live import live
+from stages.mixtures import mixture
 from stages.params import Params
 
 
@@ -34,12 +36,13 @@ def main(params: Params) -> None:
     errors = weight_errors(net, uniform)
     folder = files.measured_folder()
     how: Any = {"forward": made.forward, "folder": folder, **params.search_options}
-    found = find_strategy(net, train, val, criterion, **how)
+    with live(files.SEARCHING, step="passes") as log:
+        found = find_strategy(net, train, val, criterion, told=log, **how)
     if "interrupted" in found.passes.left_out:
         raise ValueError("interrupted; what was measured is kept, and dvc repro goes on from there")
-    objects = ["strategy", "quantized"]
     files.write_table(files.PLOTS / "weight_error.csv", errors)
-    files.write_table(files.PLOTS / "candidates.csv", found.candidates.drop(columns=objects))
+    files.write_table(files.PLOTS / "candidates.csv", in_words(found.candidates))
+    files.write_table(files.PLOTS / "random.csv", in_words(found.random))
     files.write_table(files.PLOTS / "sensitivity.csv", found.sensitivity.drop(columns="choice"))
     correlations = {"rank_correlation": rank_correlations(found.sensitivity)}
     files.write_json(files.METRICS / "sensitivity.json", correlations)
@@ -49,6 +52,16 @@ def main(params: Params) -> None:
     files.write_json(files.LIMITS, dict(found.goal.limits))
     ladder.write_ladder(found.ladder)
     ladder.write_control(found.control)
+
+
+def in_words(rows: pd.DataFrame) -> pd.DataFrame:
+    """Candidates as a table of texts and numbers.
+
+    rows: of `quantifind.mixed_precision.found.Found`.
+    Returns: ``widths``, how many tensors have which bits, in place of strategies and codes.
+    """
+    held = [mixture(t.bits for t in q.tensors.values()) for q in rows["quantized"]]
+    return rows.drop(columns=["strategy", "quantized"]).assign(widths=held)
 
 
 def temperatures(

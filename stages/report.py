@@ -3,11 +3,11 @@
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
-from stages import files, findings, report_changed, report_charts, report_tensors
+from stages import files, findings, report_changed, report_charts, report_judged, report_tensors
+from stages.alone import cost_grid
+from stages.card import export_in_words, file_in_words
 from stages.charts import SIZES
 from stages.evidence import Evidence
 from stages.pages import render
@@ -32,7 +32,7 @@ def report(evidence: Evidence, params: Params) -> str:
     params: that it ran with.
     """
     tensors = evidence.tensors
-    grid = report_tensors.sensitivity_grid(evidence.tables["sensitivity"])
+    sensitivity = evidence.tables["sensitivity"]
     shown = report_charts.predicted(evidence.tables["candidates"])
     context = {
         "name": params.model,
@@ -47,18 +47,17 @@ def report(evidence: Evidence, params: Params) -> str:
             "frontier": findings.frontier(evidence),
             "where": findings.where(tensors),
             "tensors": findings.tensors(tensors),
-            "sensitivity": findings.sensitivity(grid),
+            "sensitivity": findings.sensitivity(cost_grid(sensitivity)),
             "prediction": findings.prediction(shown),
             "changed": findings.changed(evidence),
             "judged": findings.judged(evidence),
         },
         "frontier": {size: report_charts.frontier(evidence, size) for size in SIZES},
+        "drawn": findings.drawn(evidence),
         "measure": MEASURES[evidence.measure],
         "ladder": _ladder(evidence),
         "strip": report_tensors.strip(tensors),
-        "grid": report_tensors.heat(
-            grid, tensors, report_tensors.predicted_cells(evidence.tables["sensitivity"])
-        ),
+        "grid": report_tensors.heat(sensitivity, tensors),
         "tensors": report_tensors.rows_of(tensors),
         "columns": COLUMNS,
         "prediction": {size: report_charts.prediction(shown, size) for size in SIZES}
@@ -66,10 +65,13 @@ def report(evidence: Evidence, params: Params) -> str:
         else None,
         "origins": sorted(set(shown["origin"].str.split().str[0])) if len(shown) else [],
         "changed": report_changed.examples(evidence.tables["changed"]),
-        "judged": _judged(evidence),
+        "judged": report_judged.judged(evidence, params),
+        "meaning": report_judged.meaning(evidence),
+        "others": report_judged.other_limits(evidence),
         "parameters": _parameters(params),
         "versions": dict(evidence.versions),
         "file": str(files.SAVED),
+        "kept": _kept(evidence),
         "model": params.model,
     }
     return render("report.html", context)
@@ -124,8 +126,8 @@ def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
     for kind, words in findings.KINDS.items():
         of_kind = frontier[kinds == kind]
         kept = of_kind[of_kind.index < evidence.kept]
-        said = "none on the ladder" if of_kind.empty else "not certified"
-        row = {"words": words, "bits": said, "size": "–", "lost": "–"}
+        said = "not on the ladder" if of_kind.empty else "on the ladder, but not certified"
+        row = {"words": words, "bits": "none", "size": "–", "lost": said}
         if len(kept):
             best = kept.iloc[-1]
             row |= {"bits": f"{best['mean_bits']:.3f}", "lost": _lost(best, evidence.measure)}
@@ -136,6 +138,14 @@ def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
 
 def _lost(row: Any, measure: str) -> str:
     return findings.interval(*(row[f"{measure}{end}"] for end in ("", "_low", "_high")))
+
+
+def _kept(evidence: Evidence) -> list[str]:
+    """Where the network is, in words."""
+    file, exports = evidence.answer.get("file"), evidence.answer.get("exports", {})
+    said = [] if file is None else [file_in_words(file)]
+    said += [export_in_words(kind, other) for kind, other in exports.items()]
+    return [words.replace("`", "") for words in said]
 
 
 def _ladder(evidence: Evidence) -> list[dict[str, Any]]:
@@ -153,56 +163,6 @@ def _ladder(evidence: Evidence) -> list[dict[str, Any]]:
         }
         for place, row in enumerate(evidence.tables["frontier"].to_dict("records"))
     ]
-
-
-def _judged(evidence: Evidence) -> list[tuple[str, str]]:
-    """How the answer was judged, by what."""
-    best, found, limits = evidence.best, evidence.answer, evidence.limits
-    row = evidence.tables["frontier"].iloc[evidence.step]
-    look, alone = found["look"], found["certified_alone"]
-    facts = [
-        ("limits", findings.limits_in_words(limits)),
-        ("chosen on", f"{findings.number(row.get('validation_examples'))} validation examples"),
-        ("judged on", f"{findings.number(best['examples'])} test examples, which chose nothing"),
-        (
-            "look",
-            f"number {look['k']} at this test split: it may err in "
-            f"{findings.percent(look['level'])}, all looks together in "
-            f"{findings.percent(1 - found['confidence'])}",
-        ),
-        *(
-            (
-                MEASURES[name].words,
-                f"{findings.interval(m['value'], m['low'], m['high'])} on test data, "
-                f"{findings.number(m['on_validation'])} on validation data"
-                + (f"; bound {findings.number(m['look_bound'])}" if "look_bound" in m else ""),
-            )
-            for name, m in best["measures"].items()
-        ),
-        (
-            "were it the only look",
-            "nothing would be certified"
-            if alone is None
-            else f"{alone['mean_bits']:.3f} bits would be certified",
-        ),
-        (
-            "certificate",
-            f"steps 1 to {evidence.kept} of the ladder's {len(evidence.tables['frontier'])}, "
-            "walked from most bytes to fewest until a bound is above its limit"
-            if evidence.kept
-            else "none: the first step of the ladder has a bound above its limit",
-        ),
-    ]
-    for cost, most in (found.get("budget") or {}).items():
-        facts.insert(
-            0, ("searched for", f"the least loss with {cost.replace('_', ' ')} ≤ {most:g}")
-        )
-    if {"right_to_wrong", "wrong_to_right"} <= set(row.index) and np.isfinite(
-        row["right_to_wrong"]
-    ):
-        changed = f"{row['right_to_wrong']:.0f} became wrong, {row['wrong_to_right']:.0f} right"
-        facts.append(("answers that changed", changed))
-    return facts
 
 
 def _parameters(params: Params) -> list[tuple[str, str]]:

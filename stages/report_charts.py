@@ -5,8 +5,9 @@ import pandas as pd
 
 from quantifind.certification.measures import MEASURES
 from stages import findings
-from stages.charts import Level, Series, frontier_chart, prediction_chart
+from stages.charts import SALTIRE, Level, Series, frontier_chart, prediction_chart
 from stages.evidence import Evidence
+from stages.mixtures import mixture
 
 # by the first word of a candidate's origin, those of matplotlib's markers in the palette
 SHAPES = {
@@ -33,24 +34,32 @@ def frontier(evidence: Evidence, size: str) -> str:
     words, kept = MEASURES[measure].words, evidence.kept
     candidates, uniform, ladder = (tables[n] for n in ("candidates", "bit_depths", "frontier"))
     candidates = candidates[candidates["examples"] == candidates["examples"].max()]
+    drawn = tables["random"]
 
     def said(table: pd.DataFrame, what: pd.Series, split: str) -> pd.Series:
         bits = table["mean_bits"].map("{:.4g} bits".format)
         found = table[measure] if measure in table else pd.Series(np.nan, table.index)
-        return what + ": " + bits + f", {words} " + found.map(findings.number) + f" on {split}"
+        text = what + ": " + bits + f", {words} " + found.map(findings.number) + f" on {split}"
+        # earlier runs did not leave them
+        held = "; tensors by bits: " + table["widths"].fillna("none") if "widths" in table else ""
+        return text + held
 
-    texts = said(ladder, ladder["validation_origin"], "test data") + _mixtures(tables["tensors"])
+    held = tables["tensors"].query("kind == 'tensors'").groupby("step")["bits"].agg(mixture)
+    ladder = ladder.assign(widths=held.reindex(ladder.index))
+    texts = said(ladder, ladder["validation_origin"], "test data")
     steps = _points(ladder, measure, texts)
     depths = uniform["bit_depth"].map("{:g} bits for all".format)
     judged_depths = _points(uniform, measure, said(uniform, depths, "test data"))
     tried = _points(
         candidates, measure, said(candidates, candidates["origin"], "validation data")
     ).drop(columns=["low", "high"])
+    blind = _points(drawn, measure, said(drawn, drawn["origin"] + " widths", "validation data"))
     marked = steps[steps.index == evidence.step].drop(columns=["low", "high"])
     colour = "var(--limit)" if kept else "var(--ink)"
     label = f"{evidence.best['mean_bits']:.3g} bits"
     series = [
         Series(tried, "var(--tried)", size=28),
+        Series(blind.drop(columns=["low", "high"]), "var(--random)", shape=SALTIRE, size=60),
         Series(judged_depths, "var(--uniform)", shape="square", joined=True),
         Series(steps, "var(--ink)", joined=True),
         *_certified_depth(evidence, judged_depths),
@@ -61,7 +70,7 @@ def frontier(evidence: Evidence, size: str) -> str:
     low = lowest - 0.35 * max(reach, lossless - lowest)
     high = limit + max(1.5 * reach, 0.3 * (limit - low), 0.002)
     levels = [
-        Level(lossless, "var(--float)", "float", dashed=True),
+        Level(lossless, "var(--float)", "float", dashed=True, below=reach < (high - low) / 12),
         Level(limit, "var(--limit)", f"limit {limit:g}"),
     ]
     return frontier_chart(series, levels, title=words, domain=(low, high), width=size)
@@ -73,18 +82,7 @@ def _certified_depth(evidence: Evidence, depths: pd.DataFrame) -> list[Series]:
     of_depth = evidence.tables["bit_depths"]["bit_depth"] == depth
     marked = depths[of_depth.reindex(depths.index)].drop(columns=["low", "high"])
     label = f"{depth} bits for all"
-    return [Series(marked, "var(--limit)", "square", 150, filled=False, label=label)]
-
-
-def _mixtures(tensors: pd.DataFrame) -> pd.Series:
-    """By step how many tensors have which bits."""
-    weights = tensors[tensors["kind"] == "tensors"]
-
-    def mixture(bits: pd.Series) -> str:
-        counts = bits.value_counts().sort_index()
-        return "; tensors by bits: " + ", ".join(f"{n} × {b:.3g}" for b, n in counts.items())
-
-    return weights.groupby("step")["bits"].agg(mixture)
+    return [Series(marked, "var(--limit)", "square", 150, filled=False, label=label, right=True)]
 
 
 def predicted(candidates: pd.DataFrame) -> pd.DataFrame:

@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 
 from quantifind.utils import palette
+from quantifind.utils.naming import short
 from stages import findings
-
-# loss increases as shares of the loss, between which the heat map's colours change
-SHARES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)
+from stages.alone import SHARES, cost_grid, guessed_cells, in_spans, labelled, left_out, near
 
 
 def strip(tensors: pd.DataFrame) -> dict[str, Any]:
@@ -36,44 +35,23 @@ def strip(tensors: pd.DataFrame) -> dict[str, Any]:
     return {"parts": parts, "key": key, "thin": sum(part["share"] < 0.002 for part in parts)}
 
 
-def sensitivity_grid(table: pd.DataFrame) -> pd.DataFrame:
-    """By label and width the least loss increase of all roundings, as a share of the float loss.
+def heat(sensitivity: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:
+    """Cells by tensor and width, of all roundings the least, the chosen width marked, and what was
+    predicted.
 
-    table: of `quantifind.mixed_precision.sensitivity.measure_sensitivity`.
+    sensitivity: as `stages.alone.cost_grid` takes it.
     """
-    label = table["name"].where(table["kind"] == "tensors", "input of " + table["name"])
-    table = table.assign(label=label, share=table["loss_increase"] / table["original_criterion"])
-    grid = table.pivot_table(
-        index="label", columns="bits", values="share", aggfunc="min", dropna=False
-    )
-    return grid.reindex(label.unique())
-
-
-def predicted_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """By label and width, whether the loss increase was predicted: no example measured it.
-
-    table: as `sensitivity_grid` takes it.
-    """
-    label = table["name"].where(table["kind"] == "tensors", "input of " + table["name"])
-    examples = table["examples"] if "examples" in table else pd.Series(1, table.index)
-    table = table.assign(label=label, examples=examples)
-    return table.pivot_table(index="label", columns="bits", values="examples", aggfunc="max") == 0
-
-
-def heat(grid: pd.DataFrame, tensors: pd.DataFrame, predicted: pd.DataFrame) -> dict[str, Any]:
-    """Cells by tensor and width, the chosen width marked, and those of `predicted_cells`."""
-    labels = tensors["name"].where(tensors["kind"] == "tensors", "input of " + tensors["name"])
-    # what costs nothing from here on, and was not chosen, is left out
-    matters = [b for b in grid if (grid[b] > SHARES[0]).any() or _near(tensors["bits"], b).any()]
-    wider = list(grid)[list(grid).index(matters[-1]) + 2 :] if matters else []
+    grid = cost_grid(sensitivity)
+    wider = left_out([grid], tensors["bits"])
     grid = grid.drop(columns=wider)
-    guesses = predicted.reindex(index=grid.index, columns=grid.columns, fill_value=False)
-    chosen = dict(zip(labels, tensors["bits"], strict=True))
+    guesses = guessed_cells(sensitivity, grid)
+    chosen = dict(zip(labelled(tensors), tensors["bits"], strict=True))
     rows: list[dict[str, Any]] = [
         {
-            "label": label,
+            # whole in the table of tensors: here it would make rows of many lines
+            "label": short(str(label)),
             "cells": [
-                _cell(share, bool(_near(chosen.get(str(label), np.nan), bits)))
+                _cell(share, bool(near(chosen.get(str(label), np.nan), bits)))
                 | {"guess": bool(guess)}
                 for (bits, share), guess in zip(shares.items(), guessed, strict=True)
             ],
@@ -83,16 +61,11 @@ def heat(grid: pd.DataFrame, tensors: pd.DataFrame, predicted: pd.DataFrame) -> 
     marked = sum(any(cell["chosen"] for cell in row["cells"]) for row in rows)
     return {
         "widths": [f"{b:.3g}" for b in grid],
-        "wider": [f"{b:g}" for b in wider],
+        "without": in_spans(wider),
         "rows": rows,
         "guesses": any(cell["guess"] for row in rows for cell in row["cells"]),
         "unmarked": len(rows) - marked,
     }
-
-
-def _near(bits: Any, width: Any) -> Any:
-    """Whether a code has this width; one of three levels has 1.585 bits, and 1.6 when packed."""
-    return abs(bits - width) < 0.05
 
 
 def _cell(share: float, chosen: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from stages.evidence import Evidence, read_evidence
 # what stands in the folder, by dvc's name for it
 WORKSPACE = "workspace"
 # tables that a comparison does not show, and runs of earlier versions did not leave
-UNUSED = ("changed",)
+UNUSED = ("changed", "random")
 
 
 def results(names: Iterable[str] = ()) -> dict[str, Evidence]:

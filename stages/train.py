@@ -15,6 +15,7 @@ from quantifind.storage.states import check_plain
 from quantifind.utils import plugins
 from quantifind.workflow.train_workflow import train_network, validate
 from stages import files, networks
+from stages.live import live
 from stages.networks import create_network
 from stages.params import Params
 from stages.weights import load_weights
@@ -44,11 +45,13 @@ def main(params: Params) -> None:
         if not math.isfinite(measured["val_loss"]):
             what = f"with weights {entry.weights} the loss on validation data is"
             raise ValueError(f"{named}: {what} {measured['val_loss']}")
+        with live(files.TRAINING, step="epoch") as log:
+            log(measured)
         write(made, entry.network, NO_EPOCH, measured)
         return
     if made.optimizer is None or entry.epochs is None:
         raise ValueError(f"{named} has no optimizer: it is trained, since no weights are given")
-    with files.resumable(params) as checkpoints:
+    with files.resumable(params) as checkpoints, live(files.TRAINING, step="epoch") as log:
         history = train_network(
             net,
             criterion,
@@ -59,6 +62,7 @@ def main(params: Params) -> None:
             decay=entry.decay,
             checkpoints=checkpoints,
             forward=made.forward,
+            told=log,
         )
         last = history.filter(like="val_").to_dict("records")[-1]
         write(made, entry.network, history, last)

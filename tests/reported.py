@@ -35,6 +35,7 @@ def leave(
     activations=(),
     origins=("allocated", "following 1 epochs", "trained 1 epochs"),
     shown=({},),
+    drawn=2,
 ):
     """Write all tables and facts into the folder as it is; the second step is certified.
 
@@ -103,7 +104,14 @@ def leave(
     history = pd.DataFrame({"epoch": [1], "train_loss": [1.0], "val_loss": [0.9]})
     errors = pd.DataFrame({"tensor": list(names), "bit_depth": 4, "values": values, "sqnr_db": 9.0})
     tables = {"frontier": frontier, "bit_depths": depths, "candidates": candidates}
-    tables |= {"tensors": pd.concat(steps), "sensitivity": alone, "changed": changed}
+    random = candidates.iloc[[0] * drawn].assign(origin="random", mean_bits=9.5)
+    random["widths"] = "1 × 3, 3 × 8"
+    tables |= {
+        "random": random,
+        "tensors": pd.concat(steps),
+        "sensitivity": alone,
+        "changed": changed,
+    }
     for name, table in (tables | {"history": history, "weight_error": errors}).items():
         files.write_table(files.PLOTS / f"{name}.csv", table)
     files.write_json(files.METRICS / "recommendation.json", answer)

@@ -133,6 +133,7 @@ def test_a_run_leaves_metrics_tables_and_pictures(project):
     assert left == {
         *("bit_depths.csv", "history.csv", "weight_error.csv"),
         *("candidates.csv", "frontier.csv", "sensitivity.csv", "tensors.csv", "report.html"),
+        *("random.csv", "training", "search"),
         *("criterion.png", "criterion_ratio.png", "signal_to_complexity.png"),
         *("history.png", "weight_sqnr.png"),
         *("costs.png", "frontier.png", "prediction.png", "sensitivity.png"),
@@ -198,8 +199,13 @@ def test_plots_of_two_models_share_each_chart(project):
     project.dvc("plots", "diff", "dense", "conv", "-o", str(page.parent))
     html = page.read_text(encoding="utf-8")
     charts = html.split("vegaEmbed('#")
-    assert len(charts) == 1 + 8
+    assert len(charts) == 1 + 9
     specs = html.split("var spec = ")[1:]
+    # what grows while a stage runs is kept, too
+    for name in ("training/plots/metrics/val_loss", "search/plots/metrics/mean_bits"):
+        curve = pd.read_csv(project.folder / f"plots/{name}.tsv", sep="\t")
+        assert curve["step"].is_monotonic_increasing
+        assert len(curve)
     for spec in specs:
         assert '"rev": "dense"' in spec
         assert '"rev": "conv"' in spec
@@ -383,6 +389,7 @@ def test_a_killed_training_is_resumed(project):
     assert 10 <= int(last.stem[-4:]) < 150
     left = [
         project.folder / "plots/history.csv",
+        project.folder / "plots/training/plots/metrics/val_loss.tsv",
         project.folder / "out/checkpoint/weights.safetensors",
     ]
     results = []

@@ -25,9 +25,9 @@ from quantifind.quantize import mean_bits, quantize
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils import palette
 from stages import files, findings
+from stages.alone import cost_grid
 from stages.comparison import certified_bits, comparison
 from stages.evidence import FACTS, TABLES, read_evidence
-from stages.report_tensors import sensitivity_grid
 from stages.tensors import tensor_table
 
 VOID = {"meta", "link", "input", "br", "img"}
@@ -118,7 +118,7 @@ def test_report_is_well_formed(case):
     labels = {a[key] for _, a in found.tags for key in ("aria-labelledby",) if key in a}
     assert labels <= ids.keys()
     headings = [tag for tag, _ in found.tags if re.fullmatch("h[1-6]", tag)]
-    assert headings == ["h1"] + ["h2"] * 8
+    assert headings == ["h1"] + ["h2"] * 7 + ["h3", "h2"]
 
 
 def test_names_are_escaped():
@@ -137,8 +137,11 @@ def test_names_are_escaped():
         ("nothing measured alone", "plots/sensitivity.csv has no rows"),
         ("usual", "needs 4.250 bits per parameter, 7.5 times fewer than float32: with 97.5%"),
         ("usual", "Mixed widths need 4.25 bits where one width for all needs 8: 1.9 times fewer"),
+        ("usual", "Of 2 networks with random widths"),
+        ("usual", "Calibrated ratio: the mean loss of the quantized network over"),
+        ("usual", "1.005 6.500 8 1.01 4.250 8 1.02 4.250 8"),
         ("usual", "Of 1,000 answers 3 became wrong and 2 became right"),
-        ("pictures and texts", "right to wrong answer 3 → 5, truth 3 loss 0.1 → 0.4, example 7"),
+        ("pictures and texts", "right to wrong answer 3 → 5, truth 3 loss 0.1 → 0.4 example 7"),
         ("pictures and texts", "wrong to right answer 5 → 3, truth 3"),
         ("no examples", "plots/changed.csv has no rows"),
         ("usual", "within a factor of 1.2 for half of 2 candidates"),
@@ -147,6 +150,15 @@ def test_names_are_escaped():
 def test_report_says_what_there_is(case, words):
     leave(**CASES[case])
     assert words in re.sub(r"\s+", " ", " ".join(Page(page()).words))
+
+
+def test_marks_say_their_strategy():
+    leave()
+    marks = [a.get("aria-label", "") for _, a in Page(page()).tags]
+    random = [one for one in marks if one.startswith("random widths: 9.5 bits")]
+    assert random
+    assert all(one.endswith("on validation data; tensors by bits: 1 × 3, 3 × 8") for one in random)
+    assert any(one.startswith("following 1 epochs: 4.25 bits") and " × " in one for one in marks)
 
 
 def test_a_budget_is_said():
@@ -189,7 +201,7 @@ def test_names_that_look_like_numbers_come_back():
     leave(names=names)
     evidence = read_evidence()
     assert evidence.tensors["name"].tolist() == names
-    assert list(sensitivity_grid(evidence.tables["sensitivity"]).index) == names
+    assert list(cost_grid(evidence.tables["sensitivity"]).index) == names
 
 
 @given(
@@ -237,7 +249,9 @@ BLIND = {
 }  # fmt: skip
 PICTURES = {
     "limits": palette.LIMITS,
-    "frontier": (palette.UNIFORM, palette.FOUND, palette.FLOAT, palette.LIMITS[0]),
+    "frontier": (
+        *(palette.UNIFORM, palette.FOUND, palette.FLOAT, palette.LIMITS[0], palette.RANDOM),
+    ),
     "history": (palette.TRAIN, palette.UNIFORM),
     "prediction": (*(colour for colour, _ in palette.ORIGINS.values()), palette.FOUND),
 }

@@ -26,6 +26,7 @@ from stages.figures import (
     visualize_prediction,
 )
 from stages.figures_alone import visualize_sensitivity
+from stages.report_tensors import heat
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +302,43 @@ def test_sensitivity_of_forty_tensors_stays_readable():
     assert min(label.x0 for label in labels) >= 0
 
 
+def test_names_of_120_characters_leave_room_for_the_picture():
+    name = "deep." * 23
+    table = alone(tensors=3)
+    table["name"] = name + table["name"]
+    tensors = pd.DataFrame({"kind": "tensors", "name": table["name"].unique(), "bits": 8.0})
+    tensors["becomes"] = "8 bits, one scale, nearest"
+    errors = pd.DataFrame({"tensor": table["name"].unique(), "bit_depth": 4, "values": 9})
+    drawn_of = [visualize_sensitivity(table, limits=[1.01], tensors=tensors)]
+    drawn_of.append(visualize_weight_error(errors.assign(sqnr_db=9.0)))
+    for figure in drawn_of:
+        figure.canvas.draw()
+        assert figure.axes[0].get_position().width > 0.25
+        texts = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        assert all(len(text) <= 40 for text in texts)
+        assert len(set(texts)) == len(texts)
+    assert "what the answer takes" in [t.get_text() for t in drawn_of[0].legends[0].get_texts()]
+
+
+def test_a_picture_of_no_sensitivity_says_so():
+    figure = visualize_sensitivity(alone().iloc[:0], name="toy")
+    assert figure.texts[0].get_text() == "no tensor was measured alone"
+
+
+def test_every_width_that_a_tensor_has_is_shown():
+    """What costs nothing beside them has no column."""
+    extra = [alone().query("rounding == 'nearest' and bits == 8").assign(bits=b) for b in (10, 12)]
+    table = pd.concat([alone(), *extra, extra[0].assign(bits=16)]).astype({"bits": float})
+    table.loc[table["bits"] >= 10, "loss_increase"] = 0.0
+    tensors = pd.DataFrame({"kind": "tensors", "name": table["name"].unique(), "bits": 16.0})
+    tensors["becomes"] = "16 bits, one scale, nearest"
+    figure = visualize_sensitivity(table, limits=[1.01], tensors=tensors)
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert ticks == ["2", "4", "8", "10", "16"]
+    assert heat(table, tensors)["widths"] == ticks
+    assert heat(table, tensors)["unmarked"] == 0
+
+
 def test_sensitivity_tells_what_was_predicted_and_leaves_out_what_costs_nothing():
     extra = [alone().query("rounding == 'nearest' and bits == 8").assign(bits=b) for b in (12, 16)]
     table = pd.concat([alone(), *extra]).astype({"bits": float})
@@ -309,7 +347,7 @@ def test_sensitivity_tells_what_was_predicted_and_leaves_out_what_costs_nothing(
     figure = visualize_sensitivity(table, limits=[1.01])
     nearest, gptq = figure.axes[:2]
     assert [text.get_text() for text in nearest.get_xticklabels()] == ["2", "4", "8", "12"]
-    assert nearest.get_xlabel() == "bits (up to 16: as the widest shown)"
+    assert nearest.get_xlabel() == "bits (without 16, which cost nothing)"
     assert {(p.get_x(), p.get_y()) for p in nearest.patches} == {(0.5, -0.5), (0.5, 0.5)}
     assert {(p.get_x(), p.get_y()) for p in gptq.patches} == {(0.5, -0.5)}
     assert "predicted, not measured" in [t.get_text() for t in figure.legends[0].get_texts()]
@@ -399,7 +437,8 @@ def test_a_panel_for_each_cost():
     costs = plugins.names("costs")
     table = candidates().assign(**{cost: [5.0, 4.0, 3.0, 2.0, 1.0] for cost in costs})
     figure = visualize_costs(table, costs, name="toy")
-    assert [axes.get_xlabel() for axes in figure.axes] == [c.replace("_", " ") for c in costs]
+    labels = {"bit operations", "energy (picojoules)", "model (bytes)"}
+    assert {axes.get_xlabel() for axes in figure.axes} == labels
     whole = table[table["examples"] == table["examples"].max()]
     for axes in figure.axes:
         assert drawn(axes, "chosen").get_xdata() == whole.loc[whole["chosen"], costs[0]].tolist()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ RACE = (0.125, 0.25, 0.5, 1.0)
 # still exceed the limit
 FUTILE = 0.95
 Row = dict[str, Any]
+# takes passes, and of the best so far mean bits and what it loses, by name
+Told = Callable[[dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,22 @@ class Candidates:
     rows: by key, those to choose among.
     assignments: by `choices_key`, of allocated candidates.
     control: of those that were trained further.
+    told: gets how the search stands, after each.
     """
 
     def __init__(
-        self, measurements: Measurements, allocation: Allocation, confidence: float
+        self,
+        measurements: Measurements,
+        allocation: Allocation,
+        confidence: float,
+        told: Told | None = None,
     ) -> None:
         self.measurements, self.allocation = measurements, allocation
         self.goal, self.confidence = allocation.goal, confidence
         self.rows: dict[str, Row] = {}
         self.assignments: dict[str, Assignment] = {}
         self.control: Control | None = None
+        self.told = told
         self._best_losses: np.ndarray | None = None
 
     def reallocate(self, sensitivity: Sensitivity) -> None:
@@ -97,11 +105,14 @@ class Candidates:
             self.keep(row)
         return [self.rows[trial.key] for trial in trials]
 
-    def measured(self, trials: Sequence[Trial]) -> list[Row]:
-        """Their rows: of each from as many examples as it takes to give it up, else all."""
+    def measured(self, trials: Sequence[Trial], race: Sequence[float] = RACE) -> list[Row]:
+        """Their rows: of each from as many examples as it takes to give it up, else all.
+
+        race: shares of the examples after each of which one may be given up.
+        """
         everything, going_on = self.measurements.examples, dict.fromkeys(range(len(trials)))
         found: dict[int, Columns] = {}
-        for share in RACE:
+        for share in race:
             quantized = {trials[i].key: trials[i].quantized for i in going_on}
             measured = self.measurements.all_columns(quantized, math.ceil(share * everything))
             for i in list(going_on):
@@ -153,6 +164,11 @@ class Candidates:
         self.rows[row["key"]] = row
         if self.goal.limit is None and self.is_best(row):
             self._best_losses = self.columns(row)["loss"]
+        best = None if self.told is None else self.best()
+        if self.told is not None and best is not None:
+            measure = self.goal.measure
+            facts = {"mean_bits": best["mean_bits"], measure: best[measure]}
+            self.told({"passes": self.measurements.passes.taken} | facts)
 
     def columns(self, row: Row) -> Columns:
         """Of all examples."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -11,6 +11,7 @@ from quantifind.certification.goal import Goal, ladder
 from quantifind.certification.measures import MEASURES, examples_needed
 from quantifind.mixed_precision.candidates import Candidates, Row
 from quantifind.mixed_precision.passes import Passes
+from quantifind.mixed_precision.random_allocations import random_allocations
 from quantifind.mixed_precision.shown import in_html, in_lines
 from quantifind.runtime.control import Control
 from quantifind.strategy import Strategy
@@ -42,6 +43,7 @@ class Found:
         validation data; None where there are none.
     control: float weights that had the training of the codes that learned from labels; None where
         none did.
+    random: rows as the candidates', of `quantifind.mixed_precision.random_allocations`.
     """
 
     strategy: Strategy
@@ -55,6 +57,7 @@ class Found:
     forward: Forward | None = None
     temperature: float | None = None
     control: Control | None = None
+    random: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __iter__(self) -> Iterator[Any]:
         """What most ask for: ``quantized, candidates = find_strategy(…)``."""
@@ -94,14 +97,23 @@ class Found:
 
 
 def found_by(
-    candidates: Candidates, sensitivity: pd.DataFrame, criterion: Any, forward: Forward | None
+    candidates: Candidates,
+    sensitivity: pd.DataFrame,
+    criterion: Any,
+    forward: Forward | None,
+    drawn: tuple[int, int] = (0, 0),
 ) -> Found:
     """The answer that candidates give; what it has cost is said.
 
+    drawn: how many allocations at random are measured beside it, and the seed of the draws.
     Raises: ValueError naming the nearest, where none keeps the goal.
     """
     best, rows = chosen(candidates)
     passes, gain = candidates.measurements.passes, candidates.measurements.original.gain
+    (count, seed), random = drawn, rows.iloc[:0]
+    if count and not passes.out_of_time and "interrupted" not in passes.left_out:
+        with passes.of("random", math.inf):
+            random = random_allocations(candidates, best["mean_bits"], count, seed=seed)
     console.print(f"{passes}", markup=False, highlight=False)
     return Found(
         best["strategy"],
@@ -115,6 +127,7 @@ def found_by(
         forward,
         None if gain is None else 1 / gain,
         candidates.control,
+        random,
     )
 
 

@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantifind.certification.measures import MEASURES
+from quantifind.utils.naming import short
 from quantifind.utils.palette import FOUND, LIMITS, UNIFORM, ink_on, of_width
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def shares(found: "Found") -> list[Share]:
 def in_lines(found: "Found") -> str:
     """For a terminal: the sentence, a bar for each tensor, and what the search has cost."""
     every = shares(found)
-    names = [_short(one.name, 40) for one in every[:LISTED]]
+    names = [short(one.name) for one in every[:LISTED]]
     wide = max(map(len, names), default=0)
     most = max((one.bits for one in every), default=1)
     lines = [
@@ -90,11 +91,6 @@ def in_html(found: "Found") -> str:
 
 def _width(bits: float) -> str:
     return f"{bits:.3g} {'bit' if bits == 1 else 'bits'}"
-
-
-def _short(name: str, most: int) -> str:
-    """A name of at most so many characters: its end tells it from others."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _strip(every: Sequence[Share]) -> str:

@@ -25,3 +25,12 @@ def first_line(error: BaseException) -> str:
     'no kernel'
     """
     return str(error).strip().partition("\n")[0]
+
+
+def short(name: str, most: int = 40) -> str:
+    """A name of at most so many characters: its end tells it from others.
+
+    >>> short("encoder.layers.11.attention.weight", 20)
+    '…11.attention.weight'
+    """
+    return name if len(name) <= most else f"…{name[1 - most :]}"

@@ -22,6 +22,8 @@ ORIGINS = {
 }
 # by place of a network on a page of several, on light and on dark
 NETWORKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# allocations that nobody chose
+RANDOM = "#882255"
 # what no limit and no network has: candidates beside those that count
 TRIED = "#8a909c"
 NOT_TRIED = "#d9d9d9"

@@ -43,6 +43,7 @@ def train_network(
     decay: bool = False,
     checkpoints: Path | str | None = None,
     forward: Forward | None = None,
+    told: Callable[[dict[str, float]], None] | None = None,
 ) -> pd.DataFrame:
     """Train ``net`` in place, on the device it is on, and leave it in eval mode.
 
@@ -57,6 +58,7 @@ def train_network(
     checkpoints: a folder; the state after the last whole epoch is kept there, and a call that
         finds one goes on from it, with the same random numbers, to the same result.
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
+    told: gets each row of what is returned, as soon as it is known.
     Returns: a row per epoch: ``epoch``, ``train_loss`` (over the epoch, while the weights change),
     ``val_loss`` and, for a classifier, ``val_accuracy``; losses are means over examples.
     Raises: ValueError for epochs below 1, a loader without batches, checkpoints that are not this
@@ -83,6 +85,7 @@ def train_network(
         schedule = LambdaLR(optimizer, lambda batch: 1 - batch / batches, last_epoch=done - 1)
     with progress("training", total=batches) as step:
         step(steps=len(history) * length)
+        _tell(told, history)
         for epoch in range(len(history) + 1, epochs + 1):
             row: dict[str, float] = {"epoch": epoch}
             with pooling_first(net):
@@ -100,6 +103,7 @@ def train_network(
             row |= validate(net, criterion, val_loader, forward)
             _check_finite(row["val_loss"], f"after epoch {epoch}, on validation data")
             history.append(row)
+            _tell(told, [row])
             if checkpoints is not None:
                 extra = {"history": history, "random_state": random_state(train_loader)}
                 replace_checkpoint(checkpoints, _state(net, optimizer, extra))
@@ -108,6 +112,12 @@ def train_network(
             group["lr"] = group["initial_lr"]
     net.eval()
     return pd.DataFrame(history)
+
+
+def _tell(told: Callable[[dict[str, float]], None] | None, rows: list[dict[str, float]]) -> None:
+    if told is not None:
+        for row in rows:
+            told(row)
 
 
 def validate(

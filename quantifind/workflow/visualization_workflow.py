@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from quantifind.certification.certificate import certified_depth
+from quantifind.utils.naming import short
 from quantifind.utils.palette import (
     FLOAT,
     LIMITS,
@@ -121,7 +122,7 @@ def visualize_weight_error(
         look: Any = {"color": of_width(bits), "mec": FLOAT, "label": f"{bits} bits"}
         axes.plot(rows["sqnr_db"], places, "o", ms=8, mew=0.6, **look)
     axes.set(xlabel="signal-to-quantization-noise ratio (dB)", ylim=(len(tensors) - 0.5, -0.5))
-    axes.set_yticks(range(len(tensors)), tensors, fontsize=9)
+    axes.set_yticks(range(len(tensors)), list(map(short, tensors)), fontsize=9)
     axes.grid(alpha=0.3)
     if shown:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

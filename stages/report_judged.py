@@ -1,0 +1,115 @@
+"""What the report says of how the answer was judged, and of what other limits would have given."""
+
+from typing import Any
+
+from quantifind.certification.goal import steps_that_keep
+from quantifind.certification.measures import MEASURES
+from stages import findings
+from stages.evidence import Evidence
+from stages.params import Params
+
+# by measure what it is; the formulas are in docs/grids.md
+MEANING = {
+    "calibrated_ratio": "the mean loss of the quantized network over that of the float network, "
+    "the outputs of each divided by a temperature that fits them to validation data, so that "
+    "softer outputs buy nothing",
+    "criterion_ratio": "the mean loss of the quantized network over that of the float network",
+    "accuracy_drop": "the accuracy of the float network less that of the quantized one: 0.01 is "
+    "one point",
+    "flips": "the share of examples to which the two networks give different answers",
+    "fidelity": "the mean divergence of the quantized network's outputs from the float network's, "
+    "over the float network's loss",
+    "relative_error": "the root of the mean square of what outputs are off, over that of the float "
+    "network's outputs",
+}
+# other limits, as multiples of what the asked one allows to be lost
+TIMES = (0.1, 0.5, 1, 2, 5, 10)
+
+
+def meaning(evidence: Evidence) -> str:
+    """What the limits are of, in sentences."""
+    return " ".join(
+        f"{MEASURES[name].words.capitalize()}: {MEANING[name]}." for name in evidence.limits
+    )
+
+
+def judged(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
+    """How the answer was judged, by what."""
+    best, found = evidence.best, evidence.answer
+    row = evidence.tables["frontier"].iloc[evidence.step]
+    look, alone = found["look"], found["certified_alone"]
+    data, steps = params.entry.data, len(evidence.tables["frontier"])
+    facts = [
+        ("limits", findings.limits_in_words(evidence.limits)),
+        ("against", f"the float network that was quantized: {_did(row, 'original_')}"),
+        ("this network", _did(row, "")),
+        ("chosen on", f"{findings.number(row.get('validation_examples'))} validation examples"),
+        ("judged on", f"{findings.number(best['examples'])} test examples, which chose nothing"),
+        ("data", f"{data}, split into training, validation and test examples"),
+        (
+            "look",
+            f"number {look['k']}: so many ladders were judged on these test examples. This one may "
+            f"err in {findings.percent(look['level'])}, all of them together in "
+            f"{findings.percent(1 - found['confidence'])}",
+        ),
+        *(
+            (
+                MEASURES[name].words,
+                f"{findings.interval(m['value'], m['low'], m['high'])} on test data, "
+                f"{findings.number(m['on_validation'])} on validation data"
+                + (f"; bound {findings.number(m['look_bound'])}" if "look_bound" in m else ""),
+            )
+            for name, m in best["measures"].items()
+        ),
+        (
+            "were it the only look",
+            "nothing would be certified"
+            if alone is None
+            else f"{alone['mean_bits']:.3f} bits would be certified",
+        ),
+        (
+            "certificate",
+            f"steps 1 to {evidence.kept} of the ladder's {steps}, "
+            "walked from most bytes to fewest until a bound is above its limit"
+            if evidence.kept
+            else "none: the first step of the ladder has a bound above its limit",
+        ),
+    ]
+    for cost, most in (found.get("budget") or {}).items():
+        words = f"the least loss with {cost.replace('_', ' ')} ≤ {most:g}"
+        facts.insert(0, ("searched for", words))
+    return facts
+
+
+def _did(row: Any, which: str) -> str:
+    """The loss and the accuracy of one of the two networks on test data."""
+    said = [f"loss {findings.number(row.get(f'{which}criterion'))}"]
+    if findings.is_number(row.get(f"{which}accuracy")):
+        said.append(f"accuracy {findings.percent(row[f'{which}accuracy'], 4)}")
+    return f"{' and '.join(said)} on test data"
+
+
+def other_limits(evidence: Evidence) -> dict[str, Any]:
+    """What this ladder, and one width for all, would have given for other limits of the first
+    measure, each as if it had been asked for."""
+    measure, asked = evidence.measure, evidence.limits
+    lossless = MEASURES[measure].lossless
+    ladder, uniform = evidence.tables["frontier"], evidence.tables["bit_depths"]
+    uniform = uniform.sort_values("bit_depth", ascending=False)
+    rows = []
+    for times in TIMES:
+        limits = {**asked, measure: lossless + times * (asked[measure] - lossless)}
+        kept = steps_that_keep(ladder, limits, "look_bound")
+        depths = 0
+        if all(f"{name}_bound" in uniform for name in limits):
+            depths = steps_that_keep(uniform, limits)
+        rows.append(
+            {
+                "limit": f"{limits[measure]:.4g}",
+                "asked": times == 1,
+                "bits": f"{ladder['mean_bits'].iloc[kept - 1]:.3f}" if kept else "none",
+                "depth": f"{uniform['bit_depth'].iloc[depths - 1]:g}" if depths else "none",
+            }
+        )
+    beside = {name: limit for name, limit in asked.items() if name != measure}
+    return {"rows": rows, "beside": findings.limits_in_words(beside) if beside else ""}
