@@ -3,12 +3,13 @@
     pip install -e '.[onnx,strangers]'
     python -m benchmarks.artifacts [--network NAME] [--untrained]
 
-What is measured is what becomes of an answer, so the answers are cheap ones: those of `SEARCHED`
-are searched briefly at CR ≤ 1.01, the others have 4 bits in every tensor, a scale per channel, and
-nothing about them is certified. Networks are trained as the pipeline, or benchmarks/strangers.py,
-has them; with --untrained those that would be trained keep the weights that they begin with, since
-sizes don't depend on these. Writes benchmarks/results/artifacts.csv, and the tables of
-docs/format.md. Columns:
+What is measured is what becomes of an answer, so most answers are cheap ones: those of `SEARCHED`
+are searched briefly at CR ≤ 1.01, the others are `mixed`, and nothing about these is certified.
+That of `LEARNED` is searched with an epoch of learning from labels, certified on test data, and
+written packed and coded. Networks are trained as the pipeline, or benchmarks/strangers.py, has them;
+with --untrained those that would be trained keep the weights that they begin with, since sizes
+don't depend on these. Writes benchmarks/results/artifacts.csv, the tables of docs/format.md, and a
+line of README.md. Columns:
 
 - answer, bits: how it was found; per parameter;
 - promised, file, header: bytes of ``model_bytes``, of the file, and of its header;
@@ -26,6 +27,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,17 +40,21 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import grids, stranger_networks
 from quantifind import (
+    Choice,
+    Strategy,
+    certify,
     compressed,
     export,
     find_strategy,
     load,
     quantize_model,
     save,
-    uniform_strategy,
 )
 from quantifind.costs import model_bytes
+from quantifind.network.modules import named_tensors
 from quantifind.quantize import mean_bits, quantize
 from quantifind.storage.network_reader import NetworkFile
+from quantifind.tensor.parts import quantizable
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import batches_of, tensors_of
 from stages.exports import example_of
@@ -58,8 +64,34 @@ from stages.params import read_params
 RESULTS = grids.ROOT / "benchmarks/results/artifacts.csv"
 MARKERS = grids.markers("python -m benchmarks.artifacts")
 SEARCHED = ("dense_mnist", "conv_mnist", "simple_dense")
+LEARNED = "conv_mnist"
 NETWORKS = (*grids.NETWORKS, *stranger_networks.STRANGERS)
-LIMIT, EFFORT, BITS, EXAMPLES = 1.01, 20, 4, 4
+LIMIT, EFFORT, EXAMPLES = 1.01, 20, 4
+# of weights, in turn
+MIXED: tuple[dict[str, Any], ...] = (
+    {"bits": 4, "axis": 0},
+    {"bits": 8, "axis": 0},
+    {"bits": 2, "axis": 0},
+    {"bits": 3, "axis": 0, "group": 32},
+    {"scheme": "codebook", "bits": 4},
+    {"bits": 5, "axis": 0, "zero_point": True},
+    {"levels": 3, "axis": 0},
+    {"scheme": "minifloat", "bits": 4, "axis": 0, "scale_dtype": "power_of_two"},
+    {"bits": 4, "axis": 0, "storage": "coded"},
+    {"bits": 12, "axis": 0},
+)
+
+
+def mixed(net: nn.Module) -> Strategy:
+    """Weights by each of `MIXED` in turn, without a group where rows are shorter; vectors in float."""
+    named, choices = named_tensors(net), {}
+    weights = [name for name, tensor in named.items() if tensor.dim() > 1 and quantizable(tensor)]
+    for number, name in enumerate(weights):
+        choice = {"scheme": "uniform", **MIXED[number % len(MIXED)]}
+        if named[name][0].numel() < choice.get("group", 0):
+            choice.pop("group")
+        choices[name] = Choice.of(choice)
+    return Strategy({name: choices.get(name) for name in named})
 
 
 @torch.no_grad()
@@ -143,8 +175,8 @@ def pt2_outputs(path: Path, example: Any) -> list[Tensor]:
     return outputs(torch.export.load(path).module(), example)
 
 
-def measure(name: str, *, untrained: bool) -> dict[str, Any]:
-    """A row of the table."""
+def measure(name: str, *, untrained: bool) -> pd.DataFrame:
+    """The rows of a network, one for each of its answers."""
     begun: list[str] = []
     if name in stranger_networks.STRANGERS:
         _, make = stranger_networks.STRANGERS[name]
@@ -174,17 +206,41 @@ def measure(name: str, *, untrained: bool) -> dict[str, Any]:
     net.eval()
     batch = next(batches_of(test, net, criterion, forward))
     example = example_of(net, batch[:EXAMPLES] if batch.apart else batch)
+    notes = ["weights as they begin"] * len(begun)
+    answers: dict[str, Quantized] = {}
     if name in SEARCHED and not begun:
         found = find_strategy(net, *rest, criterion, limit=LIMIT, effort=EFFORT)
-        answer, quantized = f"searched, CR ≤ {LIMIT}", found.quantized
+        answers[f"searched, CR ≤ {LIMIT}"] = found.quantized
     else:
-        answer = f"{BITS} bits"
-        quantized = quantize(net, uniform_strategy(net, BITS, axis=0))
-    row = artifacts(net, quantized, example)
-    notes = [*["weights as they begin"] * len(begun), row.get("note")]
-    row["note"] = "; ".join(filter(None, notes)) or None
-    facts = {"network": name, "answer": answer, "bits": mean_bits(net, quantized)}
-    return {**facts, **row}
+        answers["mixed"] = quantize(net, mixed(net))
+    if name == LEARNED and not begun:
+        answers |= learned(net, rest, test, criterion)
+    rows = []
+    for answer, quantized in answers.items():
+        print(f"{name}, {answer} …", flush=True)
+        row = artifacts(net, quantized, example)
+        row["note"] = "; ".join(filter(None, [*notes, row.get("note")])) or None
+        facts = {"network": name, "answer": answer, "bits": mean_bits(net, quantized)}
+        rows.append({**facts, **row})
+    return pd.DataFrame(rows)
+
+
+def learned(net: nn.Module, splits: list[Any], test: Any, criterion: Any) -> dict[str, Quantized]:
+    """What an epoch of learning finds, by how its codes are stored; judged on test data.
+
+    Raises: ValueError where that doesn't certify it.
+    """
+    found = find_strategy(net, *splits, criterion, limit=LIMIT, effort=EFFORT, learn=1, labels=True)
+    certificate = certify(net, found, test)
+    print(certificate, flush=True)
+    quantized = certificate.quantized
+    if quantized is None:
+        raise ValueError(f"{LEARNED}: nothing that was learned is certified at CR ≤ {LIMIT}")
+    coded = {name: replace(t, storage="coded") for name, t in quantized.tensors.items()}
+    return {
+        "learned, certified": quantized,
+        "learned, certified, coded": replace(quantized, tensors=coded),
+    }
 
 
 def markdown(results: pd.DataFrame) -> str:
@@ -248,11 +304,10 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     for name in [chosen.network] if chosen.network else NETWORKS:
-        print(f"{name} …", flush=True)
-        row = measure(name, untrained=chosen.untrained)
-        results = write_rows(RESULTS, pd.DataFrame([row]), name)
+        rows = measure(name, untrained=chosen.untrained)
+        results = write_rows(RESULTS, rows, name)
         grids.write_table(MARKERS, markdown(results))
-        print(pd.Series(row).to_string(), flush=True)
+        print(rows.T.to_string(), flush=True)
 
 
 if __name__ == "__main__":
