@@ -13,6 +13,7 @@ from quantifind.network.modules import named_tensors
 from quantifind.network.trace import ProductFacts, activation_names, gptq_weights, output_axes
 from quantifind.tensor.choice import ActivationChoice, Choice
 from quantifind.tensor.parts import quantizable
+from quantifind.utils.arguments import check
 from quantifind.utils.naming import naming
 
 # bits tried, and those of a search to which the first are too few
@@ -53,6 +54,8 @@ class SearchSpace:
     activations: Mapping[str, Sequence[ActivationChoice]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for kind, given in (("tensors", self.tensors), ("activations", self.activations)):
+            check(isinstance(given, Mapping), kind, given, "a dict of choices by name is needed")
         if not self.tensors:
             raise ValueError("no tensor of the network has a choice: the search space needs some")
         for kind, make in (("tensors", Choice), ("activations", ActivationChoice)):
