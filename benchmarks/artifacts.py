@@ -6,10 +6,10 @@
 What is measured is what becomes of an answer, so most answers are cheap ones: those of `SEARCHED`
 are searched briefly at CR ≤ 1.01, the others are `mixed`, and nothing about these is certified.
 That of `LEARNED` is searched with an epoch of learning from labels, certified on test data, and
-written packed and coded. Networks are trained as the pipeline, or benchmarks/strangers.py, has them;
-with --untrained those that would be trained keep the weights that they begin with, since sizes
-don't depend on these. Writes benchmarks/results/artifacts.csv, the tables of docs/format.md, and a
-line of README.md. Columns:
+written packed and coded. Networks are trained as the pipeline, or benchmarks/strangers.py, has
+them; with --untrained those that would be trained keep the weights that they begin with, since
+sizes don't depend on these. Writes benchmarks/results/artifacts.csv, the tables of docs/format.md,
+and a line of README.md. Columns:
 
 - answer, bits: how it was found; per parameter;
 - promised, file, header: bytes of ``model_bytes``, of the file, and of its header;
@@ -24,6 +24,7 @@ line of README.md. Columns:
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -63,8 +64,10 @@ from stages.params import read_params
 
 RESULTS = grids.ROOT / "benchmarks/results/artifacts.csv"
 MARKERS = grids.markers("python -m benchmarks.artifacts")
+# of README.md, within one line
+LINE = re.compile(r"(?<=<!-- python -m benchmarks.artifacts -->).+?(?=<!-- end -->)")
 SEARCHED = ("dense_mnist", "conv_mnist", "simple_dense")
-LEARNED = "conv_mnist"
+LEARNED, CERTIFIED = "conv_mnist", "learned, certified"
 NETWORKS = (*grids.NETWORKS, *stranger_networks.STRANGERS)
 LIMIT, EFFORT, EXAMPLES = 1.01, 20, 4
 # of weights, in turn
@@ -83,7 +86,7 @@ MIXED: tuple[dict[str, Any], ...] = (
 
 
 def mixed(net: nn.Module) -> Strategy:
-    """Weights by each of `MIXED` in turn, without a group where rows are shorter; vectors in float."""
+    """Weights by each of `MIXED` in turn, in no groups where rows are shorter; vectors in float."""
     named, choices = named_tensors(net), {}
     weights = [name for name, tensor in named.items() if tensor.dim() > 1 and quantizable(tensor)]
     for number, name in enumerate(weights):
@@ -238,8 +241,8 @@ def learned(net: nn.Module, splits: list[Any], test: Any, criterion: Any) -> dic
         raise ValueError(f"{LEARNED}: nothing that was learned is certified at CR ≤ {LIMIT}")
     coded = {name: replace(t, storage="coded") for name, t in quantized.tensors.items()}
     return {
-        "learned, certified": quantized,
-        "learned, certified, coded": replace(quantized, tensors=coded),
+        CERTIFIED: quantized,
+        f"{CERTIFIED}, coded": replace(quantized, tensors=coded),
     }
 
 
@@ -247,8 +250,8 @@ def markdown(results: pd.DataFrame) -> str:
     """The table, a line per network."""
     lines = [
         "| network | answer | bits | promised | file | smaller | in memory | ONNX | .pt2 "
-        "| ms to load | largest difference: loaded, compressed, ONNX, .pt2 |",
-        "|---" * 11 + "|",
+        "| ms to load | largest output | largest difference: loaded, compressed, ONNX, .pt2 |",
+        "|---" * 12 + "|",
     ]
     for row in results.to_dict("records"):
         sizes = [
@@ -262,11 +265,32 @@ def markdown(results: pd.DataFrame) -> str:
         ]
         cells = [row["network"], row["answer"], f"{row['bits']:.3f}", promised, file]
         cells += [f"{row['float32'] / row['file']:.1f} times", memory, *others]
-        cells += [f"{1e3 * row['seconds']:.0f}", ", ".join(differences)]
+        largest = "–" if pd.isna(row["largest"]) else f"{row['largest']:.3g}"
+        cells += [f"{1e3 * row['seconds']:.0f}", largest, ", ".join(differences)]
         lines.append(f"| {' | '.join(cells)} |")
     noted = results[results["note"].notna()]
-    notes = [f"- {row['network']}: {row['note']}" for row in noted.to_dict("records")]
+    notes = [
+        f"- {row['network']}, {row['answer']}: {row['note']}" for row in noted.to_dict("records")
+    ]
     return "\n".join([*lines, *_kinds(results), *([""] if notes else []), *notes]) + "\n"
+
+
+def line(results: pd.DataFrame) -> str:
+    """What README.md says of all of it."""
+    own = results[results["network"] == LEARNED].sort_values("file").iloc[0]
+    times = own["float32"] / own["file"]
+    exact = results[results[["loaded", "compressed"]].eq(0).all(axis=1)]["network"].nunique()
+    counts = []
+    for kind in ("onnx", "pt2"):
+        ran = results[results[f"by_{kind}"].notna()]
+        off = ran[f"by_{kind}"].max()
+        counts.append(f"{ran['network'].nunique()} (at most {off:.0e} off)")
+    return (
+        f"[Take it with you](docs/format.md): {LEARNED}, {own['answer']}, is a file of "
+        f"{own['file']:,} bytes, {times:.1f} times smaller than in float32; of "
+        f"{results['network'].nunique()} networks {exact} load bit for bit, {counts[0]} run in "
+        f"onnxruntime, {counts[1]} by `torch.export`."
+    )
 
 
 def _kinds(results: pd.DataFrame) -> list[str]:
@@ -307,6 +331,7 @@ def main() -> None:
         rows = measure(name, untrained=chosen.untrained)
         results = write_rows(RESULTS, rows, name)
         grids.write_table(MARKERS, markdown(results))
+        grids.write_table(LINE, line(results))
         print(rows.T.to_string(), flush=True)
 
 
