@@ -122,13 +122,10 @@ def test_what_cannot_be_written_leaves_the_old_file_whole(kind, folder):
             export(NET, CODES, path, X)
 
     (folder / f"folder.{kind}").mkdir(exist_ok=True)
-    for size, path in [
-        *((size, f"net.{kind}") for size in (0, 1, 200)),
-        (2**30, f"missing/net.{kind}"),
-        (2**30, f"net.{kind}/net.{kind}"),
-        (2**30, f"folder.{kind}"),
-        (2**30, f"/proc/net.{kind}"),
-    ]:
+    cases = [(200, f"net.{kind}"), (2**30, f"missing/net.{kind}"), (2**30, f"folder.{kind}")]
+    if kind == "safetensors":  # the others are traced each time
+        cases += [(0, f"net.{kind}"), (2**30, f"net.{kind}/below"), (2**30, f"/proc/net.{kind}")]
+    for size, path in cases:
         refused = pytest.raises(ValueError, match="can't be written")
         with all_as_it_was(folder), refused as found, files_end_at(size):
             write(path)

@@ -72,7 +72,7 @@ def _put_kernel(model: nn.Module, names: tuple[str, ...], tensor: QuantizedTenso
     if any(weight is None for weight in made):
         return False
     for module in modules:
-        module.weight = made[0]
+        module.register_parameter("weight", made[0])
     return True
 
 

@@ -27,10 +27,6 @@ from quantifind.tensor.matrices import Matrices
 from quantifind.utils.batches import tensors_of
 
 
-def _no_meeting() -> Meeting | None:
-    return None
-
-
 @dataclass
 class Product:
     """One product about to be computed.
@@ -53,7 +49,7 @@ class Product:
     activations: tuple[str, ...]
     compute: Callable[..., Tensor]
     weight: str | None = None
-    meet: Callable[[], Meeting | None] = _no_meeting
+    meet: Callable[[], Meeting | None] = lambda: None
     bias: Tensor | None = None
     bias_name: str | None = None
     spatial: int = 0
@@ -77,14 +73,12 @@ class Product:
 
 Visit = Callable[[Product], Tensor]
 Note = Callable[[Tensor], None]
+Named = Mapping[str, Tensor]
 
 
 @contextmanager
 def visiting(
-    model: nn.Module,
-    visit: Visit,
-    note: Note | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
+    model: nn.Module, visit: Visit, note: Note | None = None, tensors: Named | None = None
 ) -> Iterator[None]:
     """Within it, each product of a pass through ``model`` is what ``visit`` returns for it.
 
