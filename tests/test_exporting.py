@@ -235,7 +235,7 @@ def test_where_tracing_stops_is_said_and_what_works_instead(tmp_path, kind):
         (
             Packs(),
             (torch.randn(2, 5, 6), torch.tensor([5, 3])),
-            "in the network, `packed = pack_pad",
+            "in the network, `return self.inner",
         ),
     ]
     for net, example, says in cases:
