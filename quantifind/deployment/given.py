@@ -31,7 +31,7 @@ def codes_of(
     calibration, forward: as for `quantifind.quantize.quantize`, where a strategy asks for them.
     Raises: ValueError as `quantize`, for codes of another dtype, and for what is none of these.
     """
-    codes = getattr(given, "quantized", given)
+    codes: Any = getattr(given, "quantized", given)
     check(
         isinstance(codes, Quantized | Strategy),
         "quantized",
