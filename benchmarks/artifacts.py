@@ -284,7 +284,8 @@ def line(results: pd.DataFrame) -> str:
     for kind in ("onnx", "pt2"):
         ran = results[results[f"by_{kind}"].notna()]
         off = ran[f"by_{kind}"].max()
-        counts.append(f"{ran['network'].nunique()} (at most {off:.0e} off)")
+        near = f"at most {off:.0e} off" if off else "bit for bit"
+        counts.append(f"{ran['network'].nunique()} ({near})")
     return (
         f"[Take it with you](docs/format.md): {LEARNED}, {own['answer']}, is a file of "
         f"{own['file']:,} bytes, {times:.1f} times smaller than in float32; of "
