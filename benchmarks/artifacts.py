@@ -142,7 +142,8 @@ def artifacts(net: nn.Module, quantized: Quantized, example: Any) -> dict[str, A
                     row["in_onnx"] = json.dumps(by_kind(table))
                 row[f"by_{kind}"] = off(run(path, example))
             except Exception as error:  # what a runtime raises, too, is what is to be known
-                reason = f"{kind}: {' '.join(str(error).split())[:200]}"
+                reason = " ".join(str(error).split()).partition(": quantifind.save and")[0]
+                reason = f"{kind}: {reason[:300]}"
                 row["note"] = "; ".join(filter(None, [row.get("note"), reason]))
     return row
 
