@@ -45,8 +45,12 @@ FUNCTIONS = {
         f"export {kind}": (
             {"model": NET, "quantized": CODES, "path": f"net.{kind}", "example": X},
             {"path": [*PATHS, "net.pth", "net"], "model": MODELS, "quantized": STRATEGIES}
-            | {"example": [None, 3, "x", (), (X, X), {"y": X}, X[:, :8], X.numpy()]}
-            | ({"opset": [None, "21", 21.5, True, 20, 99]} if kind == "onnx" else {}),
+            # traced alike by both
+            | (
+                {"opset": [None, "21", 21.5, True, 20, 99]}
+                if kind == "onnx"
+                else {"example": [None, 3, "x", (), (X, X), {"y": X}, X[:, :8], X.numpy()]}
+            ),
         )
         for kind in ("onnx", "pt2")
     },
