@@ -138,7 +138,7 @@ def _onnx(
         importlib.import_module("onnxscript")
     except ImportError as error:
         raise ValueError(f"{first_line(error)}: pip install quantifind[onnx]") from error
-    latest = onnx_graph.latest_opset()
+    latest = onnx_graph.opset_of_onnx()
     check(opset <= latest, "opset", opset, f"the onnx that is installed has up to {latest}")
     replica = prepared(model, codes.folded)
     put_values(replica, codes.tensors)

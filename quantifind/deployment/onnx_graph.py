@@ -26,7 +26,7 @@ MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def latest_opset() -> int:
+def opset_of_onnx() -> int:
     """Of the onnx that is installed."""
     return int(defs.onnx_opset_version())
 
