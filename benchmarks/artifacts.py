@@ -3,12 +3,13 @@
     pip install -e '.[onnx,strangers]'
     python -m benchmarks.artifacts [--network NAME] [--untrained]
 
-What is measured is what becomes of an answer, so the answers are cheap ones: those of `SEARCHED`
-are searched briefly at CR ≤ 1.01, the others have 4 bits in every tensor, a scale per channel, and
-nothing about them is certified. Networks are trained as the pipeline, or benchmarks/strangers.py,
-has them; with --untrained those that would be trained keep the weights that they begin with, since
-sizes don't depend on these. Writes benchmarks/results/artifacts.csv, and the tables of
-docs/format.md. Columns:
+What is measured is what becomes of an answer, so most answers are cheap ones: those of `SEARCHED`
+are searched briefly at CR ≤ 1.01, the others are `mixed`, and nothing about these is certified.
+That of `LEARNED` is searched with an epoch of learning from labels, certified on test data, and
+written packed and coded. Networks are trained as the pipeline, or benchmarks/strangers.py, has
+them; with --untrained those that would be trained keep the weights that they begin with, since
+sizes don't depend on these. Writes benchmarks/results/artifacts.csv, the tables of docs/format.md,
+and a line of README.md. Columns:
 
 - answer, bits: how it was found; per parameter;
 - promised, file, header: bytes of ``model_bytes``, of the file, and of its header;
@@ -23,9 +24,11 @@ docs/format.md. Columns:
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,17 +41,21 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import grids, stranger_networks
 from quantifind import (
+    Choice,
+    Strategy,
+    certify,
     compressed,
     export,
     find_strategy,
     load,
     quantize_model,
     save,
-    uniform_strategy,
 )
 from quantifind.costs import model_bytes
+from quantifind.network.modules import named_tensors
 from quantifind.quantize import mean_bits, quantize
 from quantifind.storage.network_reader import NetworkFile
+from quantifind.tensor.parts import quantizable
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import batches_of, tensors_of
 from stages.exports import example_of
@@ -57,9 +64,37 @@ from stages.params import read_params
 
 RESULTS = grids.ROOT / "benchmarks/results/artifacts.csv"
 MARKERS = grids.markers("python -m benchmarks.artifacts")
+# of README.md, within one line
+LINE = re.compile(r"(?<=<!-- python -m benchmarks.artifacts -->).+?(?=<!-- end -->)")
 SEARCHED = ("dense_mnist", "conv_mnist", "simple_dense")
+LEARNED, CERTIFIED = "conv_mnist", "learned, certified"
 NETWORKS = (*grids.NETWORKS, *stranger_networks.STRANGERS)
-LIMIT, EFFORT, BITS, EXAMPLES = 1.01, 20, 4, 4
+LIMIT, EFFORT, EXAMPLES = 1.01, 20, 4
+# of weights, in turn
+MIXED: tuple[dict[str, Any], ...] = (
+    {"bits": 4, "axis": 0},
+    {"bits": 8, "axis": 0},
+    {"bits": 2, "axis": 0},
+    {"bits": 3, "axis": 0, "group": 32},
+    {"scheme": "codebook", "bits": 4},
+    {"bits": 5, "axis": 0, "zero_point": True},
+    {"levels": 3, "axis": 0},
+    {"scheme": "minifloat", "bits": 4, "axis": 0, "scale_dtype": "power_of_two"},
+    {"bits": 4, "axis": 0, "storage": "coded"},
+    {"bits": 12, "axis": 0},
+)
+
+
+def mixed(net: nn.Module) -> Strategy:
+    """Weights by each of `MIXED` in turn, in no groups where rows are shorter; vectors in float."""
+    named, choices = named_tensors(net), {}
+    weights = [name for name, tensor in named.items() if tensor.dim() > 1 and quantizable(tensor)]
+    for number, name in enumerate(weights):
+        choice = {"scheme": "uniform", **MIXED[number % len(MIXED)]}
+        if named[name][0].numel() < choice.get("group", 0):
+            choice.pop("group")
+        choices[name] = Choice.of(choice)
+    return Strategy({name: choices.get(name) for name in named})
 
 
 @torch.no_grad()
@@ -107,7 +142,8 @@ def artifacts(net: nn.Module, quantized: Quantized, example: Any) -> dict[str, A
                     row["in_onnx"] = json.dumps(by_kind(table))
                 row[f"by_{kind}"] = off(run(path, example))
             except Exception as error:  # what a runtime raises, too, is what is to be known
-                reason = f"{kind}: {' '.join(str(error).split())[:200]}"
+                reason = " ".join(str(error).split()).partition(": quantifind.save and")[0]
+                reason = f"{kind}: {reason[:300]}"
                 row["note"] = "; ".join(filter(None, [row.get("note"), reason]))
     return row
 
@@ -143,8 +179,8 @@ def pt2_outputs(path: Path, example: Any) -> list[Tensor]:
     return outputs(torch.export.load(path).module(), example)
 
 
-def measure(name: str, *, untrained: bool) -> dict[str, Any]:
-    """A row of the table."""
+def measure(name: str, *, untrained: bool) -> pd.DataFrame:
+    """The rows of a network, one for each of its answers."""
     begun: list[str] = []
     if name in stranger_networks.STRANGERS:
         _, make = stranger_networks.STRANGERS[name]
@@ -174,25 +210,49 @@ def measure(name: str, *, untrained: bool) -> dict[str, Any]:
     net.eval()
     batch = next(batches_of(test, net, criterion, forward))
     example = example_of(net, batch[:EXAMPLES] if batch.apart else batch)
+    notes = ["weights as they begin"] * len(begun)
+    answers: dict[str, Quantized] = {}
     if name in SEARCHED and not begun:
         found = find_strategy(net, *rest, criterion, limit=LIMIT, effort=EFFORT)
-        answer, quantized = f"searched, CR ≤ {LIMIT}", found.quantized
+        answers[f"searched, CR ≤ {LIMIT}"] = found.quantized
     else:
-        answer = f"{BITS} bits"
-        quantized = quantize(net, uniform_strategy(net, BITS, axis=0))
-    row = artifacts(net, quantized, example)
-    notes = [*["weights as they begin"] * len(begun), row.get("note")]
-    row["note"] = "; ".join(filter(None, notes)) or None
-    facts = {"network": name, "answer": answer, "bits": mean_bits(net, quantized)}
-    return {**facts, **row}
+        answers["mixed"] = quantize(net, mixed(net))
+    if name == LEARNED and not begun:
+        answers |= learned(net, rest, test, criterion)
+    rows = []
+    for answer, quantized in answers.items():
+        print(f"{name}, {answer} …", flush=True)
+        row = artifacts(net, quantized, example)
+        row["note"] = "; ".join(filter(None, [*notes, row.get("note")])) or None
+        facts = {"network": name, "answer": answer, "bits": mean_bits(net, quantized)}
+        rows.append({**facts, **row})
+    return pd.DataFrame(rows)
+
+
+def learned(net: nn.Module, splits: list[Any], test: Any, criterion: Any) -> dict[str, Quantized]:
+    """What an epoch of learning finds, by how its codes are stored; judged on test data.
+
+    Raises: ValueError where that doesn't certify it.
+    """
+    found = find_strategy(net, *splits, criterion, limit=LIMIT, effort=EFFORT, learn=1, labels=True)
+    certificate = certify(net, found, test)
+    print(certificate, flush=True)
+    quantized = certificate.quantized
+    if quantized is None:
+        raise ValueError(f"{LEARNED}: nothing that was learned is certified at CR ≤ {LIMIT}")
+    coded = {name: replace(t, storage="coded") for name, t in quantized.tensors.items()}
+    return {
+        CERTIFIED: quantized,
+        f"{CERTIFIED}, coded": replace(quantized, tensors=coded),
+    }
 
 
 def markdown(results: pd.DataFrame) -> str:
     """The table, a line per network."""
     lines = [
         "| network | answer | bits | promised | file | smaller | in memory | ONNX | .pt2 "
-        "| ms to load | largest difference: loaded, compressed, ONNX, .pt2 |",
-        "|---" * 11 + "|",
+        "| ms to load | largest output | largest difference: loaded, compressed, ONNX, .pt2 |",
+        "|---" * 12 + "|",
     ]
     for row in results.to_dict("records"):
         sizes = [
@@ -206,11 +266,33 @@ def markdown(results: pd.DataFrame) -> str:
         ]
         cells = [row["network"], row["answer"], f"{row['bits']:.3f}", promised, file]
         cells += [f"{row['float32'] / row['file']:.1f} times", memory, *others]
-        cells += [f"{1e3 * row['seconds']:.0f}", ", ".join(differences)]
+        largest = "–" if pd.isna(row["largest"]) else f"{row['largest']:.3g}"
+        cells += [f"{1e3 * row['seconds']:.0f}", largest, ", ".join(differences)]
         lines.append(f"| {' | '.join(cells)} |")
     noted = results[results["note"].notna()]
-    notes = [f"- {row['network']}: {row['note']}" for row in noted.to_dict("records")]
+    notes = [
+        f"- {row['network']}, {row['answer']}: {row['note']}" for row in noted.to_dict("records")
+    ]
     return "\n".join([*lines, *_kinds(results), *([""] if notes else []), *notes]) + "\n"
+
+
+def line(results: pd.DataFrame) -> str:
+    """What README.md says of all of it."""
+    own = results[results["network"] == LEARNED].sort_values("file").iloc[0]
+    times = own["float32"] / own["file"]
+    exact = results[results[["loaded", "compressed"]].eq(0).all(axis=1)]["network"].nunique()
+    counts = []
+    for kind in ("onnx", "pt2"):
+        ran = results[results[f"by_{kind}"].notna()]
+        off = ran[f"by_{kind}"].max()
+        near = f"at most {off:.0e} off" if off else "bit for bit"
+        counts.append(f"{ran['network'].nunique()} ({near})")
+    return (
+        f"[Take it with you](docs/format.md): {LEARNED}, {own['answer']}, is a file of "
+        f"{own['file']:,} bytes, {times:.1f} times smaller than in float32; of "
+        f"{results['network'].nunique()} networks {exact} load bit for bit, {counts[0]} run in "
+        f"onnxruntime, {counts[1]} by `torch.export`."
+    )
 
 
 def _kinds(results: pd.DataFrame) -> list[str]:
@@ -248,11 +330,11 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     for name in [chosen.network] if chosen.network else NETWORKS:
-        print(f"{name} …", flush=True)
-        row = measure(name, untrained=chosen.untrained)
-        results = write_rows(RESULTS, pd.DataFrame([row]), name)
+        rows = measure(name, untrained=chosen.untrained)
+        results = write_rows(RESULTS, rows, name)
         grids.write_table(MARKERS, markdown(results))
-        print(pd.Series(row).to_string(), flush=True)
+        grids.write_table(LINE, line(results))
+        print(rows.T.to_string(), flush=True)
 
 
 if __name__ == "__main__":

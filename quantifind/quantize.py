@@ -27,6 +27,7 @@ from quantifind.tensor.parts import quantizable
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 from quantifind.tensor.scales import check_values
+from quantifind.utils.arguments import check
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
@@ -57,6 +58,18 @@ def quantize(
     Raises: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
         be quantized so, with the option and what is allowed.
     """
+    check(
+        isinstance(strategy, Strategy | Quantized),
+        "strategy",
+        strategy,
+        "a Strategy, or what quantize returns, such as found.quantized, is needed",
+    )
+    check(
+        forward is None or callable(forward),
+        "forward",
+        forward,
+        "a function (model, batch) is needed",
+    )
     network = Calibration(model, calibration, forward, strategy.folded, max_memory)
     if isinstance(strategy, Quantized):
         _check_fits(strategy, network.tensors)
@@ -240,6 +253,9 @@ def mean_bits(model: nn.Module, quantized: Quantized) -> float:
     Raises: ValueError for a network without parameters.
     """
     count = parameter_count(model)
+    check(
+        isinstance(quantized, Quantized), "quantized", quantized, "what quantize returns is needed"
+    )
     if not count:
         raise ValueError("the network has no parameters: there are no bits of any")
     stored = stored_bytes(prepared_tensors(model, quantized.folded))

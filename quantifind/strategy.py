@@ -12,6 +12,7 @@ from quantifind.network.modules import named_tensors, plain_copy
 from quantifind.network.trace import activation_names, trace
 from quantifind.tensor.choice import ActivationChoice, Choice, per_tensor
 from quantifind.tensor.parts import quantizable
+from quantifind.utils.arguments import check
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
@@ -34,6 +35,8 @@ class Strategy:
     folded: Pairs = ()
 
     def __post_init__(self) -> None:
+        for kind, given in (("tensors", self.tensors), ("activations", self.activations)):
+            check(isinstance(given, Mapping), kind, given, "a dict of choices by name is needed")
         tensors, activations = dict(self.tensors), dict(self.activations)
         for name, choice in tensors.items():
             if choice is not None and not isinstance(choice, Choice):

@@ -1,6 +1,8 @@
 """A network that computes with packed codes gives bit for bit what the copy gives."""
 
 import copy
+import shutil
+import sys
 
 import pytest
 import torch
@@ -137,6 +139,64 @@ def test_a_compressed_network_is_compiled_whole(choice):
     assert torch.equal(graph(x), small(x))
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
+@torch.no_grad()
+def test_a_compressed_network_is_compiled_to_code():
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 3, bias=False), torch.randn(2, 6)
+    small = compressed(net, uniform_strategy(net, 4))
+    torch._dynamo.reset()
+    assert (torch.compile(small, fullgraph=True)(x) - small(x)).abs().max() <= 1e-6
+
+
+class Sizes(nn.Module):
+    """Linear maps that torchao's kernels take, and one of sizes that they don't."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.odd = nn.Linear(64, 48), nn.Linear(48, 9, bias=False)
+        self.tied = nn.Linear(64, 48)
+        self.tied.weight = self.first.weight
+
+    def forward(self, x):
+        return self.odd(self.first(x) + self.tied(-x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.no_grad()
+def test_torchaos_kernels_multiply_codes(bits):
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    net, x = Sizes().eval(), torch.randn(5, 64)
+    strategy = Strategy(
+        {
+            n: c if "weight" in n else None
+            for n, c in uniform_strategy(net, bits, axis=0).tensors.items()
+        }
+    )
+    wanted = quantize_model(net, strategy)(x)
+    small = compressed(net, strategy, kernels="torchao")
+    assert (small(x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert type(small.first.weight).__module__.startswith("torchao")
+    assert small.tied.weight is small.first.weight
+    assert small.first.weight.qdata.nbytes == 48 * 64 * bits // 8
+    assert hasattr(small.odd, "weight_codes") == (bits == 4)
+    for choice in ({"levels": 3}, {"bits": bits, "zero_point": True, "axis": 0}, {"bits": 6}):
+        other = compressed(net, uniform_strategy(net, **choice), kernels="torchao")
+        assert hasattr(other.first, "weight_codes")
+    activations = uniform_activations(net, [(x,)], 8)
+    rounded = quantize(net, Strategy(strategy.tensors, activations), [(x,)])
+    with pytest.raises(ValueError, match="kernels is 'torchao': activations are rounded"):
+        compressed(net, rounded, kernels="torchao")
+
+
+def test_kernels_that_are_not_there_are_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"pip install quantifind\[kernels\]"):
+        compressed(net, uniform_strategy(net, 8), kernels="torchao")
+
+
 @torch.no_grad()
 def test_codes_go_from_one_to_another():
     net, x = made("linear")
@@ -152,7 +212,7 @@ def test_codes_go_from_one_to_another():
 
 
 def test_what_is_no_strategy_is_refused():
-    with pytest.raises(ValueError, match="a dict is given: what find_strategy or quantize returns"):
+    with pytest.raises(ValueError, match="quantized is a dict: what find_strategy or quantize"):
         compressed(nn.Linear(2, 2), {})
 
 

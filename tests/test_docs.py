@@ -13,7 +13,7 @@ from conftest import ROOT, run_block
 from torch.utils.data import DataLoader
 
 import quantifind
-from benchmarks import architecture, grids, readme
+from benchmarks import architecture, artifacts, grids, readme
 from quantifind import find_strategy, quantize_model, uniform_strategy
 from quantifind.utils import plugins
 from quantifind.utils.loaders import whole_split
@@ -102,10 +102,17 @@ def test_table_is_what_its_command_measured(name):
 
 def test_every_marker_has_a_command_that_fills_it():
     markers = [importlib.import_module(f"benchmarks.{name}").MARKERS for name in TABLES]
+    markers += [artifacts.LINE]
     markers += [readme.SUMMARY_MARKERS, readme.RECOMMENDATION_MARKERS, readme.EXAMPLE_MARKERS]
     text = "".join(page.read_text(encoding="utf-8") for page in grids.pages())
     assert all(len(marker.findall(text)) == 1 for marker in markers)
     assert len(re.findall(r"<!-- (?!end)", text)) == text.count("<!-- end -->") == len(markers)
+
+
+def test_line_of_files_is_what_was_measured():
+    found = artifacts.LINE.search(README)
+    assert found is not None
+    assert found[0] == artifacts.line(pd.read_csv(artifacts.RESULTS))
 
 
 def test_summary_of_the_readme_is_what_was_measured():

@@ -8,10 +8,20 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_compressed import made
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
-from quantifind import Strategy, export, quantize_model, uniform_strategy
+from quantifind import (
+    Strategy,
+    compressed,
+    export,
+    load,
+    quantize_model,
+    save,
+    uniform_strategy,
+)
 from quantifind.quantize import quantize
 from quantifind.strategy import uniform_activations
 from quantifind.tensor.quantized import Quantized
@@ -134,6 +144,25 @@ def test_activations_are_rounded_in_onnxruntime(tmp_path, kind, bits):
     assert (plain - wanted).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["convolutions", "attention", "slices"])
+@torch.no_grad()
+def test_activations_are_rounded_in_programs(tmp_path, kind):
+    """Those inside attention, and of whole and minifloat levels, too."""
+    net, x = made(kind)
+    activations: dict = uniform_activations(net, [(x,)], 4)
+    *_, last = activations
+    activations[last] = {"scheme": "minifloat", "bits": 4}
+    strategy = Strategy(uniform_strategy(net, 5, axis=0).tensors, activations)
+    quantized = quantize(net, strategy, [(x,)])
+    export(net, quantized, tmp_path / "net.pt2", x)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for given in (x, torch.cat([x, -x])):
+        wanted = quantize_model(net, quantized)(given)
+        assert (program(given) - wanted).abs().max() <= 1e-6
+        plain = quantize_model(net, Quantized(quantized.tensors, {}, quantized.folded))(given)
+        assert (plain - wanted).abs().max() > 1e-3
+
+
 class Tied(nn.Module):
     """One weight for two, and one module twice; a large and a small codebook."""
 
@@ -183,12 +212,50 @@ class Untraceable(nn.Linear):
         return super().forward(x) if x.sum().item() > 0 else super().forward(-x)
 
 
+class Packs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.GRU(6, 3, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.inner(packed)[1]
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@torch.no_grad()
+def test_where_tracing_stops_is_said_and_what_works_instead(tmp_path, kind):
+    torch.manual_seed(0)
+    cases = [
+        (
+            nn.Sequential(nn.Linear(6, 6), Untraceable(6, 3)),
+            (torch.randn(2, 6),),
+            "in 1, `return super",
+        ),
+        (
+            Packs(),
+            (torch.randn(2, 5, 6), torch.tensor([5, 3])),
+            "in the network, `return self.inner",
+        ),
+    ]
+    for net, example, says in cases:
+        strategy = uniform_strategy(net, 4, axis=0)
+        with pytest.raises(
+            ValueError, match=f"can't be traced .*{says}.* quantifind.save and"
+        ) as found:
+            export(net, strategy, tmp_path / f"net.{kind}", example)
+        assert "\n" not in str(found.value)
+        assert str(ROOT) not in str(found.value)
+        wanted = quantize_model(net, strategy)(*example)
+        assert torch.equal(compressed(net, strategy)(*example), wanted)
+        save(net, strategy, tmp_path / "net.safetensors")
+        assert torch.equal(load(tmp_path / "net.safetensors", net)(*example), wanted)
+
+
 @torch.no_grad()
 def test_what_cannot_be_exported_is_said_in_a_line(tmp_path):
     net, x = made("linear")
     strategy = uniform_strategy(net, 4)
-    activations = uniform_activations(net, [(x,)], 4)
-    rounded = quantize(net, Strategy(strategy.tensors, activations), [(x,)])
     attention, y = made("attention")
     inside = uniform_activations(attention, [(y,)], 4)
     inside = quantize(attention, Strategy(uniform_strategy(attention, 4).tensors, inside), [(y,)])
@@ -196,12 +263,11 @@ def test_what_cannot_be_exported_is_said_in_a_line(tmp_path):
     cases = [
         (net, strategy, "net.pth", x, {}, "its ending is '.pth': .onnx or .pt2"),
         (net, strategy, "net.onnx", x, {"opset": 20}, "opset is 20: 21 or later"),
-        (net, strategy, "net.pt2", x[:, :, :5], {}, "can't be traced .*quantifind.save"),
+        (net, strategy, "net.pt2", x[:, :, :5], {}, "example: the network doesn't take it"),
         (untraceable, uniform_strategy(untraceable, 4), "net.onnx", x, {}, "can't be traced"),
         (net, strategy, "no/net.pt2", x, {}, "can't be written"),
-        (net, rounded, "net.pt2", x, {}, "activations 0.weight, 2.weight.* export to .onnx"),
         (attention, inside, "net.onnx", y, {}, r"activations of self_attn\S*: in ONNX only those"),
-        (net, {"bits": 4}, "net.onnx", x, {}, "a dict is given"),
+        (net, {"bits": 4}, "net.onnx", x, {}, "quantized is a dict"),
     ]
     for given, quantized, name, example, options, says in cases:
         with pytest.raises(ValueError, match=says) as found:

@@ -31,6 +31,7 @@ def test_every_import_is_a_dependency():
         *PYPROJECT["project"]["optional-dependencies"]["cluster"],
         *PYPROJECT["project"]["optional-dependencies"]["datasets"],
         *PYPROJECT["project"]["optional-dependencies"]["docs"],
+        *PYPROJECT["project"]["optional-dependencies"]["kernels"],
         *PYPROJECT["project"]["optional-dependencies"]["onnx"],
         *PYPROJECT["project"]["optional-dependencies"]["strangers"],
     ]

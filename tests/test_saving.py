@@ -18,10 +18,13 @@ from safetensors import safe_open
 from test_artifact import CHOICES, assert_same, assert_same_qparams, bits_of
 from test_schemes import DTYPES, arguments, for_every_case, tensors, widths
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantifind import (
     Strategy,
+    compressed,
+    export,
     find_strategy,
     load,
     quantize_model,
@@ -172,6 +175,23 @@ def test_all_that_inference_needs_is_there(path, zoo, folded):
         assert "head.weight" not in {*file.tensors, *file.others}
         assert file.index["judged"] == {"ratio": 1.0, "none": None}
         assert Strategy(**file.index["strategy"]) == strategy
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, spectral_norm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_parametrized_networks_leave_as_they_are_used(path, wrap, dtype):
+    torch.manual_seed(0)
+    net, fresh = (wrap(nn.Linear(8, 6)).to(dtype).eval() for _ in range(2))
+    strategy, x = uniform_strategy(net, 4, axis=0), torch.randn(5, 8, dtype=dtype)
+    wanted = quantize_model(net, strategy)(x)
+    save(net, strategy, path)
+    for target in (fresh, nn.Linear(8, 6).to(dtype)):
+        assert torch.equal(load(path, target)(x), wanted)
+    assert torch.equal(compressed(net, strategy)(x), wanted)
+    export(net, strategy, path.with_suffix(".pt2"), x)
+    program = torch.export.load(path.with_suffix(".pt2")).module()
+    assert torch.equal(program(x), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")

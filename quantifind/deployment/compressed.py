@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantifind.deployment.given import Given, codes_of
+from quantifind.deployment.kernels import check_installed, kernel_weight
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
 from quantifind.network.modules import put_values
@@ -16,6 +17,7 @@ from quantifind.network.sharing import all_tensors, stored_and_shared
 from quantifind.tensor import packing
 from quantifind.tensor.qparams import Grid, QParams
 from quantifind.tensor.quantized import QuantizedTensor
+from quantifind.utils.arguments import check
 from quantifind.utils.batches import Forward
 
 
@@ -25,6 +27,7 @@ def compressed(
     calibration: Iterable[Any] | None = None,
     *,
     forward: Forward | None = None,
+    kernels: str | None = None,
 ) -> nn.Module:
     """A copy of a network whose tensors are packed codes, and values only where they are used.
 
@@ -38,17 +41,39 @@ def compressed(
 
     quantized: what a search found, what `quantize` gave, or a strategy.
     calibration, forward: as for `quantifind.quantize.quantize`.
-    Raises: ValueError as `quantize`.
+    kernels: "torchao", where it is installed: its kernels multiply by the weights of linear maps
+        that are whole numbers of 8 bits, or of 4 on the CPU, with a scale per tensor or output.
+        These round otherwise, so outputs are near the copy's, not the same.
+    Raises: ValueError as `quantize`, and for kernels that aren't there, or would meet activations
+        that are rounded.
     """
     codes = codes_of(model, quantized, calibration, forward)
+    if kernels is not None:
+        check(kernels == "torchao", "kernels", kernels, "None or 'torchao' is needed")
+        check(not codes.activations, "kernels", kernels, "activations are rounded: None is needed")
+        check_installed()
     replica = prepared(model, codes.folded)
     _, same, views = stored_and_shared(replica)
     whole = set(views.values())
     put_values(replica, {name: t for name, t in codes.tensors.items() if name in whole})
     for name, tensor in codes.tensors.items():
-        if name not in whole:
-            _pack(replica, (name, *(other for other in same if same[other] == name)), tensor)
+        names = (name, *(other for other in same if same[other] == name))
+        if name not in whole and not (kernels and _put_kernel(replica, names, tensor)):
+            _pack(replica, names, tensor)
     return QuantizedActivations(replica, codes.activations) if codes.activations else replica
+
+
+def _put_kernel(model: nn.Module, names: tuple[str, ...], tensor: QuantizedTensor) -> bool:
+    """Put a tensor of torchao's in the place of a weight, if it has one for all its names."""
+    modules = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    if any(name.rpartition(".")[2] != "weight" for name in names):
+        return False
+    made = [kernel_weight(module, tensor) for module in modules]
+    if any(weight is None for weight in made):
+        return False
+    for module in modules:
+        module.register_parameter("weight", made[0])
+    return True
 
 
 def _pack(model: nn.Module, names: Iterable[str], tensor: QuantizedTensor) -> None:
@@ -117,6 +142,8 @@ def _values_of(attribute: str, name: str, tensor: QuantizedTensor, like: Tensor)
         return made
 
     def as_in_the_copy(module: nn.Module) -> Tensor:
+        if torch.compiler.is_exporting():
+            return made_of_codes(name, values(module))
         if torch.compiler.is_compiling():
             return values(module)
         # torch.gru rounds otherwise for views, and for what needs no gradients:

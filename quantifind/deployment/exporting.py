@@ -4,6 +4,7 @@ import importlib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import wraps
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,15 @@ from torch.utils._pytree import tree_map
 
 from quantifind.deployment.compressed import compressed
 from quantifind.deployment.given import Given, codes_of
+from quantifind.deployment.places import where
+from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
-from quantifind.network.modules import put_values
-from quantifind.network.sharing import stored_and_shared
+from quantifind.network.modules import own_tensors, put_values
+from quantifind.network.products import visiting
+from quantifind.network.sharing import all_tensors, stored_and_shared
+from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.arguments import check, path_of
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import first_line
 from quantifind.utils.whole_files import written_whole
@@ -56,7 +62,7 @@ def export(
     Raises: ValueError as `quantize`; and in a line what can't be traced or written, and what works
         instead.
     """
-    path = Path(path)
+    path = path_of(path)
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: its ending is {path.suffix!r}: .onnx or .pt2 is needed")
     codes = codes_of(model, quantized, calibration, forward)
@@ -87,12 +93,10 @@ def export(
 
 
 def _pt2(model: nn.Module, codes: Quantized, example: Any) -> tuple[bytes, dict[str, Any]]:
+    small = compressed(model, replace(codes, activations={}))
     if codes.activations:
-        raise ValueError(
-            f"activations {', '.join(codes.activations)}: what rounds them sees products as they "
-            "run, which a .pt2 has no more; leave them None, or export to .onnx"
-        )
-    program = _traced(compressed(model, codes), example)
+        small = _rounding(small, codes.activations)
+    program = _traced(small, example)
     # the example, and the lines of code of each step with their paths, are nobody's to know
     program._example_inputs = None
     for node in program.graph.nodes:
@@ -104,18 +108,38 @@ def _pt2(model: nn.Module, codes: Quantized, example: Any) -> tuple[bytes, dict[
     return written.getvalue(), kinds
 
 
+def _rounding(model: nn.Module, activations: Mapping[str, QParams]) -> nn.Module:
+    """The network as it is traced with its activations rounded."""
+    # while it is traced, tensors lie nowhere, and none is seen to be another's part
+    replica, own = QuantizedActivations(model, activations), list(own_tensors(model))
+
+    # torch.export looks at the names of arguments
+    @wraps(model.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tensors = all_tensors(model)
+        with visiting(model, replica.visit, tensors={name: tensors[name] for name in own}):
+            return model(*args, **kwargs)
+
+    replica.__dict__["forward"] = forward
+    return replica
+
+
 def _onnx(
     model: nn.Module, codes: Quantized, example: Any, opset: int
 ) -> tuple[bytes, dict[str, Any]]:
-    if opset < OPSET:
-        raise ValueError(
-            f"opset is {opset}: {OPSET} or later is needed, which has whole numbers of 4 bits"
-        )
+    check(
+        isinstance(opset, int) and not isinstance(opset, bool) and opset >= OPSET,
+        "opset",
+        opset,
+        f"{OPSET} or later is needed, which has whole numbers of 4 bits",
+    )
     try:
         onnx_graph = importlib.import_module("quantifind.deployment.onnx_graph")
         importlib.import_module("onnxscript")
     except ImportError as error:
         raise ValueError(f"{first_line(error)}: pip install quantifind[onnx]") from error
+    latest = onnx_graph.opset_of_onnx()
+    check(opset <= latest, "opset", opset, f"the onnx that is installed has up to {latest}")
     replica = prepared(model, codes.folded)
     put_values(replica, codes.tensors)
     _, same, _ = stored_and_shared(replica)
@@ -133,6 +157,8 @@ def _onnx(
             ) from error
     assert made is not None
     proto = made.model_proto
+    written = {own.domain: own.version for own in proto.opset_import}[""]
+    check(written == opset, "opset", opset, f"torch writes {written} of this network")
     onnx_graph.share(proto.graph, same)
     kinds = onnx_graph.put_codes(proto.graph, codes, opset=opset)
     onnx_graph.put_activations(proto.graph, codes.activations)
@@ -156,10 +182,23 @@ def _traced(model: nn.Module, example: Any) -> Any:
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
+            _check_takes(model, args, kwargs)
             raise ValueError(
-                f"the network can't be traced ({_reason(error)}): quantifind.save and "
-                "quantifind.compressed work without tracing"
+                f"the network can't be traced ({_reason(error)}){where(error, model)}: "
+                "quantifind.save and quantifind.compressed work without tracing"
             ) from error
+
+
+def _check_takes(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for an example that the network doesn't take."""
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # of any code
+        raise ValueError(
+            f"example: the network doesn't take it ({_reason(error)}): a tensor, a tuple of its "
+            "arguments, or a dict of named ones is needed"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from quantifind.network.modules import named_tensors
 from quantifind.quantize import quantize
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.arguments import check
 from quantifind.utils.batches import Forward
 
 if TYPE_CHECKING:
@@ -30,12 +31,13 @@ def codes_of(
     calibration, forward: as for `quantifind.quantize.quantize`, where a strategy asks for them.
     Raises: ValueError as `quantize`, for codes of another dtype, and for what is none of these.
     """
-    codes = getattr(given, "quantized", given)
-    if not isinstance(codes, Quantized | Strategy):
-        raise ValueError(
-            f"a {type(given).__name__} is given: what find_strategy or quantize returns, or a "
-            "Strategy, is needed"
-        )
+    codes: Any = getattr(given, "quantized", given)
+    check(
+        isinstance(codes, Quantized | Strategy),
+        "quantized",
+        given,
+        "what find_strategy or quantize returns, or a Strategy, is needed",
+    )
     found = quantize(model, codes, calibration, forward=forward)
     own = named_tensors(model)
     for name, tensor in found.tensors.items():

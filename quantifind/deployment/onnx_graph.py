@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, defs, helper
 from torch import Tensor
 
 from quantifind.tensor import packing
@@ -24,6 +24,11 @@ FLOATS = {
 # what stands between a weight and its product
 MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def opset_of_onnx() -> int:
+    """Of the onnx that is installed."""
+    return int(defs.onnx_opset_version())
 
 
 def share(graph: Any, same: Mapping[str, str]) -> None:

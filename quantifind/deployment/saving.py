@@ -16,12 +16,14 @@ from quantifind.costs import model_bytes
 from quantifind.deployment.given import Given, codes_of
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
+from quantifind.network.modules import plain
 from quantifind.network.sharing import all_tensors, stored_and_shared
 from quantifind.storage.network_reader import NetworkFile
 from quantifind.storage.network_writer import write_network
 from quantifind.storage.states import check_plain, load_plain
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.arguments import check, path_of
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
@@ -56,6 +58,19 @@ def save(
     Returns: bytes of the file, the promised ``model_bytes`` and a header.
     Raises: ValueError as `quantize`, and naming what can't be written, or the path.
     """
+    path = path_of(path)
+    check(
+        strategy is None or isinstance(strategy, Strategy),
+        "strategy",
+        strategy,
+        "a Strategy is needed",
+    )
+    check(
+        judged is None or hasattr(judged, "keys"),
+        "judged",
+        judged,
+        "a dict of plain values is needed",
+    )
     codes = codes_of(model, quantized, calibration, forward)
     if isinstance(quantized, Strategy):
         strategy = quantized
@@ -87,7 +102,8 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     gives.
     Raises: ValueError naming the file, and what in it is not whole or does not fit the network.
     """
-    with NetworkFile(path) as file:
+    with NetworkFile(path_of(path)) as file:
+        plain(model)
         with naming(f"{path}: a file of another architecture"):
             replica = prepared(model, file.folded)
             _check_fits(file, replica)

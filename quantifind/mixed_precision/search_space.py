@@ -19,6 +19,7 @@ from quantifind.network.trace import (
 )
 from quantifind.tensor.choice import ActivationChoice, Choice
 from quantifind.tensor.parts import quantizable
+from quantifind.utils.arguments import check
 from quantifind.utils.naming import naming
 
 # bits tried, and those of a search to which the first are too few
@@ -59,6 +60,8 @@ class SearchSpace:
     activations: Mapping[str, Sequence[ActivationChoice]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for kind, given in (("tensors", self.tensors), ("activations", self.activations)):
+            check(isinstance(given, Mapping), kind, given, "a dict of choices by name is needed")
         if not self.tensors:
             raise ValueError("no tensor of the network has a choice: the search space needs some")
         for kind, make in (("tensors", Choice), ("activations", ActivationChoice)):

@@ -89,10 +89,10 @@ class QuantizedActivations(nn.Module):
     def __init__(self, model: nn.Module, activations: Mapping[str, QParams]) -> None:
         super().__init__()
         self.model = model
-        for fit in activations.values():
-            in_float32(fit.grid, torch.device("cpu"))
+        device = torch.device("cpu")
         self.grids = {
-            name: (index, fit.grid) for index, (name, fit) in enumerate(activations.items())
+            name: (index, in_float32(fit.grid, device))
+            for index, (name, fit) in enumerate(activations.items())
         }
         fits = activations.values()
         scales = [1.0 if fit.scale is None else float(fit.scale) for fit in fits]
@@ -103,10 +103,11 @@ class QuantizedActivations(nn.Module):
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with visiting(self.model, self._visit):
+        with visiting(self.model, self.visit):
             return self.model(*args, **kwargs)
 
-    def _visit(self, product: Product) -> Tensor:
+    def visit(self, product: Product) -> Tensor:
+        """The result of a product of rounded operands."""
         return product.compute(*self.rounded(product).operands)
 
     def rounded(self, product: Product) -> Product:
@@ -121,8 +122,8 @@ class QuantizedActivations(nn.Module):
         if name not in self.grids or not values.is_floating_point():
             return values
         index, grid = self.grids[name]
-        qparams = QParams(
-            in_float32(grid, values.device), self.scales[index], self.zero_points[index]
-        )
+        if grid.table is not None:
+            grid = replace(grid, table=grid.table.to(values.device))
+        qparams = QParams(grid, self.scales[index], self.zero_points[index])
         largest = min(torch.finfo(dtype).max for dtype in (values.dtype, torch.float32))
         return round_through(values.float(), qparams).clamp(-largest, largest).to(values.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from quantifind.network.modules import own_tensors, run
 from quantifind.network.products import Product, visiting
 from quantifind.tensor.matrices import Matrices
+from quantifind.utils.arguments import check
 from quantifind.utils.batches import Batch, Forward, batches_of, kept, tensors_of
 from quantifind.utils.devices import evaluating
 
@@ -23,6 +24,13 @@ def calibration_batches(
     batches: of any kind that `quantifind.utils.batches.batches_of` takes, with a model and forward.
     Raises: ValueError where there is none, none with an example, and for inputs with NaN.
     """
+    if batches is not None:
+        check(
+            hasattr(batches, "__iter__") or hasattr(batches, "__getitem__"),
+            "calibration",
+            batches,
+            "batches of training data, such as a loader, are needed",
+        )
     given = kept(batches_of([] if batches is None else batches, model, forward=forward))
     for batch in given:
         first = tensors_of(batch.data)[:1]

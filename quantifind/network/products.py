@@ -27,10 +27,6 @@ from quantifind.tensor.matrices import Matrices
 from quantifind.utils.batches import tensors_of
 
 
-def _no_meeting() -> Meeting | None:
-    return None
-
-
 @dataclass
 class Product:
     """One product about to be computed.
@@ -53,7 +49,7 @@ class Product:
     activations: tuple[str, ...]
     compute: Callable[..., Tensor]
     weight: str | None = None
-    meet: Callable[[], Meeting | None] = _no_meeting
+    meet: Callable[[], Meeting | None] = lambda: None
     bias: Tensor | None = None
     bias_name: str | None = None
     spatial: int = 0
@@ -77,16 +73,20 @@ class Product:
 
 Visit = Callable[[Product], Tensor]
 Note = Callable[[Tensor], None]
+Named = Mapping[str, Tensor]
 
 
 @contextmanager
-def visiting(model: nn.Module, visit: Visit, note: Note | None = None) -> Iterator[None]:
+def visiting(
+    model: nn.Module, visit: Visit, note: Note | None = None, tensors: Named | None = None
+) -> Iterator[None]:
     """Within it, each product of a pass through ``model`` is what ``visit`` returns for it.
 
     visit: Product → result, as ``product.compute(*product.operands)`` gives it.
     note: is given the whole numbers and masks by which values are chosen and moved.
+    tensors: those of the network by name, where they are known; by default what `own_tensors` says.
     """
-    named = own_tensors(model)
+    named = own_tensors(model) if tensors is None else tensors
     # modules entered and not yet left, by name
     path: list[str] = []
     names = {module: name for name, module in model.named_modules()}
@@ -122,7 +122,7 @@ _ACTIVE: list["_Visiting"] = []
 def made_of_codes(name: str, values: Tensor) -> Tensor:
     """Values just made of codes, which are the weight of that name until the module is left."""
     for mode in _ACTIVE:
-        mode.owners[values.untyped_storage().data_ptr()].append((name, values))
+        mode.owners[functions.memory(values) or 0].append((name, values))
         mode.made.append((len(mode.path), values))
     return values
 
@@ -147,7 +147,7 @@ class _Visiting(TorchFunctionMode):
     def forget(self) -> None:
         """Let go of what was made of codes in modules that are left."""
         while self.made and self.made[-1][0] > len(self.path):
-            self.owners.pop(self.made.pop()[1].untyped_storage().data_ptr(), None)
+            self.owners.pop(functions.memory(self.made.pop()[1]) or 0, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

@@ -25,6 +25,7 @@ from quantifind.storage.artifact import pack
 from quantifind.storage.store import fingerprint, fingerprint_of_examples
 from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.arguments import check
 from quantifind.utils.batches import Batch, Forward
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 
@@ -128,6 +129,7 @@ def certify(
     engine, scheduler: who measures, as `quantifind.runtime.workers.Workers` takes them.
     Raises: ValueError as `judge_ladder`, and where there is no limit.
     """
+    check(hasattr(found, "ladder"), "found", found, "what find_strategy returned is needed")
     limits, measure = found.goal.limits, found.goal.measure
     if limit is not None:
         limits = Goal.of(limit if isinstance(limit, Mapping) else {measure: limit}, None).limits

@@ -21,6 +21,7 @@ from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.arguments import check
 from quantifind.utils.batches import Batch, Forward
 from quantifind.utils.console import progress
 from quantifind.workflow.quantize_workflow import BIT_DEPTHS, BitQuantizer, check_depth
@@ -110,7 +111,11 @@ def evaluate_strategies(
     Raises: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
+    needed = "a list of Strategy is needed"
+    check(isinstance(strategies, Iterable), "strategies", strategies, needed)
     strategies = list(strategies)
+    for one in strategies:
+        check(isinstance(one, Strategy), "one of strategies", one, needed)
     given = strategies if quantized is None else list(quantized)
     known_temperatures = [None] * len(strategies) if temperatures is None else temperatures
     if len(known_temperatures) != len(strategies):
