@@ -31,7 +31,7 @@ from quantifind.storage.network_reader import NetworkFile
 from quantifind.strategy import Strategy, uniform_activations
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
-from stages import answers, compare, deps, evaluate, files, ladder, plot, prepare, select, train
+from stages import answers, deps, evaluate, files, ladder, plot, prepare, select, train
 from stages import quantize as quantize_stage
 from stages.params import read_params
 
@@ -164,13 +164,11 @@ def conv(project, tmp_path, monkeypatch):
     return tmp_path
 
 
-def fails(main, message: str, *arguments: str) -> None:
+def fails(main, message: str) -> None:
     """A stage ends with one line that holds the message, and exit code 1, which is what Python does
-    with the text of a SystemExit."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stage", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            files.run(main)
+    with the text of a SystemExit: test_networks_are_compared_on_one_page"""
+    with pytest.raises(SystemExit) as ended:
+        files.run(main)
     said = str(ended.value)
     assert "\n" not in said
     assert message in said
@@ -260,16 +258,19 @@ def test_plots_of_two_models_share_each_chart(project):
     assert "https://cdn" not in html
 
 
-def test_networks_are_compared_on_one_page(project, monkeypatch, capsys):
-    monkeypatch.chdir(project.folder)
+def test_networks_are_compared_on_one_page(project):
     for revisions in ([], ["conv", "dense"]):
-        monkeypatch.setattr(sys, "argv", ["compare", *revisions])
-        files.run(compare.main)
-        assert sorted(capsys.readouterr().out.split(": ")[1].strip().split(", ")) == [
+        result = project.run("-m", "stages.compare", *revisions)
+        assert result.returncode == 0, result.stderr
+        assert sorted(result.stdout.split(": ")[1].strip().split(", ")) == [
             "conv_mnist",
             "dense_mnist",
         ]
-    fails(compare.main, "unknown revision 'dens': there are workspace, ", "dens")
+    # a whole process here: the line that `fails` looks at is all that a user sees
+    result = project.run("-m", "stages.compare", "dens")
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert "unknown revision 'dens': there are workspace, " in line
     page = project.folder / "plots/comparison.html"
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page.read_text(encoding="utf-8"))
     page.unlink()
