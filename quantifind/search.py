@@ -4,14 +4,14 @@ budget."""
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from quantifind.certification.goal import Goal, Limit
-from quantifind.metrics import Outcome, is_classification
+from quantifind.metrics import Outcome
+from quantifind.mixed_precision.asked import asked_goal, measurable
 from quantifind.mixed_precision.candidates import Candidates, Told, note
 from quantifind.mixed_precision.exploration import explore, try_neighbours
 from quantifind.mixed_precision.found import Found, found_by
@@ -43,14 +43,6 @@ from quantifind.utils.naming import naming
 # needs less, the rest is the next ones'
 EFFORT = 200
 SURVEYED, SWEPT, MOVED, SEQUENTIAL = 0.4, 0.6, 0.4, 0.6
-# where the data have no other measure, and no limit is given
-RELATIVE_ERROR = 0.05
-# what a measure takes
-_LABELS = "needs targets that are class labels, one for each example"
-_LOSS = "a ratio needs a float network whose mean loss is above 0"
-_LOGITS = "needs logits, with cross entropy, or a squared error, and a loss above 0"
-_WANTS = {"accuracy_drop": _LABELS, "flips": _LABELS, "criterion_ratio": _LOSS}
-_WANTS |= {"calibrated_ratio": _LOGITS, "fidelity": _LOGITS}
 
 
 def find_strategy(
@@ -136,7 +128,7 @@ def find_strategy(
         `quantifind.mixed_precision.measurements.Measurements` can't take; and, naming the nearest,
         for a limit or budget that no candidate keeps.
     """
-    goal = _goal(limit, budget, criterion)
+    goal = asked_goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
     most = {"effort": effort, "seconds": seconds, "max_memory": max_memory}
     _check(goal, learn, labels, confidence, activation_bits, most, storage, random)
@@ -148,7 +140,7 @@ def find_strategy(
         how: Any = {"forward": forward, "folder": folder, "seed": seed, "workers": workers}
         how["max_memory"] = max_memory
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
-        goal = _measurable(goal, measurements.original, default=(limit, budget) == (None, None))
+        goal = measurable(goal, measurements.original, default=(limit, budget) == (None, None))
         _say_temperature(goal, measurements.original)
         passes = measurements.passes
         passes.effort, passes.deadline = effort, deadline
@@ -224,52 +216,6 @@ def refine(candidates: Candidates, learn: float, labels: bool) -> None:
     if learn:
         with passes.of("learning", math.inf):
             learn_candidates(candidates, learn, labels)
-
-
-def _goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goal:
-    if limit is None and budget is None and criterion is None:
-        limit = {"relative_error": RELATIVE_ERROR}
-    goal = Goal.of(limit, budget)
-    if criterion is not None:
-        return goal
-    if not goal.limits:
-        return replace(goal, measure="relative_error")
-    if goal.limits.keys() != {"relative_error"}:
-        raise ValueError(
-            f"limit {', '.join(goal.limits)} needs a criterion; without one, limit "
-            "{'relative_error': 0.05} holds the outputs to the float network's"
-        )
-    return goal
-
-
-def _measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
-    """The goal; of the default limits, those that the data have.
-
-    Raises: ValueError for a measure that the data have not.
-    """
-    have = ["relative_error"]
-    if original.criterion > 0:
-        have.append("criterion_ratio")
-        if original.gain is not None and math.isfinite(original.gain):
-            have += ["calibrated_ratio", "fidelity"]
-    if is_classification(original):
-        have += ["accuracy_drop", "flips"]
-    limits = {name: limit for name, limit in goal.limits.items() if name in have}
-    if default and "calibrated_ratio" in goal.limits.keys() - limits.keys():
-        # a loss that no gain suits: test_the_default_limit_of_a_loss_of_ones_own
-        ratio = {"criterion_ratio": goal.limits["calibrated_ratio"]}
-        limits = ratio | limits if limits and original.criterion > 0 else {}
-        limits = limits or {"relative_error": RELATIVE_ERROR}
-    if not goal.limits and goal.measure not in have:
-        # a budget: the loss itself is 0, so nothing is a ratio to it
-        return replace(goal, measure="relative_error")
-    if len(limits) == len(goal.limits) or default:
-        return replace(goal, measure=next(iter(limits), goal.measure), limits=limits)
-    missing = ", ".join(name for name in goal.limits if name not in limits)
-    raise ValueError(
-        f"limit {missing}: {_WANTS[next(n for n in goal.limits if n not in limits)]}; this network "
-        f"and its data have {', '.join(have)}"
-    )
 
 
 def _say_temperature(goal: Goal, original: Outcome) -> None:

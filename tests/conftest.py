@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -17,8 +18,10 @@ from quantifind.utils.loaders import Tensors, create_dataloaders, split_loaders,
 from quantifind.utils.memory import keep_freed_memory
 
 matplotlib.use("Agg")
-# waking a second thread for a few hundred values takes longer than all else
+# waking a second thread for a few hundred values takes longer than all else; nor do processes that
+# tests start
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 keep_freed_memory()
 settings.register_profile("quantifind", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("quantifind")

@@ -90,6 +90,13 @@ def every_candidate(net, train, val, goal):
     ]
 
 
+@pytest.fixture(scope="module")
+def sizes(small):
+    """The bytes of all strategies."""
+    net, train, val, _ = small
+    return [row["model_bytes"] for row in every_candidate(net, train, val, Goal.of(1.0, None))]
+
+
 def efficient(row, rows):
     """Whether no other has as few bytes, and as small a prediction."""
     own = row["model_bytes"], row["predicted_fidelity"]
@@ -150,9 +157,8 @@ def test_coded_storage_takes_fewer_bytes_all_of_them_counted():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
-def test_a_budget_is_spent_as_well_as_by_the_best_of_all_strategies(small, share):
+def test_a_budget_is_spent_as_well_as_by_the_best_of_all_strategies(small, sizes, share):
     net, train, val, _ = small
-    sizes = [row["model_bytes"] for row in every_candidate(net, train, val, Goal.of(1.0, None))]
     budget = min(sizes) + share * (max(sizes) - min(sizes))
     goal = Goal.of(None, {"model_bytes": budget})
     everything = every_candidate(net, train, val, goal)
@@ -171,10 +177,9 @@ def test_a_budget_is_spent_as_well_as_by_the_best_of_all_strategies(small, share
     assert goal.rank(chosen) <= least
 
 
-def test_a_budget_is_spent_to_the_last_byte(small):
+def test_a_budget_is_spent_to_the_last_byte(small, sizes):
     net, train, val, _ = small
-    rows = every_candidate(net, train, val, Goal.of(1.0, None))
-    most = max(row["model_bytes"] for row in rows)
+    most = max(sizes)
     found = find_strategy(
         net,
         train,
@@ -376,8 +381,7 @@ def test_grids_suit_weights_of_any_size():
     assert {"codebook", "uniform"} <= {c.scheme for c in found.sensitivity["choice"]}
 
 
-@pytest.mark.parametrize("before", [80, 400])
-def test_what_was_searched_with_another_effort_changes_nothing(before, tmp_path):
+def test_what_was_searched_with_another_effort_changes_nothing(tmp_path):
     """Of so many layers that the number of waves follows from the passes that are left."""
     torch.manual_seed(0)
     layers = [part for _ in range(24) for part in (nn.Linear(5, 5), nn.Tanh())]
@@ -387,14 +391,15 @@ def test_what_was_searched_with_another_effort_changes_nothing(before, tmp_path)
     train, val, _ = create_dataloaders(data, batch_size=50)
     how = {"limit": {"relative_error": 0.2}, "widths": [3, 4, 8]}
     criterion = nn.CrossEntropyLoss()
-    find_strategy(net, train, val, criterion, effort=before, folder=tmp_path, **how)
-    again = find_strategy(net, train, val, criterion, effort=150, folder=tmp_path, **how)
     fresh = find_strategy(net, train, val, criterion, effort=150, **how)
-    assert again.strategy == fresh.strategy
+    assert "sequential" in set(fresh.candidates["origin"])
     columns = ["origin", "mean_bits", "relative_error", "examples"]
-    pd.testing.assert_frame_equal(again.candidates[columns], fresh.candidates[columns])
-    origins = set(fresh.candidates["origin"])
-    assert "sequential" in origins
+    for before in (80, 400):
+        kept = {"folder": tmp_path / str(before), **how}
+        find_strategy(net, train, val, criterion, effort=before, **kept)
+        again = find_strategy(net, train, val, criterion, effort=150, **kept)
+        assert again.strategy == fresh.strategy
+        pd.testing.assert_frame_equal(again.candidates[columns], fresh.candidates[columns])
 
 
 def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
@@ -414,32 +419,36 @@ def test_another_limit_measures_only_what_is_new(small, tmp_path, monkeypatch):
     assert len(seen) > 2 * count - 2  # without a folder all is
 
 
-@pytest.mark.parametrize("stop_after", [1, 40, 70])
-def test_a_killed_search_goes_on(small, tmp_path, monkeypatch, stop_after):
+def test_a_killed_search_goes_on(small, tmp_path, monkeypatch):
     net, train, val, _ = small
     criterion = nn.CrossEntropyLoss()
-    whole = find_strategy(net, train, val, criterion, limit=1.05)
     with monkeypatch.context() as patch:
-        before = count_measured(patch, stop_after)
-        try:  # what keeps the goal by then is the answer
-            cut = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
-            assert cut.passes.left_out == ["interrupted"]
-        except KeyboardInterrupt:
-            assert stop_after < 100
-    seen = count_measured(monkeypatch)
-    resumed = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
-    assert plain(resumed).equals(plain(whole))
-    after = len(seen)
-    find_strategy(net, train, val, criterion, limit=1.05)
-    assert len(before) + after == len(seen) - after  # what was measured before was not again
+        everything = count_measured(patch)
+        whole = find_strategy(net, train, val, criterion, limit=1.05)
+    for stop_after in (1, 40, 70):
+        how = {"limit": 1.05, "folder": tmp_path / str(stop_after)}
+        with monkeypatch.context() as patch:
+            before = count_measured(patch, stop_after)
+            try:  # what keeps the goal by then is the answer
+                cut = find_strategy(net, train, val, criterion, **how)
+                assert cut.passes.left_out == ["interrupted"]
+            except KeyboardInterrupt:
+                assert stop_after < 100
+        with monkeypatch.context() as patch:
+            after = count_measured(patch)
+            resumed = find_strategy(net, train, val, criterion, **how)
+        assert plain(resumed).equals(plain(whole))
+        # what was measured before was not again
+        assert len(before) + len(after) == len(everything)
 
 
 def test_other_options_have_a_folder_of_their_own(small, tmp_path):
     net, train, val, _ = small
     for smoothing in (0.0, 0.3):
         criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
-        kept = find_strategy(net, train, val, criterion, limit=1.05, folder=tmp_path)
-        alone = find_strategy(net, train, val, criterion, limit=1.05)
+        how = {"limit": 1.05, "widths": [2, 4, 8]}
+        kept = find_strategy(net, train, val, criterion, folder=tmp_path, **how)
+        alone = find_strategy(net, train, val, criterion, **how)
         assert plain(kept).equals(plain(alone))
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from torch import Tensor
 
 from quantifind.certification.measures import degradation
@@ -211,7 +210,13 @@ def _precise(columns: Columns, precision: float) -> bool:
     increase = columns["divergence"]
     # few examples may all be of those that don't change: test_no_increase_is_not_taken_for_granted
     seen = increase.any() or len(increase) >= UNCHANGED
-    return bool(seen and stats.sem(increase) <= precision * increase.mean())
+    return bool(seen and len(increase) > 1 and _mean_error(increase) <= precision * increase.mean())
+
+
+def _mean_error(values: np.ndarray) -> float:
+    """The standard error of the mean of two values or more."""
+    # as scipy.stats.sem, which takes long to import
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def increase_of(columns: Columns) -> float:
@@ -226,7 +231,7 @@ def _increase_error(columns: Columns) -> float:
     if not math.isfinite(increase) or len(weight) < 2:
         return math.nan
     off = columns["divergence"] - increase * weight
-    return float(stats.sem(off) / weight.mean())
+    return float(_mean_error(off) / weight.mean())
 
 
 def _row(rounded_options: RoundedOptions, key: str, columns: Columns | None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,9 @@ class Gains:
             # of a square the lowest point: test_the_gain_of_a_tiny_error_is_exact
             slope, curve = (mean[2] - mean[0]) / 2, mean[0] - 2 * mean[1] + mean[2]
             return float(1 - slope / curve) if curve > 0 else 1.0
+        # not for the stage that always runs: test_heavy_imports_are_rare
+        from scipy import optimize
+
         first, last = math.log(self.tried[0]), math.log(self.tried[-1])
 
         def loss(logarithm: float) -> float:
