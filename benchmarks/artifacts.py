@@ -24,6 +24,7 @@ and a line of README.md. Columns:
 
 import argparse
 import json
+import math
 import re
 import tempfile
 import time
@@ -285,7 +286,8 @@ def line(results: pd.DataFrame) -> str:
     for kind in ("onnx", "pt2"):
         ran = results[results[f"by_{kind}"].notna()]
         off = ran[f"by_{kind}"].max()
-        near = f"at most {off:.0e} off" if off else "bit for bit"
+        step = 10 ** math.floor(math.log10(off)) if off else 0
+        near = f"at most {math.ceil(off / step) * step:.0e} off" if off else "bit for bit"
         counts.append(f"{ran['network'].nunique()} ({near})")
     return (
         f"[Take it with you](docs/format.md): {LEARNED}, {own['answer']}, is a file of "

@@ -97,7 +97,8 @@ def quantize_within(network: Calibration, strategy: Strategy, waves: int = WAVES
         tensors |= _gptq_sequentially(network, choices, tensors, activations, waves)
     tensors = {name: tensors[name] for name in choices}
     compensated = [name for name, choice in choices.items() if choice.rounding == "gptq"]
-    notes = {name: network.notes[name] for name in compensated if name in network.notes}
+    said = {name: note_of(network, name, choices[name], tensors[name]) for name in compensated}
+    notes = {name: note for name, note in said.items() if note is not None}
     return Quantized(tensors, activations, strategy.folded, notes)
 
 
@@ -204,14 +205,16 @@ def _by_moments(
     values = network.tensors[name]
     with naming(name):
         if moments:
-            found = gptq_layer(values, moments, choices)
-        else:
-            found = [choice.quantize(values, network.importance(name)) for choice in choices]
-    for choice, tensor in zip(choices, found, strict=True):
-        if choice.rotation is not None and tensor.rotation is None:
-            network.notes[name] = f"{network.notes[name]}; its inputs not rotated"
-            break
-    return found
+            return gptq_layer(values, moments, choices)
+        return [choice.quantize(values, network.importance(name)) for choice in choices]
+
+
+def note_of(network: Calibration, name: str, choice: Choice, made: QuantizedTensor) -> str | None:
+    """What GPTQ did less well than it could with a choice, in words; None where nothing."""
+    said = [network.notes[name]] if name in network.notes else []
+    if choice.rotation is not None and made.rotation is None:
+        said.append("its inputs not rotated")
+    return "; ".join(said) or None
 
 
 def _nearest(name: str, choice: Choice, network: Calibration) -> QuantizedTensor:

@@ -115,7 +115,7 @@ def drawn(evidence: Evidence) -> str | None:
         return None
     keeps = np.logical_and.reduce([table[m] <= most for m, most in evidence.limits.items()])
     text = f"Of {_count(len(table), 'network')} with random widths (each tensor's drawn between "
-    text += "half and one and a half times a middle) "
+    text += "half and one and a half times a middle, each rounded alone) "
     if not keeps.any():
         fewest = table["mean_bits"].min()
         return f"{text}none keeps the limits on validation data, from {fewest:.3g} bits on."

@@ -59,7 +59,7 @@ def main(params: Params) -> None:
         plugins.names("costs"),
         name=name,
         measure=measure,
-        reach=10 * (limit - MEASURES[measure].lossless),
+        reach=max(10 * (limit - MEASURES[measure].lossless), 0.01),
     )
     for picture, figure in figures.items():
         files.write_figure(files.PLOTS / f"{picture}.png", figure)

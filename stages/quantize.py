@@ -36,7 +36,7 @@ def main(params: Params) -> None:
     errors = weight_errors(net, uniform)
     folder = files.measured_folder()
     how: Any = {"forward": made.forward, "folder": folder, **params.search_options}
-    with live(files.SEARCHING, step="passes") as log:
+    with live(files.SEARCHING, ["mean_bits"], step="passes") as log:
         found = find_strategy(net, train, val, criterion, told=log, **how)
     if "interrupted" in found.passes.left_out:
         raise ValueError("interrupted; what was measured is kept, and dvc repro goes on from there")

@@ -20,6 +20,7 @@ from stages.networks import create_network
 from stages.params import Params
 from stages.weights import load_weights
 
+CURVES = ["train_loss", "val_loss"]
 # the history of weights that were given
 NO_EPOCH = pd.DataFrame(columns=["epoch", "train_loss", "val_loss"])
 
@@ -45,13 +46,13 @@ def main(params: Params) -> None:
         if not math.isfinite(measured["val_loss"]):
             what = f"with weights {entry.weights} the loss on validation data is"
             raise ValueError(f"{named}: {what} {measured['val_loss']}")
-        with live(files.TRAINING, step="epoch") as log:
+        with live(files.TRAINING, CURVES, step="epoch") as log:
             log(measured)
         write(made, entry.network, NO_EPOCH, measured)
         return
     if made.optimizer is None or entry.epochs is None:
         raise ValueError(f"{named} has no optimizer: it is trained, since no weights are given")
-    with files.resumable(params) as checkpoints, live(files.TRAINING, step="epoch") as log:
+    with files.resumable(params) as checkpoints, live(files.TRAINING, CURVES, step="epoch") as log:
         history = train_network(
             net,
             criterion,

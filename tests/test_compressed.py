@@ -13,6 +13,7 @@ from quantifind import Strategy, compressed, quantize_model, uniform_strategy
 from quantifind.costs import model_bytes
 from quantifind.quantize import quantize
 from quantifind.strategy import uniform_activations
+from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
 
 
@@ -181,6 +182,13 @@ def test_torchaos_kernels_multiply_codes(bits):
     assert small.tied.weight is small.first.weight
     assert small.first.weight.qdata.nbytes == 48 * 64 * bits // 8
     assert hasattr(small.odd, "weight_codes") == (bits == 4)
+    turned = Choice("uniform", bits=bits, axis=0, rounding="gptq", rotation=0)
+    strategy = Strategy({n: turned if "weight" in n else None for n in strategy.tensors})
+    rotated = quantize(net, strategy, [(x,)])
+    other = compressed(net, rotated, kernels="torchao")
+    assert torch.equal(other(x), quantize_model(net, rotated)(x))
+    double = compressed(Sizes().double().eval(), uniform_strategy(net, bits), kernels="torchao")
+    assert double(x.double()).isfinite().all()
     for choice in ({"levels": 3}, {"bits": bits, "zero_point": True, "axis": 0}, {"bits": 6}):
         other = compressed(net, uniform_strategy(net, **choice), kernels="torchao")
         assert hasattr(other.first, "weight_codes")

@@ -544,7 +544,9 @@ def test_moments_are_kept_as_long_as_all_fit(monkeypatch):
         "layer_moments",
         lambda *given, **options: passed.append(given[1]) or layer_moments(*given, **options),
     )
-    for most, again in ((math.inf, []), (8 * 8 * 8, [asked])):
+    # of inputs 6² and 8², of outputs 8 · 6 and 4 · 8
+    enough = 8 * (36 + 64 + 48 + 32)
+    for most, again in ((enough, []), (enough - 8, [asked])):
         network = Calibration(net, batches, max_memory=most)
         first = dict(network.moments(asked[:1])) | dict(network.moments(asked[1:]))
         passed.clear()
@@ -554,6 +556,9 @@ def test_moments_are_kept_as_long_as_all_fit(monkeypatch):
             for matrix, moments in kept[name].items():
                 torch.testing.assert_close(moments.inputs, first[name][matrix].inputs)
                 torch.testing.assert_close(moments.outputs, first[name][matrix].outputs)
+        held = [m for each in network._kept.values() for m in each.values()]
+        size = sum(m.inputs.nbytes + m.outputs.nbytes for m in held)
+        assert size == (0 if again else enough)
         # what meets the inputs of a network in part quantized has its own
         dict(network.moments(asked, work=copy.deepcopy(net)))
         passed.clear()

@@ -254,7 +254,7 @@ def test_plots_of_two_models_share_each_chart(project):
     assert len(charts) == 1 + 9
     specs = html.split("var spec = ")[1:]
     # what grows while a stage runs is kept, too
-    for name in ("training/plots/metrics/val_loss", "search/plots/metrics/mean_bits"):
+    for name in ("training/val_loss", "search/mean_bits"):
         curve = pd.read_csv(project.folder / f"plots/{name}.tsv", sep="\t")
         assert curve["step"].is_monotonic_increasing
         assert len(curve)
@@ -451,7 +451,7 @@ def test_a_killed_training_is_resumed(conv):
     assert 10 <= int(last.stem[-4:]) < 100
     left = [
         conv / "plots/history.csv",
-        conv / "plots/training/plots/metrics/val_loss.tsv",
+        conv / "plots/training/val_loss.tsv",
         conv / "out/checkpoint/weights.safetensors",
     ]
     results = []

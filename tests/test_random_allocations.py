@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from quantifind import find_strategy
+from quantifind.mixed_precision.candidates import RACE, Candidates
 from quantifind.mixed_precision.random_allocations import AROUND, MIDDLES
 from quantifind.utils.loaders import Tensors, create_dataloaders
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
@@ -77,3 +78,25 @@ def test_who_is_told_hears_of_ever_better_candidates(made):
 def test_a_count_that_is_none_is_refused():
     with pytest.raises(ValueError, match="random is -1: a whole number, 0 or more, is needed"):
         find_strategy(nn.Linear(1, 1), [], [], nn.MSELoss(), random=-1)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_answer_outlives_an_interrupt(made, monkeypatch, late):
+    """Or the end of its time, while widths at random are measured."""
+    net, val, _, without, _ = made
+    measured = Candidates.measured
+
+    def ended(self, trials, shares=RACE):
+        if trials and trials[0].origin == "random":
+            if not late:
+                raise KeyboardInterrupt
+            self.measurements.passes.deadline = 0.0
+        return measured(self, trials, shares)
+
+    monkeypatch.setattr(Candidates, "measured", ended)
+    how = {"limit": 1.2, "widths": WIDTHS, "effort": 160, "random": COUNT}
+    found = find_strategy(net, val, val, nn.CrossEntropyLoss(), **how)
+    assert found.strategy.tensors.keys() == without.strategy.tensors.keys()
+    assert len(found.random) == late
+    said = "allocations at random" if late else "interrupted"
+    assert said in found.passes.left_out

@@ -104,17 +104,17 @@ def efficient(row, rows):
     return not any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in others)
 
 
-def test_a_search_keeps_within_the_memory_that_is_allowed(small):
-    """What GPTQ had none for is rounded to nearest, said in the strategy; the limit is kept."""
+def test_a_search_keeps_within_the_memory_that_is_allowed(small, tmp_path):
+    """What GPTQ had none for is rounded to nearest, said in the strategy; more is no other's."""
     net, train, val, _ = small
     choices = [{"scheme": "uniform", "bits": b, "axis": 0, "rounding": "gptq"} for b in (3, 6)]
-    how = {
-        "limit": 1.2,
-        "search_space": {"tensors": {n: choices for n, _ in net.named_parameters()}},
-    }
+    tensors = {n: choices for n, _ in net.named_parameters()}
+    how = {"limit": 1.2, "search_space": {"tensors": tensors}, "folder": tmp_path}
     found = find_strategy(net, train, val, nn.CrossEntropyLoss(), max_memory=1, **how)
-    assert found.quantized.notes.keys() == dict(net.named_parameters()).keys()
+    assert found.quantized.notes.keys() == tensors.keys()
     assert all("rounded to nearest" in note for note in found.quantized.notes.values())
+    again = find_strategy(net, train, val, nn.CrossEntropyLoss(), **how)
+    assert not again.quantized.notes
     with pytest.raises(ValueError, match="max_memory is 0: a number above 0"):
         find_strategy(net, train, val, nn.CrossEntropyLoss(), max_memory=0, **how)
 

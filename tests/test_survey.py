@@ -324,3 +324,14 @@ def test_what_keeps_a_limit_diverges_by_what_is_near_it():
         assert (low > 0) == bool(kept), name
         assert not kept or low <= max(kept), name
         assert not lost or min(lost) <= high < math.inf, name
+
+
+def test_the_table_has_its_columns_whatever_the_effort():
+    measurements = measurements_of("softmax")
+    measurements.passes.effort = 150
+    space = default_search_space(measurements.model, measurements.facts, range(2, 9))
+    with measurements.passes.of("sensitivity", 1e-9):
+        found, _ = survey(measurements, space, Goal.of(1.05, None))
+    assert not found.measured
+    wanted = {"loss_increase", "increase_error", "original_criterion", "predicted_increase"}
+    assert wanted <= set(found.table.columns)

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from quantifind.workflow.train_workflow import (
     save_train_context,
     train_network,
 )
+from stages.live import live
 
 
 def make_context(hidden: int = 8):
@@ -218,3 +221,19 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, save):
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         load_train_context(tmp_path, net, optimizer)
     assert not (tmp_path / "owned").exists()
+
+
+def test_curves_grow_wherever_a_stage_runs(tmp_path, monkeypatch):
+    """In a repository without a commit, too; a curve without a point has its header."""
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    folder = Path("plots/training")
+    for _ in range(2):
+        with live(folder, ["loss", "other"], step="epoch") as log:
+            for epoch in (1, 2):
+                log({"epoch": epoch, "loss": 1 / epoch, "unnamed": 3})
+                rows = (folder / "loss.tsv").read_text(encoding="utf-8").splitlines()
+                assert rows[-1] == f"{epoch}\t{1 / epoch}"
+        assert rows == ["step\tloss", "1\t1.0", "2\t0.5"]
+        assert (folder / "other.tsv").read_text(encoding="utf-8") == "step\tother\n"
+    assert {file.name for file in folder.iterdir()} == {"loss.tsv", "other.tsv"}

@@ -24,9 +24,10 @@ def measure(
 
     Where both operands are on levels, a multiply-add multiplies integers of the widths of their
     codes and adds to an integer of 32 bits; a grid that is no integer's, such as a minifloat or
-    powers of two, counts as an integer of its width. Where one is in float, or on a stored
-    codebook, which means nothing until it is looked up, it is a multiply-add of 32-bit floats,
-    whatever the width. Reading activations, and caches, are left out.
+    powers of two, counts as an integer of its width. Where one is in float, on a stored codebook,
+    which means nothing until it is looked up, or rotated, and so in float once it is turned back,
+    it is a multiply-add of 32-bit floats, whatever the width. Reading activations, and caches, are
+    left out.
 
     products: as `quantifind.network.trace.macs` returns them.
     Returns: by name of a parameter, a buffer, or the left operand of a product of two activations.
@@ -35,8 +36,11 @@ def measure(
     stored = {name: 8 * size for name, size in sizes.items()}
     stored |= {name: tensor.stored_bits for name, tensor in quantized.tensors.items()}
     cost = {name: READ_DRAM_BIT * bits for name, bits in stored.items()}
+    rotated = {n for n, tensor in quantized.tensors.items() if tensor.rotation is not None}
     for product in products:
-        if any(operand is None or operand.grid.stored for operand in product.operands(quantized)):
+        operands = product.operands(quantized)
+        floats = any(operand is None or operand.grid.stored for operand in operands)
+        if floats or product.weight in rotated:
             each = MULTIPLY_FLOAT32 + ADD_FLOAT32
         else:
             left, right = product.bits(quantized)

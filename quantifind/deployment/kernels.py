@@ -27,6 +27,7 @@ def kernel_weight(module: nn.Module, tensor: QuantizedTensor) -> nn.Parameter | 
     qparams, codes = tensor.qparams, tensor.codes
     grid, scale = qparams.grid, qparams.scale
     plain = grid.table is None and not grid.offset and qparams.zero_point is None
+    plain = plain and tensor.rotation is None  # test_torchaos_kernels_multiply_codes
     per_output = scale is not None and qparams.group is None and qparams.axis in (None, 0, -2)
     if type(module) is not nn.Linear or not (plain and per_output) or not codes.numel():
         return None
@@ -35,7 +36,7 @@ def kernel_weight(module: nn.Module, tensor: QuantizedTensor) -> nn.Parameter | 
     scales = scale.to(device, tensor.dtype).reshape(-1, 1).expand(len(codes), 1).contiguous()
     if 2**7 < grid.levels <= 2**8:
         return _of(_int8(codes.to(device), scales))
-    if 2**3 < grid.levels <= 2**4 and device.type == "cpu":
+    if 2**3 < grid.levels <= 2**4 and device.type == "cpu" and tensor.dtype != torch.float64:
         groups = [size for size in GROUPS if codes.shape[1] % size == 0]
         if groups and len(codes) % 16 == 0:
             return _of(_int4(codes, scales, groups[0]))

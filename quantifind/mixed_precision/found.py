@@ -113,7 +113,8 @@ def found_by(
     (count, seed), random = drawn, rows.iloc[:0]
     if count and not passes.out_of_time and "interrupted" not in passes.left_out:
         with passes.of("random", math.inf):
-            random = random_allocations(candidates, best["mean_bits"], count, seed=seed)
+            drawn_ones = random_allocations(candidates, best["mean_bits"], count, seed=seed)
+        random = drawn_ones if len(drawn_ones) else random
     console.print(f"{passes}", markup=False, highlight=False)
     return Found(
         best["strategy"],

@@ -139,7 +139,10 @@ class Measurements:
         given = evaluator.given_batches()
         made = _by_example(plain_copy(model), given, evaluator.criterion)
         data = [t for batch in (*given, *calibration) for t in tensors_of(batch.data)]
-        key = fingerprint(FORMAT, model, str(model), seed, made, *data)
+        # with less memory the same choices are other codes
+        # (test_a_search_keeps_within_the_memory_that_is_allowed)
+        memory = "" if max_memory is None else f" in {max_memory:g} bytes"
+        key = fingerprint(FORMAT + memory, model, str(model), seed, made, *data)
         store = Store(None if folder is None else Path(folder) / key[:16])
         return cls(
             model=model,

@@ -45,12 +45,19 @@ def random_allocations(
         quantized = candidates.allocation.alone(strategy.tensors, {})
         trial = candidates.trial("random", strategy, quantized)
         trials[trial.key] = trial
-    rows: list[Row] = []
+    rows, passes = list[Row](), candidates.measurements.passes
     with progress("random allocations", total=len(trials)) as step:
         for trial in trials.values():
-            rows += candidates.measured([trial], WHOLE)
+            if passes.out_of_time:
+                passes.stopped("allocations at random")
+                break
+            try:
+                rows += candidates.measured([trial], WHOLE)
+            except KeyboardInterrupt:  # the answer is there: test_an_answer_outlives_an_interrupt
+                passes.stopped("interrupted")
+                break
             step()
-    return pd.DataFrame(rows).drop(columns="key")
+    return pd.DataFrame(rows).drop(columns="key", errors="ignore")
 
 
 def _options(candidates: Candidates) -> dict[str, dict[float, Choice]]:

@@ -10,7 +10,7 @@ from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.network.activations import fit_activations
 from quantifind.network.modules import named_tensors, plain_copy
 from quantifind.network.trace import activation_names
-from quantifind.quantize import quantize_each
+from quantifind.quantize import note_of, quantize_each
 from quantifind.storage import artifact
 from quantifind.tensor.choice import ActivationChoice, Choice
 from quantifind.tensor.qparams import QParams
@@ -122,7 +122,8 @@ class RoundedOptions(Mapping[str, Made]):
         """Count the pass for the moments of what weights meet, unless they are kept."""
         measurements, before = self.measurements, self._met
         self._met = before | weights
-        if weights and not (weights <= before and measurements.network.fit(self._met)):
+        kept = measurements.workers.places == 1 and weights <= before
+        if weights and not (kept and measurements.network.fits(self._met)):
             measurements.passes.add(sum(map(len, measurements.calibration)))
 
     def _rounded(self, tasks: Sequence[Task]) -> Iterator[tuple[Place, Quantized]]:
@@ -160,7 +161,10 @@ def network_of(name: str, quantized: Made) -> Quantized:
 
 
 def _quantize_all(measurements: Measurements, task: Task) -> list[tuple[Place, Quantized]]:
-    return list(_quantize(measurements, task))
+    made = list(_quantize(measurements, task))
+    # a worker goes on for as long as its process does
+    measurements.network.forget()
+    return made
 
 
 def _quantize(measurements: Measurements, task: Task) -> Iterator[tuple[Place, Quantized]]:
@@ -168,10 +172,10 @@ def _quantize(measurements: Measurements, task: Task) -> Iterator[tuple[Place, Q
     if kind == "tensors":
         network = measurements.network
         for name, made in quantize_each(measurements.model, choices, network):
-            notes = {name: network.notes[name]} if name in network.notes else {}
             for choice, one in zip(choices[name], made, strict=True):
-                said = notes if choice.rounding == "gptq" else {}
-                yield (kind, name, choice), replace(network_of(name, one), notes=said)
+                said = note_of(network, name, choice, one) if choice.rounding == "gptq" else None
+                notes = {} if said is None else {name: said}
+                yield (kind, name, choice), replace(network_of(name, one), notes=notes)
         return
     model = plain_copy(measurements.model)
     for name, some in choices.items():

@@ -48,7 +48,7 @@ def survey(
     stand_ins = {
         key: rounded_options.stand_in(key) for key in rounded_options if key not in activations
     }
-    _check_effort(measurements, space)
+    _check_effort(measurements, space, goal)
     rounded_options.make(stand_ins.values())
     scored = _scored(rounded_options, dict.fromkeys(stand_ins.values()))
     scores = {k: scored[s] for k, s in stand_ins.items() if k == s}
@@ -79,6 +79,7 @@ def survey(
         # what is off most where it counts: large increases leave the second order
         new.sort(key=lambda key: -increases[key])
         measured |= measure_options(rounded_options, new, precision)
+    measurements.network.forget()
     sensitivity = Sensitivity(rounded_options, measured, scores)
     return sensitivity, Allocation.of(measurements, sensitivity, goal, near)
 
@@ -100,14 +101,16 @@ def _hoped(
     return min(found)
 
 
-def _check_effort(measurements: Measurements, space: SearchSpace) -> None:
+def _check_effort(measurements: Measurements, space: SearchSpace, goal: Goal) -> None:
     """Raise ValueError for an effort below what the smallest search takes: what has been taken, the
     scores, the depths that are halved, and a few candidates."""
     passes = measurements.passes
     most = max(map(len, space.tensors.values()))
     examples = sum(map(len, scored_batches(measurements)))
     least = passes.taken + (3 + most) * examples / measurements.examples + CANDIDATES
-    least += most.bit_length()
+    if goal.budget is None:
+        choices = space.tensors.values()
+        least += len({choice.width for some in choices for choice in some}).bit_length()
     if passes.effort < least:
         raise ValueError(
             f"effort is {passes.effort:g}: the smallest search of this network and these data "

@@ -11,7 +11,7 @@ from quantifind.network.calibration import Batches, calibration_batches, second_
 from quantifind.network.folding import Pairs, prepared, prepared_tensors
 from quantifind.network.modules import named_buffers, named_tensors
 from quantifind.network.moments import Found, layer_moments
-from quantifind.network.parts import all_parts, enough, note, passes, waves
+from quantifind.network.parts import NUMBER, all_parts, enough, note, passes, waves
 from quantifind.network.trace import GPTQ_KINDS, ProductFacts, trace, weight_uses
 from quantifind.tensor.gptq import Moments
 from quantifind.tensor.matrices import Matrices
@@ -110,15 +110,22 @@ class Calibration:
                 reached = math.inf if max(product.uses) > 1 else max(reached, done)
         return min(reached / done, 1.0) if done else 1.0
 
-    def fit(self, names: Iterable[str]) -> bool:
-        """Whether the moments of weights fit into memory together."""
+    def fits(self, names: Iterable[str]) -> bool:
+        """Whether moments of weights, of inputs and outputs, fit into memory together, each with
+        inputs of its own."""
         parts = all_parts([*names], self.facts, self.max_memory)
-        return len(list(passes(parts, self.max_memory))) <= 1
+        size = sum(part.bytes for own in parts.values() for part in own)
+        return size + sum(NUMBER * self.tensors[name].numel() for name in parts) <= self.max_memory
+
+    def forget(self) -> None:
+        """Let go of the moments that are kept."""
+        self._kept.clear()
 
     def moments(self, names: Iterable[str], **options: Any) -> Iterator[Found]:
-        """Those of weights, in the order of a pass; none where there is no memory for them.
+        """Those of weights; none where there is no memory for them.
 
-        Of the network as it is they are kept, as long as they `fit`.
+        Of the network as it is they are kept, and come first, as long as all that were asked for
+        `fits` into memory together, until they are to `forget`.
 
         options: of `quantifind.network.moments.layer_moments`.
         Raises: ValueError as it, and for a weight that no pass uses.
@@ -129,9 +136,9 @@ class Calibration:
         for name in asked:
             if name not in self.uses:
                 raise ValueError(f"{name}: rounding 'gptq': {unused()}; round it to 'nearest'")
-        keep = not options and self.fit({*self._kept, *asked})
+        keep = not options and self.fits({*self._kept, *asked})
         if not keep:
-            self._kept.clear()
+            self.forget()
         yield from ((name, self._kept[name]) for name in asked if name in self._kept)
         asked = [name for name in asked if name not in self._kept]
         if not asked:

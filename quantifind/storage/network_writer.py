@@ -54,7 +54,8 @@ def write_network(
             described = {p: [_dtype_name(t.dtype), *t.shape] for p, t in own.items()}
             index[section][key] = {**facts, "parts": described, "crc32": check}
             parts += own.values()
-    rotated = any(tensor.rotation is not None for tensor in quantized.tensors.values())
+    # asked for, too, where there was no memory to: an older reader knows no such choice
+    rotated = '"rotation"' in json.dumps(index)
     packed = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
     size = sum(part.numel() * part.element_size() for part in parts)
     header = {
