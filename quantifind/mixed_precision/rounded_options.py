@@ -122,8 +122,8 @@ class RoundedOptions(Mapping[str, Made]):
         """Count the pass for the moments of what weights meet, unless they are kept."""
         measurements, before = self.measurements, self._met
         self._met = before | weights
-        kept = measurements.workers.places == 1 and weights <= before
-        if weights and not (kept and measurements.network.fits(self._met)):
+        # whoever works: test_a_search_finds_the_same
+        if weights and not (weights <= before and measurements.network.fits(self._met)):
             measurements.passes.add(sum(map(len, measurements.calibration)))
 
     def _rounded(self, tasks: Sequence[Task]) -> Iterator[tuple[Place, Quantized]]:
