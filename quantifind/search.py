@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from quantifind.certification.goal import Goal, Limit
-from quantifind.metrics import Outcome
 from quantifind.mixed_precision.asked import asked_goal, measurable
 from quantifind.mixed_precision.candidates import Candidates, Told, note
 from quantifind.mixed_precision.exploration import explore, try_neighbours
@@ -34,7 +33,6 @@ from quantifind.runtime.workers import Workers
 from quantifind.tensor.choice import STORAGES, Choice
 from quantifind.utils.batches import Forward
 from quantifind.utils.console import board, console
-from quantifind.utils.gains import gains_of
 from quantifind.utils.interrupts import interruptible
 from quantifind.utils.loaders import length_of
 from quantifind.utils.naming import naming
@@ -131,17 +129,14 @@ def find_strategy(
     goal = asked_goal(limit, budget, criterion)
     activation_bits = list(activation_bits)
     most = {"effort": effort, "seconds": seconds, "max_memory": max_memory}
-    _check(goal, learn, labels, confidence, activation_bits, most, storage, random)
+    _check(goal, train_loader, learn, labels, confidence, activation_bits, most, storage, random)
     deadline = None if seconds is None else time.monotonic() + seconds
-    if learn and isinstance(train_loader, Iterator):
-        length_of(train_loader)  # says that it can't be gone through again
     own = _given_space(search_space), _given_grids(grids, search_space)
     with Workers(engine, scheduler=scheduler) as workers, interruptible():
         how: Any = {"forward": forward, "folder": folder, "seed": seed, "workers": workers}
         how["max_memory"] = max_memory
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
         goal = measurable(goal, measurements.original, default=(limit, budget) == (None, None))
-        _say_temperature(goal, measurements.original)
         passes = measurements.passes
         passes.effort, passes.deadline = effort, deadline
         candidates: Candidates | None = None
@@ -218,20 +213,9 @@ def refine(candidates: Candidates, learn: float, labels: bool) -> None:
             learn_candidates(candidates, learn, labels)
 
 
-def _say_temperature(goal: Goal, original: Outcome) -> None:
-    """Say where the float network's temperature is none that its losses give."""
-    if "calibrated_ratio" not in goal.limits or original.gain is None:
-        return
-    if gains_of(original["scaled_loss"].shape[1]).is_at_an_end(original.gain):
-        console.print(
-            f"The float network's loss on validation data still falls at a temperature of "
-            f"{1 / original.gain:.3g}, the last that is tried: calibrated ratios use that one",
-            markup=False,
-        )
-
-
 def _check(
     goal: Goal,
+    train_loader: Iterable[Any],
     learn: float,
     labels: bool,
     confidence: float,
@@ -258,6 +242,8 @@ def _check(
             f"activation_bits is {activation_bits}: activations on levels save no {goal.cost}; "
             "give a budget of bit_operations or energy_picojoules"
         )
+    if learn and isinstance(train_loader, Iterator):
+        length_of(train_loader)  # says that it can't be gone through again
 
 
 def _given_space(given: SearchSpace | Mapping[str, Any] | None) -> SearchSpace | None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from quantifind.certification.goal import Goal, Limit
 from quantifind.metrics import Outcome, is_classification
+from quantifind.utils.console import console
+from quantifind.utils.gains import gains_of
 
 # where the data have no other measure, and no limit is given
 RELATIVE_ERROR = 0.05
@@ -38,7 +40,8 @@ def asked_goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goa
 
 
 def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
-    """The goal; of the default limits, those that the data have.
+    """The goal; of the default limits, those that the data have. A temperature that losses do not
+    give is said.
 
     Raises: ValueError for a measure that the data have not.
     """
@@ -59,9 +62,23 @@ def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
         # a budget: the loss itself is 0, so nothing is a ratio to it
         return replace(goal, measure="relative_error")
     if len(limits) == len(goal.limits) or default:
-        return replace(goal, measure=next(iter(limits), goal.measure), limits=limits)
+        goal = replace(goal, measure=next(iter(limits), goal.measure), limits=limits)
+        _say_temperature(goal, original)
+        return goal
     missing = ", ".join(name for name in goal.limits if name not in limits)
     raise ValueError(
         f"limit {missing}: {_WANTS[next(n for n in goal.limits if n not in limits)]}; this network "
         f"and its data have {', '.join(have)}"
     )
+
+
+def _say_temperature(goal: Goal, original: Outcome) -> None:
+    """Say where the float network's temperature is none that its losses give."""
+    if "calibrated_ratio" not in goal.limits or original.gain is None:
+        return
+    if gains_of(original["scaled_loss"].shape[1]).is_at_an_end(original.gain):
+        console.print(
+            f"The float network's loss on validation data still falls at a temperature of "
+            f"{1 / original.gain:.3g}, the last that is tried: calibrated ratios use that one",
+            markup=False,
+        )
