@@ -1,12 +1,12 @@
 """Whatever is given wrong is a line that says what, and what was there is still whole."""
 
 import re
-import resource
 from contextlib import contextmanager
 
 import pandas as pd
 import pytest
 import torch
+from test_whole_files import full_disk
 from torch import nn
 
 import quantifind
@@ -104,17 +104,6 @@ def test_what_is_of_a_wrong_kind_is_named_in_a_line(function, folder):
             assert says in str(found.value) or "ending" in str(found.value), found.value
 
 
-@contextmanager
-def files_end_at(size):
-    """Within it, files have at most so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("kind", ["safetensors", "onnx", "pt2"])
 def test_what_cannot_be_written_leaves_the_old_file_whole(kind, folder):
     """On a full disk, in a folder that isn't there, may not be written, or has that name."""
@@ -131,7 +120,7 @@ def test_what_cannot_be_written_leaves_the_old_file_whole(kind, folder):
         cases += [(0, f"net.{kind}"), (2**30, f"net.{kind}/below"), (2**30, f"/proc/net.{kind}")]
     for size, path in cases:
         refused = pytest.raises(ValueError, match="can't be written")
-        with all_as_it_was(folder), refused as found, files_end_at(size):
+        with all_as_it_was(folder), refused as found, full_disk(size):
             write(path)
         assert "\n" not in str(found.value)
         assert str(path) in str(found.value)
