@@ -31,6 +31,8 @@ from quantifind.utils.gains import OF_LOGITS, OF_SQUARES, Gains, gains_of
 WAITING = 2**28
 # outputs that are compared at a time, in float64
 COMPARED = 2**21
+# outputs of a batch that are judged at all gains in one call, whose overhead else takes longer
+SMALL = 2**14
 # whose outputs are logits of classes, or are held to numbers, which a gain suits
 LOGITS = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
 SQUARES = (nn.MSELoss,)
@@ -206,8 +208,7 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
     if gains is not None and isinstance(outputs, Tensor):
         # in float64, in which squares of nearly equal numbers differ
         exact = outputs.double() if isinstance(criterion, SQUARES) else outputs
-        tried = (weighted(criterion, exact * gain, *targets)[0] for gain in gains.tried)
-        part["scaled_loss"] = torch.stack([each.double() for each in tried], 1)
+        part["scaled_loss"] = _scaled(criterion, exact, targets, gains.tried).double()
     classes, labels = None, targets[0] if len(targets) == 1 else None
     if isinstance(labels, Tensor) and isinstance(outputs, Tensor):
         classes = _classes(criterion, outputs, labels)
@@ -221,6 +222,16 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
             part["answer"] = (values > cut).flatten()
             part["correct"] = part["answer"] == (labels > 0.5).flatten()
     return Outcome([part], classes)
+
+
+def _scaled(criterion: Any, outputs: Tensor, targets: Any, gains: Sequence[float]) -> Tensor:
+    """The losses, (examples, gains), of outputs multiplied by each gain."""
+    if type(criterion) is nn.CrossEntropyLoss and outputs.numel() <= SMALL:
+        many = torch.cat([outputs * gain for gain in gains])
+        labels = torch.cat([targets[0]] * len(gains))
+        return weighted(criterion, many, labels)[0].reshape(len(gains), -1).T.contiguous()
+    tried = [weighted(criterion, outputs * gain, *targets)[0] for gain in gains]
+    return torch.stack(tried, 1)
 
 
 def _gains(criterion: Any) -> Gains | None:

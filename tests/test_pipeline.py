@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, tracked_files
+from forked import forked_python
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from test_artifact import assert_same
@@ -75,9 +76,9 @@ print(json.dumps(found))
 class Project:
     """A clone of the working tree as a DVC project of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    def __init__(self, folder: Path, python: Path) -> None:
+        self.folder, self.python = folder, python
+        path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
         self.env = {**os.environ, "PATH": path, "PYTHONPATH": "", "CI": "true"}
         for file in tracked_files():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ class Project:
 
     def run(self, *command: str, given: str = "") -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, *command],
+            [self.python, *command],
             cwd=self.folder,
             env=self.env,
             input=given,
@@ -149,10 +150,11 @@ class Project:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    project = Project(tmp_path_factory.mktemp("project"))
-    assert project.dvc("repro") == STAGES
-    project.keep()
-    return project
+    with forked_python() as python:
+        project = Project(tmp_path_factory.mktemp("project"), python)
+        assert project.dvc("repro") == STAGES
+        project.keep()
+        yield project
 
 
 @pytest.fixture
@@ -238,12 +240,27 @@ def test_test_data_are_read_by_no_stage_that_chooses(project):
     assert "out/data" not in stages["train"]["deps"] + stages["quantize"]["deps"]
 
 
-def test_each_model_is_cached(project):
-    conv = project.metrics()
-    assert project.dvc("exp", "run", "-n", "dense", "-S", "model=dense_mnist") == STAGES
+def look(project: Project) -> tuple[int, int]:
+    """Of the answer which look at the test data it is; and how many ladders have been counted."""
+    answer = json.loads((project.folder / "metrics/recommendation.json").read_text())
+    ledger = json.loads((project.folder / "looks.json").read_text())
+    (ladders,) = ledger["splits"].values()
+    return answer["look"]["k"], len(ladders)
+
+
+def test_each_ladder_is_a_look_and_the_cache_none(project):
+    """Each model is cached; an experiment beside the project counts there."""
+    conv, beside = project.metrics(), ("exp", "run", "--temp", "-n", "beside")
+    assert look(project) == (1, 1)
+    assert project.dvc(*beside, "-S", "model=dense_mnist") == STAGES
+    assert project.metrics() == conv
+    assert look(project) == (1, 2)
+    assert project.dvc("exp", "run", "-n", "dense", "-S", "model=dense_mnist") == []
     assert project.metrics() != conv
+    assert look(project) == (2, 2)
     assert project.dvc("exp", "run", "-n", "conv", "-S", "model=conv_mnist") == []
     assert project.metrics() == conv
+    assert look(project) == (1, 2)
 
 
 def test_plots_of_two_models_share_each_chart(project):
@@ -346,31 +363,16 @@ def test_a_failed_stage_loses_nothing(project):
     assert {path: path.read_bytes() for path in results} == before
 
 
-def test_each_ladder_is_a_look_and_the_cache_none(project, monkeypatch):
-    """Judged again it has the look that it had; an experiment beside the project counts there."""
-    ledger = project.folder / "looks.json"
-
-    def look():
-        answer = json.loads((project.folder / "metrics/recommendation.json").read_text())
-        (ladders,) = json.loads(ledger.read_text())["splits"].values()
-        return answer["look"]["k"], len(ladders)
-
-    given, (k, counted) = project.params(), look()
-    assert k == counted
+def test_a_ladder_that_is_judged_again_has_the_look_that_it_had(project, monkeypatch):
+    ledger, (k, counted) = project.folder / "looks.json", look(project)
+    assert k == counted == 3
     monkeypatch.chdir(project.folder)
     files.run(evaluate.main)
-    assert look() == (k, counted)
-    limit = "search.limit.criterion_ratio=1.4"
-    project.dvc("exp", "run", "--temp", "-n", "beside", "-S", limit)
-    assert look() == (k, counted + 1)
-    project.write_params(given | {"search": given["search"] | {"limit": {"criterion_ratio": 1.4}}})
-    assert project.dvc("repro") == []
-    assert look() == (counted + 1, counted + 1)
+    assert look(project) == (k, counted)
     whole = ledger.read_bytes()
     ledger.write_bytes(whole[:-30])
     fails(evaluate.main, "looks.json: a damaged ledger of looks")
     ledger.write_bytes(whole)
-    project.write_params(given)
 
 
 def test_a_new_model_file_leaves_trained_models_standing(project):
@@ -433,7 +435,7 @@ def test_what_was_measured_is_of_the_code_in_every_room(tmp_path, monkeypatch):
     }
 
 
-def test_a_killed_training_is_resumed(conv):
+def test_a_killed_training_is_resumed(project, conv):
     """After SIGKILL the next run goes on at the next epoch, to the same end."""
     write_params(lambda params: params["models"]["conv_mnist"].update(epochs=100))
     command = [sys.executable, "-m", "stages.train"]
@@ -456,7 +458,7 @@ def test_a_killed_training_is_resumed(conv):
     ]
     results = []
     for _ in ("resumed", "from the start"):
-        subprocess.run(command, env=env, check=True)
+        subprocess.run([project.python, *command[1:]], env=env, check=True)
         assert not folder.exists()
         results.append([path.read_bytes() for path in left])
     assert results[0] == results[1]

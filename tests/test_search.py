@@ -81,20 +81,28 @@ def plain(found):
     return found.candidates.drop(columns=["strategy", "quantized"])
 
 
-def every_candidate(net, train, val, goal):
+@pytest.fixture(scope="module")
+def everything(small):
     """All strategies of the search space, measured on all examples without scale adjustment."""
-    candidates = all_candidates(net, train, val, goal)
+    net, train, val, _ = small
+    candidates = all_candidates(net, train, val, Goal.of(1.0, None))
     options = [range(len(group)) for group in candidates.allocation.groups]
-    return [
-        candidates.measure([candidates.allocated(one)])[0] for one in itertools.product(*options)
-    ]
+    trials = [candidates.allocated(one) for one in itertools.product(*options)]
+    return candidates.measured(trials, race=[1.0])
 
 
 @pytest.fixture(scope="module")
-def sizes(small):
+def sizes(everything):
     """The bytes of all strategies."""
+    return [row["model_bytes"] for row in everything]
+
+
+@pytest.fixture(scope="module")
+def found(small):
+    """By the default search space, and the network's state before."""
     net, train, val, _ = small
-    return [row["model_bytes"] for row in every_candidate(net, train, val, Goal.of(1.0, None))]
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    return find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05), before
 
 
 def efficient(row, rows):
@@ -120,11 +128,10 @@ def test_a_search_keeps_within_the_memory_that_is_allowed(small, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1.003, 1.01, 1.05, 1.2])
-def test_a_limit_is_kept_with_no_more_bytes_than_the_best_allocation(small, limit):
+def test_a_limit_is_kept_with_no_more_bytes_than_the_best_allocation(small, everything, limit):
     """Of all strategies with fewer bytes, or less that is predicted, than any other."""
     net, train, val, _ = small
     goal = Goal.of(limit, None)
-    everything = every_candidate(net, train, val, goal)
     least = min(r["model_bytes"] for r in everything if goal.keeps(r) and efficient(r, everything))
     found = find_strategy(
         net, train, val, nn.CrossEntropyLoss(), limit=limit, search_space=space(net)
@@ -157,11 +164,12 @@ def test_coded_storage_takes_fewer_bytes_all_of_them_counted():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
-def test_a_budget_is_spent_as_well_as_by_the_best_of_all_strategies(small, sizes, share):
+def test_a_budget_is_spent_as_well_as_by_the_best_of_all_strategies(
+    small, everything, sizes, share
+):
     net, train, val, _ = small
     budget = min(sizes) + share * (max(sizes) - min(sizes))
     goal = Goal.of(None, {"model_bytes": budget})
-    everything = every_candidate(net, train, val, goal)
     least = min(goal.rank(row) for row in everything if goal.keeps(row))
     found = find_strategy(
         net,
@@ -192,11 +200,9 @@ def test_a_budget_is_spent_to_the_last_byte(small, sizes):
     assert (table["model_bytes"] == most).any()
 
 
-def test_what_is_found_needs_no_calibration_and_is_what_was_measured(small):
-    net, train, val, _ = small
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    criterion = nn.CrossEntropyLoss()
-    found = find_strategy(net, train, val, criterion, limit=1.05)
+def test_what_is_found_needs_no_calibration_and_is_what_was_measured(small, found):
+    (net, _, val, _), criterion = small, nn.CrossEntropyLoss()
+    found, before = found
     table = found.candidates
     replica = quantize_model(net, found.quantized)
     measured = compare(outcome(replica, val, criterion), outcome(net, val, criterion))
@@ -206,10 +212,9 @@ def test_what_is_found_needs_no_calibration_and_is_what_was_measured(small):
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_rows_and_ladder(small):
-    net, train, val, _ = small
-    found = find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.05)
-    table = found.candidates
+def test_rows_and_ladder(small, found):
+    net, train, *_ = small
+    table = found[0].candidates
     assert table["model_bytes"].is_monotonic_decreasing
     products = macs(net, next(iter(train))[0])
     for cost in plugins.names("costs"):
@@ -230,8 +235,8 @@ def test_rows_are_those_of_their_codes_whatever_was_searched_for_before(small, t
     criterion = nn.CrossEntropyLoss()
     original = outcome(net, val, criterion)
     for limit in (1.2, 1.3, 1.5):
-        found = find_strategy(net, train, val, criterion, limit=limit, folder=tmp_path)
-        table = found.candidates
+        how = {"limit": limit, "effort": 60, "folder": tmp_path}
+        table = find_strategy(net, train, val, criterion, **how).candidates
         for row in table[table["examples"] == 1_000].to_dict("records"):
             measured = outcome(quantize_model(net, row["quantized"]), val, criterion)
             ratio = measured["loss"].mean() / original["loss"].mean()
@@ -243,16 +248,15 @@ def test_measures_and_costs(small):
     criterion = nn.CrossEntropyLoss()
     for limit in ({"accuracy_drop": 0.03}, {"relative_error": 0.05}):
         ((measure, value),) = limit.items()
-        found = find_strategy(net, train, val, criterion, limit=limit)
+        found = find_strategy(net, train, val, criterion, limit=limit, effort=60)
         table = found.candidates
         assert table.loc[table["chosen"], f"{measure}_bound"].item() <= value
     for cost, few in (("bit_operations", 32 * 4), ("energy_picojoules", None), ("mean_bits", 5.0)):
         whole = every_cost(net, train, val, cost)
         budget = whole / 4 if few is None else few if cost == "mean_bits" else whole * 4 / 32
         bits = [] if cost == "mean_bits" else [4, 8]
-        found = find_strategy(
-            net, train, val, criterion, budget={cost: budget}, activation_bits=bits
-        )
+        how = {"budget": {cost: budget}, "activation_bits": bits, "effort": 60}
+        found = find_strategy(net, train, val, criterion, **how)
         table = found.candidates
         assert (table[cost] <= budget * (1 + 1e-9)).all()
         assert any(s.activations for s in table["strategy"]) == bool(bits)
@@ -446,7 +450,7 @@ def test_other_options_have_a_folder_of_their_own(small, tmp_path):
     net, train, val, _ = small
     for smoothing in (0.0, 0.3):
         criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
-        how = {"limit": 1.05, "widths": [2, 4, 8]}
+        how = {"limit": 1.05, "widths": [2, 4, 8], "effort": 60}
         kept = find_strategy(net, train, val, criterion, folder=tmp_path, **how)
         alone = find_strategy(net, train, val, criterion, **how)
         assert plain(kept).equals(plain(alone))

@@ -26,7 +26,8 @@ def adjust_scales(candidates: Candidates, row: Row) -> Row:
     fitted = _fitted(measurements, row["key"], row["quantized"], batches)
     if fitted is None:
         return row
-    (other,) = candidates.measured([candidates.fitted(row, fitted)])
+    trial = candidates.fitted(row, fitted, sum(map(len, batches)))
+    (other,) = candidates.measured([trial])
     if not candidates.is_whole(other):
         return row
     before, after = (_measures(candidates, one) for one in (row, other))

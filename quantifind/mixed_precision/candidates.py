@@ -94,9 +94,11 @@ class Candidates:
         quantized = self.allocation.alone(strategy.tensors, strategy.activations)
         return self.trial("allocated", strategy, quantized)
 
-    def fitted(self, row: Row, quantized: Quantized) -> Trial:
-        """A candidate with fitted scales."""
-        return Trial(f"{row['key']} fitted", row["origin"], True, row["strategy"], quantized)
+    def fitted(self, row: Row, quantized: Quantized, examples: int) -> Trial:
+        """A candidate with scales that were fitted to so many examples, which other passes change:
+        test_rows_are_those_of_their_codes_whatever_was_searched_for_before."""
+        key = f"{row['key']} fitted to {examples}"
+        return Trial(key, row["origin"], True, row["strategy"], quantized)
 
     def measure(self, trials: Sequence[Trial]) -> list[Row]:
         """Their rows, which are kept."""
