@@ -14,7 +14,7 @@ each limit of the criterion ratio CR:
   what the peer could have found had it known the test data;
 - chosen_bits, chosen_validation_ratio, chosen_test_ratio: the fewest mean bits whose CR on
   validation is within the limit, and what came of it on test;
-- seconds: of the peer's search on the network, for all limits together.
+- seconds: of the CPU, for the peer's search on the network, for all limits together.
 
 Of mobilenet_v3_small there are rows of the project itself, too: `find_strategy` for each limit
 without learning, on one thread, what is measured shared. Its chosen bits are the fewest that are
@@ -181,7 +181,7 @@ def own(
     search = STRANGERS[name][1]().search
     threads, rows = torch.get_num_threads(), []
     torch.set_num_threads(1)
-    started = time.monotonic()
+    started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         for limit in LIMITS:
             how = {"limit": {"criterion_ratio": limit}, "folder": folder, **search}
@@ -191,7 +191,7 @@ def own(
                 rows.append((limit, None, str(error)))
             else:
                 rows.append((limit, found, ""))
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     torch.set_num_threads(threads)
     for limit, found, note in rows:
         row = {"network": name, "peer": OWN, "version": version(OWN), "limit": limit}
