@@ -28,7 +28,7 @@ from quantifind.mixed_precision.search_space import (
     default_search_space,
 )
 from quantifind.mixed_precision.sensitivity import PRECISION, Sensitivity, predict_sensitivity
-from quantifind.mixed_precision.survey import survey
+from quantifind.mixed_precision.survey import least_effort, survey
 from quantifind.runtime.workers import Workers
 from quantifind.tensor.choice import STORAGES, Choice
 from quantifind.utils.batches import Forward
@@ -142,7 +142,7 @@ def find_strategy(
         candidates: Candidates | None = None
         try:
             with board(lambda: _standing(passes, candidates)):
-                for space in _spaces(measurements, *own, widths, activation_bits, storage):
+                for space in _spaces(measurements, goal, *own, widths, activation_bits, storage):
                     with passes.of("sensitivity", SURVEYED):
                         sensitivity, allocation = survey(measurements, space, goal, precision)
                     candidates = Candidates(measurements, allocation, confidence, told)
@@ -267,6 +267,7 @@ def _given_grids(given: Iterable[Any], space: Any) -> list[Choice]:
 
 def _spaces(
     measurements: Measurements,
+    goal: Goal,
     given: SearchSpace | None,
     grids: Sequence[Choice],
     widths: Iterable[int] | None,
@@ -277,8 +278,13 @@ def _spaces(
     if given is not None:
         yield given
         return
+    facts, passes = measurements.facts, measurements.passes
     for tried in (WIDTHS, WIDER) if widths is None else (list(widths) or WIDTHS,):
-        facts = measurements.facts
-        yield default_search_space(
+        space = default_search_space(
             measurements.model, facts, tried, activation_bits, storage, grids
         )
+        if tried is WIDER and passes.effort < least_effort(measurements, space, goal):
+            # what was found says more: test_an_effort_too_small_for_wider_widths
+            passes.stopped(f"more than {WIDTHS[-1]} bits")
+            return
+        yield space
