@@ -29,8 +29,10 @@ from quantifind.mixed_precision.search_space import (
 )
 from quantifind.mixed_precision.sensitivity import PRECISION, Sensitivity, predict_sensitivity
 from quantifind.mixed_precision.survey import least_effort, survey
+from quantifind.network.modules import named_tensors
 from quantifind.runtime.workers import Workers
 from quantifind.tensor.choice import STORAGES, Choice
+from quantifind.tensor.parts import quantizable
 from quantifind.utils.batches import Forward
 from quantifind.utils.console import board, console
 from quantifind.utils.interrupts import interruptible
@@ -246,6 +248,21 @@ def _check(
         length_of(train_loader)  # says that it can't be gone through again
 
 
+def _say_what_stays(model: nn.Module) -> None:
+    """Say which parameters have no choice."""
+    stay = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for name, tensor in named_tensors(model).items()
+        if tensor.numel() and not quantizable(tensor)
+    ]
+    if stay:
+        more = f" and {len(stay) - 3} more" if len(stay) > 3 else ""
+        console.print(
+            f"Not quantized, since no dense floats of 16 bits or more: {', '.join(stay[:3])}{more}",
+            markup=False,
+        )
+
+
 def _given_space(given: SearchSpace | Mapping[str, Any] | None) -> SearchSpace | None:
     if given is None or isinstance(given, SearchSpace):
         return given
@@ -279,6 +296,7 @@ def _spaces(
         yield given
         return
     facts, passes = measurements.facts, measurements.passes
+    _say_what_stays(measurements.model)
     for tried in (WIDTHS, WIDER) if widths is None else (list(widths) or WIDTHS,):
         space = default_search_space(
             measurements.model, facts, tried, activation_bits, storage, grids

@@ -2,9 +2,9 @@
 
 import itertools
 import math
-import re
 import os
 import random
+import re
 import signal
 import statistics
 
