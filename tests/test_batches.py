@@ -333,6 +333,31 @@ def test_a_criterion_is_named_in_one_line():
         assert len(str(error.value)) < 300
 
 
+class Waves(nn.Module):
+    """Of a weight that is no real number."""
+
+    def __init__(self):
+        super().__init__()
+        self.waves = nn.Parameter(torch.randn(5, 6, dtype=torch.complex64))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last((torch.fft.rfft(x) @ self.waves).abs())
+
+
+def test_what_is_not_quantized_is_said(capsys):
+    torch.manual_seed(0)
+    batches = pairs(X, Y)
+    how = {"limit": 3.0, "widths": [8], "effort": 30}
+    found = find_strategy(Waves(), batches, batches, CROSS_ENTROPY, **how)
+    assert "Not quantized, since no dense floats of 16 bits or more: waves (complex64)" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert found.strategy.tensors.keys() - {"waves"} == {"last.weight", "last.bias"}
+    find_strategy(nn.Linear(8, 3), batches, batches, CROSS_ENTROPY, **how)
+    assert "Not quantized" not in capsys.readouterr().err
+
+
 class Squeezed(nn.Linear):
     def forward(self, x):
         return super().forward(x).squeeze()
