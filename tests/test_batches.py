@@ -333,6 +333,18 @@ def test_a_criterion_is_named_in_one_line():
         assert len(str(error.value)) < 300
 
 
+def test_a_search_gives_a_criterion_of_ones_own_the_outputs_as_they_are():
+    """Of training data, too: not their logits."""
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs["logits"], labels)
+
+    torch.manual_seed(0)
+    net, batches = Two(lambda outputs: {"logits": outputs}), pairs(X, Y)
+    how = {"limit": 3.0, "widths": [8], "effort": 30}
+    assert find_strategy(net, batches, batches, loss, **how).loss < 3
+
+
 class Waves(nn.Module):
     """Of a weight that is no real number."""
 
