@@ -28,9 +28,11 @@ from quantifind.mixed_precision.search_space import (
     default_search_space,
 )
 from quantifind.mixed_precision.sensitivity import PRECISION, Sensitivity, predict_sensitivity
-from quantifind.mixed_precision.survey import survey
+from quantifind.mixed_precision.survey import least_effort, survey
+from quantifind.network.modules import named_tensors
 from quantifind.runtime.workers import Workers
 from quantifind.tensor.choice import STORAGES, Choice
+from quantifind.tensor.parts import quantizable
 from quantifind.utils.batches import Forward
 from quantifind.utils.console import board, console
 from quantifind.utils.interrupts import interruptible
@@ -142,7 +144,7 @@ def find_strategy(
         candidates: Candidates | None = None
         try:
             with board(lambda: _standing(passes, candidates)):
-                for space in _spaces(measurements, *own, widths, activation_bits, storage):
+                for space in _spaces(measurements, goal, *own, widths, activation_bits, storage):
                     with passes.of("sensitivity", SURVEYED):
                         sensitivity, allocation = survey(measurements, space, goal, precision)
                     candidates = Candidates(measurements, allocation, confidence, told)
@@ -246,6 +248,21 @@ def _check(
         length_of(train_loader)  # says that it can't be gone through again
 
 
+def _say_what_stays(model: nn.Module) -> None:
+    """Say which parameters have no choice."""
+    stay = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for name, tensor in named_tensors(model).items()
+        if tensor.numel() and not quantizable(tensor)
+    ]
+    if stay:
+        more = f" and {len(stay) - 3} more" if len(stay) > 3 else ""
+        console.print(
+            f"Not quantized, since no dense floats of 16 bits or more: {', '.join(stay[:3])}{more}",
+            markup=False,
+        )
+
+
 def _given_space(given: SearchSpace | Mapping[str, Any] | None) -> SearchSpace | None:
     if given is None or isinstance(given, SearchSpace):
         return given
@@ -267,6 +284,7 @@ def _given_grids(given: Iterable[Any], space: Any) -> list[Choice]:
 
 def _spaces(
     measurements: Measurements,
+    goal: Goal,
     given: SearchSpace | None,
     grids: Sequence[Choice],
     widths: Iterable[int] | None,
@@ -277,8 +295,14 @@ def _spaces(
     if given is not None:
         yield given
         return
+    facts, passes = measurements.facts, measurements.passes
+    _say_what_stays(measurements.model)
     for tried in (WIDTHS, WIDER) if widths is None else (list(widths) or WIDTHS,):
-        facts = measurements.facts
-        yield default_search_space(
+        space = default_search_space(
             measurements.model, facts, tried, activation_bits, storage, grids
         )
+        if tried is WIDER and passes.effort < least_effort(measurements, space, goal):
+            # what was found says more: test_an_effort_too_small_for_wider_widths
+            passes.stopped(f"more than {WIDTHS[-1]} bits")
+            return
+        yield space

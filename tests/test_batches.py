@@ -288,6 +288,158 @@ def test_a_criterion_of_a_whole_batch_is_said_to_be():
         evaluate_bit_depths(net, pairs(X, X[:, 0]), nn.MSELoss(), [4])
 
 
+@pytest.mark.parametrize("size", [12, 32])
+def test_losses_that_depend_on_the_rest_of_a_batch(size):
+    """Are judged in the batches that they come in, as a plain loop does."""
+    torch.manual_seed(0)
+    net = nn.Linear(8, 4)
+
+    def contrast(outputs, _):
+        return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)), reduction="none")
+
+    batches = pairs(X, Y, size=size)
+    wanted = torch.cat([contrast(net(x), y) for x, y in batches]).mean().item()
+    assert compute_test_loss(net, batches, contrast) == pytest.approx(wanted, rel=1e-5)
+    found = find_strategy(net, batches, batches, contrast, limit=3.0, widths=[8], effort=30)
+    small = quantize_model(net, found.quantized)
+    lost = torch.cat([contrast(small(x), y) for x, y in batches]).mean().item()
+    assert found.loss == pytest.approx(lost / wanted, rel=1e-4)
+
+
+SHAPES = [nn.MSELoss, nn.PoissonNLLLoss, nn.KLDivLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_shapes_that_torch_would_broadcast(kind):
+    with pytest.raises(ValueError, match=r"of one shape, not \[32, 1\] and \[32\]"):
+        compute_test_loss(nn.Linear(8, 1), pairs(X, X[:, 0].abs()), kind())
+
+
+class OfParts(nn.Module):
+    """Whose text has several lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.root, self.inner = True, nn.MSELoss()
+
+    def forward(self, outputs, targets):
+        return self.inner(outputs, targets).sqrt()
+
+
+def test_a_criterion_is_named_in_one_line():
+    weighted = functools.partial(F.cross_entropy, weight=torch.rand(40))
+    for criterion, targets, count in ((OfParts(), torch.randn(96, 40), 40), (weighted, Y, 40)):
+        with pytest.raises(ValueError, match="it exists for a whole batch only") as error:
+            compute_test_loss(nn.Linear(8, count), pairs(X, targets), criterion)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+def test_a_search_gives_a_criterion_of_ones_own_the_outputs_as_they_are():
+    """Of training data, too: not their logits."""
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs["logits"], labels)
+
+    torch.manual_seed(0)
+    net, batches = Two(lambda outputs: {"logits": outputs}), pairs(X, Y)
+    how = {"limit": 3.0, "widths": [8], "effort": 30}
+    assert find_strategy(net, batches, batches, loss, **how).loss < 3
+
+
+class Waves(nn.Module):
+    """Of a weight that is no real number."""
+
+    def __init__(self):
+        super().__init__()
+        self.waves = nn.Parameter(torch.randn(5, 6, dtype=torch.complex64))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last((torch.fft.rfft(x) @ self.waves).abs())
+
+
+def test_what_is_not_quantized_is_said(capsys):
+    torch.manual_seed(0)
+    batches = pairs(X, Y)
+    how = {"limit": 3.0, "widths": [8], "effort": 30}
+    found = find_strategy(Waves(), batches, batches, CROSS_ENTROPY, **how)
+    assert "Not quantized, since no dense floats of 16 bits or more: waves (complex64)" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert found.strategy.tensors.keys() - {"waves"} == {"last.weight", "last.bias"}
+    find_strategy(nn.Linear(8, 3), batches, batches, CROSS_ENTROPY, **how)
+    assert "Not quantized" not in capsys.readouterr().err
+
+
+class Squeezed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
+def test_a_last_batch_of_one_that_is_squeezed():
+    """Counts as one example; of several classes it is refused in a line."""
+    torch.manual_seed(0)
+    net, batches = Squeezed(8, 1), pairs(X[:33], X[:33, 0])
+    wanted = nn.MSELoss()(nn.Linear.forward(net, X[:33])[:, 0], X[:33, 0]).item()
+    assert compute_test_loss(net, batches, nn.MSELoss()) == pytest.approx(wanted, rel=1e-5)
+    table = evaluate_bit_depths(net, batches, nn.MSELoss(), [8])
+    assert table["original_criterion"].item() == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(ValueError, match="a pass of the network fails: "):
+        evaluate_bit_depths(Squeezed(8, 3), pairs(X[:33], Y[:33]), CROSS_ENTROPY, [8])
+    with pytest.raises(ValueError, match="a row for each example are needed"):
+        find_strategy(Squeezed(8, 1), pairs(X[:1]), pairs(X[:1]))
+
+
+@pytest.mark.parametrize("target", [1, torch.tensor(1)])
+def test_a_data_set_is_no_loader(target):
+    examples = [(x, target) for x in X]
+    with pytest.raises(ValueError, match="is it a data set"):
+        find_strategy(nn.Linear(8, 3), examples, examples, CROSS_ENTROPY)
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.before = nn.Linear(8, 3), 0.0
+
+    def forward(self, x):
+        self.before = 0.5 * self.before + self.layer(x).mean().item()
+        return self.layer(x) + self.before
+
+
+class Draws(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return F.dropout(self.layer(x))  # whether training or not
+
+
+@pytest.mark.parametrize("kind", [Remembers, Draws])
+def test_outputs_that_are_others_each_time_are_refused(kind):
+    """Seeded, they are the same, and judged as a plain loop does."""
+    message = "other outputs where the same batch comes again: .*seed or reset it in forward="
+    torch.manual_seed(0)
+    net, batches = kind(), pairs(X, Y)
+    for call in (
+        lambda: find_strategy(net, batches, batches, CROSS_ENTROPY, limit=2.0),
+        lambda: evaluate_bit_depths(net, batches, CROSS_ENTROPY, [4]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+    def afresh(model, batch):
+        torch.manual_seed(1)
+        model.before = 0.0
+        return model(batch[0]), batch[1]
+
+    wanted = sum(CROSS_ENTROPY(*afresh(net.eval(), one)).item() * len(one[1]) for one in batches)
+    found = compute_test_loss(net, batches, CROSS_ENTROPY, forward=afresh)
+    assert found == pytest.approx(wanted / len(X), rel=1e-5)
+
+
 def test_a_criterion_may_give_a_loss_for_each_example():
     torch.manual_seed(0)
     net, one_each = nn.Linear(8, 3), nn.CrossEntropyLoss(reduction="none")

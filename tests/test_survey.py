@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import re
 import signal
 import statistics
 
@@ -193,10 +194,8 @@ def search(measurements, effort=10_000, **options):
         measurements.train_loader,
         measurements.batches(),
         measurements.criterion,
-        limit=1.1,
-        widths=[2, 3, 4, 8],
         effort=effort,
-        **options,
+        **{"limit": 1.1, "widths": [2, 3, 4, 8], **options},
     )
 
 
@@ -213,6 +212,16 @@ def test_effort_bounds_the_passes(softmax):
     assert found.goal.keeps(found.chosen)
     with pytest.raises(ValueError, match=r"effort is 3: the smallest search .* takes \d+ passes"):
         search(softmax, effort=3)
+
+
+def test_an_effort_too_small_for_wider_widths(softmax):
+    """Says what is nearest of the narrow ones, not that an effort that was enough is too small."""
+    needed = re.compile(r"takes (\d+) passes")
+    with pytest.raises(ValueError, match=needed) as error:
+        search(softmax, effort=3, widths=None)
+    least = int(needed.search(str(error.value))[1])
+    with pytest.raises(ValueError, match=r"no candidate keeps .* time: .*more than 16 bits"):
+        search(softmax, effort=least, widths=None, limit={"relative_error": 1e-9})
 
 
 def test_what_is_kept_counts_as_it_did(softmax, tmp_path):

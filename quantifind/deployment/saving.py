@@ -55,7 +55,8 @@ def save(
     judged: plain values that say how it was judged, such as a row of `certify`; by default, of what
         a search found, on validation data.
     calibration, forward: as for `quantifind.quantize.quantize`, where a strategy asks for them.
-    Returns: bytes of the file, the promised ``model_bytes`` and a header.
+    Returns: bytes of the file: the promised ``model_bytes``, single counters among the buffers, and
+        a header.
     Raises: ValueError as `quantize`, and naming what can't be written, or the path.
     """
     path = path_of(path)

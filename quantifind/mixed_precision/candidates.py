@@ -208,4 +208,6 @@ def choices_key(strategy: Strategy) -> str:
 
 def note(row: Row) -> str:
     """A candidate beside a progress bar."""
-    return f"{row['mean_bits']:.3g} bits CR {row['criterion_ratio']:.4f}"
+    ratio = row["criterion_ratio"]
+    lost = f"error {row['relative_error']:.4f}" if math.isnan(ratio) else f"CR {ratio:.4f}"
+    return f"{row['mean_bits']:.3g} bits {lost}"

@@ -114,7 +114,7 @@ class Measurements:
         """
         model = plain(model)
         calibration = calibration_batches(
-            sample(train_loader, CALIBRATION, seed=seed), model, forward
+            sample(train_loader, CALIBRATION, seed=seed), model, forward, criterion
         )
         found = foldable(model, partial(run, batch=calibration[0]))
         found = exact(model, found, (partial(run, batch=batch) for batch in calibration))

@@ -48,7 +48,7 @@ def hessian_traces(
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: 1 or more is needed")
-    kept = calibration_batches(batches, model, forward)
+    kept = calibration_batches(batches, model, forward, criterion)
     generator, count = torch.Generator("cpu").manual_seed(seed), 0
     with differentiable(model) as (work, parameters):
         sums = dict.fromkeys(parameters, 0.0)
@@ -144,7 +144,7 @@ def fisher(
     """
     if examples < 1:
         raise ValueError(f"examples is {examples}: 1 or more is needed")
-    kept = calibration_batches(batches, model, forward)
+    kept = calibration_batches(batches, model, forward, criterion)
     with evaluating(model):
         if not (all(batch.apart for batch in kept) and independent(plain_copy(model), kept[0])):
             return {}
@@ -199,7 +199,7 @@ def output_fisher_increases(
     left out.
     Raises: as for `hessian_traces`, and for a tensor that is not there or of another shape.
     """
-    kept, count = calibration_batches(batches, model, forward), 0
+    kept, count = calibration_batches(batches, model, forward, criterion), 0
     loss_increases: dict[str, list[float]] = {}
     with differentiable(model) as (work, parameters):
         _check_candidates(parameters, candidates)

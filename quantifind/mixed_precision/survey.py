@@ -39,6 +39,7 @@ def survey(
 
     precision: as `quantifind.mixed_precision.sensitivity.measure_options` takes it.
     Returns: the sensitivities, and the problem that they make.
+    Raises: ValueError for an effort below `least_effort`.
     """
     rounded_options = RoundedOptions(measurements, space)
     scores: dict[str, float] = {}
@@ -48,7 +49,12 @@ def survey(
     stand_ins = {
         key: rounded_options.stand_in(key) for key in rounded_options if key not in activations
     }
-    _check_effort(measurements, space, goal)
+    effort, least = measurements.passes.effort, least_effort(measurements, space, goal)
+    if effort < least:
+        raise ValueError(
+            f"effort is {effort:g}: the smallest search of this network and these data takes "
+            f"{least} passes"
+        )
     rounded_options.make(stand_ins.values())
     scored = _scored(rounded_options, dict.fromkeys(stand_ins.values()))
     scores = {k: scored[s] for k, s in stand_ins.items() if k == s}
@@ -101,21 +107,17 @@ def _hoped(
     return min(found)
 
 
-def _check_effort(measurements: Measurements, space: SearchSpace, goal: Goal) -> None:
-    """Raise ValueError for an effort below what the smallest search takes: what has been taken, the
-    scores, the depths that are halved, and a few candidates."""
-    passes = measurements.passes
+def least_effort(measurements: Measurements, space: SearchSpace, goal: Goal) -> int:
+    """Passes of the smallest search: those taken, the scores, the depths that are halved, and a few
+    candidates."""
     most = max(map(len, space.tensors.values()))
     examples = sum(map(len, scored_batches(measurements)))
-    least = passes.taken + (3 + most) * examples / measurements.examples + CANDIDATES
+    least = measurements.passes.taken + CANDIDATES
+    least += (3 + most) * examples / measurements.examples
     if goal.budget is None:
         choices = space.tensors.values()
         least += len({choice.width for some in choices for choice in some}).bit_length()
-    if passes.effort < least:
-        raise ValueError(
-            f"effort is {passes.effort:g}: the smallest search of this network and these data "
-            f"takes {math.ceil(least)} passes"
-        )
+    return math.ceil(least)
 
 
 def _scored(

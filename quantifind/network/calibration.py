@@ -17,11 +17,15 @@ Batches = Sequence[Batch]
 
 
 def calibration_batches(
-    batches: Iterable[Any] | None, model: nn.Module, forward: Forward | None = None
+    batches: Iterable[Any] | None,
+    model: nn.Module,
+    forward: Forward | None = None,
+    criterion: Any = None,
 ) -> Batches:
     """Batches kept, so that every pass sees the same.
 
-    batches: of any kind that `quantifind.utils.batches.batches_of` takes, with a model and forward.
+    batches: of any kind that `quantifind.utils.batches.batches_of` takes, with a model,
+        a forward and a criterion.
     Raises: ValueError where there is none, none with an example, and for inputs with NaN.
     """
     if batches is not None:
@@ -31,7 +35,7 @@ def calibration_batches(
             batches,
             "batches of training data, such as a loader, are needed",
         )
-    given = kept(batches_of([] if batches is None else batches, model, forward=forward))
+    given = kept(batches_of([] if batches is None else batches, model, criterion, forward))
     for batch in given:
         first = tensors_of(batch.data)[:1]
         if bad := sum(int((~tensor.isfinite()).sum()) for tensor in first):

@@ -14,7 +14,7 @@ from quantifind.network.memory import Copies, blocks, own_bytes, owners
 from quantifind.tensor.parts import is_dense
 from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.utils.batches import as_batch
-from quantifind.utils.forwards import BatchError
+from quantifind.utils.forwards import BatchError, DefaultForward
 from quantifind.utils.naming import first_line
 
 # what a pass raises where the network's own code does
@@ -283,4 +283,6 @@ def run(model: nn.Module, batch: Any) -> tuple[Any, ...]:
         raise
     except PASS_FAILS as error:
         reason = first_line(error)
+        if isinstance(batch.forward, DefaultForward):
+            reason += "; forward=lambda model, batch: (outputs, targets) says how it does"
         raise ValueError(f"the network does not take {batch}: {reason}") from error

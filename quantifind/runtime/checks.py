@@ -1,15 +1,16 @@
 """Whether a network takes its batches, and whether two passes give the same."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantifind.metrics import judged
-from quantifind.network.modules import PASS_FAILS, run
-from quantifind.utils.batches import Batch, joined, rows_of, tensors_of
+from quantifind.network.modules import PASS_FAILS, own_tensors, run
+from quantifind.utils.batches import Batch, joined, rows_of, tensors_of, with_tensors
 from quantifind.utils.criteria import (
     Criterion,
     CriterionError,
@@ -17,6 +18,7 @@ from quantifind.utils.criteria import (
     name_of,
     settled,
 )
+from quantifind.utils.devices import evaluating, is_out_of_memory
 from quantifind.utils.forwards import DefaultForward
 from quantifind.utils.naming import first_line
 
@@ -44,7 +46,8 @@ def checked(
     if whole is not None:
         # several examples, also where each is a batch: test_a_batch_that_counts_as_one_stays
         several = first if len(first) > 1 else whole[:FEW]
-        whole = whole if independent(model, several) else None
+        alike = independent(model, several) and judges_each(criterion, *run(model, several))
+        whole = whole if alike else None
     return first, whole, criterion
 
 
@@ -53,7 +56,10 @@ def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> 
     gives."""
     outputs, *targets = run(model, batch)
     if criterion is not None and not targets:
-        raise ValueError(f"{batch} has no targets for {name_of(criterion)}: give criterion=None")
+        raise ValueError(
+            f"{batch} has no targets for {name_of(criterion)}: give criterion=None, or "
+            "forward=lambda model, batch: (outputs, targets), which says what it gets"
+        )
     try:
         judged(criterion, outputs, *targets)
         check_criterion(criterion, outputs, *targets)
@@ -62,6 +68,12 @@ def check_batch(model: nn.Module, batch: Batch, criterion: Criterion | None) -> 
     except PASS_FAILS as error:
         reason = first_line(error)
         given = ", ".join(str(list(tensor.shape)) for tensor in tensors_of([outputs, *targets]))
+        if any(
+            isinstance(t, int | float) or (isinstance(t, Tensor) and not t.dim()) for t in targets
+        ):
+            reason += (
+                "; targets are a single number, as of one example: is it a data set? Give batches"
+            )
         raise ValueError(
             f"{name_of(criterion)} does not take what it is given, of shapes {given}: {reason}; "
             "forward=lambda model, batch: (outputs, targets) says what it gets"
@@ -97,6 +109,71 @@ def independent(model: nn.Module, batch: Batch) -> bool:
         and _close(torch.cat(parts), whole[: len(parts)])
         for whole, *parts in zip(together, *alone, strict=True)
     )
+
+
+def judges_each(criterion: Criterion | None, outputs: Any, *targets: Any) -> bool:
+    """Whether a few examples' losses are the same, each alone, as in their batch
+    (test_losses_that_depend_on_the_rest_of_a_batch)."""
+    if criterion is None:
+        return True
+    everything = (outputs, *targets)
+    loss = judged(criterion, *everything)["loss"]
+    if rows_of(everything) != len(loss):
+        return True  # as of CTC, whose first axis is time
+    alone = []
+    try:
+        for i in range(min(FEW, len(loss))):
+            one = with_tensors(lambda t, i=i: t[i : i + 1] if rows_of(t) else t, everything)
+            alone.append(judged(criterion, *one)["loss"])
+    except PASS_FAILS:
+        return False
+    return _close(torch.cat(alone), loss[: len(alone)])
+
+
+def side_effects(
+    model: nn.Module, values: Mapping[str, Tensor], given: Batch
+) -> tuple[set[str], bool]:
+    """The tensors that a pass changes, such as running means, and whether it changes its inputs
+    (test_what_a_pass_changes_is_put_back).
+
+    values: the network's own, which it has again in the end.
+    Raises: ValueError where a second pass gives other outputs.
+    """
+    made, own = list[Any](), {name: t.detach() for name, t in own_tensors(model).items()}
+    for _ in range(2):
+        some = given.clone()
+        with evaluating(model):
+            made.append(some.run(model)[0])
+        stateful = {name for name, value in values.items() if not equal(own[name], value)}
+        for name in stateful:
+            own[name].copy_(values[name])
+    _check_repeats(*made)
+    pairs = zip(tensors_of(some.data), tensors_of(given.data), strict=True)
+    return stateful, not all(equal(a, b) for a, b in pairs)
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Within it, what a network's or a criterion's own code raises is a ValueError of one line."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except PASS_FAILS as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"a pass of the network fails: {first_line(error)}") from error
+
+
+def _check_repeats(once: Any, again: Any) -> None:
+    """Raise ValueError unless the outputs of a batch that comes twice are the same."""
+    pairs = list(zip(tensors_of(once), tensors_of(again), strict=False))
+    if not all(_close(one, other) for one, other in pairs):
+        raise ValueError(
+            "the network gives other outputs where the same batch comes again: in eval mode it "
+            "draws at random, or keeps what came before; seed or reset it in forward=lambda "
+            "model, batch: (outputs, targets)"
+        )
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantifind.metrics import Outcome, compared, gathered, judged, outcome
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.modules import own_tensors, plain_copy, put_values
-from quantifind.runtime.checks import checked, equal, excess
+from quantifind.runtime.checks import checked, excess, in_one_line, side_effects
 from quantifind.runtime.layouts import (
     CONTIGUOUS,
     CPU_BATCH,
@@ -30,7 +30,6 @@ from quantifind.utils.batches import (
     batches_of,
     kept,
     regrouped,
-    tensors_of,
     with_tensors,
 )
 from quantifind.utils.console import console
@@ -89,7 +88,7 @@ class Evaluator:
         # tensors of which a replayed pass was compared with a whole one
         self.compared: set[str] = set()
         # before what is put there counts as changed: test_a_layout_that_fails_is_left
-        self.stateful, self.edits_inputs = self._side_effects(first)
+        self.stateful, self.edits_inputs = side_effects(self.work, self.values, first)
         self.layout, self.batch = CONTIGUOUS, 0
         # by batch that stays, its examples, once they are known
         self.sizes: list[int] = []
@@ -101,17 +100,6 @@ class Evaluator:
             self._lay_out(*layout_and_batch(self.work, self.whole))
         elif order is not None:
             self.given = [self.given[i] for i in torch.randperm(len(self.given), generator=order)]
-
-    def _side_effects(self, given: Batch) -> tuple[set[str], bool]:
-        """The tensors that a pass changes, such as running means, and whether it changes its inputs
-        (test_what_a_pass_changes_is_put_back)."""
-        some = given.clone()
-        with evaluating(self.work):
-            some.run(self.work)
-        own = _own(self.work)
-        stateful = {n for n, value in self.values.items() if not equal(own[n], value)}
-        pairs = zip(tensors_of(some.data), tensors_of(given.data), strict=True)
-        return stateful, not all(equal(a, b) for a, b in pairs)
 
     @property
     def examples(self) -> int:
@@ -174,7 +162,10 @@ class Evaluator:
         self._put({})
         # what a pass changes, the next one goes on from: test_what_a_pass_changes_is_put_back
         most = math.inf if self.stateful else KEPT
-        found = self._guarded(lambda: outcome(self.work, self.batches(), self.criterion, most=most))
+        with in_one_line():
+            found = self._guarded(
+                lambda: outcome(self.work, self.batches(), self.criterion, most=most)
+            )
         if "outputs" not in found:
             said = (
                 f"The float network's outputs are over {KEPT / 2**30:g} GiB: made again each time"

@@ -20,7 +20,10 @@ BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss)
 # whose outputs are logits of two classes each
 BY_LOGIT = (nn.BCEWithLogitsLoss,)
 # which compare each output with its target
-ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, *BY_LOGIT)
+ELEMENTWISE = (
+    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, *BY_LOGIT),
+    *(nn.PoissonNLLLoss, nn.KLDivLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss),
+)
 # as torch's cross entropy has it, also where a criterion doesn't say
 IGNORED = -100
 
@@ -35,7 +38,10 @@ def aligned(criterion: Any, outputs: Any, targets: Sequence[Any]) -> tuple[Any, 
     if len(targets) != 1 or not isinstance(outputs, Tensor) or not isinstance(targets[0], Tensor):
         return outputs, tuple(targets)
     labels: Tensor = targets[0]
-    same = labels.numel() == outputs.numel() and len(labels) == len(outputs)
+    if not outputs.dim() and labels.numel() == 1 and labels.dim():
+        # of one example, by `squeeze()`: test_a_last_batch_of_one_that_is_squeezed
+        outputs = outputs.reshape(labels.shape)
+    same = labels.numel() == outputs.numel() and rows_of([labels, outputs]) is not None
     if same and isinstance(criterion, nn.BCEWithLogitsLoss | nn.BCELoss):
         return outputs, (labels.reshape(outputs.shape).to(outputs.dtype),)
     if isinstance(criterion, BY_CLASS):
@@ -279,8 +285,12 @@ def _check_whole(
 
 
 def name_of(criterion: Any) -> str:
-    """A criterion in an error."""
-    return f"the criterion {getattr(criterion, '__name__', criterion)}"
+    """A criterion in an error, in one line."""
+    while isinstance(criterion, functools.partial):
+        criterion = criterion.func
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    options = str(criterion) if is_torchs(criterion) and isinstance(criterion, nn.Module) else name
+    return f"the criterion {options}"
 
 
 def _count(criterion: Any, outputs: Any) -> int:
@@ -289,6 +299,11 @@ def _count(criterion: Any, outputs: Any) -> int:
         raise CriterionError(
             f"the network gives a {type(outputs).__name__}, which has no tensor: "
             "say what the criterion gets by forward=lambda model, batch: (outputs, targets)"
+        )
+    if not tensors[0].dim():
+        raise CriterionError(
+            "the network gives a single number: outputs with a row for each example are needed; "
+            "forward=lambda model, batch: (outputs, targets) says what they are"
         )
     return tensors[0].shape[1] if isinstance(criterion, nn.CTCLoss) else len(tensors[0])
 

@@ -35,7 +35,7 @@ def compute_test_loss(
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
-    return Evaluator(model, loader, criterion, forward=forward).outcome().criterion
+    return Evaluator(model, loader, criterion, forward=forward).original().criterion
 
 
 def evaluate_quantized_model(
