@@ -30,7 +30,7 @@ from stages.comparison import certified_bits, comparison
 from stages.evidence import FACTS, TABLES, read_evidence
 from stages.tensors import tensor_table
 
-VOID = {"meta", "link", "input", "br", "img"}
+VOID = {"meta", "link", "input", "br", "img", "wbr"}
 HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'</script>{{ 7 * 7 }}"
 CASES = {
     "usual": {},
