@@ -167,7 +167,10 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
     whole.set(xlabel="")
     whole.legend()
     reach = 2 * max(max(certified, default=1) - 1, 0.01)
-    near.set(ylim=(1 - reach, 1 + reach), ylabel="criterion ratio near 1")
+    # what lies below 1 is shown, and no empty half
+    lowest = low[np.isfinite(low)].min()
+    bottom = max(1 - reach, np.fmin(lowest, 1) - 0.2 * reach)
+    near.set(ylim=(bottom, 1 + reach), ylabel="criterion ratio near 1")
     for place, limit in enumerate(certified):
         colour = LIMITS[place % len(LIMITS)]
         near.axhline(limit, color=colour, lw=1)
