@@ -97,6 +97,8 @@ def prediction_chart(series: Sequence[Series], *, width: str = "wide") -> str:
     ends = (min([*values, 0.0]), 1.5 * max([*values, 1e-3]))
     scale = {"type": "symlog", "constant": 1e-3}
     ticks = [tick for tick in (SHARE_TICKS if ends[1] > 0.1 else FEW_TICKS) if tick <= ends[1]]
+    if width == "narrow":
+        ticks = [tick for tick in ticks if tick not in (5e-4, 2e-3)]
     x = _axis("x", "predicted from single tensors", ends, {"values": ticks}, scale)
     y = _axis("y", "measured on validation data", ends, {"values": ticks}, scale)
     line = {"type": "line", "color": "var(--float)", "strokeDash": [4, 3], "aria": False}

@@ -117,7 +117,10 @@ def _holds(pairs: Mapping[str, tuple[float, float] | None], claim: str) -> list[
         return []
     true = [name for name, (one, other) in known.items() if one > other]
     numbers = "; ".join(f"{name} {one:.3g} and {other:.3g}" for name, (one, other) in known.items())
-    how = "all" if len(true) == len(known) else f"{len(true) or 'none'} of {len(known)}"
+    if len(known) == 1:
+        return [f"{'In' if true else 'Not in'} {next(iter(known))}: {claim} ({numbers})."]
+    how = "all" if len(true) == len(known) else f"{len(true) or 'none'} of"
+    how += f" {len(known)}"
     return [f"In {how} networks {claim} ({numbers})."]
 
 

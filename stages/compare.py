@@ -22,4 +22,4 @@ def main(_: Params) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    files.run(main, staged=False)

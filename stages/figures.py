@@ -107,8 +107,12 @@ def visualize_frontier(
     # a ladder may gain, far below the limit: test_frontier_near_the_limit_holds_what_is_certified
     lows = [row[f"{measure}_low"] for row in (best, best_uniform) if row is not None]
     shown = [lossless, *lows, *frontier[measure], *uniform[measure]]
+    shown += [] if random is None else random[measure].tolist()
     bottom = min(value for value in shown if np.isfinite(value)) - 0.2 * reach
-    near.set(ylim=(bottom, lossless + reach), ylabel=f"{words}\nnear the limit")
+    # what is marked is seen: test_frontier_near_the_limit_holds_what_was_chosen
+    marked = [row[measure] for row, *_ in marks if row is not None and np.isfinite(row[measure])]
+    top = max(lossless + reach, *(value + 0.2 * reach for value in marked), lossless)
+    near.set(ylim=(bottom, top), ylabel=f"{words}\nnear the limit")
     figure.suptitle(title(f"Bits and {words}", name))
     return figure
 

@@ -14,9 +14,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from quantifind.certification.certificate import minimum_safe_bits
-from quantifind.utils.naming import short
 from quantifind.utils.palette import FOUND, NOT_TRIED, limit_mark
-from quantifind.workflow.visualization_workflow import styled, title
+from quantifind.workflow.visualization_workflow import (
+    height,
+    name_rows,
+    styled,
+    thinner,
+    title,
+)
 from stages.alone import SHARES, cost_grid, guessed_cells, in_spans, labelled, left_out, near
 
 # titles of the panels of `visualize_sensitivity`
@@ -67,7 +72,7 @@ def visualize_sensitivity(
     guessed = {r: guessed_cells(parts[r], grid) for r, grid in grids.items()}
     rows = labels.nunique()
     figure, panels = plt.subplots(
-        1, len(grids), figsize=(9, max(2 + 0.27 * rows, 3.6)), layout="constrained", sharey=True,
+        1, len(grids), figsize=(9, max(2 + height(rows), 3.6)), layout="constrained", sharey=True,
         squeeze=False, width_ratios=[len(grid.columns) for grid in grids.values()],
     )  # fmt: skip
     colours = plt.get_cmap("Blues").resampled(256)
@@ -75,10 +80,10 @@ def visualize_sensitivity(
     for axes, (rounding, grid) in zip(panels[0], grids.items(), strict=True):
         cells = axes.imshow(grid.to_numpy(), aspect="auto", cmap=colours, norm=norm)
         axes.set(xlabel="bits", title=ROUNDINGS.get(rounding, rounding), facecolor=NOT_TRIED)
-        axes.set_xticks(range(len(grid.columns)), [f"{bits:g}" for bits in grid.columns])
-        axes.set_yticks(range(rows), list(map(short, labels.unique())), fontsize=9)
+        axes.set_xticks(range(len(grid.columns)), [f"{bits:.2g}" for bits in grid.columns])
         for row, column in zip(*np.nonzero(guessed[rounding].to_numpy()), strict=True):
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **PREDICTED))
+    name_rows(panels[0][0], labels.unique().tolist())
     figure.colorbar(
         cells, ax=panels[0].tolist(), label="loss increase / float loss", format="%g",
         fraction=0.04,
@@ -110,7 +115,10 @@ def _ring(
     """Mark the safe bits of each tensor in the panel in which it loses least; the entry in the
     legend."""
     look = limit_mark(number) | {"ls": ""}
-    for row, tensor in enumerate(next(iter(grids.values())).index):
+    tensors = next(iter(grids.values())).index
+    share = thinner(len(tensors))
+    thin = look | {"ms": max(look["ms"] * share, 3), "mew": max(look["mew"] * share, 0.8)}
+    for row, tensor in enumerate(tensors):
         bits = safe[tensor]
         reached = {
             r: grid.loc[tensor, bits]
@@ -119,7 +127,7 @@ def _ring(
         }
         if reached:
             rounding = min(reached, key=reached.__getitem__)
-            panels[rounding].plot(grids[rounding].columns.tolist().index(bits), row, **look)
+            panels[rounding].plot(grids[rounding].columns.tolist().index(bits), row, **thin)
     label = f"safe by {SURE} standard errors, predicted, for CR ≤ {limit:g}"
     return Line2D([], [], label=label, **look)
 
@@ -129,7 +137,8 @@ def _outline(
 ) -> list[Artist]:
     """Outline what tensors become, in the panel of their rounding; its entry in the legend, if it
     is any."""
-    look: dict[str, Any] = {"fill": False, "ec": FOUND, "lw": 2.5}
+    share = thinner(len(next(iter(grids.values()))))
+    look: dict[str, Any] = {"fill": False, "ec": FOUND, "lw": max(2.5 * share, 0.8)}
     found = False
     for label, row in zip(labelled(tensors), tensors.to_dict("records"), strict=True):
         how = row["becomes"].split(", ")

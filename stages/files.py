@@ -61,25 +61,31 @@ TRAINING, SEARCHING = Path("plots/training"), Path("plots/search")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 TEST_BATCH = 250
+# what an interrupt leaves: epochs in `RESUME`, measurements in `MEASURED`
+KEPT = "whole epochs and what was measured are kept, and dvc repro goes on from there"
 # rooms through which no measurement goes; of the models, one is in `NETWORK_SOURCE`
 UNMEASURED = ("data", "deployment", "models", "workflow")
 
 
-def run(main: Callable[[Params], None]) -> None:
-    """Run a stage on the parameters; a user's mistake is one line and exit code 1.
+def run(main: Callable[[Params], None], *, staged: bool = True) -> None:
+    """Run a stage on the parameters; a user's mistake, and Ctrl-C, is one line and exit code 1.
 
     main: the stage.
-    Raises: SystemExit, after ValueError and OSError; those are its context.
+    staged: whether DVC runs it.
+    Raises: SystemExit, after ValueError, OSError and KeyboardInterrupt; those are its context.
     """
     stage = Path(sys.argv[0]).stem
     keep_freed_memory()
     try:
         params = read_params(PARAMS)
-        stage += f" {params.model}"
+        stage += f" {params.model}" if staged else ""
         main(params)
+    except KeyboardInterrupt:
+        sys.exit(f"{stage}: interrupted; {KEPT}")
     except (ValueError, OSError) as error:
         # DVC has removed what the stage would write anew: test_a_failed_stage_loses_nothing
-        sys.exit(f"{stage}: {error} (dvc checkout brings earlier results back)")
+        back = " (dvc checkout brings earlier results back)" if staged else ""
+        sys.exit(f"{stage}: {error}{back}")
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:

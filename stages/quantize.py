@@ -39,7 +39,7 @@ def main(params: Params) -> None:
     with live(files.SEARCHING, ["mean_bits"], step="passes") as log:
         found = find_strategy(net, train, val, criterion, told=log, **how)
     if "interrupted" in found.passes.left_out:
-        raise ValueError("interrupted; what was measured is kept, and dvc repro goes on from there")
+        raise KeyboardInterrupt
     files.write_table(files.PLOTS / "weight_error.csv", errors)
     files.write_table(files.PLOTS / "candidates.csv", in_words(found.candidates))
     files.write_table(files.PLOTS / "random.csv", in_words(found.random))

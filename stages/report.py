@@ -87,8 +87,8 @@ def _numbers(evidence: Evidence) -> list[dict[str, str]]:
         {
             "value": f"{best['mean_bits']:.3f}",
             "what": "bits per parameter",
-            "more": f"everything counted; with other test examples {drawn[0]} to {drawn[1]}, "
-            "in 90 of 100 draws",
+            "more": "scales and padding counted; with other test examples "
+            f"{drawn[0]} to {drawn[1]}, in 90 of 100 draws",
         },
         {
             "value": f"{best['compression']:.1f} ×",

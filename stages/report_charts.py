@@ -95,16 +95,16 @@ def predicted(candidates: pd.DataFrame) -> pd.DataFrame:
 
 def prediction(shown: pd.DataFrame, size: str) -> str:
     """Predicted against measured, by origin."""
-    series = []
     words = shown["origin"] + ": " + shown["mean_bits"].map("{:.4g} bits".format)
     words += ", predicted " + shown["predicted_fidelity"].map(findings.number)
     words += ", measured " + shown["fidelity"].map(findings.number)
     points = pd.DataFrame(
         {"x": shown["predicted_fidelity"], "y": shown["fidelity"], "words": words}
     )
+    # below, so that the mark of its origin is seen
+    chosen = points[shown["chosen"].astype(bool)]
+    series = [Series(chosen, "var(--ink)", shape="diamond", size=170, filled=False)]
     for origin, part in points.groupby(shown["origin"].str.split().str[0]):
         shape = SHAPES.get(str(origin), "circle")
         series.append(Series(part, f"var(--{origin}, var(--tried))", shape, size=45))
-    chosen = points[shown["chosen"].astype(bool)]
-    series.append(Series(chosen, "var(--ink)", shape="diamond", size=170, filled=False))
     return prediction_chart(series, width=size)

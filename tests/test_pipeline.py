@@ -464,6 +464,15 @@ def test_a_killed_training_is_resumed(project, conv):
     assert results[0] == results[1]
 
 
+def test_ctrl_c_in_a_stage_is_one_line_that_says_what_is_kept(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    fails(interrupted, f"interrupted; {files.KEPT}")
+
+
 OWN = {
     "nets/my_net.py": """
 import torch; from blocks import block

@@ -84,3 +84,10 @@ def test_a_strategy_lists_what_each_tensor_becomes(found):
         assert line.split()[0] == name
         assert str(choice or "float") in line
     assert str(Strategy({"a": None})) == "1 tensor in float"
+
+
+def test_parts_of_an_answer_are_read_without_their_numbers(found):
+    assert repr(found.passes) == str(found.passes)
+    for name, tensor in found.quantized.tensors.items():
+        shape = list(tensor.codes.shape)
+        assert repr(tensor) == f"QuantizedTensor: {shape} at {tensor.bits:g} bits", name

@@ -194,6 +194,14 @@ def test_frontier_near_the_limit_holds_what_is_certified():
     assert high == pytest.approx(1.02)
 
 
+def test_frontier_near_the_limit_holds_what_was_chosen():
+    ladder = judged([9.0, 2.0], [1.03, 1.04], [1.04, 1.05]).assign(validation_chosen=[False, True])
+    random = pd.DataFrame({"mean_bits": [9.0], "criterion_ratio": [0.9]})
+    low, high = visualize_frontier(ladder, UNIFORM, random=random).axes[1].get_ylim()
+    assert low < 0.9
+    assert high > 1.04
+
+
 def test_frontier_of_one_row_and_nothing_certified_shows_what_was_chosen():
     ladder = judged([2.5], [3.0], [np.nan]).assign(validation_chosen=True)
     for end in ("low", "high"):
@@ -300,6 +308,20 @@ def test_sensitivity_of_forty_tensors_stays_readable():
     assert len(labels) == 40
     assert all(above.y0 >= below.y1 for above, below in pairwise(labels))
     assert min(label.x0 for label in labels) >= 0
+
+
+def test_pictures_of_400_tensors_fit_a_page():
+    """All have a row; as many as there is room for are named, which the axis says."""
+    table = alone(tensors=400)
+    errors = pd.DataFrame({"tensor": table["name"].unique(), "bit_depth": 4, "sqnr_db": 9.0})
+    for figure in (visualize_sensitivity(table, limits=[1.01]), visualize_weight_error(errors)):
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        labels = [text.get_window_extent() for text in axes.get_yticklabels()]
+        assert all(above.y0 >= below.y1 for above, below in pairwise(labels))
+        assert figure.get_figheight() < 14
+        assert axes.get_ylim() == (399.5, -0.5)
+        assert axes.get_ylabel() == "400 tensors, one in 10 named"
 
 
 def test_names_of_120_characters_leave_room_for_the_picture():

@@ -82,6 +82,9 @@ class Passes:
             text += f", at most {in_words(max(self.deadline - now, 0.0))} more"
         return text
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {taken:.1f}" for phase, taken in self.by_phase.items())
         out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""

@@ -101,9 +101,11 @@ def _strip(every: Sequence[Share]) -> str:
     for one in every:
         colour, words = of_width(one.bits), f"{one.name}: {_width(one.bits)}, {one.part:.2%}"
         text = f"{one.bits:.3g}" if one.part > 0.03 else ""
+        # neighbours of the same width are told apart, where there is room for a line
+        apart = "box-shadow: inset -1px 0 Canvas; " if one.part > 0.01 else ""
         parts.append(
             f'<div title="{escape(words)} of the values" style="flex: {one.part:.6f} 1 0; '
-            f"min-width: 1px; overflow: hidden; text-align: center; background: {colour}; "
+            f"{apart}min-width: 1px; overflow: hidden; text-align: center; background: {colour}; "
             f'color: {ink_on(colour)}; padding: 0.5em 0">{text}</div>'
         )
     said = f"Bits of each of {len(every)} tensors, as wide as it is large, from input to output"

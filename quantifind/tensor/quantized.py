@@ -35,6 +35,10 @@ class QuantizedTensor:
     storage: str = "packed"
     rotation: Rotation | None = None
 
+    def __repr__(self) -> str:
+        """Without the codes, which are many."""
+        return f"QuantizedTensor: {list(self.codes.shape)} at {self.bits:g} bits"
+
     def dequantize(self) -> Tensor:
         """The values, (level − zero point) · scale, in ``dtype``; never beyond its finite range.
 

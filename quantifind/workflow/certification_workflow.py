@@ -54,6 +54,9 @@ class Certificate:
     look: Look | None = None
     needed: int | None = None
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         certified = self.steps[self.steps["certified"]]
         row = self.steps.iloc[0] if certified.empty else certified.iloc[-1]

@@ -26,6 +26,8 @@ from quantifind.utils.palette import (
 
 DEPTH_TICKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
 SHOWN_DEPTHS = (2, 3, 4, 6, 8)
+# rows of a picture that has one per tensor, up to which it grows; more are thinner
+ROOMY = 40
 # by limit of the criterion ratio, the lowest depth certified, None where there is none
 Certified = dict[float, int | None]
 Arguments = ParamSpec("Arguments")
@@ -112,17 +114,18 @@ def visualize_weight_error(
     """
     tensors = list(dict.fromkeys(errors["tensor"]))
     figure, axes = plt.subplots(
-        figsize=(8, max(1.6 + 0.27 * len(tensors), 3)), layout="constrained"
+        figsize=(8, max(1.6 + height(len(tensors)), 3)), layout="constrained"
     )
     depths = sorted(set(errors["bit_depth"]))
     shown = [bits for bits in bit_depths if bits in depths] or depths[:5]
+    size = max(8 * thinner(len(tensors)), 3)
     for bits in shown:
         rows = errors[(errors["bit_depth"] == bits) & np.isfinite(errors["sqnr_db"])]
         places = [tensors.index(tensor) for tensor in rows["tensor"]]
         look: Any = {"color": of_width(bits), "mec": FLOAT, "label": f"{bits} bits"}
-        axes.plot(rows["sqnr_db"], places, "o", ms=8, mew=0.6, **look)
+        axes.plot(rows["sqnr_db"], places, "o", ms=size, mew=0.6, **look)
     axes.set(xlabel="signal-to-quantization-noise ratio (dB)", ylim=(len(tensors) - 0.5, -0.5))
-    axes.set_yticks(range(len(tensors)), list(map(short, tensors)), fontsize=9)
+    name_rows(axes, tensors)
     axes.grid(alpha=0.3)
     if shown:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -164,7 +167,10 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
     whole.set(xlabel="")
     whole.legend()
     reach = 2 * max(max(certified, default=1) - 1, 0.01)
-    near.set(ylim=(1 - reach, 1 + reach), ylabel="criterion ratio near 1")
+    # what lies below 1 is shown, and no empty half
+    lowest = low[np.isfinite(low)].min()
+    bottom = max(1 - reach, np.fmin(lowest, 1) - 0.2 * reach)
+    near.set(ylim=(bottom, 1 + reach), ylabel="criterion ratio near 1")
     for place, limit in enumerate(certified):
         colour = LIMITS[place % len(LIMITS)]
         near.axhline(limit, color=colour, lw=1)
@@ -197,6 +203,28 @@ def title(subject: str, name: str) -> str:
     name: of the network; may be empty.
     """
     return f"{subject}: {name}" if name else subject
+
+
+def height(rows: int) -> float:
+    """Inches of a picture's rows, one per tensor."""
+    return 0.27 * min(rows, ROOMY)
+
+
+def thinner(rows: int) -> float:
+    """How high a row is, as a share of one that has all its room."""
+    return min(ROOMY / max(rows, 1), 1)
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name rows, one per tensor; where there are many, every so manieth, which the axis says.
+
+    axes: whose rows are at 0, 1, ….
+    names: of all rows.
+    """
+    step = -(-len(names) // ROOMY)
+    axes.set_yticks(range(0, len(names), step), list(map(short, names[::step])), fontsize=9)
+    if step > 1:
+        axes.set(ylabel=f"{len(names)} tensors, one in {step} named")
 
 
 def _depth_axis(axes: Axes) -> None:
