@@ -450,6 +450,53 @@ def test_a_large_tensor_is_loaded_in_little_memory(path, choice, monkeypatch):
     assert 0 < max(read) <= most
 
 
+def test_expanded_tensors_are_loaded(path):
+    class Holds(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.bias = nn.Parameter(torch.randn(1).expand(4))
+            self.register_buffer("shift", torch.randn(3, 1, 4).expand(3, 2, 4))
+
+    net, fresh = Holds(), Holds()
+    save(net, Strategy({"weight": None, "bias": None}), path)
+    loaded = load(path, fresh)
+    for name in ("bias", "shift"):
+        assert torch.equal(getattr(loaded, name), getattr(net, name))
+        assert not torch.equal(getattr(loaded, name), getattr(fresh, name))
+
+
+def test_what_no_file_has_is_looked_at(path):
+    """Whole numbers and masks that the network's own code makes, and makes otherwise."""
+
+    class Makes(nn.Linear):
+        def __init__(self, mask):
+            super().__init__(4, 4)
+            self.register_buffer("mask", mask, persistent=False)
+
+        def forward(self, x):
+            return super().forward(x) * self.mask
+
+    mask = torch.tensor([True, False, True, True])
+    net = Makes(mask)
+    save(net, uniform_strategy(net, 4), path)
+    x = torch.randn(2, 4)
+    wanted = quantize_model(net, uniform_strategy(net, 4))(x)
+    assert torch.equal(load(path, Makes(mask.clone()))(x), wanted)
+    load(path, Makes(torch.ones(2, 1, 4).bool()))  # one that grows with what is seen
+    load(path, Makes(None))
+    with pytest.raises(ValueError, match=r"mask \[4\] has other values in the network") as found:
+        load(path, Makes(~mask))
+    assert str(path) in str(found.value)
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2", ".pt", ".pth"])
+def test_an_ending_of_another_format_is_refused(path, ending):
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=f"path is .*{ending}': a file in the safetensors format"):
+        save(net, uniform_strategy(net, 4), path.with_suffix(ending))
+    assert not path.with_suffix(ending).exists()
+
+
 def test_a_dense_file_and_a_sparse_buffer_are_of_different_kinds(path):
     class Holds(nn.Linear):
         def __init__(self, shift):

@@ -167,7 +167,7 @@ def _onnx(
     check(written == opset, "opset", opset, f"torch writes {written} of this network")
     onnx_graph.share(proto.graph, same)
     kinds = onnx_graph.put_codes(proto.graph, codes, opset=opset)
-    onnx_graph.put_activations(proto.graph, codes.activations)
+    onnx_graph.put_activations(proto.graph, codes.activations, all_tensors(replica))
     return proto.SerializeToString(), kinds
 
 
@@ -251,4 +251,7 @@ def _check_takes(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _reason(error: BaseException) -> str:
+    """Of an error what was the first cause, where torch.onnx wraps it in advice."""
+    while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        error = error.__cause__
     return f"{type(error).__name__}: {first_line(error)}"

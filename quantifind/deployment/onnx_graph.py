@@ -75,9 +75,12 @@ def put_codes(graph: Any, quantized: Quantized, *, opset: int) -> dict[str, tupl
     return kinds
 
 
-def put_activations(graph: Any, activations: Mapping[str, QParams]) -> None:
+def put_activations(
+    graph: Any, activations: Mapping[str, QParams], tensors: Mapping[str, Tensor]
+) -> None:
     """Round what meets weights, in place.
 
+    tensors: by name, of whose dtype what meets them is.
     Raises: ValueError naming an activation that ONNX can't round, or whose product isn't there.
     """
     for name, qparams in activations.items():
@@ -86,7 +89,7 @@ def put_activations(graph: Any, activations: Mapping[str, QParams]) -> None:
                 raise ValueError("ONNX rounds to evenly spaced whole numbers alone; leave it None")
             for number, (node, place) in enumerate(_products(graph, name)):
                 made = _Made(f"{name}/input{number}")
-                made.rounded(node.input[place], qparams)
+                made.rounded(node.input[place], qparams, tensors[name].dtype)
                 node.input[place] = made.name
                 graph.initializer.extend(made.initializers)
                 where = next(i for i, other in enumerate(graph.node) if other is node)
@@ -166,8 +169,8 @@ class _Made:
         """Call what the last node gives by the name."""
         self.nodes[-1].output[0] = self.name
 
-    def rounded(self, values: str, qparams: QParams) -> None:
-        """Make values rounded to the levels of an activation."""
+    def rounded(self, values: str, qparams: QParams, dtype: torch.dtype) -> None:
+        """Make values of a dtype rounded to the levels of an activation, in float32."""
         width, scale, zero = _width(qparams, 21), qparams.scale, qparams.zero_point
         width = max(8, width or 32)
         if width > 16:
@@ -175,10 +178,14 @@ class _Made:
         scale = torch.tensor(1.0) if scale is None else scale.reshape(())
         zero = torch.tensor(0) if zero is None else zero.reshape(())
         beside = self.put("scale", scale), self.put("zero_point", zero, width)
+        if dtype != torch.float32:
+            values = self.node("Cast", values, to=TensorProto.FLOAT)
         now = self.node("DequantizeLinear", self.node("QuantizeLinear", values, *beside), *beside)
         if qparams.grid.levels < 2**width:
             ends = [(torch.tensor(end) - zero) * scale for end in qparams.grid.ends]
-            self.node("Clip", now, *map(self.put, ("low", "high"), ends))
+            now = self.node("Clip", now, *map(self.put, ("low", "high"), ends))
+        if dtype != torch.float32:
+            self.node("Cast", now, to=FLOATS.get(dtype, TensorProto.DOUBLE))
         self.finish()
 
     def values(self, tensor: QuantizedTensor, opset: int) -> str | None:

@@ -74,12 +74,14 @@ class NetworkFile:
                 entries[section] for section in SECTIONS
             )
             end = sum(entry.size for section in entries.values() for entry in section.values())
+            self.folded = tuple((module, norm) for module, norm in self.index["folded"])
+            for names in ("same", "views", "made", "notes"):
+                self.index[names] = dict(self.index.get(names, {}))
         except (*_BAD, RecursionError, zlib.error) as error:
             reason = first_line(error) or type(error).__name__
             raise ValueError(f"its index can't be read ({reason})") from error
         if end != size:
             raise ValueError(f"not whole: its index tells of {end} bytes, and there are {size}")
-        self.folded = tuple((module, norm) for module, norm in self.index["folded"])
         counted = (self.tensors, self.activations, self.others)
         self.header_bytes = self.bytes - sum(e.size for one in counted for e in one.values())
 
