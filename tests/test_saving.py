@@ -327,6 +327,13 @@ BOMBS = [
     (lambda index: zlib.compress(b" " * (network_reader.MOST_INDEX + 1)), "longer than"),
     (lambda index: b"no zlib at all", "index can't be read"),
     (lambda index: zlib.compress(b"[]"), "index can't be read"),
+    (lambda index: index.update(folded=7), "index can't be read"),
+    (lambda index: index.update(folded=[["0"]]), "index can't be read"),
+    (lambda index: index.update(folded=[[1, 2]]), "."),
+    (lambda index: index.update(same=7), "index can't be read"),
+    (lambda index: index.update(same={"0.bias": 7}), "index can't be read"),
+    (lambda index: index.update(views=["0"]), "index can't be read"),
+    (lambda index: index.update(same={"0.bias": "1.weight"}), "."),
 ]
 
 

@@ -72,6 +72,7 @@ def export(
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: its ending is {path.suffix!r}: .onnx or .pt2 is needed")
     codes = codes_of(model, quantized, calibration, forward)
+    _check_takes(prepared(model).eval(), *_arguments(example))
     try:
         if path.suffix == ".onnx":
             whole, kinds = _onnx(model, codes, example, opset)
@@ -174,9 +175,7 @@ def _onnx(
 def _traced(model: nn.Module, example: Any) -> Any:
     """The program of one pass of an example, for any length of the first axis of its tensors where
     it computes the same whatever that is; else for its own."""
-    args, kwargs = example if isinstance(example, tuple) else (example,), {}
-    if isinstance(example, Mapping):
-        args, kwargs = (), dict(example)
+    args, kwargs = _arguments(example)
     model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -192,7 +191,6 @@ def _traced(model: nn.Module, example: Any) -> Any:
                         return program
             return trace()
         except Exception as error:
-            _check_takes(model, args, kwargs)
             raise ValueError(
                 f"the network can't be traced ({_reason(error)}){where(error, model)}: "
                 "quantifind.save and quantifind.compressed work without tracing"
@@ -214,7 +212,7 @@ def _is_of_any_length(program: Any, model: nn.Module, args: Any, kwargs: Any) ->
     if program.graph_signature.buffers_to_mutate:
         return True
     # of a single one torch.export keeps no condition
-    args, kwargs = tree_map(lambda v: v[:1] if _is_long(v) else v, (args, kwargs))
+    args, kwargs = tree_map(lambda v: v[:1].clone() if _is_long(v) else v, (args, kwargs))
     found = []
     for run in (model, program.module()):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -238,8 +236,26 @@ def _is_of_any_length(program: Any, model: nn.Module, args: Any, kwargs: Any) ->
     )
 
 
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a network is called with; tensors are copies, since it may work in place."""
+    example = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return example if isinstance(example, tuple) else (example,), {}
+
+
 def _check_takes(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for an example that the network doesn't take."""
+    """Raise ValueError for an example that the network doesn't take.
+
+    Tracing looks at shapes alone: test_what_cannot_be_exported_is_said_in_a_line
+    """
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    check(
+        any(map(Tensor.numel, tensors)) or not tensors,
+        "example",
+        ", ".join(str(list(tensor.shape)) for tensor in tensors),
+        "at least one example is needed",
+    )
     try:
         with torch.no_grad():
             model(*args, **kwargs)

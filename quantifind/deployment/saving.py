@@ -118,7 +118,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         with naming(f"{path}: a file of another architecture"):
             replica = prepared(model, file.folded)
             _check_fits(file, replica)
-            _check_made(file.index.get("made", {}), _made_anew(replica))
+            _check_made(dict(file.index.get("made", {})), _made_anew(replica))
         with torch.no_grad():
             _fill(replica, file)
         activations = {name: file.activation(name) for name in file.activations}
