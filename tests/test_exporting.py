@@ -309,6 +309,28 @@ def test_tied_weights_are_in_onnx_once_and_codebooks_where_they_are_smaller(tmp_
     assert sorted(large) == ["embedding.weight/codes", "inside.weight/codes"]
 
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, self.one, lambda x: self.other(-x), (x,))
+
+
+@torch.no_grad()
+def test_branches_of_tied_weights_run_in_onnx(tmp_path):
+    torch.manual_seed(0)
+    net, x = Branches().eval(), torch.randn(3, 6)
+    quantized = quantize(net, uniform_strategy(net, 4, axis=0))
+    table = export(net, quantized, tmp_path / "net.onnx", x).set_index("tensor")
+    assert table.loc["one.weight", "becomes"] == "int4"
+    for given in (x, -x):
+        wanted = quantize_model(net, quantized)(given)
+        assert (onnx_outputs(tmp_path / "net.onnx", given)[0] - wanted).abs().max() <= 1e-5
+
+
 class Untraceable(nn.Linear):
     def forward(self, x):
         return super().forward(x) if x.sum().item() > 0 else super().forward(-x)

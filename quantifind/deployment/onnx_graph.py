@@ -1,7 +1,7 @@
 """Codes in an ONNX graph: DequantizeLinear of whole numbers, a look-up of codebooks, and
 QuantizeLinear of activations (https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def share(graph: Any, same: Mapping[str, str]) -> None:
 
     same: by name of a tied weight, that name.
     """
-    for node in graph.node:
+    for node in _nodes(graph):
         for place, name in enumerate(node.input):
             node.input[place] = same.get(name, name)
     once = {same.get(tensor.name, tensor.name): tensor for tensor in graph.initializer}
@@ -45,6 +45,15 @@ def share(graph: Any, same: Mapping[str, str]) -> None:
     kept = list(once.values())
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """Those of what a node may run, such as If, too: test_branches_of_tied_weights_run_in_onnx"""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
 
 
 def put_codes(graph: Any, quantized: Quantized, *, opset: int) -> dict[str, tuple[str, int]]:
