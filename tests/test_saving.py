@@ -499,7 +499,7 @@ def test_what_no_file_has_is_looked_at(path):
 @pytest.mark.parametrize("ending", [".onnx", ".pt2", ".pt", ".pth"])
 def test_an_ending_of_another_format_is_refused(tmp_path, ending):
     net = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=f"path is .*{ending}': a file in the safetensors format"):
+    with pytest.raises(ValueError, match=f"its ending is '{ending}': a file in the safetensors"):
         save(net, uniform_strategy(net, 4), tmp_path / f"net{ending}")
     assert not list(tmp_path.iterdir())
 

@@ -62,13 +62,11 @@ def save(
     Raises: ValueError as `quantize`, and naming what can't be written, or the path.
     """
     path = path_of(path)
-    check(
-        path.suffix not in OTHERS,
-        "path",
-        str(path),
-        "a file in the safetensors format, such as 'net.safetensors', is written; "
-        "quantifind.export writes .onnx and .pt2",
-    )
+    if path.suffix in OTHERS:
+        raise ValueError(
+            f"{path}: its ending is {path.suffix!r}: a file in the safetensors format is written; "
+            "quantifind.export writes .onnx and .pt2"
+        )
     check(
         strategy is None or isinstance(strategy, Strategy),
         "strategy",
