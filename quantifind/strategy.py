@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantifind.network.calibration import calibration_batches
@@ -94,11 +95,13 @@ def uniform_strategy(
     options: of `Choice`, and of the scheme. Those about channels and inputs are for tensors of two
         axes and more: others have one scale, with the least squared error where a weighted one is
         asked for, and are rounded to nearest.
+    Raises: ValueError for a width that the scheme doesn't have, and for options as `Choice`.
 
     >>> uniform_strategy(nn.Linear(2, 1), 4).choices["tensors"]["weight"]
     {'scheme': 'uniform', 'bits': 4}
     """
     choice = Choice.of({"scheme": scheme, "bits": bits, **options})
+    _check_width(choice)
     single = per_tensor(choice)
     return Strategy(
         {
@@ -108,6 +111,11 @@ def uniform_strategy(
             for name, tensor in named_tensors(model).items()
         }
     )
+
+
+def _check_width(choice: Choice) -> None:
+    """Raise ValueError unless its scheme, which says itself which it has, has such a width."""
+    Choice(choice.scheme, choice.bits, choice.levels).quantize(torch.ones(1))
 
 
 def uniform_activations(
@@ -125,6 +133,7 @@ def uniform_activations(
     options: of `ActivationChoice` and the scheme, such as ``scale`` and ``percentile``.
     """
     given = {"scheme": "uniform", "bits": bits, "zero_point": True, **options}
+    _check_width(ActivationChoice.of(given))
     batches = calibration_batches(calibration, model, forward)
     names = activation_names(trace(plain_copy(model), batches))
     return {name: ActivationChoice.of(given) for name in names}

@@ -144,6 +144,108 @@ def test_activations_are_rounded_in_onnxruntime(tmp_path, kind, bits):
     assert (plain - wanted).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_activations_of_all_dtypes_are_rounded_in_onnx(tmp_path, dtype):
+    """By onnx's own arithmetic, since onnxruntime has few products in bfloat16."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 3).to(dtype), torch.randn(9, 6, dtype=dtype)
+    activations = uniform_activations(net, [(x,)], 6)
+    quantized = quantize(net, Strategy(uniform_strategy(net, 8).tensors, activations), [(x,)])
+    export(net, quantized, tmp_path / "net.onnx", x)
+    onnx.checker.check_model(tmp_path / "net.onnx", full_check=True)
+    if dtype != torch.bfloat16:
+        (found,) = onnx_outputs(tmp_path / "net.onnx", x)
+        assert found.dtype == dtype
+        assert (found - quantize_model(net, quantized)(x)).abs().max() <= 2e-3
+
+
+class Lengths(nn.Linear):
+    """What it computes may depend on the first length of what it takes."""
+
+    def __init__(self, rule):
+        super().__init__(6, 3)
+        self.rule = rule
+
+    def forward(self, x):
+        return self.rule(super().forward(x))
+
+
+RULES = {
+    "any": lambda y: y / y.shape[0],
+    "by the last": lambda y: torch.cat([y, y[-1:]]),
+    "a threshold": lambda y: y * 2 if y.shape[0] > 2 else y,
+    "one": lambda y: y * 2 if y.shape[0] == 1 else y,
+    "parity": lambda y: y * 2 if y.shape[0] % 2 else y,
+    "its number": lambda y: y * float(len(y)),
+    "a loop": lambda y: torch.stack([part * number for number, part in enumerate(y)]),
+    "a shape": lambda y: y.reshape(4, -1),
+}
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize("rule", RULES)
+@torch.no_grad()
+def test_another_length_gives_the_same_or_is_refused(tmp_path, kind, rule):
+    torch.manual_seed(0)
+    net = Lengths(RULES[rule]).eval()
+    path = tmp_path / f"net.{kind}"
+    quantized = quantize(net, uniform_strategy(net, 8))
+    export(net, quantized, path, torch.randn(4, 6))
+    copy, ran = quantize_model(net, quantized), []
+    for length in (4, 1, 2, 3, 7):
+        x = torch.randn(length, 6)
+        try:
+            found = (
+                onnx_outputs(path, x) if kind == "onnx" else [torch.export.load(path).module()(x)]
+            )
+        except Exception:  # of a runtime
+            continue
+        assert torch.allclose(found[0], copy(x), atol=1e-5)
+        ran.append(length)
+    assert ran == ([4, 1, 2, 3, 7] if rule in ("any", "by the last") else [4])
+
+
+class Arguments(nn.Linear):
+    """Of all kinds."""
+
+    def forward(self, first, *more, times=1, **named):
+        inside = super().forward(first["x"]) * times + more[0]
+        return {"b": [inside, None], "a": (named["last"] - inside,)}
+
+
+@torch.no_grad()
+def test_arguments_of_all_kinds_are_exported(tmp_path):
+    """What a tuple can't say, named ones can; outputs come in the order in which they are made."""
+
+    class Named(Arguments):
+        def forward(self, first, *, last, times):
+            return super().forward(first, last, times=times, last=last)
+
+    class More(Arguments):
+        def forward(self, first, *more):
+            return super().forward(first, *more[:-1], times=more[-1], last=more[0])
+
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 6), torch.randn(4, 3)
+    for net, example in (
+        (Named(6, 3), {"first": {"x": x}, "last": y, "times": 3}),
+        (More(6, 3), ({"x": x}, y, 3)),
+    ):
+        strategy = uniform_strategy(net, 8)
+        copy = quantize_model(net, strategy)
+        args, named = (example, {}) if isinstance(example, tuple) else ((), example)
+        wanted = copy(*args, **named)
+        export(net, strategy, tmp_path / "net.pt2", example)
+        found = torch.export.load(tmp_path / "net.pt2").module()(*args, **named)
+        assert torch.equal(found["b"][0], wanted["b"][0])
+        assert torch.equal(found["a"][0], wanted["a"][0])
+        export(net, strategy, tmp_path / "net.onnx", example)
+        one, other = onnx_outputs(tmp_path / "net.onnx", x, y)
+        assert torch.allclose(one, wanted["b"][0], atol=1e-5)
+        assert torch.allclose(other, wanted["a"][0], atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["convolutions", "attention", "slices"])
 @torch.no_grad()
 def test_activations_are_rounded_in_programs(tmp_path, kind):
@@ -207,6 +309,28 @@ def test_tied_weights_are_in_onnx_once_and_codebooks_where_they_are_smaller(tmp_
     assert sorted(large) == ["embedding.weight/codes", "inside.weight/codes"]
 
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, self.one, lambda x: self.other(-x), (x,))
+
+
+@torch.no_grad()
+def test_branches_of_tied_weights_run_in_onnx(tmp_path):
+    torch.manual_seed(0)
+    net, x = Branches().eval(), torch.randn(3, 6)
+    quantized = quantize(net, uniform_strategy(net, 4, axis=0))
+    table = export(net, quantized, tmp_path / "net.onnx", x).set_index("tensor")
+    assert table.loc["one.weight", "becomes"] == "int4"
+    for given in (x, -x):
+        wanted = quantize_model(net, quantized)(given)
+        assert (onnx_outputs(tmp_path / "net.onnx", given)[0] - wanted).abs().max() <= 1e-5
+
+
 class Untraceable(nn.Linear):
     def forward(self, x):
         return super().forward(x) if x.sum().item() > 0 else super().forward(-x)
@@ -264,6 +388,9 @@ def test_what_cannot_be_exported_is_said_in_a_line(tmp_path):
         (net, strategy, "net.pth", x, {}, "its ending is '.pth': .onnx or .pt2"),
         (net, strategy, "net.onnx", x, {"opset": 20}, "opset is 20: 21 or later"),
         (net, strategy, "net.pt2", x[:, :, :5], {}, "example: the network doesn't take it"),
+        (net, strategy, "net.onnx", x.double(), {}, "example: the network doesn't take it"),
+        (net, strategy, "net.pt2", x.long(), {}, "example: the network doesn't take it"),
+        (net, strategy, "net.pt2", x[:0], {}, "example is .*: at least one example is needed"),
         (untraceable, uniform_strategy(untraceable, 4), "net.onnx", x, {}, "can't be traced"),
         (net, strategy, "no/net.pt2", x, {}, "can't be written"),
         (attention, inside, "net.onnx", y, {}, r"activations of self_attn\S*: in ONNX only those"),

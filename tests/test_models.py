@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from quantifind import export, quantize_model, uniform_strategy
 from quantifind.data import language_names, mnist_data
 from quantifind.models import language_transformer_model
 from quantifind.utils import plugins
@@ -67,6 +68,19 @@ def test_outputs_are_logits(name):
     outputs = net.eval()(few_examples(name)[0].to(device_of(net)))
     assert (outputs < 0).any()
     assert not torch.allclose(outputs.sum(1), torch.ones(len(outputs), device=outputs.device))
+
+
+@pytest.mark.parametrize("name", OURS)
+@torch.no_grad()
+def test_every_model_is_exported(name, tmp_path):
+    """Whatever the number of examples, and where they end."""
+    net, inputs = create(name)[0].eval().cpu(), few_examples(name)[0].cpu()
+    strategy = uniform_strategy(net, 8, axis=0)
+    copy = quantize_model(net, strategy)
+    export(net, strategy, tmp_path / "net.pt2", inputs)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for some in (inputs, inputs[:2], inputs[1:2]):
+        assert torch.allclose(program(some), copy(some), atol=1e-4)
 
 
 def test_an_epoch_on_few_digits_reaches_a_stated_accuracy():

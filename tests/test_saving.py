@@ -327,6 +327,13 @@ BOMBS = [
     (lambda index: zlib.compress(b" " * (network_reader.MOST_INDEX + 1)), "longer than"),
     (lambda index: b"no zlib at all", "index can't be read"),
     (lambda index: zlib.compress(b"[]"), "index can't be read"),
+    (lambda index: index.update(folded=7), "index can't be read"),
+    (lambda index: index.update(folded=[["0"]]), "index can't be read"),
+    (lambda index: index.update(folded=[[1, 2]]), "."),
+    (lambda index: index.update(same=7), "index can't be read"),
+    (lambda index: index.update(same={"0.bias": 7}), "index can't be read"),
+    (lambda index: index.update(views=["0"]), "index can't be read"),
+    (lambda index: index.update(same={"0.bias": "1.weight"}), "."),
 ]
 
 
@@ -448,6 +455,53 @@ def test_a_large_tensor_is_loaded_in_little_memory(path, choice, monkeypatch):
     assert loaded.weight.untyped_storage().data_ptr() in large
     assert large.keys() <= allowed, large
     assert 0 < max(read) <= most
+
+
+def test_expanded_tensors_are_loaded(path):
+    class Holds(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.bias = nn.Parameter(torch.randn(1).expand(4))
+            self.register_buffer("shift", torch.randn(3, 1, 4).expand(3, 2, 4))
+
+    net, fresh = Holds(), Holds()
+    save(net, Strategy({"weight": None, "bias": None}), path)
+    loaded = load(path, fresh)
+    for name in ("bias", "shift"):
+        assert torch.equal(getattr(loaded, name), getattr(net, name))
+        assert not torch.equal(getattr(loaded, name), getattr(fresh, name))
+
+
+def test_what_no_file_has_is_looked_at(path):
+    """Whole numbers and masks that the network's own code makes, and makes otherwise."""
+
+    class Makes(nn.Linear):
+        def __init__(self, mask):
+            super().__init__(4, 4)
+            self.register_buffer("mask", mask, persistent=False)
+
+        def forward(self, x):
+            return super().forward(x) * self.mask
+
+    mask = torch.tensor([True, False, True, True])
+    net = Makes(mask)
+    save(net, uniform_strategy(net, 4), path)
+    x = torch.randn(2, 4)
+    wanted = quantize_model(net, uniform_strategy(net, 4))(x)
+    assert torch.equal(load(path, Makes(mask.clone()))(x), wanted)
+    load(path, Makes(torch.ones(2, 1, 4).bool()))  # one that grows with what is seen
+    load(path, Makes(None))
+    with pytest.raises(ValueError, match=r"mask \[4\] has other values in the network") as found:
+        load(path, Makes(~mask))
+    assert str(path) in str(found.value)
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2", ".pt", ".pth"])
+def test_an_ending_of_another_format_is_refused(tmp_path, ending):
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=f"its ending is '{ending}': a file in the safetensors"):
+        save(net, uniform_strategy(net, 4), tmp_path / f"net{ending}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dense_file_and_a_sparse_buffer_are_of_different_kinds(path):

@@ -259,6 +259,32 @@ def test_errors_name_the_tensor_and_the_option(choice, calibration, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("bits", "options", "message"),
+    [
+        (None, {}, "uniform takes either bits or levels"),
+        (4, {"levels": 3}, "uniform takes either bits or levels"),
+        ("4", {}, "bits is '4': uniform takes whole numbers 1 to 32"),
+        (64, {}, "bits is 64: uniform takes"),
+        (0, {}, "bits is 0: uniform takes"),
+        (2.5, {}, "bits is 2.5: uniform takes"),
+        (True, {}, "bits is True: uniform takes"),
+        (None, {"levels": 1}, "levels is 1: uniform takes"),
+        (17, {"scheme": "minifloat"}, "bits is 17: minifloat takes"),
+        (None, {"scheme": "minifloat"}, "minifloat"),
+        (1, {"scheme": "power_of_two"}, "bits is 1: power_of_two takes"),
+        (9, {"scheme": "codebook"}, "bits is 9: codebook takes"),
+    ],
+)
+def test_widths_that_a_scheme_lacks_are_refused_at_once(bits, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        uniform_strategy(nn.Linear(2, 2), bits, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    if "scheme" not in options:
+        with pytest.raises(ValueError, match=message):
+            uniform_activations(nn.Linear(2, 2), GOOD, bits, **options)
+
+
 def test_unknown_and_unnamed_tensors_are_named():
     net, choice = nn.Linear(2, 2), {"scheme": "uniform", "bits": 4}
     with pytest.raises(ValueError, match=r"names tensors wieght: the network has weight, bias"):

@@ -1,10 +1,13 @@
 """A quantized network for other runtimes: ONNX, and torch.export's programs."""
 
 import importlib
+import inspect
+import re
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from quantifind.deployment.compressed import compressed
 from quantifind.deployment.given import Given, codes_of
@@ -30,6 +33,8 @@ from quantifind.utils.naming import first_line
 from quantifind.utils.whole_files import written_whole
 
 OPSET = 21
+# what torch.export may ask of two first axes, which every runtime asks, too
+SAME_LENGTH = re.compile(r"L(\[[^\]]+\])+\.size\(\)\[0\] == L(\[[^\]]+\])+\.size\(\)\[0\]")
 
 
 def export(
@@ -55,7 +60,8 @@ def export(
 
     quantized: what a search found, what `quantize` gave, or a strategy.
     example: what the network takes: a tensor, a tuple of arguments, or a dict of named ones. Where
-        it has more than one example, the first axis of its tensors may be of any length.
+        it has more than one example, the first axis of its tensors may be of any length, unless
+        what the network computes depends on it: it is that of the example then.
     opset: of ONNX, 21 or later.
     calibration, forward: as for `quantifind.quantize.quantize`, where a strategy asks for them.
     Returns: a row per quantized tensor: what it has become, its bytes there, and in our file.
@@ -66,6 +72,7 @@ def export(
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: its ending is {path.suffix!r}: .onnx or .pt2 is needed")
     codes = codes_of(model, quantized, calibration, forward)
+    _check_takes(prepared(model).eval(), *_arguments(example))
     try:
         if path.suffix == ".onnx":
             whole, kinds = _onnx(model, codes, example, opset)
@@ -161,36 +168,94 @@ def _onnx(
     check(written == opset, "opset", opset, f"torch writes {written} of this network")
     onnx_graph.share(proto.graph, same)
     kinds = onnx_graph.put_codes(proto.graph, codes, opset=opset)
-    onnx_graph.put_activations(proto.graph, codes.activations)
+    onnx_graph.put_activations(proto.graph, codes.activations, all_tensors(replica))
     return proto.SerializeToString(), kinds
 
 
 def _traced(model: nn.Module, example: Any) -> Any:
-    """The program of one pass of an example."""
-    args, kwargs = example if isinstance(example, tuple) else (example,), {}
-    if isinstance(example, Mapping):
-        args, kwargs = (), dict(example)
-
-    def free(value: Any) -> Any:
-        lengths = isinstance(value, Tensor) and value.dim() and value.shape[0] > 1
-        return {0: torch.export.Dim.AUTO} if lengths else None
-
-    shapes = tree_map(free, kwargs or args)
+    """The program of one pass of an example, for any length of the first axis of its tensors where
+    it computes the same whatever that is; else for its own."""
+    args, kwargs = _arguments(example)
     model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            # as torch.export has them: test_arguments_of_all_kinds_are_exported
+            named = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+            shapes = tree_map(lambda v: {0: torch.export.Dim.AUTO} if _is_long(v) else None, named)
+            trace = partial(torch.export.export, model, args, kwargs, strict=False)
+            if any(map(_is_long, tree_leaves(named))):
+                with suppress(Exception):  # which it raises of its own lengths, too
+                    program = trace(dynamic_shapes=shapes)
+                    if _is_of_any_length(program, model, args, kwargs):
+                        return program
+            return trace()
         except Exception as error:
-            _check_takes(model, args, kwargs)
             raise ValueError(
                 f"the network can't be traced ({_reason(error)}){where(error, model)}: "
                 "quantifind.save and quantifind.compressed work without tracing"
             ) from error
 
 
+def _is_long(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] > 1
+
+
+def _is_of_any_length(program: Any, model: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a program is the network whatever lengths it is given.
+
+    Other runtimes don't check what it was traced for:
+    test_another_length_gives_the_same_or_is_refused
+    """
+    if any(SAME_LENGTH.fullmatch(guard) is None for guard in program._guards_code):
+        return False
+    if program.graph_signature.buffers_to_mutate:
+        return True
+    # of a single one torch.export keeps no condition
+    args, kwargs = tree_map(lambda v: v[:1].clone() if _is_long(v) else v, (args, kwargs))
+    found = []
+    for run in (model, program.module()):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            try:
+                found.append(tree_leaves(run(*args, **kwargs)))
+            except Exception:  # of any code
+                found.append([])
+    wanted, given = found
+    return not wanted or (
+        len(wanted) == len(given)
+        and all(
+            not isinstance(one, Tensor)
+            or (
+                isinstance(other, Tensor)
+                and one.shape == other.shape
+                and torch.allclose(one, other, rtol=1e-2, atol=1e-4, equal_nan=True)
+            )
+            for one, other in zip(wanted, given, strict=True)
+        )
+    )
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a network is called with; tensors are copies, since it may work in place."""
+    example = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return example if isinstance(example, tuple) else (example,), {}
+
+
 def _check_takes(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for an example that the network doesn't take."""
+    """Raise ValueError for an example that the network doesn't take.
+
+    Tracing looks at shapes alone: test_what_cannot_be_exported_is_said_in_a_line
+    """
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    check(
+        any(map(Tensor.numel, tensors)) or not tensors,
+        "example",
+        ", ".join(str(list(tensor.shape)) for tensor in tensors),
+        "at least one example is needed",
+    )
     try:
         with torch.no_grad():
             model(*args, **kwargs)
@@ -202,4 +267,7 @@ def _check_takes(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _reason(error: BaseException) -> str:
+    """Of an error what was the first cause, where torch.onnx wraps it in advice."""
+    while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        error = error.__cause__
     return f"{type(error).__name__}: {first_line(error)}"

@@ -1,7 +1,7 @@
 """Codes in an ONNX graph: DequantizeLinear of whole numbers, a look-up of codebooks, and
 QuantizeLinear of activations (https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def share(graph: Any, same: Mapping[str, str]) -> None:
 
     same: by name of a tied weight, that name.
     """
-    for node in graph.node:
+    for node in _nodes(graph):
         for place, name in enumerate(node.input):
             node.input[place] = same.get(name, name)
     once = {same.get(tensor.name, tensor.name): tensor for tensor in graph.initializer}
@@ -45,6 +45,15 @@ def share(graph: Any, same: Mapping[str, str]) -> None:
     kept = list(once.values())
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """Those of what a node may run, such as If, too: test_branches_of_tied_weights_run_in_onnx"""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
 
 
 def put_codes(graph: Any, quantized: Quantized, *, opset: int) -> dict[str, tuple[str, int]]:
@@ -75,9 +84,12 @@ def put_codes(graph: Any, quantized: Quantized, *, opset: int) -> dict[str, tupl
     return kinds
 
 
-def put_activations(graph: Any, activations: Mapping[str, QParams]) -> None:
+def put_activations(
+    graph: Any, activations: Mapping[str, QParams], tensors: Mapping[str, Tensor]
+) -> None:
     """Round what meets weights, in place.
 
+    tensors: by name, of whose dtype what meets them is.
     Raises: ValueError naming an activation that ONNX can't round, or whose product isn't there.
     """
     for name, qparams in activations.items():
@@ -86,7 +98,7 @@ def put_activations(graph: Any, activations: Mapping[str, QParams]) -> None:
                 raise ValueError("ONNX rounds to evenly spaced whole numbers alone; leave it None")
             for number, (node, place) in enumerate(_products(graph, name)):
                 made = _Made(f"{name}/input{number}")
-                made.rounded(node.input[place], qparams)
+                made.rounded(node.input[place], qparams, tensors[name].dtype)
                 node.input[place] = made.name
                 graph.initializer.extend(made.initializers)
                 where = next(i for i, other in enumerate(graph.node) if other is node)
@@ -166,8 +178,8 @@ class _Made:
         """Call what the last node gives by the name."""
         self.nodes[-1].output[0] = self.name
 
-    def rounded(self, values: str, qparams: QParams) -> None:
-        """Make values rounded to the levels of an activation."""
+    def rounded(self, values: str, qparams: QParams, dtype: torch.dtype) -> None:
+        """Make values of a dtype rounded to the levels of an activation, in float32."""
         width, scale, zero = _width(qparams, 21), qparams.scale, qparams.zero_point
         width = max(8, width or 32)
         if width > 16:
@@ -175,10 +187,14 @@ class _Made:
         scale = torch.tensor(1.0) if scale is None else scale.reshape(())
         zero = torch.tensor(0) if zero is None else zero.reshape(())
         beside = self.put("scale", scale), self.put("zero_point", zero, width)
+        if dtype != torch.float32:
+            values = self.node("Cast", values, to=TensorProto.FLOAT)
         now = self.node("DequantizeLinear", self.node("QuantizeLinear", values, *beside), *beside)
         if qparams.grid.levels < 2**width:
             ends = [(torch.tensor(end) - zero) * scale for end in qparams.grid.ends]
-            self.node("Clip", now, *map(self.put, ("low", "high"), ends))
+            now = self.node("Clip", now, *map(self.put, ("low", "high"), ends))
+        if dtype != torch.float32:
+            self.node("Cast", now, to=FLOATS.get(dtype, TensorProto.DOUBLE))
         self.finish()
 
     def values(self, tensor: QuantizedTensor, opset: int) -> str | None:

@@ -19,9 +19,10 @@ from quantifind.network.folding import prepared
 from quantifind.network.modules import plain
 from quantifind.network.sharing import all_tensors, stored_and_shared
 from quantifind.storage.network_reader import NetworkFile
-from quantifind.storage.network_writer import write_network
+from quantifind.storage.network_writer import checksum, write_network
 from quantifind.storage.states import check_plain, load_plain
 from quantifind.strategy import Strategy
+from quantifind.tensor.parts import is_strided
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.arguments import check, path_of
 from quantifind.utils.batches import Forward
@@ -30,6 +31,8 @@ from quantifind.utils.naming import naming
 if TYPE_CHECKING:
     from quantifind.mixed_precision.found import Found
 
+# endings of files of other formats, whose readers would take it for theirs
+OTHERS = (".onnx", ".pt2", ".pt", ".pth")
 # how a module's own state, that is no tensor, is named
 EXTRA = "_extra_state"
 
@@ -60,6 +63,11 @@ def save(
     Raises: ValueError as `quantize`, and naming what can't be written, or the path.
     """
     path = path_of(path)
+    if path.suffix in OTHERS:
+        raise ValueError(
+            f"{path}: its ending is {path.suffix!r}: a file in the safetensors format is written; "
+            "quantifind.export writes .onnx and .pt2"
+        )
     check(
         strategy is None or isinstance(strategy, Strategy),
         "strategy",
@@ -89,6 +97,7 @@ def save(
         "notes": codes.notes,
         "same": same,
         "views": views,
+        "made": _made_anew(replica),
     }
     about = {key: _plain(value) for key, value in about.items() if value}
     return write_network(path, codes, others | _extra_states(replica), about)
@@ -108,6 +117,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         with naming(f"{path}: a file of another architecture"):
             replica = prepared(model, file.folded)
             _check_fits(file, replica)
+            _check_made(dict(file.index.get("made", {})), _made_anew(replica))
         with torch.no_grad():
             _fill(replica, file)
         activations = {name: file.activation(name) for name in file.activations}
@@ -129,7 +139,9 @@ def _fill(replica: nn.Module, file: NetworkFile) -> None:
         if first.is_contiguous():
             file.put(name, first)
         else:
-            first.copy_(file.values(name))
+            # expanded, it has each value once: test_expanded_tensors_are_loaded
+            once = tuple(slice(0, 1) if not step else slice(None) for step in first.stride())
+            first[once].copy_(file.values(name)[once])
         # what is tied in the file may not be here: test_weights_are_tied_or_not
         for other in (other for other in same if same[other] == name):
             tensors[other].copy_(first)
@@ -154,6 +166,27 @@ def _check_fits(file: NetworkFile, replica: nn.Module) -> None:
     if different:
         more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
         raise ValueError("; ".join(different[:3]) + more)
+
+
+def _made_anew(model: nn.Module) -> dict[str, int]:
+    """Of the buffers that a network's own code makes, which no file has, by name and shape a
+    checksum."""
+    stored, *shared = stored_and_shared(model)
+    known = {*stored, *shared[0], *shared[1]}
+    return {
+        f"{name} {list(buffer.shape)}": checksum(buffer)
+        for name, buffer in model.named_buffers()
+        if name not in known and is_strided(buffer)
+    }
+
+
+def _check_made(there: Mapping[str, int], here: Mapping[str, int]) -> None:
+    """Raise ValueError, naming one, where buffers of the same shape have other values here."""
+    if different := sorted(n for n in there.keys() & here.keys() if there[n] != here[n]):
+        raise ValueError(
+            f"{different[0]} has other values in the network, and no file has them, since it is "
+            "not persistent: register it with persistent=True, or make it the same"
+        )
 
 
 def _pairs(one: Mapping[str, str], other: Mapping[str, str]) -> list[tuple[str, str, str]]:

@@ -35,7 +35,8 @@ class LanguageTransformer(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         # columns in which every name has ended are masked everywhere: leave them out
-        codes = codes[:, : int((codes != PADDING).sum(1).max())]
+        if not torch.compiler.is_exporting():  # whose programs have one length
+            codes = codes[:, : int((codes != PADDING).sum(1).max())]
         padding = codes == PADDING
         hidden = self.embedding(codes)  # (examples, length, width), 0 where a name has ended
         if self.neighbours is not None:

@@ -74,12 +74,15 @@ class NetworkFile:
                 entries[section] for section in SECTIONS
             )
             end = sum(entry.size for section in entries.values() for entry in section.values())
+            self.folded = tuple((module, norm) for module, norm in self.index["folded"])
+            _check_texts(dict(self.folded))
+            for key in ("same", "views", "notes"):
+                _check_texts(self.index.get(key, {}))
         except (*_BAD, RecursionError, zlib.error) as error:
             reason = first_line(error) or type(error).__name__
             raise ValueError(f"its index can't be read ({reason})") from error
         if end != size:
             raise ValueError(f"not whole: its index tells of {end} bytes, and there are {size}")
-        self.folded = tuple((module, norm) for module, norm in self.index["folded"])
         counted = (self.tensors, self.activations, self.others)
         self.header_bytes = self.bytes - sum(e.size for one in counted for e in one.values())
 
@@ -297,6 +300,12 @@ def _read_header(file: BinaryIO, size: int) -> tuple[Mapping[str, str], dict[str
     if (end := max(start + count for start, count in spans.values())) != size:
         raise ValueError(f"truncated or altered: {size} bytes, its header tells of {end}")
     return metadata, spans
+
+
+def _check_texts(named: Any) -> None:
+    """Raise ValueError unless these are texts by name."""
+    if not isinstance(named, dict) or any(type(v) is not str for v in (*named, *named.values())):
+        raise ValueError(f"a {type(named).__name__} of other than texts")
 
 
 def _read_index(packed: bytearray) -> dict[str, Any]:

@@ -141,6 +141,11 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return name
 
 
+def checksum(tensor: Tensor) -> int:
+    """Of the bytes of a strided tensor's values, in order."""
+    return zlib.crc32(_buffer(tensor.detach().cpu().contiguous()))
+
+
 def _buffer(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
     values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
