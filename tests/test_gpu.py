@@ -16,15 +16,17 @@ from quantifind.network.modules import named_tensors
 from quantifind.quantize import quantize, quantize_model
 from quantifind.runtime import evaluator, layouts
 from quantifind.runtime.evaluator import Evaluator
+from quantifind.runtime.scale_fitting import fit_scales
 from quantifind.search import find_strategy
 from quantifind.strategy import uniform_strategy
 from quantifind.tensor.quantized import Quantized
+from quantifind.utils.batches import batches_of
 from quantifind.utils.loaders import Tensors, batch_loader, create_dataloaders
 from quantifind.workflow.train_workflow import train_network
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CRITERION = nn.CrossEntropyLoss()
-COMPENSATED = {"rounding": "compensated", "axis": 0, "scale": "output_error"}
+GPTQ = {"rounding": "gptq", "axis": 0, "scale": "output_mse"}
 
 
 @pytest.fixture(params=NETWORKS)
@@ -112,10 +114,10 @@ def test_no_batch_of_training_waits_for_the_device():
     assert found[1] <= found[0]
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_codes_are_as_good_as_those_of_the_cpu(case, rounding):
     net, inputs, targets = case
-    options = COMPENSATED if rounding == "compensated" else {"axis": 0}
+    options = GPTQ if rounding == "gptq" else {"axis": 0}
     tensors = {
         name: {"scheme": "uniform", "bits": 4} | (options if tensor.dim() > 1 else {})
         for name, tensor in named_tensors(net).items()
@@ -137,12 +139,26 @@ def test_codes_are_as_good_as_those_of_the_cpu(case, rounding):
 def test_a_search_on_the_gpu_finds_what_the_cpu_finds(classifier, tmp_path):
     net, criterion, (train, val, _) = classifier
     train_network(net, criterion, torch.optim.Adam(net.parameters(), 0.02), train, val, epochs=20)
-    bits = []
-    for one in on_both(net):
-        strategy, table = find_strategy(one, train, val, criterion, limit=1.5, widths=range(1, 9))
-        bits.append(table[table["chosen"]]["mean_bits"].item())
-        assert strategy.fitted is not None
-    assert bits[1] == pytest.approx(bits[0], rel=0.1)
+    found = [
+        find_strategy(
+            one, train, val, criterion, limit=1.5, widths=range(1, 9), folder=tmp_path / kind
+        )
+        for one, kind in zip(on_both(net), ("cpu", "gpu"), strict=True)
+    ]
+    assert found[1].passes.left_out == found[0].passes.left_out
+    assert found[1].mean_bits == pytest.approx(found[0].mean_bits, rel=0.1)
+
+
+def test_scales_of_kept_codes_are_fitted(classifier):
+    """They come from a store, in the memory of the host."""
+    net, _, (train, *_) = classifier
+    quantized = quantize(net, uniform_strategy(net, 2))
+    here, there = (
+        fit_scales(one, quantized, list(batches_of(train, one)), CRITERION) for one in on_both(net)
+    )
+    assert not there.note
+    assert all(t.qparams.scale.device.type == "cpu" for t in there.quantized.tensors.values())
+    assert there.after == pytest.approx(here.after, rel=0.1)
 
 
 def test_training_and_learning_on_the_gpu():

@@ -28,6 +28,10 @@ def search(question: Question) -> Iterator[Candidate | Failure]:
     formats = [per_channel(bits) for bits in WIDTHS]
     if all(isinstance(module, nn.Linear) for module in question.layers().values()):
         formats += [in_blocks(bits) for bits in BLOCK_WIDTHS]
+    # its gradients are taken by hooks, which nothing may work in place behind
+    for module in question.network.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
     seen = set()
     with tempfile.TemporaryDirectory() as folder:
         for target in TARGETS:

@@ -164,7 +164,9 @@ class _Fit:
         }
         for name in (*names, *self.views):
             self.parameters[name].requires_grad_()
-        self.scales = {name: _scale(start.tensors[name]).double() for name in names}
+        # where gradients are: test_scales_of_kept_codes_are_fitted
+        device = device_of(model)
+        self.scales = {name: _scale(start.tensors[name]).double().to(device) for name in names}
         self.log_factors = {name: torch.zeros_like(s) for name, s in self.scales.items()}
         self.wanted: dict[int, tuple[Tensor, Tensor, str | None]] = {}
         self.kept, self.examples = 0, 0.0
@@ -273,6 +275,7 @@ class _Fit:
         for name, scale in self.scales.items():
             tensor = self.start.tensors[name]
             stored = stored_scale(scale * self.log_factors[name].exp(), _scale(tensor).dtype)
+            stored = stored.to(_scale(tensor).device)
             tensors[name] = replace(tensor, qparams=replace(tensor.qparams, scale=stored))
         return tensors
 
