@@ -103,18 +103,25 @@ def visualize_frontier(
     else:
         log_axis(whole, f"{words}\n{unit}")
     whole.legend()
-    reach = 2 * max(limit - lossless, 0.002)
-    # a ladder may gain, far below the limit: test_frontier_near_the_limit_holds_what_is_certified
-    lows = [row[f"{measure}_low"] for row in (best, best_uniform) if row is not None]
-    shown = [lossless, *lows, *frontier[measure], *uniform[measure]]
-    shown += [] if random is None else random[measure].tolist()
-    bottom = min(value for value in shown if np.isfinite(value)) - 0.2 * reach
-    # what is marked is seen: test_frontier_near_the_limit_holds_what_was_chosen
-    marked = [row[measure] for row, *_ in marks if row is not None and np.isfinite(row[measure])]
-    top = max(lossless + reach, *(value + 0.2 * reach for value in marked), lossless)
-    near.set(ylim=(bottom, top), ylabel=f"{words}\nnear the limit")
+    values = [*frontier[measure], *uniform[measure]]
+    values += [] if random is None else random[measure].tolist()
+    values += [row[f"{measure}_low"] for row in (best, best_uniform) if row is not None]
+    marked = [row[measure] for row, *_ in marks if row is not None]
+    near.set(ylim=_near(limit, lossless, values, marked), ylabel=f"{words}\nnear the limit")
     figure.suptitle(title(f"Bits and {words}", name))
     return figure
+
+
+def _near(
+    limit: float, lossless: float, values: Sequence[float], marked: Sequence[float]
+) -> tuple[float, float]:
+    """The range near a limit."""
+    reach = 2 * max(limit - lossless, 0.002)
+    # a ladder may gain, far below the limit: test_frontier_near_the_limit_holds_what_is_certified
+    bottom = min(filter(np.isfinite, (lossless, *values)))
+    # what is marked is seen: test_frontier_near_the_limit_holds_what_was_chosen
+    top = max([lossless + reach, *(v + 0.2 * reach for v in filter(np.isfinite, marked))])
+    return bottom - 0.2 * reach, top
 
 
 @styled
