@@ -17,7 +17,6 @@ import pandas as pd
 
 from benchmarks import grids, search, table
 from benchmarks.peers import __main__ as peers
-from quantifind.certification.goal import ANSWERS
 from quantifind.certification.measures import MEASURES
 from quantifind.tensor.choice import STORAGES
 
@@ -35,27 +34,28 @@ FIRST, LAST = 2, 7
 def summary(found: pd.DataFrame, of_peers: pd.DataFrame, networks: pd.DataFrame) -> str:
     """The table of what is certified, a line per network.
 
-    found: benchmarks/results/search.csv, of which packed rows count. of_peers: peers.csv.
-        networks: networks.csv.
+    found: benchmarks/results/search.csv. of_peers: peers.csv. networks: networks.csv.
     """
     found = search.with_storage(found.copy())
-    found = found[found["storage"] == STORAGES[0]]
     measure = headline(found)
     lines = [
-        f"| network | certified bits at {MEASURES[measure].words} ≤ {LIMIT}, as it is | following "
-        "| trained further | matched ratio of that | one depth for all, CR | best peer, CR |",
+        f"| network | certified bits at {MEASURES[measure].words} ≤ {LIMIT}, as it is | the same, "
+        "coded | following | trained further | one depth for all, CR | best peer, CR |",
         "|---" * 7 + "|",
     ]
-    asked = found[(found["limit"] == LIMIT) & (found["measure"] == measure)]
+    asked = found[found["limit"] == LIMIT].set_index(["network", "answer", "storage", "measure"])
+    by_key = asked.to_dict("index")
     depths = networks.set_index("network")[f"certified_{LIMIT}"]
+    packed, coded = STORAGES
+    columns = [("as_is", packed), ("as_is", coded), ("following", packed), ("trained", packed)]
     for name in networks["network"]:
-        rows = asked[asked["network"] == name].set_index("answer").to_dict("index")
-        bits = [certified(rows.get(answer)) for answer in ANSWERS]
-        matched, depth = rows.get("trained", {}).get("matched_ratio"), depths[name]
-        beside = "–" if pd.isna(matched) else f"{matched:#.4g}"
-        uniform = "none" if pd.isna(depth) else f"{depth:.0f}"
-        cells = [*bits, beside, uniform, best_peer(of_peers, name)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        bits = []
+        for answer, storage in columns:
+            row = by_key.get((name, answer, storage, measure))
+            by_loss = by_key.get((name, answer, storage, "criterion_ratio"))
+            bits.append(f"{certified(by_loss)} (CR)" if by_loss and not row else certified(row))
+        uniform = "none" if pd.isna(depths[name]) else f"{depths[name]:.0f}"
+        lines.append(f"| {name} | {' | '.join([*bits, uniform, best_peer(of_peers, name)])} |")
     return "\n".join(lines) + "\n"
 
 
