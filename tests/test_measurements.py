@@ -272,7 +272,7 @@ def test_activations(bits):
     net, (train, val) = network(), splits()
     measured = Measurements.start(net, train, val, CRITERION)
     levels = uniform_activations(net, measured.calibration, bits)
-    for tensors in (uniform_strategy(net, 4).tensors, dict.fromkeys(uniform_strategy(net).tensors)):
+    for tensors in (uniform_strategy(net, 4).tensors, dict.fromkeys(uniform_strategy(net, 4).tensors)):
         quantized = quantize(net, Strategy(tensors, levels), measured.calibration)
         whole = [examples_in_order(val, 0)]
         rounded = outcome(quantize_model(net, quantized), whole, CRITERION)
@@ -289,7 +289,7 @@ def test_what_stays_in_float_has_its_values_back():
     net.inner.append(nn.Linear(3, 3))
     net.inner[6].weight = net.inner[5].weight
     whole, coarse = at(net, 2).tensors, {"scheme": "uniform", "bits": 1}
-    choices = dict.fromkeys(uniform_strategy(net).tensors)
+    choices = dict.fromkeys(uniform_strategy(net, 4).tensors)
     buffers = quantize(net, Strategy(choices | {"inner.2.running_mean": coarse})).tensors
     candidates = [
         *({name: tensor} for name, tensor in (whole | buffers).items()),
