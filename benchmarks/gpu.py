@@ -11,14 +11,13 @@ within 8 minutes in all. Prints a row of comma-separated values for each network
 - seconds, passes: of the search;
 - peak_megabytes, host_megabytes: of the GPU, and of the whole process on the other side;
 - mean_bits, criterion_ratio: of what is found, on validation data, at a limit of 1.05;
-- note: why there is no answer.
+- note: what was left out, or why there is no answer.
 
 Without a GPU it says so, and does nothing. ``--tiny`` goes the same way with networks of a few
 thousand weights, on whatever there is.
 """
 
 import argparse
-import inspect
 import json
 import resource
 import signal
@@ -43,6 +42,7 @@ from quantifind.data import language_names, mnist_data
 from quantifind.models import language_transformer_model
 from quantifind.utils.devices import device, evaluating
 from quantifind.utils.loaders import Loaders, Tensors, split_loaders, whole_split
+from quantifind.utils.naming import first_line
 
 ROOT = Path(__file__).parent.parent
 LIMIT = {"criterion_ratio": 1.05}
@@ -136,10 +136,17 @@ def searched(name: str, tiny: bool) -> dict[str, Any]:
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    left = whole - START - INTERRUPTED - ENDED - (trained - began)
     options: dict[str, Any] = {"limit": LIMIT, "widths": TINY_WIDTHS if tiny else WIDTHS}
-    if "seconds" in inspect.signature(find_strategy).parameters:
-        options["seconds"] = whole - START - INTERRUPTED - ENDED - (trained - began)
-    found = find_strategy(net, train_loader, val_loader, nn.CrossEntropyLoss(), **options)
+    options["seconds"] = max(left, 0.001)
+    answer: dict[str, Any]
+    try:
+        found = find_strategy(net, train_loader, val_loader, nn.CrossEntropyLoss(), **options)
+        answer = {"passes": found.passes.taken, "mean_bits": found.mean_bits}
+        answer["criterion_ratio"] = found.chosen["criterion_ratio"]
+        answer["note"] = "; ".join(found.passes.left_out)
+    except ValueError as error:
+        answer = {"note": first_line(error)}
     seconds = time.monotonic() - trained
     peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else None
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -151,12 +158,9 @@ def searched(name: str, tiny: bool) -> dict[str, Any]:
         "train_seconds": trained - started,
         "loss": loss,
         "seconds": seconds,
-        "passes": found.passes.taken,
         "peak_megabytes": peak,
         "host_megabytes": host / (1e6 if sys.platform == "darwin" else 1e3),
-        "mean_bits": found.mean_bits,
-        "criterion_ratio": found.chosen["criterion_ratio"],
-    }
+    } | answer
 
 
 def measured(name: str, tiny: bool) -> dict[str, Any]:
