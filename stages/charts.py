@@ -20,6 +20,8 @@ SHARE_TICKS = (0, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1000)
 # a symbol of one's own, within a square from -1 to 1: an x, which no filling hides
 SALTIRE = "M-.7,-.7L.7,.7M-.7,.7L.7,-.7"
 FEW_TICKS = (0, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+# of those, whose labels meet where there is little room
+CROWDED = (5e-4, 2e-3)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def prediction_chart(series: Sequence[Series], *, width: str = "wide") -> str:
     scale = {"type": "symlog", "constant": 1e-3}
     ticks = [tick for tick in (SHARE_TICKS if ends[1] > 0.1 else FEW_TICKS) if tick <= ends[1]]
     if width == "narrow":
-        ticks = [tick for tick in ticks if tick not in (5e-4, 2e-3)]
+        ticks = [tick for tick in ticks if tick not in CROWDED]
     x = _axis("x", "predicted from single tensors", ends, {"values": ticks}, scale)
     y = _axis("y", "measured on validation data", ends, {"values": ticks}, scale)
     line = {"type": "line", "color": "var(--float)", "strokeDash": [4, 3], "aria": False}

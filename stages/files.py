@@ -81,7 +81,7 @@ def run(main: Callable[[Params], None], *, staged: bool = True) -> None:
         stage += f" {params.model}" if staged else ""
         main(params)
     except KeyboardInterrupt:
-        sys.exit(f"{stage}: interrupted; {KEPT}")
+        sys.exit(f"{stage}: interrupted" + (f"; {KEPT}" if staged else ""))
     except (ValueError, OSError) as error:
         # DVC has removed what the stage would write anew: test_a_failed_stage_loses_nothing
         back = " (dvc checkout brings earlier results back)" if staged else ""

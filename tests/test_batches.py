@@ -385,7 +385,7 @@ def test_a_last_batch_of_one_that_is_squeezed():
     assert compute_test_loss(net, batches, nn.MSELoss()) == pytest.approx(wanted, rel=1e-5)
     table = evaluate_bit_depths(net, batches, nn.MSELoss(), [8])
     assert table["original_criterion"].item() == pytest.approx(wanted, rel=1e-5)
-    with pytest.raises(ValueError, match="a pass of the network fails: "):
+    with pytest.raises(ValueError, match="a pass, or its criterion, fails: "):
         evaluate_bit_depths(Squeezed(8, 3), pairs(X[:33], Y[:33]), CROSS_ENTROPY, [8])
     with pytest.raises(ValueError, match="a row for each example are needed"):
         find_strategy(Squeezed(8, 1), pairs(X[:1]), pairs(X[:1]))

@@ -297,10 +297,50 @@ class Stateful(nn.Module):
         return self.head(x - self.mean)
 
 
-@pytest.mark.parametrize("examples", [60, EXAMPLES])
-def test_what_a_pass_changes_is_put_back(examples):
+class Reassigns(Stateful):
+    """Its running mean is another tensor each time, and moves too little to be seen in a pass."""
+
+    def forward(self, x):
+        x.sub_(0.5).div_(0.3)
+        self.mean = 0.999 * self.mean + 0.001 * x.mean(0)
+        return self.head(x - self.mean)
+
+
+class Filled(nn.Module):
+    """A table that the first pass fills in place, for good."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+        self.register_buffer("table", torch.zeros(6))
+        self.ready = False
+
+    def forward(self, x):
+        if not self.ready:
+            self.table.copy_(torch.arange(6.0))
+            self.ready = True
+        return self.head(x * self.table)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_table_that_is_filled_once_stays(kept):
     torch.manual_seed(0)
-    net = Stateful().eval()
+    net, data = Filled().eval(), [(torch.randn(60, 6), torch.randint(4, (60,)))]
+    if kept:
+        net.register_buffer("table", net.table, persistent=False)
+    measured = Evaluator(net, data, CRITERION)
+    wanted = outcome(copy.deepcopy(net), data, CRITERION)
+    quantized = quantize(net, uniform_strategy(net, 4))
+    for _ in range(2):
+        agree(measured.outcome(), wanted)
+        measured.outcome(quantized)
+
+
+@pytest.mark.parametrize("make", [Stateful, Reassigns])
+@pytest.mark.parametrize("examples", [60, EXAMPLES])
+def test_what_a_pass_changes_is_put_back(make, examples):
+    torch.manual_seed(0)
+    net = make().eval()
     data = [(torch.randn(examples, 6), torch.randint(4, (examples,)))]
     before = data[0][0].clone()
     measured = Evaluator(net, data, CRITERION)

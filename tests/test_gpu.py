@@ -189,6 +189,7 @@ def test_scales_of_kept_codes_are_fitted(classifier, device):
     )
     assert not there.note
     assert all(t.qparams.scale.device.type == "cpu" for t in there.quantized.tensors.values())
+    assert there.after < there.before
     assert there.after == pytest.approx(here.after, rel=0.1)
 
 

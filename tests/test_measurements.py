@@ -272,7 +272,10 @@ def test_activations(bits):
     net, (train, val) = network(), splits()
     measured = Measurements.start(net, train, val, CRITERION)
     levels = uniform_activations(net, measured.calibration, bits)
-    for tensors in (uniform_strategy(net, 4).tensors, dict.fromkeys(uniform_strategy(net, 4).tensors)):
+    for tensors in (
+        uniform_strategy(net, 4).tensors,
+        dict.fromkeys(uniform_strategy(net, 4).tensors),
+    ):
         quantized = quantize(net, Strategy(tensors, levels), measured.calibration)
         whole = [examples_in_order(val, 0)]
         rounded = outcome(quantize_model(net, quantized), whole, CRITERION)

@@ -329,11 +329,13 @@ BOMBS = [
     (lambda index: zlib.compress(b"[]"), "index can't be read"),
     (lambda index: index.update(folded=7), "index can't be read"),
     (lambda index: index.update(folded=[["0"]]), "index can't be read"),
-    (lambda index: index.update(folded=[[1, 2]]), "."),
+    (lambda index: index.update(folded=[[1, 2]]), "of other than texts"),
     (lambda index: index.update(same=7), "index can't be read"),
     (lambda index: index.update(same={"0.bias": 7}), "index can't be read"),
     (lambda index: index.update(views=["0"]), "index can't be read"),
-    (lambda index: index.update(same={"0.bias": "1.weight"}), "."),
+    (lambda index: index.update(same={"0.bias": "1.weight"}), "another architecture|not whole"),
+    (lambda index: index.update(made=5), "index can't be read"),
+    (lambda index: index.update(made={"mask": "1"}), "of other than whole numbers"),
 ]
 
 
@@ -491,7 +493,9 @@ def test_what_no_file_has_is_looked_at(path):
     assert torch.equal(load(path, Makes(mask.clone()))(x), wanted)
     load(path, Makes(torch.ones(2, 1, 4).bool()))  # one that grows with what is seen
     load(path, Makes(None))
-    with pytest.raises(ValueError, match=r"mask \[4\] has other values in the network") as found:
+    with pytest.raises(
+        ValueError, match=r"mask \(bool \[4\]\) has other values in the network"
+    ) as found:
         load(path, Makes(~mask))
     assert str(path) in str(found.value)
 

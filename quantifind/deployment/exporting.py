@@ -1,5 +1,6 @@
 """A quantized network for other runtimes: ONNX, and torch.export's programs."""
 
+import copy
 import importlib
 import inspect
 import re
@@ -33,7 +34,7 @@ from quantifind.utils.naming import first_line
 from quantifind.utils.whole_files import written_whole
 
 OPSET = 21
-# what torch.export may ask of two first axes, which every runtime asks, too
+# what torch.export may ask of two first axes: with others every runtime fails, or broadcasts alike
 SAME_LENGTH = re.compile(r"L(\[[^\]]+\])+\.size\(\)\[0\] == L(\[[^\]]+\])+\.size\(\)\[0\]")
 
 
@@ -209,38 +210,48 @@ def _is_of_any_length(program: Any, model: nn.Module, args: Any, kwargs: Any) ->
     """
     if any(SAME_LENGTH.fullmatch(guard) is None for guard in program._guards_code):
         return False
-    if program.graph_signature.buffers_to_mutate:
-        return True
     # of a single one torch.export keeps no condition
-    args, kwargs = tree_map(lambda v: v[:1].clone() if _is_long(v) else v, (args, kwargs))
-    found = []
-    for run in (model, program.module()):
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            try:
-                found.append(tree_leaves(run(*args, **kwargs)))
-            except Exception:  # of any code
-                found.append([])
-    wanted, given = found
-    return not wanted or (
-        len(wanted) == len(given)
-        and all(
-            not isinstance(one, Tensor)
-            or (
-                isinstance(other, Tensor)
-                and one.shape == other.shape
-                and torch.allclose(one, other, rtol=1e-2, atol=1e-4, equal_nan=True)
-            )
-            for one, other in zip(wanted, given, strict=True)
-        )
+    args, kwargs = tree_map(lambda v: v[:1] if _is_long(v) else v, (args, kwargs))
+    wanted = _made(copy.deepcopy(model), args, kwargs)
+    # what the network itself refuses no program has to do
+    return wanted is None or _agree(wanted, _made(program.module(), args, kwargs))
+
+
+@torch.no_grad()
+def _made(run: nn.Module, args: Any, kwargs: Any) -> list[Any] | None:
+    """What it gives, always by the same random numbers; None where it fails."""
+    args, kwargs = _copied((args, kwargs))
+    devices = {v.device for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
+    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        torch.manual_seed(0)
+        try:
+            return tree_leaves(run(*args, **kwargs))
+        except Exception:  # of any code
+            return None
+
+
+def _agree(wanted: list[Any], given: list[Any] | None) -> bool:
+    if given is None or len(wanted) != len(given):
+        return False
+    pairs = [(a, b) for a, b in zip(wanted, given, strict=True) if isinstance(a, Tensor)]
+    return all(
+        isinstance(b, Tensor)
+        and a.shape == b.shape
+        and torch.allclose(a, b, rtol=1e-2, atol=1e-4, equal_nan=True)
+        for a, b in pairs
     )
 
 
+def _copied(example: Any) -> Any:
+    """Its tensors are copies, since a network may work in place."""
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
+
+
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a network is called with; tensors are copies, since it may work in place."""
-    example = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
+    """What a network is called with, copied."""
     if isinstance(example, Mapping):
-        return (), dict(example)
+        return (), _copied(dict(example))
+    example = _copied(example)
     return example if isinstance(example, tuple) else (example,), {}
 
 

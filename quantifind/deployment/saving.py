@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from quantifind.mixed_precision.found import Found
 
 # endings of files of other formats, whose readers would take it for theirs
-OTHERS = (".onnx", ".pt2", ".pt", ".pth")
+OTHER_ENDINGS = (".onnx", ".pt2", ".pt", ".pth")
 # how a module's own state, that is no tensor, is named
 EXTRA = "_extra_state"
 
@@ -63,7 +63,7 @@ def save(
     Raises: ValueError as `quantize`, and naming what can't be written, or the path.
     """
     path = path_of(path)
-    if path.suffix in OTHERS:
+    if path.suffix.lower() in OTHER_ENDINGS:
         raise ValueError(
             f"{path}: its ending is {path.suffix!r}: a file in the safetensors format is written; "
             "quantifind.export writes .onnx and .pt2"
@@ -117,7 +117,8 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         with naming(f"{path}: a file of another architecture"):
             replica = prepared(model, file.folded)
             _check_fits(file, replica)
-            _check_made(dict(file.index.get("made", {})), _made_anew(replica))
+        with naming(str(path)):
+            _check_made(file.index.get("made", {}), _made_anew(replica))
         with torch.no_grad():
             _fill(replica, file)
         activations = {name: file.activation(name) for name in file.activations}
@@ -169,15 +170,19 @@ def _check_fits(file: NetworkFile, replica: nn.Module) -> None:
 
 
 def _made_anew(model: nn.Module) -> dict[str, int]:
-    """Of the buffers that a network's own code makes, which no file has, by name and shape a
-    checksum."""
+    """Of the buffers that a network's own code makes, which no file has, by name, dtype and shape a
+    checksum; single whole numbers count passes."""
     stored, *shared = stored_and_shared(model)
     known = {*stored, *shared[0], *shared[1]}
     return {
-        f"{name} {list(buffer.shape)}": checksum(buffer)
+        f"{name} ({_kind(buffer.dtype, buffer.shape, 'strided')})": checksum(buffer)
         for name, buffer in model.named_buffers()
-        if name not in known and is_strided(buffer)
+        if name not in known and is_strided(buffer) and not _is_counter(buffer)
     }
+
+
+def _is_counter(buffer: Tensor) -> bool:
+    return buffer.numel() == 1 and not buffer.is_floating_point() and not buffer.is_complex()
 
 
 def _check_made(there: Mapping[str, int], here: Mapping[str, int]) -> None:

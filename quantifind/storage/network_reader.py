@@ -78,6 +78,7 @@ class NetworkFile:
             _check_texts(dict(self.folded))
             for key in ("same", "views", "notes"):
                 _check_texts(self.index.get(key, {}))
+            _check_counts(self.index.get("made", {}))
         except (*_BAD, RecursionError, zlib.error) as error:
             reason = first_line(error) or type(error).__name__
             raise ValueError(f"its index can't be read ({reason})") from error
@@ -306,6 +307,12 @@ def _check_texts(named: Any) -> None:
     """Raise ValueError unless these are texts by name."""
     if not isinstance(named, dict) or any(type(v) is not str for v in (*named, *named.values())):
         raise ValueError(f"a {type(named).__name__} of other than texts")
+
+
+def _check_counts(named: Any) -> None:
+    """Raise ValueError unless these are whole numbers by name."""
+    if not isinstance(named, dict) or any(type(v) is not int for v in named.values()):
+        raise ValueError(f"a {type(named).__name__} of other than whole numbers")
 
 
 def _read_index(packed: bytearray) -> dict[str, Any]:

@@ -289,7 +289,9 @@ def name_of(criterion: Any) -> str:
     while isinstance(criterion, functools.partial):
         criterion = criterion.func
     name = getattr(criterion, "__name__", type(criterion).__name__)
-    options = str(criterion) if is_torchs(criterion) and isinstance(criterion, nn.Module) else name
+    options = name
+    if is_torchs(criterion) and isinstance(criterion, nn.Module):
+        options = " ".join(str(criterion).split())
     return f"the criterion {options}"
 
 

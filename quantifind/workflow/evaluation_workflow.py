@@ -17,6 +17,7 @@ from quantifind.metrics import Outcome, columns_of, compared
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.folding import Pairs, prepared
 from quantifind.quantize import mean_bits, quantize
+from quantifind.runtime.checks import in_one_line
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy, uniform_strategy
@@ -35,7 +36,8 @@ def compute_test_loss(
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
-    return Evaluator(model, loader, criterion, forward=forward).original().criterion
+    with in_one_line():
+        return Evaluator(model, loader, criterion, forward=forward).outcome().criterion
 
 
 def evaluate_quantized_model(

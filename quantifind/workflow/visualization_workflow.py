@@ -216,12 +216,12 @@ def thinner(rows: int) -> float:
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Name rows, one per tensor; where there are many, every so manieth, which the axis says.
+    """Name rows, one per tensor; where there are many, every nth, which the axis says.
 
     axes: whose rows are at 0, 1, ….
     names: of all rows.
     """
-    step = -(-len(names) // ROOMY)
+    step = max(-(-len(names) // ROOMY), 1)
     axes.set_yticks(range(0, len(names), step), list(map(short, names[::step])), fontsize=9)
     if step > 1:
         axes.set(ylabel=f"{len(names)} tensors, one in {step} named")
