@@ -159,6 +159,9 @@ def side_effects(
 
     some = given
     first, once = run(), changed(values)
+    # those of another shape now
+    for name in [name for name, value in once.items() if value.shape != values[name].shape]:
+        values[name] = once.pop(name)
     put_back(once)
     second, stateful = run(), set(changed(values))
     if (filled := once.keys() - stateful) and not _same(first, second):
