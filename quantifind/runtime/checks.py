@@ -140,6 +140,7 @@ def side_effects(
         good are there as that has filled them (test_a_table_that_is_filled_once_stays).
     Raises: ValueError where a second pass gives other outputs.
     """
+    some = given
 
     def run() -> Any:
         nonlocal some
@@ -157,7 +158,6 @@ def side_effects(
         for name in names:
             own[name].detach().copy_(values[name])
 
-    some = given
     first, once = run(), changed(values)
     # those of another shape now
     for name in [name for name, value in once.items() if value.shape != values[name].shape]:
