@@ -191,6 +191,9 @@ def measure(name: str, *, untrained: bool) -> pd.DataFrame:
         def load_or_begin(net: nn.Module, file: str, *rest: Any, **options: Any) -> None:
             if untrained and not (stranger_networks.FOLDER / f"{file}.safetensors").is_file():
                 begun.append(name)
+                for parameter in net.parameters():
+                    if parameter.dim() > 1 and not parameter.any():
+                        nn.init.normal_(parameter, std=0.1)  # of which every output would be 0
             else:
                 train(net, file, *rest, **options)
 
@@ -216,7 +219,7 @@ def measure(name: str, *, untrained: bool) -> pd.DataFrame:
     answers: dict[str, Quantized] = {}
     if name in SEARCHED and not begun:
         found = find_strategy(net, *rest, criterion, limit=LIMIT, effort=EFFORTS.get(name, EFFORT))
-        answers[f"searched, CR ≤ {LIMIT}"] = found.quantized
+        answers[f"searched briefly, CR ≤ {LIMIT}"] = found.quantized
     else:
         answers["mixed"] = quantize(net, mixed(net))
     if name == LEARNED and not begun:

@@ -72,7 +72,7 @@ def certified(row: dict[Any, Any] | None) -> str:
         return "–"
     if pd.isna(row["mean_bits"]):
         return "none"
-    return f"**{row['mean_bits']:.3f}**, {row['value']:#.4g}"
+    return f"**{row['mean_bits']:.3f}**, {row['value']:#.4g}{search.earlier(row)}"
 
 
 def best_peer(of_peers: pd.DataFrame, network: str) -> str:

@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 HEAVY = ["torch", "torch._dynamo", "torch.utils.flop_counter", "safetensors.torch", "constriction"]
 HEAVY += ["pandas", "scipy.optimize", "scipy.stats", "matplotlib.pyplot", "jinja2", "rich.progress"]
@@ -44,14 +46,16 @@ def forked_python() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         python, path = Path(folder, "python"), Path(folder, "socket")
         if sys.platform != "linux":
-            python.symlink_to(sys.executable)
+            python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+            python.chmod(python.stat().st_mode | stat.S_IXUSR)
             yield python
             return
         python.write_text(PYTHON.format(executable=sys.executable, path=str(path)))
         python.chmod(python.stat().st_mode | stat.S_IXUSR)
         server = subprocess.Popen(
             [sys.executable, __file__, path],
-            env={**os.environ, "PYTHONPATH": ""},
+            # threads don't survive a fork
+            env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -92,7 +96,8 @@ def answer(caller: socket.socket) -> None:
     for file in opened:
         os.close(file)
     process.join()
-    caller.sendall(str(process.exitcode).encode())
+    with suppress(BrokenPipeError):
+        caller.sendall(str(process.exitcode).encode())
 
 
 def do(opened: list[int], arguments: list[str], folder: str, environment: dict[str, str]) -> None:
@@ -104,9 +109,10 @@ def do(opened: list[int], arguments: list[str], folder: str, environment: dict[s
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = [folder, *filter(None, environment["PYTHONPATH"].split(os.pathsep))]
+    sys.path[:0] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     kind, what, *rest = arguments
     sys.argv = [kind, *rest]
+    np.random.seed()  # each its own, as fresh processes have
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:

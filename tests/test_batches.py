@@ -28,8 +28,6 @@ from quantifind.workflow.evaluation_workflow import compute_test_loss, evaluate_
 X = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
 Y = (X[:, :3] + 0.3 * X[:, 3:6]).argmax(1)
 CROSS_ENTROPY = nn.CrossEntropyLoss()
-# how batches are run is looked at, not how much is tried
-search = functools.partial(find_strategy, effort=40)
 
 
 def pairs(*tensors, size=32):
@@ -97,7 +95,7 @@ def test_batches_of_any_kind_are_judged_as_a_plain_loop_does(case):
         assert row["criterion"] == pytest.approx(wanted, rel=1e-5)
         right = (quantize_model(plain, strategy)(X).argmax(1) == Y).double().mean().item()
         assert row["accuracy"] == pytest.approx(right)
-    found = search(net, batches, batches, CROSS_ENTROPY, limit=2.0, widths=[4, 8])
+    found = find_strategy(net, batches, batches, CROSS_ENTROPY, limit=2.0, widths=[4, 8])
     wanted = CROSS_ENTROPY(quantize_model(plain, found.quantized)(X), Y) / CROSS_ENTROPY(
         plain(X), Y
     )
@@ -120,7 +118,7 @@ def test_batches_of_any_kind_are_judged_as_a_plain_loop_does(case):
 )
 def test_what_the_parts_of_a_batch_are_is_asked(net, data, message):
     for call in (
-        lambda: search(net, [data], [data], CROSS_ENTROPY, limit=1.5),
+        lambda: find_strategy(net, [data], [data], CROSS_ENTROPY, limit=1.5),
         lambda: evaluate_bit_depths(net, [data], CROSS_ENTROPY, [4]),
         lambda: learn(net, uniform_strategy(net, 2), [data], epochs=1),
     ):
@@ -163,7 +161,7 @@ def test_a_criterion_of_ones_own_gets_the_outputs_as_they_are(give):
         first, *_ = outputs if isinstance(outputs, tuple) else outputs.values()
         return F.cross_entropy(first, labels)
 
-    found = search(net, pairs(X, Y), pairs(X, Y), criterion, limit=2.0, widths=[4, 8])
+    found = find_strategy(net, pairs(X, Y), pairs(X, Y), criterion, limit=2.0, widths=[4, 8])
     put = quantize_model(net, found.quantized)
     with torch.no_grad():
         wanted = (criterion(put(X), Y) / criterion(net(X), Y)).item()
@@ -172,7 +170,7 @@ def test_a_criterion_of_ones_own_gets_the_outputs_as_they_are(give):
     assert found.loss == pytest.approx(wanted, rel=1e-5)
     assert found.chosen["relative_error"] == pytest.approx(error.item(), rel=1e-4)
     with pytest.raises(ValueError, match="does not take what it is given"):
-        search(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, limit=2.0)
+        find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, limit=2.0)
 
 
 def _parts(made):
@@ -187,7 +185,7 @@ def test_an_error_in_a_forward_of_ones_own_is_the_cause():
     with pytest.raises(
         ValueError, match=r"does not take a batch of .* a mistake of mine"
     ) as caught:
-        search(Broken(8, 3), pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, limit=1.5)
+        find_strategy(Broken(8, 3), pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, limit=1.5)
     causes = [caught.value]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -266,7 +264,7 @@ def test_several_labels_at_once_have_no_accuracy():
     net, labels = nn.Linear(8, 3), (X[:, :3] > 0).float()
     measured = outcome(net, pairs(X, labels), nn.BCEWithLogitsLoss())
     assert "correct" not in measured
-    found = search(
+    found = find_strategy(
         net, pairs(X, labels), pairs(X, labels), nn.BCEWithLogitsLoss(), limit=2.0, widths=[4, 8]
     )
     assert found.loss <= 2
@@ -282,7 +280,7 @@ def test_a_criterion_of_a_whole_batch_is_said_to_be():
     for criterion in (contrast, root):
         message = rf"{criterion.__name__} is .* for a batch, .* whole batch only; one that gives"
         with pytest.raises(ValueError, match=message):
-            search(nn.Linear(8, 3), pairs(X, Y), pairs(X, Y), criterion, limit=1.5)
+            find_strategy(nn.Linear(8, 3), pairs(X, Y), pairs(X, Y), criterion, limit=1.5)
     net = nn.Linear(8, 1)
     with pytest.raises(ValueError, match=r"of one shape, not \[32, 1\] and \[32\]"):
         evaluate_bit_depths(net, pairs(X, X[:, 0]), nn.MSELoss(), [4])
@@ -530,12 +528,12 @@ def test_a_loader_may_use_its_memory_again(case):
     wanted = CROSS_ENTROPY(net(X), Y).item()
     make = LOADERS[case]
     assert compute_test_loss(net, make(), CROSS_ENTROPY) == pytest.approx(wanted, rel=1e-5)
-    found = search(net, make(), make(), CROSS_ENTROPY, limit=2.0, widths=[4, 8])
+    found = find_strategy(net, make(), make(), CROSS_ENTROPY, limit=2.0, widths=[4, 8])
     put = quantize_model(net, found.quantized)
     assert found.loss == pytest.approx(CROSS_ENTROPY(put(X), Y).item() / wanted, rel=1e-5)
     if case == "generator":
         with pytest.raises(ValueError, match="can be gone through once only: give a DataLoader"):
-            search(net, make(), make(), CROSS_ENTROPY, limit=2.0, learn=1)
+            find_strategy(net, make(), make(), CROSS_ENTROPY, limit=2.0, learn=1)
     else:
         learn(net, uniform_strategy(net, 2), make(), epochs=1.5)
 
@@ -555,7 +553,9 @@ def test_sequences_of_any_length_stay_in_their_batches():
         )
         for lengths in ((5, 2, 4), (1, 7), (3,))
     ]
-    found = search(net, batches, batches, CROSS_ENTROPY, forward=forward, limit=2.0, widths=[4, 8])
+    found = find_strategy(
+        net, batches, batches, CROSS_ENTROPY, forward=forward, limit=2.0, widths=[4, 8]
+    )
     put = quantize_model(net, found.quantized)
     losses = []
     for one in (put, net):
@@ -583,25 +583,25 @@ def test_a_batch_that_counts_as_one_stays():
 def test_without_labels_outputs_are_held_to_the_float_networks():
     torch.manual_seed(0)
     net, batches = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), list(X.split(16))
-    found = search(net, batches, batches, limit={"relative_error": 0.1})
+    found = find_strategy(net, batches, batches, limit={"relative_error": 0.1})
     with torch.no_grad():
         error = (quantize_model(net, found.quantized)(X) - net(X)).norm() / net(X).norm()
     assert found.loss == pytest.approx(error.item(), rel=1e-4)
     own = [(x, net(x).detach()) for x in batches]
-    same = search(net, own, own, nn.MSELoss(), limit={"relative_error": 0.1})
+    same = find_strategy(net, own, own, nn.MSELoss(), limit={"relative_error": 0.1})
     assert same.mean_bits == found.mean_bits
     for options, message in (
         ({"limit": 1.05}, r"limit criterion_ratio needs a criterion; .*relative_error"),
         ({"limit": {"accuracy_drop": 0.1}}, r"limit accuracy_drop needs a criterion"),
     ):
         with pytest.raises(ValueError, match=message):
-            search(net, batches, batches, **options)
+            find_strategy(net, batches, batches, **options)
     with pytest.raises(ValueError, match=r"has no targets for .*: give criterion=None"):
-        search(net, batches, batches, CROSS_ENTROPY, limit=1.5)
+        find_strategy(net, batches, batches, CROSS_ENTROPY, limit=1.5)
     with pytest.raises(
         ValueError, match=r"criterion_ratio: a ratio needs .* above 0; .* have relative_error"
     ):
-        search(net, own, own, nn.MSELoss(), limit=1.5)
+        find_strategy(net, own, own, nn.MSELoss(), limit=1.5)
 
 
 def test_the_network_is_never_run_itself():
@@ -618,7 +618,7 @@ def test_the_network_is_never_run_itself():
 
     net = Table(8, 3)
     before = [parameter.clone() for parameter in net.parameters()]
-    search(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, limit=2.0, widths=[8], proxies=True)
+    find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, limit=2.0, widths=[8], proxies=True)
     evaluate_bit_depths(net, pairs(X, Y), CROSS_ENTROPY, [4])
     assert net.table is None
     assert all(map(torch.equal, before, net.parameters()))
@@ -641,7 +641,7 @@ def test_a_loss_that_is_nan_is_no_answer():
     torch.manual_seed(0)
     net = Filters()
     for options in ({"budget": {"mean_bits": 6}}, {"limit": 1.2}):
-        found = search(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, **options)
+        found = find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, **options)
         put = quantize_model(net, found.quantized)
         assert CROSS_ENTROPY(put(X), Y).isfinite()
         assert found.candidates["criterion_ratio"].map(math.isfinite).all()
@@ -725,7 +725,7 @@ def test_proxies_of_a_forward_within_autocast():
 
     net = Mixed()
     options = {"limit": 2.0, "widths": [4], "proxies": True}
-    table = search(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, **options).sensitivity
+    table = find_strategy(net, pairs(X, Y), pairs(X, Y), CROSS_ENTROPY, **options).sensitivity
     rows = table[table["name"].str.contains("weight") & (table["examples"] > 0)]
     assert len(rows)
     assert (rows[["fisher_increase", "output_fisher_increase"]] > 0).all(axis=None)
@@ -1046,5 +1046,5 @@ def test_rows_that_are_no_examples_stay_together(case, count):
         wanted = CROSS_ENTROPY(torch.cat(made), torch.cat([batch[-1] for batch in batches]))
         assert measured.criterion == pytest.approx(wanted.item(), rel=1e-5)
         options = {"limit": 2.0, "widths": [4], "proxies": True}
-        table = search(net, batches, batches, CROSS_ENTROPY, **options).sensitivity
+        table = find_strategy(net, batches, batches, CROSS_ENTROPY, **options).sensitivity
         assert table["fisher_increase"].isna().all()

@@ -87,7 +87,7 @@ def test_a_strategy_lists_what_each_tensor_becomes(found):
 
 
 def test_parts_of_an_answer_are_read_without_their_numbers(found):
-    assert repr(found.passes) == str(found.passes)
+    assert re.match(r"[\d.]+ passes \(network ", repr(found.passes))
     for name, tensor in found.quantized.tensors.items():
         shape = list(tensor.codes.shape)
         assert repr(tensor) == f"QuantizedTensor: {shape} at {tensor.bits:g} bits", name

@@ -195,6 +195,7 @@ def test_frontier_near_the_limit_holds_what_is_certified():
 
 
 def test_frontier_near_the_limit_holds_what_was_chosen():
+    """And the random widths."""
     ladder = judged([9.0, 2.0], [1.03, 1.04], [1.04, 1.05]).assign(validation_chosen=[False, True])
     random = pd.DataFrame({"mean_bits": [9.0], "criterion_ratio": [0.9]})
     low, high = visualize_frontier(ladder, UNIFORM, random=random).axes[1].get_ylim()

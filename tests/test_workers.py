@@ -106,7 +106,7 @@ def test_a_client_that_fails_leaves_no_thread(monkeypatch, address):
     address, started = address or free_address(), time.monotonic()
     with pytest.raises(ValueError, match=f"scheduler {address}: no Dask workers there"):
         Workers("dask", scheduler=address)
-    assert time.monotonic() - started < workers.PATIENCE + 2
+    assert time.monotonic() - started < workers.PATIENCE + 5
     assert [thread for thread in threading.enumerate() if thread.name == "IO loop"] == before
 
 
