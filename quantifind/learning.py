@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from scipy import optimize
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import (
@@ -25,7 +23,6 @@ from torch.utils.data import (
 
 from quantifind.quantize import quantize
 from quantifind.runtime.control import FloatStudent
-from quantifind.runtime.labels import class_labels
 from quantifind.runtime.student import Student
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import (
@@ -40,7 +37,6 @@ from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch, Forward, batches_of, copied
 from quantifind.utils.console import progress
-from quantifind.utils.devices import evaluating
 from quantifind.utils.loaders import length_of
 from quantifind.utils.naming import NotFinite
 
@@ -200,34 +196,6 @@ def _trained(
                 keeping.end_epoch()
         student.at(keeping.done, 1.0)
         return student
-
-
-def fit_temperature(
-    model: nn.Module, loader: Iterable[Any], forward: Forward | None = None
-) -> float:
-    """The temperature of the logits with which their cross entropy on a loader's examples is least.
-
-    It is above 1 where a classifier is overconfident (Guo et al. 2017, arXiv:1706.04599).
-
-    forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
-    Returns: 0.1 to 10; 1 where targets are not class labels.
-    """
-    logits, labels = [], []
-    with evaluating(model):
-        for batch in batches_of(loader, model, forward=forward):
-            outputs, *targets = batch.run(model)
-            known = class_labels(outputs, targets)
-            if known is None:
-                return 1.0
-            logits.append(known[0].movedim(1, -1).flatten(0, -2).double().cpu())
-            labels.append(known[1].flatten().cpu())
-    everything, truth = torch.cat(logits), torch.cat(labels)
-
-    def loss(logarithm: float) -> float:
-        return F.cross_entropy(everything / math.exp(logarithm), truth).item()
-
-    ends = (math.log(0.1), math.log(10))
-    return math.exp(optimize.minimize_scalar(loss, bounds=ends, method="bounded").x)
 
 
 def _check_number(name: str, value: Any, *, zero: bool = False) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from quantifind.learning import fit_temperature
 from quantifind.learning import learn as learn_codes
 from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
 from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
@@ -30,7 +29,7 @@ from quantifind.utils.naming import NotFinite
 # candidates of learning at most
 LEARNED = 4
 # learning here may take large steps, where most codes are 0 larger ones
-LEARNING_RATE, LABEL_WEIGHT, SPARSE_LEARNING_RATE = 1e-3, 1.0, 2e-3
+LEARNING_RATE, LABEL_WEIGHT, SPARSE_LEARNING_RATE = 1e-3, 1.0, 4e-3
 LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
 # bits that a weight, and another tensor, has at most where codes are learned
 LEARNABLE, BESIDE = 4, 8
@@ -230,20 +229,15 @@ def _recipe(
     measurements: Measurements, epochs: float, labels: bool, *, sparse: bool
 ) -> tuple[str, dict[str, Any]]:
     """What `quantifind.learning.learn` is given, and a key of it and of the data."""
-    label_weight, temperature = LABEL_WEIGHT if labels else 0.0, 1.0
+    label_weight = LABEL_WEIGHT if labels else 0.0
     learning_rate = SPARSE_LEARNING_RATE if sparse else LEARNING_RATE
-    if labels:
-        # a network trained to the end is overconfident, and so would its followers be; by training
-        # data, which is all that learning sees
-        temperature = fit_temperature(measurements.model, measurements.calibration)
     dataset = getattr(measurements.train_loader, "dataset", None)
     whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
-    options = [epochs, temperature, label_weight, learning_rate]
+    options = [epochs, label_weight, learning_rate]
     recipe = {
         "epochs": epochs,
         "calibration": measurements.calibration,
         "forward": measurements.forward,
-        "temperature": temperature,
         "label_weight": label_weight,
         "learning_rate": learning_rate,
         "seed": measurements.seed,
