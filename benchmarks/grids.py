@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
-from quantifind.learning import fit_temperature, learn
+from quantifind.learning import learn
 from quantifind.metrics import outcome
 from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy
@@ -117,15 +117,13 @@ def loaders(network: str, *, seed: int | None = None) -> Loaders:
 def measure(network: str) -> list[dict[str, Any]]:
     """A row of the table for each of `ROWS`."""
     net, criterion = trained(network)
-    _, val, test = loaders(network)
-    temperature = fit_temperature(net, val)
-    print(f"{network}: temperature {temperature:.3f}, fitted on validation data")
+    *_, test = loaders(network)
     original = outcome(net, test, criterion)
     rows = []
     for row, (choice, activation_bits, epochs) in ROWS.items():
         train, *_ = loaders(network)  # anew, so that no row depends on those before it
         started = time.monotonic()
-        quantized = put_on(net, train, choice, activation_bits, epochs, temperature)
+        quantized = put_on(net, train, choice, activation_bits, epochs)
         seconds = time.monotonic() - started
         judged = compare(outcome(quantize_model(net, quantized), test, criterion), original)
         rows.append(
@@ -149,7 +147,6 @@ def put_on(
     choice: dict[str, Any],
     activation_bits: int | None,
     epochs: int | None,
-    temperature: float,
 ) -> Quantized:
     """The network with every tensor as ``choice`` says."""
     calibration = list(islice(train, CALIBRATION_BATCHES))
@@ -159,9 +156,7 @@ def put_on(
         strategy = Strategy(strategy.tensors, uniform_activations(net, calibration, **options))
     if epochs is None:
         return quantize(net, strategy, calibration)
-    return learn(
-        net, strategy, train, epochs=epochs, calibration=calibration, temperature=temperature
-    )
+    return learn(net, strategy, train, epochs=epochs, calibration=calibration)
 
 
 def markdown(results: pd.DataFrame) -> str:
