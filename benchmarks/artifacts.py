@@ -1,15 +1,15 @@
 """What a quantized network weighs as a file, in memory, and in other runtimes.
 
     pip install -e '.[onnx,strangers]'
-    python -m benchmarks.artifacts [--network NAME] [--untrained]
+    python -m benchmarks.artifacts [--network NAME] [--untrained] [--folder FOLDER]
 
 What is measured is what becomes of an answer, so most answers are cheap ones: those of `SEARCHED`
 are searched briefly at CR ≤ 1.01, the others are `mixed`, and nothing about these is certified.
-That of `LEARNED` is searched coded, with two epochs of learning from labels, and certified on test
-data. Networks are trained as the pipeline, or benchmarks/strangers.py, has
-them; with --untrained those that would be trained keep the weights that they begin with, since
-sizes don't depend on these. Writes benchmarks/results/artifacts.csv, the tables of docs/format.md,
-and a line of README.md. Columns:
+That of `LEARNED` is searched as `benchmarks.search` does, trained further and coded, and certified on
+test data; where that ran with a --folder, what it learned is there. Networks are trained as the
+pipeline, or benchmarks/strangers.py, has them; with --untrained those that would be trained keep the
+weights that they begin with, since sizes don't depend on these. Writes
+benchmarks/results/artifacts.csv, the tables of docs/format.md, and a line of README.md. Columns:
 
 - answer, bits: how it was found; per parameter;
 - promised, file, header: bytes of ``model_bytes``, of the file, and of its header;
@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import grids, stranger_networks
+from benchmarks import grids, search, stranger_networks
 from quantifind import (
     Choice,
     Strategy,
@@ -67,7 +67,7 @@ MARKERS = grids.markers("python -m benchmarks.artifacts")
 # of README.md, within one line
 LINE = re.compile(r"(?<=<!-- python -m benchmarks.artifacts -->).+?(?=<!-- end -->)")
 SEARCHED = ("dense_mnist", "conv_mnist", "simple_dense")
-LEARNED, CERTIFIED = "conv_mnist", "learned coded, certified"
+LEARNED, CERTIFIED = "conv_mnist", "trained further, coded, certified at CR ≤ 1.01"
 NETWORKS = (*grids.NETWORKS, *stranger_networks.STRANGERS)
 LIMIT, EFFORT, EXAMPLES = 1.01, 20, 4
 # of a network whose smallest search takes more
@@ -181,8 +181,8 @@ def pt2_outputs(path: Path, example: Any) -> list[Tensor]:
     return outputs(torch.export.load(path).module(), example)
 
 
-def measure(name: str, *, untrained: bool) -> pd.DataFrame:
-    """The rows of a network, one for each of its answers."""
+def measure(name: str, *, untrained: bool, folder: str | None = None) -> pd.DataFrame:
+    """The rows of a network, one for each of its answers; a folder keeps what a search measures."""
     begun: list[str] = []
     if name in stranger_networks.STRANGERS:
         _, make = stranger_networks.STRANGERS[name]
@@ -223,7 +223,7 @@ def measure(name: str, *, untrained: bool) -> pd.DataFrame:
     else:
         answers["mixed"] = quantize(net, mixed(net))
     if name == LEARNED and not begun:
-        answers |= learned(net, rest, test, criterion)
+        answers |= learned(net, rest, test, criterion, folder)
     rows = []
     for answer, quantized in answers.items():
         print(f"{name}, {answer} …", flush=True)
@@ -234,13 +234,17 @@ def measure(name: str, *, untrained: bool) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def learned(net: nn.Module, splits: list[Any], test: Any, criterion: Any) -> dict[str, Quantized]:
-    """What two epochs of learning find where codes are stored coded; judged on test data.
+def learned(
+    net: nn.Module, splits: list[Any], test: Any, criterion: Any, folder: str | None
+) -> dict[str, Quantized]:
+    """What is learned from labels where codes are stored coded; judged on test data.
 
+    folder: keeps what is measured.
     Raises: ValueError where that doesn't certify it.
     """
-    how: dict[str, Any] = {"effort": EFFORT, "learn": 2, "labels": True, "storage": "coded"}
-    found = find_strategy(net, *splits, criterion, limit=LIMIT, **how)
+    how: dict[str, Any] = {"learn": search.EPOCHS[LEARNED], "labels": True, "storage": "coded"}
+    asked = {"criterion_ratio": LIMIT}
+    found = find_strategy(net, *splits, criterion, limit=asked, folder=folder, **how)
     certificate = certify(net, found, test)
     print(certificate, flush=True)
     if certificate.quantized is None:
@@ -329,10 +333,11 @@ def main() -> None:
     )
     parser.add_argument("--network", choices=NETWORKS, help="by default all of them")
     parser.add_argument("--untrained", action="store_true", help="where it would be trained here")
+    parser.add_argument("--folder", help="keeps what a search measures")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     for name in [chosen.network] if chosen.network else NETWORKS:
-        rows = measure(name, untrained=chosen.untrained)
+        rows = measure(name, untrained=chosen.untrained, folder=chosen.folder)
         results = write_rows(RESULTS, rows, name)
         grids.write_table(MARKERS, markdown(results))
         grids.write_table(LINE, line(results))

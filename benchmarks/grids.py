@@ -3,9 +3,8 @@
     python -m benchmarks.grids [--network NAME]
 
 Each network is trained as the pipeline trains it (a DVC experiment, from the cache where it ran
-before). Scales, codes and rounding come from train data alone; one number is fitted on validation
-data, the temperature of the learned rows (docs/method.md). Each row is judged once on test data.
-Writes benchmarks/results/grids.csv and, of all four networks, the table of docs/results.md.
+before). Scales, codes and rounding come from train data alone; each row is judged once on test
+data. Writes benchmarks/results/grids.csv and, of all four networks, the table of docs/results.md.
 """
 
 import argparse

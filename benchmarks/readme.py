@@ -10,6 +10,7 @@ trained as the pipeline trains it, and what it prints is put below it.
 import argparse
 import io
 import re
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -40,22 +41,27 @@ def summary(found: pd.DataFrame, of_peers: pd.DataFrame, networks: pd.DataFrame)
     measure = headline(found)
     lines = [
         f"| network | certified bits at {MEASURES[measure].words} ≤ {LIMIT}, as it is | the same, "
-        "coded | following | trained further | one depth for all, CR | best peer, CR |",
+        "coded | following, coded | trained further, coded | one depth for all, CR "
+        "| best peer, CR |",
         "|---" * 7 + "|",
     ]
     asked = found[found["limit"] == LIMIT].set_index(["network", "answer", "storage", "measure"])
     by_key = asked.to_dict("index")
     depths = networks.set_index("network")[f"certified_{LIMIT}"]
     packed, coded = STORAGES
-    columns = [("as_is", packed), ("as_is", coded), ("following", packed), ("trained", packed)]
+    columns = {
+        "as_is": [(packed,), (coded,)],
+        "following": [(coded, packed)],
+        "trained": [(coded, packed)],
+    }
     for name in networks["network"]:
-        bits = []
-        for answer, storage in columns:
-            row = by_key.get((name, answer, storage, measure))
-            by_loss = by_key.get((name, answer, storage, "criterion_ratio"))
-            bits.append(f"{certified(by_loss)} (CR)" if by_loss and not row else certified(row))
+        cells = [
+            certified(by_key, name, answer, storages, measure)
+            for answer, several in columns.items()
+            for storages in several
+        ]
         uniform = "none" if pd.isna(depths[name]) else f"{depths[name]:.0f}"
-        lines.append(f"| {name} | {' | '.join([*bits, uniform, best_peer(of_peers, name)])} |")
+        lines.append(f"| {name} | {' | '.join([*cells, uniform, best_peer(of_peers, name)])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -66,13 +72,28 @@ def headline(found: pd.DataFrame) -> str:
     return "calibrated_ratio" if whole else "criterion_ratio"
 
 
-def certified(row: dict[Any, Any] | None) -> str:
-    """The bits of a row of benchmarks/results/search.csv, with the ratio on test data."""
-    if row is None:
-        return "–"
-    if pd.isna(row["mean_bits"]):
-        return "none"
-    return f"**{row['mean_bits']:.3f}**, {row['value']:#.4g}{search.earlier(row)}"
+def certified(
+    rows: Mapping[tuple[str, ...], dict[Any, Any]],
+    network: str,
+    answer: str,
+    storages: tuple[str, ...],
+    measure: str,
+) -> str:
+    """The bits of the first row there is of some storages, with the ratio on test data: by a
+    measure, or else by the criterion ratio.
+
+    rows: by network, answer, storage and measure, of benchmarks/results/search.csv.
+    """
+    for storage in storages:
+        for by in (measure, "criterion_ratio"):
+            row = rows.get((network, answer, storage, by))
+            if row is not None:
+                said = "none"
+                if not pd.isna(row["mean_bits"]):
+                    said = f"**{row['mean_bits']:.3f}**, {row['value']:#.4g}{search.earlier(row)}"
+                notes = ["CR"] * (by != measure) + [storage] * (storage != storages[0])
+                return f"{said} ({', '.join(notes)})" if notes else said
+    return "–"
 
 
 def best_peer(of_peers: pd.DataFrame, network: str) -> str:

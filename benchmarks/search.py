@@ -4,16 +4,17 @@
                                 [--folder FOLDER] [--storage {packed,coded}] [--sealed]
 
 Each network is trained as the pipeline trains it. The search sees train and validation data; the
-ladder it fixes is judged on one half of the test data, and with --sealed on the other, which is
-kept for the published run. Answers are `quantifind.certification.goal.ANSWERS`, limits those of
-`LIMITS` of each of `MEASURES`; the searches of a network share what they measure, so that the
-seconds of all but the first leave that out. Weights are stored packed, or as --storage says. Rows
-of benchmarks/results/search.csv are written as they come. Of a row: `mean_bits`, `value`, `low`,
-`high` and `bound` are those of the strategy that is certified with 95% confidence, were its ladder
-the only one; it was number `looks` that was judged on this half (benchmarks/results/looks.json),
-and `look_bits` are certified at the level that is left for it. Of what was trained further,
-`control_ratio` is the loss of float weights that had the same training over the float network's,
-`matched_ratio` the strategy's loss over theirs.
+ladder it fixes is judged on one half of the test data; with --sealed on the other, which is kept
+for what is published (benchmarks/results/search_sealed.csv). Answers are
+`quantifind.certification.goal.ANSWERS`, limits those of `LIMITS` of each of `MEASURES`; the
+searches of a network share what they measure, so that the seconds of all but the first leave that
+out. Weights are stored packed, or as --storage says. Rows of benchmarks/results/search.csv are
+written as they come. Of a row: `mean_bits`, `value`, `low`, `high` and `bound` are those of the
+strategy that is certified with 95% confidence, were its ladder the only one; it was number `looks`
+that was judged on this half (benchmarks/results/looks.json), and `look_bits` are certified at the
+level that is left for it. Of what was trained further, `control_ratio` is the loss of float weights
+that had the same training over the float network's, `matched_ratio` the strategy's loss over
+theirs.
 """
 
 import argparse
@@ -37,8 +38,10 @@ from quantifind.utils.loaders import Loaders, Tensors, batch_loader, whole_split
 from quantifind.workflow.certification_workflow import certify
 
 RESULTS = grids.ROOT / "benchmarks/results/search.csv"
+SEALED = grids.ROOT / "benchmarks/results/search_sealed.csv"
 LOOKS = grids.ROOT / "benchmarks/results/looks.json"
 MARKERS = grids.markers("python -m benchmarks.search")
+SEALED_MARKERS = grids.markers("python -m benchmarks.search --sealed")
 MEASURES = ("criterion_ratio", "calibrated_ratio")
 LIMITS = (1.01, 1.05, 1.10)
 # of learned rounding, chosen on validation data, fewer where an epoch takes long
@@ -128,20 +131,23 @@ def judged(
     return row | {name: best[name] for name in MATCHED if name in best}
 
 
-def put(rows: pd.DataFrame) -> pd.DataFrame:
+def put(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
     """Write rows in place of those there are of the same `KEY`; all rows, in the order of networks
-    and answers."""
-    if RESULTS.exists():
-        before = with_storage(pd.read_csv(RESULTS))
+    and answers.
+
+    path: `RESULTS` or `SEALED`.
+    """
+    if path.exists():
+        before = with_storage(pd.read_csv(path))
         rows = pd.concat([before, rows]).drop_duplicates(KEY, keep="last")
     places: dict[str, tuple[str, ...]] = {"network": grids.NETWORKS, "answer": tuple(ANSWERS)}
     places |= {"measure": MEASURES, "storage": STORAGES}
     rows = rows.sort_values(
         KEY, key=lambda c: c.map(places[c.name].index) if c.name in places else c, kind="stable"
     )
-    partial = RESULTS.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
     rows.to_csv(partial, index=False)
-    partial.replace(RESULTS)
+    partial.replace(path)
     return rows
 
 
@@ -210,6 +216,7 @@ def main() -> None:
     parser.add_argument("--storage", choices=STORAGES, default=STORAGES[0], help="of weights")
     parser.add_argument("--sealed", action="store_true", help="judge on the half that is kept back")
     given = parser.parse_args()
+    path, place = (SEALED, SEALED_MARKERS) if given.sealed else (RESULTS, MARKERS)
     for network in [given.network] if given.network else grids.NETWORKS:
         made, (train, val, test) = grids.trained(network), grids.loaders(network)
         splits = train, val, half(test, sealed=given.sealed)
@@ -225,9 +232,9 @@ def main() -> None:
                 looks=LOOKS,
                 storage=given.storage,
             ):
-                results = put(pd.DataFrame([row]))
+                results = put(pd.DataFrame([row]), path)
                 print(pd.DataFrame([row]).to_string(index=False), flush=True)
-        grids.write_table(MARKERS, markdown(results))
+        grids.write_table(place, markdown(results))
         print(markdown(results))
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT, run_block
 from torch.utils.data import DataLoader
 
 import quantifind
-from benchmarks import architecture, artifacts, grids, readme
+from benchmarks import architecture, artifacts, grids, readme, search
 from quantifind import find_strategy, quantize_model, uniform_strategy
 from quantifind.utils import plugins
 from quantifind.utils.loaders import whole_split
@@ -100,9 +100,15 @@ def test_table_is_what_its_command_measured(name):
     assert found == [measured]
 
 
+def test_what_was_sealed_is_shown_as_it_was_judged():
+    found = search.SEALED_MARKERS.search((ROOT / "docs/results.md").read_text(encoding="utf-8"))
+    assert found is not None
+    assert found[0] == search.markdown(pd.read_csv(search.SEALED))
+
+
 def test_every_marker_has_a_command_that_fills_it():
     markers = [importlib.import_module(f"benchmarks.{name}").MARKERS for name in TABLES]
-    markers += [artifacts.LINE]
+    markers += [artifacts.LINE, search.SEALED_MARKERS]
     markers += [readme.SUMMARY_MARKERS, readme.RECOMMENDATION_MARKERS, readme.EXAMPLE_MARKERS]
     text = "".join(page.read_text(encoding="utf-8") for page in grids.pages())
     assert all(len(marker.findall(text)) == 1 for marker in markers)

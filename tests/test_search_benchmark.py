@@ -29,7 +29,6 @@ def small():
 
 
 def test_rows_come_one_by_one_and_take_the_place_of_earlier_ones(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "RESULTS", tmp_path / "search.csv")
     monkeypatch.setattr(search, "LIMITS", (1.5,))
     monkeypatch.setattr(search, "MEASURES", ("calibrated_ratio",))
     monkeypatch.setattr(search, "find_strategy", quick)
@@ -42,7 +41,7 @@ def test_rows_come_one_by_one_and_take_the_place_of_earlier_ones(small, tmp_path
     first = {name: value for name, value in rows[0].items() if name != "storage"}
     pd.DataFrame([first]).to_csv(tmp_path / "search.csv", index=False)
     for row in [*rows[1:], rows[0] | {"mean_bits": 7.0}]:
-        results = search.put(pd.DataFrame([row]))
+        results = search.put(pd.DataFrame([row]), tmp_path / "search.csv")
     read = pd.read_csv(tmp_path / "search.csv")
     assert list(read.columns[:12]) == [*search.KEY, *search.COLUMNS[:7]]
     assert list(read["answer"]) == ["as_is", "as_is", "trained"]
