@@ -5,10 +5,10 @@
 
 What is measured is what becomes of an answer, so most answers are cheap ones: those of `SEARCHED`
 are searched briefly at CR ≤ 1.01, the others are `mixed`, and nothing about these is certified.
-That of `LEARNED` is searched as `benchmarks.search` does, trained further and coded, and certified on
-test data; where that ran with a --folder, what it learned is there. Networks are trained as the
-pipeline, or benchmarks/strangers.py, has them; with --untrained those that would be trained keep the
-weights that they begin with, since sizes don't depend on these. Writes
+That of `LEARNED` is searched as `benchmarks.search` does, trained further and coded, and certified
+on test data; where that ran with a --folder, what it learned is there. Networks are trained as the
+pipeline, or benchmarks/strangers.py, has them; with --untrained those that would be trained keep
+the weights that they begin with, since sizes don't depend on these. Writes
 benchmarks/results/artifacts.csv, the tables of docs/format.md, and a line of README.md. Columns:
 
 - answer, bits: how it was found; per parameter;
