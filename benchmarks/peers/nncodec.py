@@ -3,7 +3,7 @@
 All parameters are in its bitstream, biases too; each candidate is decoded from one, and costs its
 bytes. A qp is swept for all weights together, quantization dependent (a trellis) or not, with and
 without a price for bits. Left out are its search of a qp per tensor by inference (ioq), and its
-codebooks: asked for, it took steps instead for every tensor here, as fewer bytes.
+codebooks, which exclude the trellis.
 """
 
 from collections.abc import Iterator
