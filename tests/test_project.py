@@ -37,7 +37,7 @@ def test_every_import_is_a_dependency():
     ]
     names = {re.split(r"[\[<>=]", item)[0].replace("-", "_") for item in listed}
     # what benchmarks/peers/ installs in environments of their own
-    names |= {"modelopt", "optimum", "hqq", "aimet_torch", "nncf", "torchao"}
+    names |= {"modelopt", "optimum", "hqq", "aimet_torch", "nncf", "torchao", "nncodec"}
     names |= {"yaml", "sklearn", "vl_convert", "griffe", "quantifind", "stages", "benchmarks"}
     names |= {path.stem for path in (ROOT / "tests").glob("*.py")}
     for file in tracked_files():

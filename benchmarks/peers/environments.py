@@ -15,6 +15,8 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "aimet": ("aimet-torch==2.42.0",),
     "nncf": ("nncf==3.4.0",),
     "torchao": ("torchao==0.18.0",),
+    # from source, which needs a C++ compiler; its numpy is older than the project's
+    "nncodec": ("nncodec==2.1.3",),
 }
 # HQQ would try to build CUDA kernels, which nothing here uses
 WITHOUT_KERNELS = {"DISABLE_CUDA": "1"}

@@ -77,11 +77,31 @@ class OnGrid:
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """A parameter as it is decoded from a peer's bitstream, whose bytes its candidate states."""
+
+    values: Tensor
+
+    @property
+    def counts(self) -> dict[str, tuple[int, float]]:
+        return {}
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """A network found: its weights that are on a grid, by name. All others stay in float32."""
+    """A network found: its parameters that are on a grid, or in a bitstream of ``stream_bytes``,
+    by name. All others stay in float32."""
 
     name: str
-    weights: Mapping[str, OnGrid]
+    weights: Mapping[str, OnGrid | Decoded]
+    stream_bytes: int = 0
+
+    @property
+    def counts(self) -> dict[str, dict[str, tuple[int, float]]]:
+        """By name, and of the bitstream as a whole."""
+        assert self.stream_bytes or not any(isinstance(w, Decoded) for w in self.weights.values())
+        whole = {"bitstream": {"bytes": (self.stream_bytes, 8.0)}} if self.stream_bytes else {}
+        return {name: weight.counts for name, weight in self.weights.items()} | whole
 
 
 @dataclass(frozen=True)
@@ -185,8 +205,7 @@ def answer(search: Search) -> None:
         file = f"{place}.safetensors"
         values = {name: w.values.detach().float() for name, w in one.weights.items()}
         save_file({name: v.contiguous() for name, v in values.items()}, folder / file)
-        counts = {name: weight.counts for name, weight in one.weights.items()}
-        candidates[one.name] = {"file": file, "counts": counts}
+        candidates[one.name] = {"file": file, "counts": one.counts}
     result = {"seconds": seconds, "notes": notes, "candidates": candidates}
     (folder / "answer.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
@@ -194,16 +213,19 @@ def answer(search: Search) -> None:
 def off_grid(candidate: Candidate) -> str | None:
     """Why a candidate's values can't be what its codes decode to, if so."""
     for name, weight in candidate.weights.items():
-        allowed = round(2**weight.bits)
         if not weight.values.isfinite().all():
             return f"{name} is not finite"
+        if isinstance(weight, Decoded):
+            continue
+        allowed = round(2**weight.bits)
         if (levels := weight.levels) > allowed:
             return f"{name} has {levels} levels for a scale, {allowed} fit its bits"
     return None
 
 
 def mean_bits(counts: Mapping[str, Mapping[str, tuple[int, float]]], network: nn.Module) -> float:
-    """Bits per parameter: codes, scales and zero points, and 32 for each value left in float32."""
+    """Bits per parameter: codes, scales and zero points, the bytes of a bitstream, and 32 for each
+    value left in float32."""
     parameters = {name: value.numel() for name, value in network.named_parameters()}
     stored = sum(count * bits for parts in counts.values() for count, bits in parts.values())
     left = sum(count for name, count in parameters.items() if name not in counts)
