@@ -14,6 +14,7 @@ from quantifind.certification.measures import MEASURES
 from quantifind.certification.tails import tail_warning
 from quantifind.utils import plugins
 from stages.card import export_in_words, file_in_words
+from stages.digits import at_most, sure
 
 # what a quantized tensor becomes: its scheme, bits and options; None stays in float
 Choice = Mapping[str, Any] | None
@@ -170,11 +171,11 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
     if answer["budget"] is not None:
         ((cost, most),) = answer["budget"].items()
         lines += [f"Searched for the least {what} with {cost.replace('_', ' ')} ≤ {most:g}.", ""]
-    sure = f"{_percent(answer['look']['confidence'])} confidence"
+    confidence = f"{sure(answer['look']['confidence'])} confidence"
     if best is None:
         best = answer["chosen"]
         lines.append(
-            f"**Nothing is certified** with {sure} on test data. "
+            f"**Nothing is certified** with {confidence} on test data. "
             f"The strategy chosen on validation data, {best['mean_bits']:.3f} bits per parameter, "
             f"{_size(best)}, has a {what} of {_interval(best, measure)} there."
         )
@@ -185,10 +186,10 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
             )
     else:
         lines.append(
-            f"**{best['mean_bits']:.3f} bits per parameter**, with {sure}: {_size(best)}, "
+            f"**{best['mean_bits']:.3f} bits per parameter**, with {confidence}: {_size(best)}, "
             f"{best['compression']:.1f} times smaller than in float32. "
             f"Its {what} on test data is {_interval(best, measure)}, with this confidence at most "
-            f"{best['look_bound']:.4g}; on validation data, which chose it, it was "
+            f"{at_most(best['look_bound'])}; on validation data, which chose it, it was "
             f"{best['on_validation']:.4g}."
         )
     lines += ["", f"This answer is {ANSWERS[best['answer']]}."]
@@ -206,7 +207,7 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
         "|---|---|---|---|",
         *(
             f"| {MEASURES[name].words} | {found['value']:.4g} [{found['low']:.4g}, "
-            f"{found['high']:.4g}] | {found['bound']:.4g} | {found['on_validation']:.4g} |"
+            f"{found['high']:.4g}] | {at_most(found['bound'])} | {found['on_validation']:.4g} |"
             for name, found in best["measures"].items()
         ),
         "",
@@ -241,15 +242,15 @@ def _looks(answer: Mapping[str, Any]) -> str:
     count = "the first ladder" if look["k"] == 1 else f"ladder number {look['k']}"
     all_looks, this = _percent(1 - answer["confidence"]), _percent(look["level"])
     plain = "nothing" if alone is None else f"{alone['mean_bits']:.3f} bits (at most "
-    plain += "" if alone is None else f"{alone['bound']:.4g})"
+    plain += "" if alone is None else f"{at_most(alone['bound'])})"
     low, high = ("nothing" if end is None else f"{end:.3f}" for end in (bits["low"], bits["high"]))
     drawn = low if low == high else f"{low} to {high}"
     drawn += "" if high == "nothing" else " bits"
     return (
-        f"This is {count} that was judged on this test split, so it may err in {this}: all of "
-        f"them together then err in at most {all_looks}. Were it the only one, {plain} would be "
-        f"certified. Had other examples been drawn for the test (bootstrap), {drawn} would be "
-        "certified in 90 of 100 draws."
+        f"This is {count} that was judged on this test split: the chance that this certificate is "
+        f"wrong is at most {this}, so that of all of them together is at most {all_looks}. Were it "
+        f"the only one, {plain} would be certified. Had other examples been drawn for the test "
+        f"(bootstrap), {drawn} would be certified in 90 of 100 draws."
     )
 
 

@@ -9,6 +9,7 @@ from stages import files, findings, report_changed, report_charts, report_judged
 from stages.alone import cost_grid
 from stages.card import export_in_words, file_in_words
 from stages.charts import SIZES
+from stages.digits import at_most, sure
 from stages.evidence import Evidence
 from stages.pages import render
 from stages.params import Params
@@ -87,20 +88,21 @@ def _numbers(evidence: Evidence) -> list[dict[str, str]]:
         {
             "value": f"{best['mean_bits']:.3f}",
             "what": "bits per parameter",
-            "more": "scales and padding counted; with other test examples "
-            f"{drawn[0]} to {drawn[1]}, in 90 of 100 draws",
+            "more": "scales and padding counted; had other examples been drawn for the test: "
+            f"{drawn[0]} to {drawn[1]} in 90 of 100 draws",
         },
         {
             "value": f"{best['compression']:.1f} ×",
             "what": "smaller than float32",
-            "more": f"{findings.number(best['model_bytes'])} bytes",
+            "more": f"{findings.number(best['model_bytes'])} bytes of "
+            f"{findings.number(round(best['model_bytes'] * best['compression']))}",
         },
         {
-            "value": findings.number(best[measure]),
+            "value": f"{best[measure]:#.4g}",
             "what": f"{MEASURES[measure].words} {MEASURES[measure].unit}",
             "more": f"interval {findings.number(best['low'])} to {findings.number(best['high'])}; "
-            f"with {findings.percent(look['confidence'])} confidence at most "
-            f"{findings.number(best['look_bound'])}, the limit is {evidence.limits[measure]:g}",
+            f"with {sure(look['confidence'])} confidence at most {at_most(best['look_bound'])}, "
+            f"the limit is {evidence.limits[measure]:g}",
         },
     ]
 
@@ -126,7 +128,11 @@ def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
     for kind, words in findings.KINDS.items():
         of_kind = frontier[kinds == kind]
         kept = of_kind[of_kind.index < evidence.kept]
-        said = "not on the ladder" if of_kind.empty else "on the ladder, but not certified"
+        said = (
+            "not tried, or not on the ladder"
+            if of_kind.empty
+            else "on the ladder, but not certified"
+        )
         row = {"words": words, "bits": "none", "size": "–", "lost": said}
         if len(kept):
             best = kept.iloc[-1]
@@ -157,7 +163,7 @@ def _ladder(evidence: Evidence) -> list[dict[str, Any]]:
             "bytes": findings.number(row.get("validation_model_bytes")),
             "kind": findings.kind(row),
             "lost": _lost(row, measure),
-            "bound": findings.number(row[f"{measure}_look_bound"]),
+            "bound": at_most(row[f"{measure}_look_bound"]),
             "certified": "yes" if place < kept else "no",
             "best": place == evidence.step,
         }

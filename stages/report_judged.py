@@ -5,6 +5,7 @@ from typing import Any
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
 from stages import findings
+from stages.digits import at_most
 from stages.evidence import Evidence
 from stages.params import Params
 
@@ -48,8 +49,9 @@ def judged(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
         ("data", f"{data}, split into training, validation and test examples"),
         (
             "look",
-            f"number {look['k']}: so many ladders were judged on these test examples. This one may "
-            f"err in {findings.percent(look['level'])}, all of them together in "
+            f"number {look['k']}: so many ladders were judged on these test examples, and each "
+            "gets a smaller part of the chance to err. That this certificate is wrong has a chance "
+            f"of at most {findings.percent(look['level'])}, all of them together of "
             f"{findings.percent(1 - found['confidence'])}",
         ),
         *(
@@ -57,7 +59,7 @@ def judged(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
                 MEASURES[name].words,
                 f"{findings.interval(m['value'], m['low'], m['high'])} on test data, "
                 f"{findings.number(m['on_validation'])} on validation data"
-                + (f"; bound {findings.number(m['look_bound'])}" if "look_bound" in m else ""),
+                + (f"; bound {at_most(m['look_bound'])}" if "look_bound" in m else ""),
             )
             for name, m in best["measures"].items()
         ),

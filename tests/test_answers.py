@@ -5,11 +5,14 @@ import math
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quantifind.certification.ledger import Look
 from quantifind.certification.measures import MEASURES
 from stages.answers import in_words, recommend, words_of
 from stages.card import card
+from stages.digits import at_most, sure
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}
 
@@ -170,9 +173,10 @@ def test_plain_values_that_say_the_same_as_the_words(measure, bounds):
     assert page.startswith(f"# my_net: {MEASURES[measure].words} at most {limit:g}\n")
     for figure in (
         f"{best['model_bytes']:,} bytes",
-        "99.2% confidence",
-        "This is ladder number 2 that was judged on this test split, so it may err in 0.833%",
-        "err in at most 5%",
+        "99.16% confidence",
+        "This is ladder number 2 that was judged on this test split: the chance that this "
+        "certificate is wrong is at most 0.833%",
+        "of all of them together is at most 5%",
         "(bootstrap), 2.000 to 6.000 bits would be certified in 90 of 100",
         f"{best[measure]:.4g} [{best['low']:.4g}, {best['high']:.4g}]",
         "8 bits would be certified",
@@ -332,3 +336,26 @@ def test_the_card_says_what_the_file_is_and_how_to_load_it():
     assert all(line in page for line in bare.splitlines()[2:])
     assert "codes packed it takes 7,001 bytes, coded 6,002" in words
     assert answer_of([1.02, 1.0])["step"] == 1
+
+
+@given(st.floats(1e-6, 1e6))
+def test_what_is_shown_is_not_surer_than_it_is(bound):
+    for value in (bound, -bound):
+        assert value - 1e-9 * bound <= float(at_most(value)) <= value + 1.1e-3 * bound
+    confidence = 1 - 1 / (1 + bound)
+    shown = float(sure(confidence).removesuffix("%")) / 100
+    assert confidence - 1.1e-4 <= shown <= confidence + 1e-9
+
+
+def test_digits_that_are_known_stay():
+    assert [at_most(bound) for bound in (1.01, 1.0052, 0.0, math.inf)] == [
+        "1.01",
+        "1.006",
+        "0",
+        "inf",
+    ]
+    assert [sure(confidence) for confidence in (0.95, 0.9975, 0.99975)] == [
+        "95%",
+        "99.75%",
+        "99.97%",
+    ]
