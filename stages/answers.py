@@ -14,7 +14,7 @@ from quantifind.certification.measures import MEASURES
 from quantifind.certification.tails import tail_warning
 from quantifind.utils import plugins
 from stages.card import export_in_words, file_in_words
-from stages.digits import at_most, sure
+from stages.digits import at_most, chance, sure
 
 # what a quantized tensor becomes: its scheme, bits and options; None stays in float
 Choice = Mapping[str, Any] | None
@@ -240,7 +240,7 @@ def _looks(answer: Mapping[str, Any]) -> str:
     """How often the test split was looked at, and what the examples that it has by chance do."""
     look, alone, bits = answer["look"], answer["certified_alone"], answer["certified_bits"]
     count = "the first ladder" if look["k"] == 1 else f"ladder number {look['k']}"
-    all_looks, this = _percent(1 - answer["confidence"]), _percent(look["level"])
+    all_looks, this = _percent(1 - answer["confidence"]), chance(look["level"])
     plain = "nothing" if alone is None else f"{alone['mean_bits']:.3f} bits (at most "
     plain += "" if alone is None else f"{at_most(alone['bound'])})"
     low, high = ("nothing" if end is None else f"{end:.3f}" for end in (bits["low"], bits["high"]))

@@ -1,18 +1,24 @@
-"""Numbers that promise, shown so that no digit promises more."""
+"""Numbers that promise, shown so that no digit promises more:
+test_what_is_shown_is_not_surer_than_it_is."""
 
 import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
+
+UP, DOWN = (Context(prec=4, rounding=way) for way in (ROUND_CEILING, ROUND_FLOOR))
 
 
 def sure(confidence: float) -> str:
-    """A confidence in percent, rounded down: test_what_is_shown_is_not_surer_than_it_is."""
-    return f"{math.floor(round(1e4 * confidence, 6)) / 100:g}%"
+    """A confidence in hundredths, of four digits, rounded down."""
+    return f"{float(DOWN.create_decimal(repr(100 * float(confidence)))):g}%"
 
 
 def at_most(bound: float) -> str:
-    """A bound with four digits, rounded up: test_what_is_shown_is_not_surer_than_it_is."""
+    """A bound with four digits, rounded up."""
     if not math.isfinite(bound):
         return "not known"
-    if bound == 0:
-        return "0"
-    digit = 10.0 ** (math.floor(math.log10(abs(bound))) - 3)
-    return f"{math.ceil(round(bound / digit, 6)) * digit:.4g}"
+    return f"{float(UP.create_decimal(repr(float(bound)))):.4g}"
+
+
+def chance(share: float) -> str:
+    """The most that a chance may be, in hundredths, rounded up."""
+    return f"{at_most(100 * share)}%"

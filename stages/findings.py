@@ -10,6 +10,7 @@ import pandas as pd
 from quantifind.certification.goal import answer_of
 from quantifind.certification.measures import MEASURES
 from quantifind.utils.naming import short
+from stages.digits import chance, sure
 from stages.evidence import Evidence
 
 # the first words of `quantifind.certification.goal.ANSWERS`
@@ -71,7 +72,7 @@ def answer(evidence: Evidence, name: str) -> str:
     name: of the network.
     """
     best, found = evidence.best, evidence.answer
-    sure = percent(found["look"]["confidence"])
+    confidence = sure(found["look"]["confidence"])
     examples = number(best["examples"])
     if found["certified"] is None:
         needed = found.get("needed")
@@ -79,13 +80,13 @@ def answer(evidence: Evidence, name: str) -> str:
             f" About {number(needed)} test examples like these would certify it." if needed else ""
         )
         return (
-            f"Nothing is certified for {name}: no strategy of the search is known with {sure} "
+            f"Nothing is certified for {name}: no strategy of the search is known with {confidence} "
             f"confidence, on {examples} test examples, to keep "
             f"{limits_in_words(evidence.limits)}.{more}"
         )
     return (
         f"{name} needs {best['mean_bits']:.3f} bits per parameter, {best['compression']:.1f} times "
-        f"fewer than float32: with {sure} confidence, on {examples} test examples, "
+        f"fewer than float32: with {confidence} confidence, on {examples} test examples, "
         f"{kept_in_words(evidence.limits)}."
     )
 
@@ -250,8 +251,8 @@ def judged(evidence: Evidence) -> str:
     look, best = evidence.answer["look"], evidence.best
     return (
         f"Judged on {number(best['examples'])} test examples that chose nothing; "
-        f"{'the first ladder' if look['k'] == 1 else 'ladder ' + str(look['k'])} on them, it may "
-        f"err in {percent(look['level'])}"
+        f"{'the first ladder' if look['k'] == 1 else 'ladder ' + str(look['k'])} on them: the "
+        f"chance that its certificate is wrong is at most {chance(look['level'])}"
     )
 
 

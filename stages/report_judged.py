@@ -5,7 +5,7 @@ from typing import Any
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
 from stages import findings
-from stages.digits import at_most
+from stages.digits import at_most, chance
 from stages.evidence import Evidence
 from stages.params import Params
 
@@ -51,7 +51,7 @@ def judged(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
             "look",
             f"number {look['k']}: so many ladders were judged on these test examples, and each "
             "gets a smaller part of the chance to err. That this certificate is wrong has a chance "
-            f"of at most {findings.percent(look['level'])}, all of them together of "
+            f"of at most {chance(look['level'])}, all of them together of "
             f"{findings.percent(1 - found['confidence'])}",
         ),
         *(
