@@ -80,8 +80,8 @@ def answer(evidence: Evidence, name: str) -> str:
             f" About {number(needed)} test examples like these would certify it." if needed else ""
         )
         return (
-            f"Nothing is certified for {name}: no strategy of the search is known with {confidence} "
-            f"confidence, on {examples} test examples, to keep "
+            f"Nothing is certified for {name}: no strategy of the search is known with "
+            f"{confidence} confidence, on {examples} test examples, to keep "
             f"{limits_in_words(evidence.limits)}.{more}"
         )
     return (
