@@ -21,4 +21,4 @@ def at_most(bound: float) -> str:
 
 def chance(share: float) -> str:
     """The most that a chance may be, in hundredths, rounded up."""
-    return f"{at_most(100 * share)}%"
+    return f"{at_most(round(100 * share, 9))}%"
