@@ -237,18 +237,19 @@ def measure(name: str, *, untrained: bool, folder: str | None = None) -> pd.Data
 def learned(
     net: nn.Module, splits: list[Any], test: Any, criterion: Any, folder: str | None
 ) -> dict[str, Quantized]:
-    """What is learned from labels where codes are stored coded; judged on test data.
+    """What is learned from labels where codes are stored coded, and certified on the half of the
+    test data that is not sealed; none where nothing is.
 
     folder: keeps what is measured.
-    Raises: ValueError where that doesn't certify it.
     """
     how: dict[str, Any] = {"learn": search.EPOCHS[LEARNED], "labels": True, "storage": "coded"}
     asked = {"criterion_ratio": LIMIT}
     found = find_strategy(net, *splits, criterion, limit=asked, folder=folder, **how)
-    certificate = certify(net, found, test)
+    certificate = certify(net, found, search.half(test, sealed=False), looks=search.LOOKS)
     print(certificate, flush=True)
     if certificate.quantized is None:
-        raise ValueError(f"{LEARNED}: nothing that was learned is certified at CR ≤ {LIMIT}")
+        print(f"{LEARNED}: nothing that was learned is certified at CR ≤ {LIMIT}", flush=True)
+        return {}
     return {CERTIFIED: certificate.quantized}
 
 

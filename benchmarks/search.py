@@ -135,7 +135,7 @@ def put(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
     """Write rows in place of those there are of the same `KEY`; all rows, in the order of networks
     and answers.
 
-    path: `RESULTS` or `SEALED`.
+    path: of the table to add to.
     """
     if path.exists():
         before = with_storage(pd.read_csv(path))

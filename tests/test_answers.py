@@ -340,14 +340,19 @@ def test_the_card_says_what_the_file_is_and_how_to_load_it():
 
 @given(st.floats(1e-300, 1e6))
 def test_what_is_shown_is_not_surer_than_it_is(bound):
+    near = 1e-11 * bound
     for value in (bound, -bound):
-        assert value <= float(at_most(value)) <= value + 1.1e-3 * bound
+        assert value - near <= float(at_most(value)) <= value + 1.1e-3 * bound
     confidence = 1 - 1 / (1 + bound)
     shown = float(sure(confidence).removesuffix("%"))
-    assert 0.998 * 100 * confidence <= shown <= 100 * confidence
-    assert float(chance(1 - confidence).removesuffix("%")) >= 100 * (1 - confidence) - 1e-9
+    assert 0.998 * 100 * confidence <= shown <= 100 * confidence * (1 + 1e-11)
+    share = 1 / (1 + bound)
+    assert float(chance(share).removesuffix("%")) >= 100 * share * (1 - 1e-11) > 0
 
 
 def test_digits_that_are_known_stay():
     assert [at_most(bound) for bound in (1.01, 1.0052, 0.0)] == ["1.01", "1.006", "0"]
-    assert [sure(confidence) for confidence in (0.95, 0.9975)] == ["95%", "99.75%"]
+    assert [at_most(bound) for bound in (None, math.nan, math.inf)] == ["not known"] * 3
+    assert all(sure(c / 1000) == f"{c / 10:g}%" for c in range(900, 1000))
+    assert [chance((1 - 0.95) / n) for n in (2, 20)] == ["2.5%", "0.25%"]
+    assert sure(0.9975) == "99.75%"
