@@ -28,6 +28,8 @@ RECOMMENDATION_MARKERS = grids.markers("metrics/recommendation.md")
 EXAMPLE_MARKERS = grids.markers("python -m benchmarks.readme --example")
 BLOCK = re.compile(r"```py\n(.*?)```", re.DOTALL)
 NETWORK, LIMIT = "dense_mnist", 1.01
+# the peers that entropy code
+CODED_PEERS = ("nncodec",)
 # lines of metrics/recommendation.md: the answer and the looks, below the title
 FIRST, LAST = 2, 7
 
@@ -79,30 +81,37 @@ def certified(
     storages: tuple[str, ...],
     measure: str,
 ) -> str:
-    """The bits of the first row there is of some storages, with the ratio on test data: by a
-    measure, or else by the criterion ratio.
+    """The bits of the first row of some storages that is certified, with the ratio on test data: by
+    a measure, or else by the criterion ratio; "none" where some were judged.
 
     rows: by network, answer, storage and measure, of benchmarks/results/search.csv.
     """
+    said = "–"
     for storage in storages:
         for by in (measure, "criterion_ratio"):
             row = rows.get((network, answer, storage, by))
-            if row is not None:
+            if row is None:
+                continue
+            if pd.isna(row["mean_bits"]):
                 said = "none"
-                if not pd.isna(row["mean_bits"]):
-                    said = f"**{row['mean_bits']:.3f}**, {row['value']:#.4g}{search.earlier(row)}"
-                notes = ["CR"] * (by != measure) + [storage] * (storage != storages[0])
-                return f"{said} ({', '.join(notes)})" if notes else said
-    return "–"
+                continue
+            said = f"**{row['mean_bits']:.3f}**, {row['value']:#.4g}{search.earlier(row)}"
+            notes = ["CR"] * (by != measure) + [storage] * (storage != storages[0])
+            return f"{said} ({', '.join(notes)})" if notes else said
+    return said
 
 
 def best_peer(of_peers: pd.DataFrame, network: str) -> str:
-    """The fewest bits that any peer has within the limit, picked on test data, and whose."""
+    """The fewest bits that any peer has within the limit, picked on test data, and whose: of those
+    with codes of fixed width, and of those that code them."""
     rows = of_peers[(of_peers["network"] == network) & (of_peers["limit"] == LIMIT)]
-    if not rows["best_bits"].notna().any():
-        return "–"
-    best = rows.loc[rows["best_bits"].idxmin()]
-    return f"{best['best_bits']:.3f} ({best['peer']})"
+    said = []
+    for coded in (False, True):
+        some = rows[rows["best_bits"].notna() & (rows["peer"].isin(CODED_PEERS) == coded)]
+        if len(some):
+            best = some.loc[some["best_bits"].idxmin()]
+            said.append(f"{best['best_bits']:.3f} ({best['peer']}{', coded' * coded})")
+    return "; ".join(said) or "–"
 
 
 def recommendation(text: str) -> str:

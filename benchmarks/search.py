@@ -191,7 +191,15 @@ def cell(row: dict[str, Any] | None) -> str:
         return "–"
     if pd.isna(row["mean_bits"]):
         return "none"
-    return f"**{row['mean_bits']:.3f}** bits, {interval(row)}{earlier(row)}"
+    return f"**{row['mean_bits']:.3f}** bits, {interval(row)}{earlier(row)}{at_its_look(row)}"
+
+
+def at_its_look(row: dict[str, Any]) -> str:
+    """What is certified at the level that was left for the look, where that is other bits."""
+    if pd.isna(row["looks"]) or row["look_bits"] == row["mean_bits"]:
+        return ""
+    bits = "none" if pd.isna(row["look_bits"]) else f"{row['look_bits']:.3f}"
+    return f"; as look {row['looks']:.0f} {bits}"
 
 
 def earlier(row: dict[str, Any]) -> str:

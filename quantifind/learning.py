@@ -60,7 +60,6 @@ def learn(
     epochs: float,
     calibration: Iterable[Any] | None = None,
     forward: Forward | None = None,
-    temperature: float = 1.0,
     label_weight: float = 0.0,
     density: float | None = None,
     learning_rate: float | None = None,
@@ -82,8 +81,6 @@ def learn(
     epochs: the budget, over which the learning rate falls to zero along a cosine.
     calibration: as `quantifind.quantize.quantize` takes it; by default the loader's first batches.
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
-    temperature: divides a classifier's float logits; above 1 it makes an overconfident network less
-        so (Guo et al. 2017, arXiv:1706.04599).
     label_weight: the weight, beside the outputs' 1, of the loss to the targets themselves (cross
         entropy, or squared error), blended as the inputs are.
     density: the share of codes that are not 0 in the end, above 0 and at most 1, of all weights on
@@ -110,7 +107,6 @@ def learn(
         epochs=epochs,
         calibration=calibration,
         forward=forward,
-        temperature=temperature,
         label_weight=label_weight,
         density=density,
         learning_rate=learning_rate,
@@ -147,7 +143,6 @@ def _trained(
     epochs: float,
     calibration: Iterable[Any] | None = None,
     forward: Forward | None = None,
-    temperature: float = 1.0,
     label_weight: float = 0.0,
     density: float | None = None,
     learning_rate: float | None = None,
@@ -159,7 +154,6 @@ def _trained(
     learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
     _check_number("label_weight", label_weight, zero=True)
     _check_number("epochs", epochs)
-    _check_number("temperature", temperature)
     _check_number("learning_rate", learning_rate)
     if density is not None:
         _check_number("density", density)
@@ -171,7 +165,7 @@ def _trained(
     if batches == 0:
         raise ValueError("the loader has no batches")
     given = artifact.pack(strategy) if isinstance(strategy, Quantized) else (strategy.choices,)
-    options = [epochs, temperature, label_weight, learning_rate, seed, kind.__name__]
+    options = [epochs, label_weight, learning_rate, seed, kind.__name__]
     options += [] if density is None else [density]
     work = fingerprint(model, options, *given)
     kept = _kept(checkpoints, work)
@@ -183,7 +177,7 @@ def _trained(
         if calibration is None:
             calibration = [copied(batch) for batch in islice(loader, CALIBRATION_BATCHES)]
         start = quantize(model, strategy, calibration, forward=forward)
-        student = kind(model, start, temperature, label_weight, micro_batch, density)
+        student = kind(model, start, label_weight, micro_batch, density)
         optimizer = student.optimizer(learning_rate)
         keeping = _Keeping(checkpoints, loader, student, optimizer, work, began_with)
         if kept is not None:

@@ -17,7 +17,10 @@ CERTIFIED = ("certified_bits", "certified_alone", "certified_uniform_depth")
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "history": ("train", ("epoch", "train_loss", "val_loss")),
     "weight_error": ("quantize", ("tensor", "bit_depth", "values", "sqnr_db")),
-    "candidates": ("quantize", ("origin", "examples", "chosen", "scales_adjusted", *JUDGED)),
+    "candidates": (
+        "quantize",
+        ("origin", "examples", "on_ladder", "chosen", "scales_adjusted", *JUDGED),
+    ),
     "random": ("quantize", ("origin", "examples", "mean_bits", "model_bytes", "criterion_ratio")),
     "sensitivity": (
         "quantize",

@@ -10,12 +10,15 @@ import pandas as pd
 from quantifind.certification.goal import answer_of
 from quantifind.certification.measures import MEASURES
 from quantifind.utils.naming import short
+from stages.alone import cost_grid, guessed_cells
 from stages.digits import chance, sure
 from stages.evidence import Evidence
 
 # the first words of `quantifind.certification.goal.ANSWERS`
 KINDS = {"as_is": "as it is", "following": "following", "trained": "trained further"}
 UNKNOWN = "not known"
+# the measures that people read in hundredths, and how
+HUNDREDTHS = {"accuracy_drop": " points", "flips": "%"}
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -48,21 +51,35 @@ def percent(share: float | None, digits: int = 3) -> str:
     return f"{100 * share:.{digits}g}%" if is_number(share) else UNKNOWN
 
 
-def interval(value: Any, low: Any, high: Any) -> str:
-    """A value with its interval; without it, where that has no ends."""
+def interval(value: Any, low: Any, high: Any, measure: str = "") -> str:
+    """A value with its interval; without it, where that has no ends.
+
+    measure: of which it is, where it is of one (`amount`).
+    """
     if not (is_number(low) and is_number(high)):
-        return f"{number(value)} (no interval)"
-    return f"{number(value)} [{number(low)}, {number(high)}]"
+        return f"{amount(measure, value)} (no interval)"
+    return f"{amount(measure, value)} [{amount(measure, low)}, {amount(measure, high)}]"
+
+
+def amount(measure: str, value: Any, digits: int = 4) -> str:
+    """A value of a measure with its unit: what is a share of examples in hundredths.
+
+    >>> amount("calibrated_ratio", 1.01), amount("accuracy_drop", 0.003), amount("flips", 0.0125)
+    ('1.01', '0.3 points', '1.25%')
+    """
+    if measure not in HUNDREDTHS or not is_number(value):
+        return number(value, digits)
+    return f"{number(round(100 * value, 10), digits)}{HUNDREDTHS[measure]}"
 
 
 def limits_in_words(limits: Mapping[str, float]) -> str:
     """By measure the most that it may be, as a clause."""
-    return " and ".join(f"{MEASURES[name].words} at most {v:g}" for name, v in limits.items())
+    return " and ".join(f"{MEASURES[n].words} at most {amount(n, v)}" for n, v in limits.items())
 
 
 def kept_in_words(limits: Mapping[str, float]) -> str:
     """Likewise, as a sentence without its end."""
-    first, *others = (f"{MEASURES[name].words} is at most {v:g}" for name, v in limits.items())
+    first, *others = (f"{MEASURES[n].words} is at most {amount(n, v)}" for n, v in limits.items())
     return " and ".join([f"its {first}", *(f"its {other}" for other in others)])
 
 
@@ -98,14 +115,12 @@ def frontier(evidence: Evidence) -> str:
         uniform = "nor is any width for all" if depth is None else f"{depth} bits for all are"
         return f"No step of the ladder is certified, {uniform}"
     if depth is None:
-        return (
-            f"Mixed widths are certified at {best['mean_bits']:.3g} bits; no one width for all is"
-        )
+        return f"Certified at {best['mean_bits']:.4g} bits; no one width for all is"
     row = evidence.tables["bit_depths"].set_index("bit_depth").loc[depth]
     times = row["mean_bits"] / best["mean_bits"]
     return (
-        f"Mixed widths need {best['mean_bits']:.3g} bits where one width for all needs {depth}: "
-        f"{times:.2g} times fewer"
+        f"The search needs {best['mean_bits']:.4g} bits; plain rounding to one width for all needs "
+        f"{depth}: {times:.2g} times as many"
     )
 
 
@@ -177,11 +192,13 @@ def width(row: Any) -> str:
     return "1 bit" if row["bits"] == 1 else f"{row['bits']:.3g} bits"
 
 
-def sensitivity(grid: pd.DataFrame) -> str:
-    """Which tensor alone costs most at the lowest width that most tensors were tried at.
+def sensitivity(table: pd.DataFrame) -> str:
+    """Which tensor alone costs most at the lowest width that most tensors were measured at.
 
-    grid: by label and width the loss increase as a share of the float loss.
+    table: as `stages.alone.cost_grid` takes it.
     """
+    grid = cost_grid(table)
+    grid = grid.mask(guessed_cells(table, grid))
     tried = grid.replace([np.inf, -np.inf], np.nan).notna()
     enough: list[Any] = [bits for bits in grid if tried[bits].sum() >= max(1, len(grid) / 2)]
     if grid.empty or not enough:

@@ -6,10 +6,9 @@ from typing import Any
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
 from stages import files, findings, report_changed, report_charts, report_judged, report_tensors
-from stages.alone import cost_grid
 from stages.card import export_in_words, file_in_words
 from stages.charts import SIZES
-from stages.digits import at_most, sure
+from stages.digits import sure
 from stages.evidence import Evidence
 from stages.pages import render
 from stages.params import Params
@@ -34,7 +33,7 @@ def report(evidence: Evidence, params: Params) -> str:
     """
     tensors = evidence.tensors
     sensitivity = evidence.tables["sensitivity"]
-    shown = report_charts.predicted(evidence.tables["candidates"])
+    shown = report_charts.predicted(evidence)
     context = {
         "name": params.model,
         "bits": evidence.best["mean_bits"],
@@ -48,7 +47,7 @@ def report(evidence: Evidence, params: Params) -> str:
             "frontier": findings.frontier(evidence),
             "where": findings.where(tensors),
             "tensors": findings.tensors(tensors),
-            "sensitivity": findings.sensitivity(cost_grid(sensitivity)),
+            "sensitivity": findings.sensitivity(sensitivity),
             "prediction": findings.prediction(shown),
             "changed": findings.changed(evidence),
             "judged": findings.judged(evidence),
@@ -66,10 +65,12 @@ def report(evidence: Evidence, params: Params) -> str:
         else None,
         "origins": sorted(set(shown["origin"].str.split().str[0])) if len(shown) else [],
         "changed": report_changed.examples(evidence.tables["changed"]),
+        "changed_note": report_changed.note(evidence.tables["changed"]),
         "judged": report_judged.judged(evidence, params),
         "meaning": report_judged.meaning(evidence),
         "others": report_judged.other_limits(evidence),
-        "parameters": _parameters(params),
+        "parameters": _parameters(evidence, params),
+        "words": report_judged.GLOSSARY,
         "versions": dict(evidence.versions),
         "file": str(files.SAVED),
         "kept": _kept(evidence),
@@ -98,11 +99,14 @@ def _numbers(evidence: Evidence) -> list[dict[str, str]]:
             f"{findings.number(round(best['model_bytes'] * best['compression']))}",
         },
         {
-            "value": f"{best[measure]:#.4g}",
+            "value": f"{best[measure]:#.4g}"
+            if measure not in findings.HUNDREDTHS
+            else findings.amount(measure, best[measure]),
             "what": f"{MEASURES[measure].words} {MEASURES[measure].unit}",
-            "more": f"interval {findings.number(best['low'])} to {findings.number(best['high'])}; "
-            f"with {sure(look['confidence'])} confidence at most {at_most(best['look_bound'])}, "
-            f"the limit is {evidence.limits[measure]:g}",
+            "more": f"interval {findings.amount(measure, best['low'])} to "
+            f"{findings.amount(measure, best['high'])}; with {sure(look['confidence'])} confidence "
+            f"at most {report_judged.bound(measure, best['look_bound'])}, the limit is "
+            f"{findings.amount(measure, evidence.limits[measure])}",
         },
     ]
 
@@ -143,7 +147,8 @@ def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
 
 
 def _lost(row: Any, measure: str) -> str:
-    return findings.interval(*(row[f"{measure}{end}"] for end in ("", "_low", "_high")))
+    value, low, high = (row[f"{measure}{end}"] for end in ("", "_low", "_high"))
+    return findings.interval(value, low, high, measure)
 
 
 def _kept(evidence: Evidence) -> list[str]:
@@ -163,7 +168,7 @@ def _ladder(evidence: Evidence) -> list[dict[str, Any]]:
             "bytes": findings.number(row.get("validation_model_bytes")),
             "kind": findings.kind(row),
             "lost": _lost(row, measure),
-            "bound": at_most(row[f"{measure}_look_bound"]),
+            "bound": report_judged.bound(measure, row[f"{measure}_look_bound"]),
             "certified": "yes" if place < kept else "no",
             "best": place == evidence.step,
         }
@@ -171,13 +176,16 @@ def _ladder(evidence: Evidence) -> list[dict[str, Any]]:
     ]
 
 
-def _parameters(params: Params) -> list[tuple[str, str]]:
-    """By key of params.yaml what the run was given."""
+def _parameters(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
+    """By key of params.yaml what the run was given, and the limit that it had by default."""
+    search = asdict(params.search)
+    if search["limit"] is None and search["budget"] is None:
+        search["limit"] = f"the default: {findings.limits_in_words(evidence.limits)}"
     sections = {
         "": {"model": params.model, "seed": params.seed},
         f"models.{params.model}.": asdict(params.entry),
         "quantize.": asdict(params.quantize),
-        "search.": asdict(params.search),
+        "search.": search,
         "evaluate.": asdict(params.evaluate),
     }
     return [

@@ -20,6 +20,18 @@ def examples(changed: pd.DataFrame) -> list[dict[str, Any]]:
     return [_card(row) for row in changed.to_dict("records")]
 
 
+def note(changed: pd.DataFrame) -> str:
+    """Which examples the cards are.
+
+    changed: as `examples` takes it.
+    """
+    answers = changed[["was", "became"]].dropna()
+    if len(answers) and (answers["was"] == answers["became"]).all():
+        return "No answer changed: these are the test examples with the largest changes of loss."
+    others = "other answers first, then " if len(answers) else ""
+    return f"The test examples that changed most: {others}the largest changes of loss."
+
+
 def _card(row: dict[Any, Any]) -> dict[str, Any]:
     was, became, target = (_class(row[key]) for key in ("was", "became", "target"))
     flipped = was is not None and became is not None and was != became

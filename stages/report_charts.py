@@ -85,8 +85,12 @@ def _certified_depth(evidence: Evidence, depths: pd.DataFrame) -> list[Series]:
     return [Series(marked, "var(--limit)", "square", 150, filled=False, label=label, right=True)]
 
 
-def predicted(candidates: pd.DataFrame) -> pd.DataFrame:
-    """The candidates whose divergence was predicted, and measured on all examples."""
+def predicted(evidence: Evidence) -> pd.DataFrame:
+    """The candidates whose divergence was predicted, and measured on all examples; ``marked`` is
+    that which the report is about."""
+    candidates = evidence.tables["candidates"]
+    steps = candidates.index[candidates["on_ladder"].astype(bool)]
+    candidates = candidates.assign(marked=candidates.index == steps[evidence.step])
     both = ["predicted_fidelity", "fidelity"]
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
     shown = shown.reindex(columns=[*shown.columns.union(both, sort=False)])
@@ -102,7 +106,7 @@ def prediction(shown: pd.DataFrame, size: str) -> str:
         {"x": shown["predicted_fidelity"], "y": shown["fidelity"], "words": words}
     )
     # below, so that the mark of its origin is seen
-    chosen = points[shown["chosen"].astype(bool)]
+    chosen = points[shown["marked"]]
     series = [Series(chosen, "var(--ink)", shape="diamond", size=170, filled=False)]
     for origin, part in points.groupby(shown["origin"].str.split().str[0]):
         shape = SHAPES.get(str(origin), "circle")

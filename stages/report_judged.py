@@ -23,6 +23,27 @@ MEANING = {
     "relative_error": "the root of the mean square of what outputs are off, over that of the float "
     "network's outputs",
 }
+# words of this field, and of this page, that a reader may not know
+GLOSSARY = {
+    "ladder": "the strategies that test data judge, fixed before on validation data, from most "
+    "bytes to fewest; each is a step. The walk down it ends at the first that is not certified.",
+    "certified": "with the confidence that is said, what is lost on data like the test data is at "
+    "most the limit.",
+    "bound": "the most that is lost, with that confidence; the interval beside a value has its "
+    "two ends, with 95%.",
+    "look": "one ladder judged on a test split. Who looks often finds luck, so each look has less "
+    "chance to err than the one before it.",
+    "as it is": "rounded with the help of training inputs; nothing was trained.",
+    "following": "its codes were trained to follow the float network's outputs, without labels.",
+    "trained further": "its codes were trained on labels, too: beside it stands a float network "
+    "that had the same training.",
+    "uniform": "the same bits for all tensors, as candidates on channels of their own.",
+    "allocated": "bits by tensor, from what each costs alone.",
+    "sequential": "rounded layer by layer, each on inputs from those before it, already rounded.",
+    "nearest, GPTQ": "to the nearest level; or so that later weights make up for the error of "
+    "earlier ones (arXiv:2210.17323).",
+    "1.6 bits": "three levels: five of them fit in a byte.",
+}
 # other limits, as multiples of what the asked one allows to be lost
 TIMES = (0.1, 0.5, 1, 2, 5, 10)
 
@@ -50,16 +71,16 @@ def judged(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
         (
             "look",
             f"number {look['k']}: so many ladders were judged on these test examples, and each "
-            "gets a smaller part of the chance to err. That this certificate is wrong has a chance "
-            f"of at most {chance(look['level'])}, all of them together of "
-            f"{findings.percent(1 - found['confidence'])}",
+            "gets a smaller part of the chance to err, the k-th one k(k + 1)th of it. That this "
+            f"certificate is wrong has a chance of at most {chance(look['level'])}, all of them "
+            f"together of {findings.percent(1 - found['confidence'])}",
         ),
         *(
             (
                 MEASURES[name].words,
-                f"{findings.interval(m['value'], m['low'], m['high'])} on test data, "
-                f"{findings.number(m['on_validation'])} on validation data"
-                + (f"; bound {at_most(m['look_bound'])}" if "look_bound" in m else ""),
+                f"{findings.interval(m['value'], m['low'], m['high'], name)} on test data, "
+                f"{findings.amount(name, m['on_validation'])} on validation data"
+                + (f"; bound {bound(name, m['look_bound'])}" if "look_bound" in m else ""),
             )
             for name, m in best["measures"].items()
         ),
@@ -71,16 +92,35 @@ def judged(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
         ),
         (
             "certificate",
-            f"steps 1 to {evidence.kept} of the ladder's {steps}, "
-            "walked from most bytes to fewest until a bound is above its limit"
+            f"{'step 1' if evidence.kept == 1 else f'steps 1 to {evidence.kept}'} of the ladder's "
+            f"{steps}, walked from most bytes to fewest"
+            + ("" if evidence.kept == steps else f"; step {evidence.kept + 1}: {_above(evidence)}")
             if evidence.kept
-            else "none: the first step of the ladder has a bound above its limit",
+            else f"none: step 1 of the ladder's {steps}: {_above(evidence)}",
         ),
     ]
     for cost, most in (found.get("budget") or {}).items():
         words = f"the least loss with {cost.replace('_', ' ')} ≤ {most:g}"
         facts.insert(0, ("searched for", words))
     return facts
+
+
+def _above(evidence: Evidence) -> str:
+    """Which bounds of the first step that is not certified are above their limits."""
+    row = evidence.tables["frontier"].iloc[evidence.kept]
+    bounds = {name: row[f"{name}_look_bound"] for name in evidence.limits}
+    return ", ".join(
+        f"{MEASURES[name].words} may be {bound(name, most)}"
+        for name, most in bounds.items()
+        if not most <= evidence.limits[name]
+    )
+
+
+def bound(measure: str, most: Any) -> str:
+    """A bound in the unit of its measure, rounded up."""
+    if measure not in findings.HUNDREDTHS or not findings.is_number(most):
+        return at_most(most)
+    return f"{at_most(100 * most)}{findings.HUNDREDTHS[measure]}"
 
 
 def _did(row: Any, which: str) -> str:
@@ -107,7 +147,7 @@ def other_limits(evidence: Evidence) -> dict[str, Any]:
             depths = steps_that_keep(uniform, limits)
         rows.append(
             {
-                "limit": f"{limits[measure]:.4g}",
+                "limit": findings.amount(measure, limits[measure]),
                 "asked": times == 1,
                 "bits": f"{ladder['mean_bits'].iloc[kept - 1]:.3f}" if kept else "none",
                 "depth": f"{uniform['bit_depth'].iloc[depths - 1]:g}" if depths else "none",

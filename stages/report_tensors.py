@@ -10,6 +10,9 @@ from quantifind.utils.naming import short
 from stages import findings
 from stages.alone import SHARES, cost_grid, guessed_cells, in_spans, labelled, left_out, near
 
+# of a strip's width, what a tensor needs for its bits
+NUMBERED = 0.04
+
 
 def strip(tensors: pd.DataFrame) -> dict[str, Any]:
     """Tensors as wide as they are large, and the widths that they have."""
@@ -20,6 +23,7 @@ def strip(tensors: pd.DataFrame) -> dict[str, Any]:
             "name": row["name"],
             "share": float(row["values"] / total),
             "bits": f"{row['bits']:.3g}",
+            "numbered": row["values"] > NUMBERED * total,
             "words": f"{row['name']}: {findings.width(row)}, "
             f"{findings.percent(row['values'] / total)} of the parameters",
             "colour": palette.of_width(row["bits"]),
@@ -32,7 +36,8 @@ def strip(tensors: pd.DataFrame) -> dict[str, Any]:
         {"bits": f"{bits:.3g}", "share": findings.percent(share), "colour": palette.of_width(bits)}
         for bits, share in held.items()
     ]
-    return {"parts": parts, "key": key, "thin": sum(part["share"] < 0.002 for part in parts)}
+    # test_the_strip_says_how_many_it_does_not_name
+    return {"parts": parts, "key": key, "thin": sum(not part["numbered"] for part in parts)}
 
 
 def heat(sensitivity: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:

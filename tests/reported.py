@@ -96,6 +96,7 @@ def leave(
     for name in {measure, "criterion_ratio"}:
         candidates = candidates.assign(**measured(frontier[name], name))
     candidates["predicted_fidelity"] = [0.001, 0.004, np.nan][: len(lost)] if predicted else np.nan
+    candidates["on_ladder"] = True
     candidates["fidelity"] = [0.0011, 0.005, 0.02][: len(lost)]
     candidates = candidates.assign(fidelity_low=0.0, fidelity_high=0.1)
     example = {"example": 7, "original_loss": 0.1, "loss": 0.4, "was": np.nan, "became": np.nan}

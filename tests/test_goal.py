@@ -10,8 +10,8 @@ from hypothesis import assume, given
 
 from quantifind.certification.goal import (
     DEFAULT_LIMIT,
-    FALLBACK,
     STEP,
+    SURE,
     TOP,
     Goal,
     ladder,
@@ -146,8 +146,24 @@ def test_a_ladder_starts_near_the_chosen():
     rows = [row(size, 1.0, 1.0 + 1 / size) for size in range(100, 1000, 20)]
     steps = ladder(rows, rows[0], Goal.of(1.01, None))
     assert TOP * 100 - 20 <= steps[1]["model_bytes"] <= TOP * 100
-    above = [row for row in rows if row["model_bytes"] <= FALLBACK * 100]
-    assert steps[0] is max(above, key=Goal.of(1.01, None).margin)
+    sure = [row for row in rows if Goal.of(1.01, None).margin(row) >= SURE]
+    assert steps[0] is sure[0]
+    assert ladder([row for row in rows if row not in sure], rows[0], Goal.of(1.01, None))[0] is max(
+        (row for row in rows if row not in sure), key=Goal.of(1.01, None).margin
+    )
+
+
+@given(data=st.data(), scale=st.floats(0.1, 30))
+def test_the_first_step_is_sure_if_any_is(data, scale):
+    """So that what is left where all others fail does not fail with them, however far above."""
+    goal, rows = Goal.of(1.01, None), data.draw(candidates())
+    rows = [{**r, "model_bytes": round(r["model_bytes"] ** scale)} for r in rows]
+    keeping = [row for row in rows if goal.keeps(row)]
+    assume(keeping)
+    chosen = min(keeping, key=goal.rank)
+    first = ladder(rows, chosen, goal)[0]
+    above = [goal.margin(r) for r in rows if r["model_bytes"] * STEP >= chosen["model_bytes"]]
+    assert goal.margin(first) >= min(SURE, max(above, default=-math.inf))
 
 
 @st.composite

@@ -306,7 +306,7 @@ def test_what_draws_its_own_order_is_kept_epoch_by_epoch(tmp_path, monkeypatch):
         assert [path.name for path in folder.iterdir()] == ["checkpoint-0002.pt"]
 
 
-@pytest.mark.parametrize("change", ["network", "strategy", "budget", "temperature", "seed"])
+@pytest.mark.parametrize("change", ["network", "strategy", "budget", "label weight", "seed"])
 def test_checkpoints_of_other_work_are_refused(tmp_path, change):
     net, bits, options = network(), 3, {"epochs": 1, "checkpoints": tmp_path}
     learn(net, uniform_strategy(net, bits), training(), **options)
@@ -315,7 +315,7 @@ def test_checkpoints_of_other_work_are_refused(tmp_path, change):
     bits += change == "strategy"
     options |= {
         "budget": {"epochs": 2},
-        "temperature": {"temperature": 2},
+        "label weight": {"label_weight": 1},
         "seed": {"seed": 1},
     }.get(change, {})
     with pytest.raises(
@@ -336,7 +336,7 @@ def test_checkpoints_of_something_else_are_refused(tmp_path):
         ({"epochs": 0}, "epochs is 0: a number above 0"),
         ({"epochs": float("nan")}, "epochs is nan: a number above 0"),
         ({"epochs": "3"}, "epochs is '3': a number above 0"),
-        ({"epochs": 1, "temperature": -1}, "temperature is -1: a number above 0"),
+        ({"epochs": 1, "label_weight": -1}, "label_weight is -1: a number of 0 or more"),
     ],
 )
 def test_budgets_out_of_range(options, message):
@@ -531,7 +531,7 @@ def test_parts_of_a_batch_give_what_the_batch_gives(name):
     start = quantize(net, uniform_strategy(net, 3, axis=0))
     found = []
     for size in (None, 1, 7, 16, 33, 100):
-        one = Student(net, start, 1.5, 0.5, size)
+        one = Student(net, start, 0.5, size)
         torch.manual_seed(1)
         loss = one.backward(as_batch(data, net))
         gradients = [t.grad for t in (*one.latents.values(), *one.log_factors.values())]

@@ -625,7 +625,7 @@ def test_views_follow_wherever_they_are_measured():
     table = evaluate_strategies(net, strategies, loader, nn.MSELoss())
     assert table["criterion"].tolist() == pytest.approx(wanted, rel=1e-5)
     assert workers.dumps is dumps
-    student = Student(net, quantize(net, strategies[0]), 1.0, 0.0)
+    student = Student(net, quantize(net, strategies[0]), 0.0)
     assert list(student.latents) == ["first.weight", "first.bias"]
     # one example, since of more some are blended
     loss = student.backward(as_batch((x[:1], targets[:1]), net))

@@ -24,7 +24,7 @@ from torch import nn
 from quantifind.quantize import mean_bits, quantize
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils import palette
-from stages import files, findings
+from stages import files, findings, report_changed, report_charts, report_tensors
 from stages.alone import cost_grid
 from stages.comparison import certified_bits, comparison
 from stages.evidence import FACTS, TABLES, read_evidence
@@ -136,7 +136,10 @@ def test_names_are_escaped():
         ("no predictions", "has no candidate with both"),
         ("nothing measured alone", "plots/sensitivity.csv has no rows"),
         ("usual", "needs 4.250 bits per parameter, 7.5 times fewer than float32: with 97.5%"),
-        ("usual", "Mixed widths need 4.25 bits where one width for all needs 8: 1.9 times fewer"),
+        (
+            "usual",
+            "needs 4.25 bits; plain rounding to one width for all needs 8: 1.9 times as many",
+        ),
         ("usual", "Of 2 networks with random widths"),
         ("usual", "Calibrated ratio: the mean loss of the quantized network over"),
         ("usual", "1.005 6.500 8 1.01 4.250 8 1.02 4.250 8"),
@@ -150,6 +153,34 @@ def test_names_are_escaped():
 def test_report_says_what_there_is(case, words):
     leave(**CASES[case])
     assert words in re.sub(r"\s+", " ", " ".join(Page(page()).words))
+
+
+@given(values=st.lists(st.integers(1, 10**6), min_size=1, max_size=40))
+def test_the_strip_says_how_many_it_does_not_name(values):
+    names = [f"layer.{place}" for place in range(len(values))]
+    table = pd.DataFrame({"name": names, "values": values}).assign(
+        kind="tensors", bits=2.0, becomes="2 bits"
+    )
+    found = report_tensors.strip(table)
+    shown = [part["numbered"] for part in found["parts"]]
+    assert found["thin"] == len(values) - sum(shown)
+    assert shown == [value > 0.04 * sum(values) for value in values]
+
+
+@pytest.mark.parametrize(("flips", "words"), [(0, "No answer changed"), (1, "other answers first")])
+def test_the_cards_say_which_examples_they_are(flips, words):
+    leave(**CASES["pictures and texts"])
+    changed = read_evidence().tables["changed"]
+    if not flips:
+        changed = changed.assign(became=changed["was"])
+    assert words in report_changed.note(changed)
+
+
+def test_the_mark_of_the_predictions_is_what_is_certified():
+    leave()
+    evidence = read_evidence()
+    shown = report_charts.predicted(evidence)
+    assert shown["mean_bits"][shown["marked"]].tolist() in ([], [evidence.best["mean_bits"]])
 
 
 def test_marks_say_their_strategy():

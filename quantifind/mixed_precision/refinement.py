@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from quantifind.certification.goal import SURE
 from quantifind.mixed_precision.adjusted_scales import adjust_scales
 from quantifind.mixed_precision.candidates import Candidates, choices_key, note
 from quantifind.mixed_precision.measurements import Measurements
@@ -18,6 +19,8 @@ FITTED = 2
 # shares of the best cost so far: of allocations quantized sequentially, and of costlier ones
 SEQUENTIAL = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
 COSTLIER = (1.05, 1.1, 1.15, 1.2, 1.3)
+# and of still costlier ones, until one is sure to keep the limit on test data
+SAFE = (1.6, 2.5, 4.0, 6.3, 10.0)
 
 
 def gptq_sequentially(candidates: Candidates) -> None:
@@ -105,13 +108,17 @@ def stored(store: Store, key: str) -> Quantized | None:
 
 
 def add_safer_allocations(candidates: Candidates) -> None:
-    """Slightly larger allocations as fallbacks, in case the best one fails on test data."""
+    """Larger allocations as fallbacks, in case the best one fails on test data: slightly larger
+    ones, and one that is sure (`quantifind.certification.goal.SURE`), if none is yet."""
     best, goal = candidates.best(), candidates.goal
     if best is None or goal.budget is not None:
         return
-    with progress("adding safer ones", total=len(COSTLIER)) as step:
+    shares = COSTLIER + SAFE
+    with progress("adding safer ones", total=len(shares)) as step:
         passes = candidates.measurements.passes
-        for share in COSTLIER:
+        for share in shares:
+            if share in SAFE and any(goal.margin(row) >= SURE for row in candidates.whole()):
+                return
             if passes.left <= 0:
                 passes.stopped("fewer safer ones")
                 return

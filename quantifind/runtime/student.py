@@ -53,13 +53,11 @@ class Student:
         self,
         model: nn.Module,
         start: Quantized,
-        temperature: float,
         label_weight: float,
         micro_batch: int | None = None,
         density: float | None = None,
     ) -> None:
-        self.temperature, self.label_weight = temperature, label_weight
-        self.micro_batch, self.classes = micro_batch, CLASSES
+        self.label_weight, self.micro_batch, self.classes = label_weight, micro_batch, CLASSES
         # whether a batch may be taken in parts, None until the first that would be
         self.divisible: bool | None = None
         self.teacher = prepared(model, start.folded).eval().requires_grad_(False)
@@ -220,7 +218,7 @@ class Student:
         outputs, wanted = outputs.float(), wanted.float()
         apart = F.kl_div(
             (outputs / SOFTENING).log_softmax(1),
-            (wanted / (SOFTENING * self.temperature)).log_softmax(1),
+            (wanted / SOFTENING).log_softmax(1),
             reduction="none",
             log_target=True,
         ).sum(1)
