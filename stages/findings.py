@@ -137,10 +137,11 @@ def drawn(evidence: Evidence) -> str | None:
         return f"{text}none keeps the limits on validation data, from {fewest:.3g} bits on."
     fewest = table["mean_bits"][keeps].min()
     times = fewest / best["mean_bits"]
-    return (
+    said = (
         f"{text}{keeps.sum()} keep the limits on validation data, the smallest with {fewest:.3g} "
-        f"bits, {times:.2g} times those of the answer."
+        f"bits, {times:.2g} times those of the answer"
     )
+    return f"{said}, which test data had to confirm, with its bounds." if times < 1 else f"{said}."
 
 
 def where(tensors: pd.DataFrame) -> str:
@@ -207,13 +208,13 @@ def sensitivity(table: pd.DataFrame) -> str:
     most = max(shares, key=lambda name: shares[name])
     at = "1 bit" if enough[0] == 1 else f"{enough[0]:g} bits"
     if len(shares) == 1:
-        return f"At {at}, {short(most)} costs {cost(shares[most])}"
+        return f"Measured at {at}, {short(most)} costs {cost(shares[most])}"
     least = min(shares, key=lambda name: shares[name])
     if shares[most] == shares[least]:
-        return f"At {at} alone, each tensor costs {cost(shares[most])}"
+        return f"Measured at {at} alone, each tensor costs {cost(shares[most])}"
     ends = f"{short(most)} costs most, {cost(shares[most])}; "
     ends += f"{short(least)} least, {cost(shares[least])}"
-    return f"At {at} alone, {ends}"
+    return f"Measured at {at} alone, {ends}"
 
 
 def cost(share: float) -> str:

@@ -15,8 +15,8 @@ MEANING = {
     "the outputs of each divided by a temperature that fits them to validation data, so that "
     "softer outputs buy nothing",
     "criterion_ratio": "the mean loss of the quantized network over that of the float network",
-    "accuracy_drop": "the accuracy of the float network less that of the quantized one: 0.01 is "
-    "one point",
+    "accuracy_drop": "the accuracy of the float network less that of the quantized one, in "
+    "points of 100",
     "flips": "the share of examples to which the two networks give different answers",
     "fidelity": "the mean divergence of the quantized network's outputs from the float network's, "
     "over the float network's loss",
@@ -110,7 +110,7 @@ def _above(evidence: Evidence) -> str:
     row = evidence.tables["frontier"].iloc[evidence.kept]
     bounds = {name: row[f"{name}_look_bound"] for name in evidence.limits}
     return ", ".join(
-        f"{MEASURES[name].words} may be {bound(name, most)}"
+        f"{MEASURES[name].words} may be up to {bound(name, most)}"
         for name, most in bounds.items()
         if not most <= evidence.limits[name]
     )

@@ -348,6 +348,35 @@ class Packs(nn.Module):
         return self.inner(packed)[1]
 
 
+class Bags(nn.Module):
+    """Embeddings of which some are summed, from where each bag begins."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.look, self.last = nn.EmbeddingBag(20, 8, **options), nn.Linear(8, 3)
+
+    def forward(self, indices, offsets):
+        return self.last(self.look(indices, offsets))
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"include_last_offset": True}])
+@torch.no_grad()
+def test_a_bag_of_embeddings_runs(tmp_path, mode, options):
+    net = Bags(mode=mode, **options).eval()
+    strategy = uniform_strategy(net, 8)
+    small = quantize_model(net, strategy)
+    end = [10] if "include_last_offset" in options else []
+    example = torch.arange(10), torch.tensor([0, 3, 7, *end])
+    export(net, strategy, tmp_path / "bags.onnx", example)
+    # with the end in them, their number is that of the example
+    others = [[0, 1, 5, 10], [0, 4, 4, 10]] if end else [[0, 1], [0, 4, 4, 9]]
+    for offsets in ([0, 3, 7, *end], *others):
+        given = torch.arange(10).flip(0), torch.tensor(offsets)
+        (found,) = onnx_outputs(tmp_path / "bags.onnx", *given)
+        assert torch.allclose(found, small(*given), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])
 @torch.no_grad()
 def test_where_tracing_stops_is_said_and_what_works_instead(tmp_path, kind):

@@ -11,8 +11,9 @@ from conftest import count_measured
 from torch import nn
 
 from quantifind.certification.certificate import minimum_safe_bits
-from quantifind.certification.goal import Goal
+from quantifind.certification.goal import SURE, Goal
 from quantifind.metrics import outcome
+from quantifind.mixed_precision import candidates as candidates_module
 from quantifind.mixed_precision import learned_candidates, matched
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
@@ -226,6 +227,9 @@ def test_rows_and_ladder(small, found):
     assert table.loc[table["chosen"], "on_ladder"].all()
     assert (table.loc[table["on_ladder"], "examples"] == 1_000).all()
     assert table["examples"].between(1, 1_000).all()
+    # what is left where all others fail does not fail with them, if any strategy is so sure
+    first, goal = found[0].ladder.iloc[0], found[0].goal
+    assert goal.margin(first) >= SURE or first["model_bytes"] == table["model_bytes"].max()
     given_up = table[table["examples"] < 1_000]
     assert (given_up["criterion_ratio_bound"] > 1.05).all()
 
@@ -343,6 +347,21 @@ def test_coded_codes_learn_to_be_few(goal, labels, monkeypatch):
     plain = [{k: v for k, v in r.items() if k not in own} for r in recipes]
     assert len(plain) == learned_candidates.LEARNED + labels
     assert all(one == plain[0] for one in plain)
+
+
+def test_what_was_learned_is_measured_whole(monkeypatch):
+    """Even where it looks hopeless: it took long, and says which density is next."""
+    monkeypatch.setattr(candidates_module, "hopeless", lambda *args, **options: True)
+    net, train, val, _ = toy(8, 16, 4, examples=500)
+    coded = [{"scheme": "uniform", "levels": 31, "storage": "coded"}]
+    given = {"tensors": {name: coded for name, _ in net.named_parameters()}}
+    candidates = all_candidates(net, train, val, Goal.of(1.01, None), given)
+    (given_up,) = candidates.measure([candidates.allocated((0, 0))])
+    learned_candidates.learn_candidates(candidates, 0.5, False)
+    _, *learned = candidates.rows.values()
+    assert not candidates.is_whole(given_up)
+    assert learned
+    assert all(map(candidates.is_whole, learned))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
@@ -143,7 +143,7 @@ def _onnx(
     )
     try:
         onnx_graph = importlib.import_module("quantifind.deployment.onnx_graph")
-        importlib.import_module("onnxscript")
+        optimizer = importlib.import_module("onnxscript.optimizer")
     except ImportError as error:
         raise ValueError(f"{first_line(error)}: pip install quantifind[onnx]") from error
     latest = onnx_graph.opset_of_onnx()
@@ -164,6 +164,9 @@ def _onnx(
                 ".pt2, or use quantifind.compressed"
             ) from error
     assert made is not None
+    if any(node.op_type == "If" for node in made.model.graph):
+        # branches on what is known crash onnxruntime: test_a_bag_of_embeddings_runs
+        optimizer.optimize_ir(made.model, should_fold=lambda node: _folds(node, codes.tensors))
     proto = made.model_proto
     written = {own.domain: own.version for own in proto.opset_import}[""]
     check(written == opset, "opset", opset, f"torch writes {written} of this network")
@@ -171,6 +174,12 @@ def _onnx(
     kinds = onnx_graph.put_codes(proto.graph, codes, opset=opset)
     onnx_graph.put_activations(proto.graph, codes.activations, all_tensors(replica))
     return proto.SerializeToString(), kinds
+
+
+def _folds(node: Any, kept: Collection[str]) -> bool | None:
+    """False for what is computed from tensors that codes will stand for, else as by default."""
+    names = {value.name for value in node.inputs if value is not None}
+    return None if names.isdisjoint(kept) else False
 
 
 def _traced(model: nn.Module, example: Any) -> Any:
