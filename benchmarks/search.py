@@ -44,8 +44,8 @@ MARKERS = grids.markers("python -m benchmarks.search")
 SEALED_MARKERS = grids.markers("python -m benchmarks.search --sealed")
 MEASURES = ("criterion_ratio", "calibrated_ratio")
 LIMITS = (1.01, 1.05, 1.10)
-# of learned rounding, chosen on validation data, fewer where an epoch takes long
-EPOCHS = {"dense_mnist": 12, "conv_mnist": 8, "language_transformer": 16, "simple_dense": 2}
+# of learned rounding, chosen on validation data
+EPOCHS = {"dense_mnist": 12, "conv_mnist": 12, "language_transformer": 16, "simple_dense": 2}
 # a row is of these
 KEY = ["network", "answer", "measure", "limit", "storage"]
 COLUMNS = ["mean_bits", "value", "low", "high", "bound", "looks", "seconds", "epochs", "look_bits"]
