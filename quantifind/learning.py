@@ -165,8 +165,8 @@ def _trained(
     if batches == 0:
         raise ValueError("the loader has no batches")
     given = artifact.pack(strategy) if isinstance(strategy, Quantized) else (strategy.choices,)
-    options = [epochs, label_weight, learning_rate, seed, kind.__name__]
-    options += [] if density is None else [density]
+    options = [*map(float, (epochs, label_weight, learning_rate)), seed, kind.__name__]
+    options += [] if density is None else [float(density)]
     work = fingerprint(model, options, *given)
     kept = _kept(checkpoints, work)
     with torch.random.fork_rng(), torch.enable_grad():

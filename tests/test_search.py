@@ -536,6 +536,7 @@ def test_learning_is_kept(small, tmp_path, monkeypatch):
     options = {"limit": 1.3, "learn": 1, "folder": tmp_path}
     first = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     monkeypatch.setattr(learned_candidates, "learn_codes", None)
+    options["learn"] = 1.0
     again = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     assert plain(first).equals(plain(again))
 

@@ -235,7 +235,8 @@ def _recipe(
     learning_rate = SPARSE_LEARNING_RATE if sparse else LEARNING_RATE
     dataset = getattr(measurements.train_loader, "dataset", None)
     whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
-    options = [epochs, label_weight, learning_rate]
+    # 12 and 12.0 are the same: test_learning_is_kept
+    options = [float(epochs), label_weight, learning_rate]
     recipe = {
         "epochs": epochs,
         "calibration": measurements.calibration,
