@@ -82,23 +82,24 @@ def certified(
     measure: str,
 ) -> str:
     """The bits of the first row of some storages that is certified, with the ratio on test data: by
-    a measure, or else by the criterion ratio; "none" where some were judged.
+    a measure, or else by the criterion ratio; before it, which were judged without success.
 
     rows: by network, answer, storage and measure, of benchmarks/results/search.csv.
     """
-    said = "–"
+    failed: list[str] = []
     for storage in storages:
         for by in (measure, "criterion_ratio"):
             row = rows.get((network, answer, storage, by))
             if row is None:
                 continue
-            if pd.isna(row["mean_bits"]):
-                said = "none"
-                continue
-            said = f"**{row['mean_bits']:.3f}**, {row['value']:#.4g}{search.earlier(row)}"
             notes = ["CR"] * (by != measure) + [storage] * (storage != storages[0])
-            return f"{said} ({', '.join(notes)})" if notes else said
-    return said
+            noted = f" ({', '.join(notes)})" if notes else ""
+            if pd.isna(row["mean_bits"]):
+                failed.append(f"none{noted}; ")
+                continue
+            said = f"**{row['mean_bits']:.3f}**, {row['value']:#.4g}{search.earlier(row)}{noted}"
+            return "".join(failed) + said
+    return "".join(failed).rstrip("; ") or "–"
 
 
 def best_peer(of_peers: pd.DataFrame, network: str) -> str:

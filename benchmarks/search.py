@@ -199,7 +199,7 @@ def at_its_look(row: dict[str, Any]) -> str:
     if pd.isna(row["looks"]) or row["look_bits"] == row["mean_bits"]:
         return ""
     bits = "none" if pd.isna(row["look_bits"]) else f"{row['look_bits']:.3f}"
-    return f"; as look {row['looks']:.0f} {bits}"
+    return f"; at look {row['looks']:.0f}: {bits}"
 
 
 def earlier(row: dict[str, Any]) -> str:

@@ -23,6 +23,9 @@ def cost_grid(table: pd.DataFrame) -> pd.DataFrame:
 
     table: of `quantifind.mixed_precision.sensitivity.measure_sensitivity`, or some of its rows.
     """
+    if "examples" in table:  # what was measured, where anything was
+        most = table.groupby(["kind", "name", "bits"])["examples"].transform("max")
+        table = table[(table["examples"] > 0) | (most == 0)]
     share = table["loss_increase"] / table["original_criterion"]
     table = table.assign(label=labelled(table), share=share)
     grid = table.pivot_table(

@@ -89,7 +89,8 @@ def _shape(place: int) -> str:
 
 def _points(table: pd.DataFrame, measure: str, name: str) -> pd.DataFrame:
     words = f"{name}: " + table["mean_bits"].map("{:.4g} bits, ".format)
-    words += f"{MEASURES[measure].words} " + table[measure].map(findings.number)
+    words += f"{MEASURES[measure].words} "
+    words += table[measure].map(lambda value: findings.amount(measure, value))
     points = pd.DataFrame({"x": table["mean_bits"], "y": table[measure], "words": words})
     return points[np.isfinite(points["y"])]
 

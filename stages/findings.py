@@ -72,14 +72,23 @@ def amount(measure: str, value: Any, digits: int = 4) -> str:
     return f"{number(round(100 * value, 10), digits)}{HUNDREDTHS[measure]}"
 
 
+def limit(measure: str, most: float) -> str:
+    """A limit of a measure with its unit, as it was given: test_a_limit_is_shown_as_it_is.
+
+    >>> limit("criterion_ratio", 1.0004), limit("accuracy_drop", 0.00012)
+    ('1.0004', '0.012 points')
+    """
+    return amount(measure, most, digits=8)
+
+
 def limits_in_words(limits: Mapping[str, float]) -> str:
     """By measure the most that it may be, as a clause."""
-    return " and ".join(f"{MEASURES[n].words} at most {amount(n, v)}" for n, v in limits.items())
+    return " and ".join(f"{MEASURES[n].words} at most {limit(n, v)}" for n, v in limits.items())
 
 
 def kept_in_words(limits: Mapping[str, float]) -> str:
     """Likewise, as a sentence without its end."""
-    first, *others = (f"{MEASURES[n].words} is at most {amount(n, v)}" for n, v in limits.items())
+    first, *others = (f"{MEASURES[n].words} is at most {limit(n, v)}" for n, v in limits.items())
     return " and ".join([f"its {first}", *(f"its {other}" for other in others)])
 
 
@@ -141,7 +150,9 @@ def drawn(evidence: Evidence) -> str | None:
         f"{text}{keeps.sum()} keep the limits on validation data, the smallest with {fewest:.3g} "
         f"bits, {times:.2g} times those of the answer"
     )
-    return f"{said}, which test data had to confirm, with its bounds." if times < 1 else f"{said}."
+    # the answer is one whose bounds keep the limits, on test data, too
+    more = ", of which the bounds had to keep them, too" if times < 1 else ""
+    return f"{said}{more}."
 
 
 def where(tensors: pd.DataFrame) -> str:

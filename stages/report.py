@@ -63,6 +63,7 @@ def report(evidence: Evidence, params: Params) -> str:
         "prediction": {size: report_charts.prediction(shown, size) for size in SIZES}
         if len(shown)
         else None,
+        "marked": bool(shown["marked"].any()),
         "origins": sorted(set(shown["origin"].str.split().str[0])) if len(shown) else [],
         "changed": report_changed.examples(evidence.tables["changed"]),
         "changed_note": report_changed.note(evidence.tables["changed"]),
@@ -102,11 +103,12 @@ def _numbers(evidence: Evidence) -> list[dict[str, str]]:
             "value": f"{best[measure]:#.4g}"
             if measure not in findings.HUNDREDTHS
             else findings.amount(measure, best[measure]),
-            "what": f"{MEASURES[measure].words} {MEASURES[measure].unit}",
+            "what": MEASURES[measure].words
+            + ("" if measure in findings.HUNDREDTHS else f" {MEASURES[measure].unit}"),
             "more": f"interval {findings.amount(measure, best['low'])} to "
             f"{findings.amount(measure, best['high'])}; with {sure(look['confidence'])} confidence "
             f"at most {report_judged.bound(measure, best['look_bound'])}, the limit is "
-            f"{findings.amount(measure, evidence.limits[measure])}",
+            f"{findings.limit(measure, evidence.limits[measure])}",
         },
     ]
 

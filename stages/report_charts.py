@@ -39,7 +39,14 @@ def frontier(evidence: Evidence, size: str) -> str:
     def said(table: pd.DataFrame, what: pd.Series, split: str) -> pd.Series:
         bits = table["mean_bits"].map("{:.4g} bits".format)
         found = table[measure] if measure in table else pd.Series(np.nan, table.index)
-        text = what + ": " + bits + f", {words} " + found.map(findings.number) + f" on {split}"
+        text = (
+            what
+            + ": "
+            + bits
+            + f", {words} "
+            + found.map(lambda value: findings.amount(measure, value))
+            + f" on {split}"
+        )
         # earlier runs did not leave them
         held = "; tensors by bits: " + table["widths"].fillna("none") if "widths" in table else ""
         return text + held
@@ -71,7 +78,7 @@ def frontier(evidence: Evidence, size: str) -> str:
     high = limit + max(1.5 * reach, 0.3 * (limit - low), 0.002)
     levels = [
         Level(lossless, "var(--float)", "float", dashed=True, below=reach < (high - low) / 12),
-        Level(limit, "var(--limit)", f"limit {limit:g}"),
+        Level(limit, "var(--limit)", f"limit {findings.limit(measure, limit)}"),
     ]
     return frontier_chart(series, levels, title=words, domain=(low, high), width=size)
 

@@ -29,15 +29,16 @@ GLOSSARY = {
     "bytes to fewest; each is a step. The walk down it ends at the first that is not certified.",
     "certified": "with the confidence that is said, what is lost on data like the test data is at "
     "most the limit.",
-    "bound": "the most that is lost, with that confidence; the interval beside a value has its "
-    "two ends, with 95%.",
+    "bound": "the most that is lost, with that confidence; the interval beside a value has two "
+    "ends.",
     "look": "one ladder judged on a test split. Who looks often finds luck, so each look has less "
     "chance to err than the one before it.",
     "as it is": "rounded with the help of training inputs; nothing was trained.",
     "following": "its codes were trained to follow the float network's outputs, without labels.",
     "trained further": "its codes were trained on labels, too: beside it stands a float network "
     "that had the same training.",
-    "uniform": "the same bits for all tensors, as candidates on channels of their own.",
+    "uniform": "about the same bits for all tensors: candidates of the search, unlike the plain "
+    "rounding of the chart.",
     "allocated": "bits by tensor, from what each costs alone.",
     "sequential": "rounded layer by layer, each on inputs from those before it, already rounded.",
     "nearest, GPTQ": "to the nearest level; or so that later weights make up for the error of "
@@ -110,7 +111,8 @@ def _above(evidence: Evidence) -> str:
     row = evidence.tables["frontier"].iloc[evidence.kept]
     bounds = {name: row[f"{name}_look_bound"] for name in evidence.limits}
     return ", ".join(
-        f"{MEASURES[name].words} may be up to {bound(name, most)}"
+        f"{MEASURES[name].words} "
+        + (f"may be up to {bound(name, most)}" if findings.is_number(most) else "has no bound")
         for name, most in bounds.items()
         if not most <= evidence.limits[name]
     )
@@ -147,7 +149,7 @@ def other_limits(evidence: Evidence) -> dict[str, Any]:
             depths = steps_that_keep(uniform, limits)
         rows.append(
             {
-                "limit": findings.amount(measure, limits[measure]),
+                "limit": findings.limit(measure, round(limits[measure], 10)),
                 "asked": times == 1,
                 "bits": f"{ladder['mean_bits'].iloc[kept - 1]:.3f}" if kept else "none",
                 "depth": f"{uniform['bit_depth'].iloc[depths - 1]:g}" if depths else "none",

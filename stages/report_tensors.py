@@ -36,7 +36,7 @@ def strip(tensors: pd.DataFrame) -> dict[str, Any]:
         {"bits": f"{bits:.3g}", "share": findings.percent(share), "colour": palette.of_width(bits)}
         for bits, share in held.items()
     ]
-    # test_the_strip_says_how_many_it_does_not_name
+    # said below the strip: test_the_strip_says_how_many_it_does_not_name
     return {"parts": parts, "key": key, "thin": sum(not part["numbered"] for part in parts)}
 
 
@@ -68,6 +68,7 @@ def heat(sensitivity: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:
         "widths": [f"{b:.3g}" for b in grid],
         "without": in_spans(wider),
         "rows": rows,
+        "gaps": any(cell["level"] == "none" for row in rows for cell in row["cells"]),
         "guesses": any(cell["guess"] for row in rows for cell in row["cells"]),
         "unmarked": len(rows) - marked,
     }

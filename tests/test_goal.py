@@ -118,7 +118,7 @@ def test_a_budget_is_kept_and_degradations_are_ranked():
     assert min(rows, key=goal.rank) is rows[2]
 
 
-def test_the_margin_counts_standard_errors():
+def test_the_margin_counts_widths_of_the_bound():
     goal = Goal.of(1.01, None)
     assert goal.margin(row(1, 1.0, 1.005)) == pytest.approx(2)
     assert goal.margin(row(1, 1.0, 1.01)) == pytest.approx(1)

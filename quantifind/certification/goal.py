@@ -28,8 +28,8 @@ ANSWERS = {
 STEP = 0.97
 # and the first at most so many times those of the chosen one
 TOP = 1.6
-# but for one, which is left if the others fail: the smallest so many widths of its bound from the
-# limit, about four standard errors (of ones two away 2.59 bits failed, and with them 0.72)
+# but for one, which is left if the others fail: the smallest that is so many widths of its bound
+# from the limit, on validation data; at 95% confidence about four standard errors
 SURE = 2.5
 
 
@@ -114,7 +114,7 @@ class Goal:
 
     def margin(self, row: Mapping[str, Any]) -> float:
         """How far the degradation is below the limit, of the measure nearest to its own: as a
-        multiple of the width of its bound, at 95% confidence 1.6 standard errors or more.
+        multiple of the width of its bound, which at 95% confidence is 1.6 standard errors or more.
 
         For a budget, which has no limit, it is the bound with its sign turned.
 

@@ -19,7 +19,7 @@ FITTED = 2
 # shares of the best cost so far: of allocations quantized sequentially, and of costlier ones
 SEQUENTIAL = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
 COSTLIER = (1.05, 1.1, 1.15, 1.2, 1.3)
-# and of still costlier ones, until one is sure to keep the limit on test data
+# and of still costlier ones, until one is far from the limit
 SAFE = (1.6, 2.5, 4.0, 6.3, 10.0)
 
 
@@ -109,7 +109,7 @@ def stored(store: Store, key: str) -> Quantized | None:
 
 def add_safer_allocations(candidates: Candidates) -> None:
     """Larger allocations as fallbacks, in case the best one fails on test data: slightly larger
-    ones, and one that is sure (`quantifind.certification.goal.SURE`), if none is yet."""
+    ones, and still larger ones, until one is `quantifind.certification.goal.SURE`."""
     best, goal = candidates.best(), candidates.goal
     if best is None or goal.budget is not None:
         return
@@ -117,7 +117,7 @@ def add_safer_allocations(candidates: Candidates) -> None:
     with progress("adding safer ones", total=len(shares)) as step:
         passes = candidates.measurements.passes
         for share in shares:
-            if share in SAFE and any(goal.margin(row) >= SURE for row in candidates.whole()):
+            if share in SAFE and _has_sure(candidates, share * best[goal.cost]):
                 return
             if passes.left <= 0:
                 passes.stopped("fewer safer ones")
@@ -126,3 +126,9 @@ def add_safer_allocations(candidates: Candidates) -> None:
             if assignment is not None:
                 (row,) = candidates.measure([candidates.allocated(assignment)])
                 step(note(row))
+
+
+def _has_sure(candidates: Candidates, most: float) -> bool:
+    """Whether a candidate of a cost of at most ``most`` is far from the limit."""
+    goal = candidates.goal
+    return any(r[goal.cost] <= most and goal.margin(r) >= SURE for r in candidates.whole())
