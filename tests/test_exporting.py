@@ -348,6 +348,46 @@ class Packs(nn.Module):
         return self.inner(packed)[1]
 
 
+class Beside(nn.Module):
+    """Norms, ties and equal tensors beside a branch."""
+
+    def __init__(self, branch):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.tied, self.branch = nn.Linear(6, 6, bias=False), branch
+        self.tied.weight = self.first.weight
+        self.second.load_state_dict(self.first.state_dict())
+        self.look = nn.EmbeddingBag(20, 6, mode="mean")
+        nn.init.uniform_(self.norm.running_mean)
+        nn.init.uniform_(self.norm.running_var, 1, 2)
+
+    def forward(self, x, indices, offsets):
+        x = self.norm(self.conv(x)).mT
+        x = self.tied(self.second(self.first(x).relu()).relu())
+        return x.mean(1) + (self.look(indices, offsets) if self.branch else 0)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@torch.no_grad()
+def test_what_stands_beside_a_branch_stays_as_it_is(tmp_path, rounded):
+    """The same codes, by the same names, as without it."""
+    example = torch.randn(3, 4, 8), torch.arange(10), torch.tensor([0, 3, 7])
+    tables = []
+    for branch in (False, True):
+        torch.manual_seed(5)
+        net = Beside(branch).eval()
+        tensors = {**uniform_strategy(net, 8).tensors, "second.weight": None}
+        how = {"forward": lambda model, batch: model(*batch)}
+        inputs = uniform_activations(net, [example], 8, **how) if rounded else {}
+        codes = quantize(net, Strategy(tensors, inputs), [example], **how)
+        tables.append(export(net, codes, tmp_path / "net.onnx", example).set_index("tensor"))
+        (found,) = onnx_outputs(tmp_path / "net.onnx", *example)
+        assert torch.allclose(found, quantize_model(net, codes)(*example), atol=1e-4)
+    plain, beside = (table.drop("look.weight") for table in tables)
+    assert beside.equals(plain)
+
+
 class Bags(nn.Module):
     """Embeddings of which some are summed, from where each bag begins."""
 

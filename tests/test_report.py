@@ -13,6 +13,7 @@ from itertools import combinations, pairwise, takewhile
 from pathlib import Path
 
 import hypothesis.strategies as st
+import jinja2
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from matplotlib.image import imread
 from reported import alter, leave, page
 from torch import nn
 
+from quantifind.certification.measures import MEASURES
 from quantifind.quantize import mean_bits, quantize
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils import palette
@@ -28,6 +30,7 @@ from stages import files, findings, report_changed, report_charts, report_tensor
 from stages.alone import cost_grid
 from stages.comparison import certified_bits, comparison
 from stages.evidence import FACTS, TABLES, read_evidence
+from stages.pages import TEMPLATES
 from stages.tensors import tensor_table
 
 VOID = {"meta", "link", "input", "br", "img", "wbr"}
@@ -162,9 +165,11 @@ def test_the_strip_says_how_many_it_does_not_name(values):
         kind="tensors", bits=2.0, becomes="2 bits"
     )
     found = report_tensors.strip(table)
-    shown = [part["numbered"] for part in found["parts"]]
-    assert found["thin"] == len(values) - sum(shown)
-    assert shown == [value > 0.04 * sum(values) for value in values]
+    drawn = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES)).from_string(
+        '{% import "parts.html" as parts %}{{ parts.strip(s, "") }}'
+    )
+    assert found["thin"] == len(values) - drawn.render(s=found).count("<b>")
+    assert (found["thin"] == len(values)) == (max(values) <= 0.04 * sum(values))
 
 
 @pytest.mark.parametrize(("flips", "words"), [(0, "No answer changed"), (1, "other answers first")])
@@ -180,7 +185,32 @@ def test_the_mark_of_the_predictions_is_what_is_certified():
     leave()
     evidence = read_evidence()
     shown = report_charts.predicted(evidence)
-    assert shown["mean_bits"][shown["marked"]].tolist() in ([], [evidence.best["mean_bits"]])
+    assert shown["mean_bits"][shown["marked"]].tolist() == [evidence.best["mean_bits"]]
+    assert "certified" in _key_of_predictions(page())
+    alter("candidates.csv", lambda table: table.assign(predicted_fidelity=[0.1, np.nan, 0.1]))
+    assert "certified" not in _key_of_predictions(page())
+
+
+def _key_of_predictions(text):
+    return re.search(r'id="prediction".*?</ul>', text, re.DOTALL).group()
+
+
+@given(st.sampled_from(sorted(MEASURES)), st.integers(0, 10**7))
+def test_a_limit_is_shown_as_it_is(measure, digits):
+    most = MEASURES[measure].lossless + digits / 10**7
+    words = findings.limit(measure, most)
+    shown = float(words.split()[0].rstrip("%").replace(",", ""))
+    assert shown / (100 if measure in findings.HUNDREDTHS else 1) == pytest.approx(most, abs=1e-12)
+
+
+def test_what_is_called_measured_was():
+    """Though another rounding was predicted to cost less."""
+    rows = [("nearest", 100, 0.5), ("gptq", 0, 0.1)]
+    table = pd.DataFrame(rows, columns=["rounding", "examples", "loss_increase"]).assign(
+        kind="tensors", name="a", bits=2.0, original_criterion=1.0
+    )
+    assert "50% of the loss" in findings.sensitivity(table)
+    assert "was not measured" in findings.sensitivity(table.iloc[1:])
 
 
 def test_marks_say_their_strategy():

@@ -14,9 +14,10 @@ from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import SURE, Goal
 from quantifind.metrics import outcome
 from quantifind.mixed_precision import candidates as candidates_module
-from quantifind.mixed_precision import learned_candidates, matched
+from quantifind.mixed_precision import learned_candidates, matched, refinement
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
+from quantifind.mixed_precision.exploration import sweep_budgets
 from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import SearchSpace, default_search_space
@@ -347,6 +348,25 @@ def test_coded_codes_learn_to_be_few(goal, labels, monkeypatch):
     plain = [{k: v for k, v in r.items() if k not in own} for r in recipes]
     assert len(plain) == learned_candidates.LEARNED + labels
     assert all(one == plain[0] for one in plain)
+
+
+def test_a_larger_allocation_is_far_from_the_limit(small, monkeypatch):
+    """It is looked for until there is one, and no further."""
+    net, train, val, _ = small
+    monkeypatch.setattr(refinement, "COSTLIER", ())
+    candidates = all_candidates(net, train, val, Goal.of(1.05, None))
+    sweep_budgets(candidates)
+    best = candidates.best()
+    value, bound = best["criterion_ratio"], best["criterion_ratio_bound"]
+    candidates.goal = goal = Goal.of(value + 1.5 * (bound - value), None)
+    candidates.rows = {best["key"]: best}
+    refinement.add_safer_allocations(candidates)
+    *_, last = candidates.rows.values()
+    far = [goal.margin(row) >= SURE for row in candidates.whole()]
+    assert goal.margin(last) >= SURE
+    assert sum(far) == 1
+    refinement.add_safer_allocations(candidates)
+    assert len(candidates.whole()) == len(far)
 
 
 def test_what_was_learned_is_measured_whole(monkeypatch):

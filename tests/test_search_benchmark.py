@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import recipes, search, search_quality, stability
+from benchmarks import readme, recipes, search, search_quality, stability
 from quantifind.mixed_precision.search_space import default_search_space
 from quantifind.search import find_strategy
 from quantifind.utils.loaders import Tensors, create_dataloaders, whole_split
@@ -95,3 +95,43 @@ def test_a_recipe_and_nine_trainings_as_tables():
     table = stability.markdown(pd.DataFrame(nine))
     assert "| seed 1 | 2.000 | none |" in table
     assert "Mean 2.333 bits; the furthest is 29% away." in table
+
+
+ROW = {"mean_bits": 2.5, "value": 0.99, "bound": 1.0, "low": 0.98, "high": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("judged", "words"),
+    [
+        ({}, "–"),
+        ({("coded", "calibrated_ratio"): 2.5}, "**2.500**, 0.9900"),
+        ({("coded", "calibrated_ratio"): np.nan}, "none"),
+        (
+            {("coded", "calibrated_ratio"): np.nan, ("packed", "criterion_ratio"): 3.0},
+            "none; **3.000**, 0.9900 (CR, packed)",
+        ),
+        ({("coded", "criterion_ratio"): np.nan}, "none (CR)"),
+    ],
+)
+def test_a_cell_of_the_summary_says_what_failed_before_it(judged, words):
+    rows = {("net", "trained", *key): ROW | {"mean_bits": bits} for key, bits in judged.items()}
+    given = ("net", "trained", ("coded", "packed"), "calibrated_ratio")
+    assert readme.certified(rows, *given) == words
+
+
+def test_the_best_peer_is_of_each_kind():
+    rows = [("net", 1.01, "a", 3.0), ("net", 1.01, "b", 2.0), ("net", 1.01, "nncodec", 1.5)]
+    rows += [("net", 1.05, "a", 1.0), ("net", 1.01, "c", np.nan), ("other", 1.01, "a", np.nan)]
+    table = pd.DataFrame(rows, columns=["network", "limit", "peer", "best_bits"])
+    assert readme.best_peer(table, "net") == "2.000 (b); 1.500 (nncodec, coded)"
+    assert readme.best_peer(table, "other") == "–"
+
+
+@pytest.mark.parametrize(
+    ("looks", "bits", "words"),
+    [(np.nan, np.nan, ""), (3, 2.5, ""), (3, 4.0, "; at look 3: 4.000"), (3, np.nan, ": none")],
+)
+def test_what_a_look_leaves_is_said_where_it_is_other_bits(looks, bits, words):
+    found = search.cell(ROW | {"looks": looks, "look_bits": bits})
+    assert found.endswith(words)
+    assert ("look" in found) == bool(words)
