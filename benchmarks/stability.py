@@ -78,6 +78,7 @@ def main() -> None:
         results = row if results.empty else pd.concat([results, row])
         results.to_csv(RESULTS, index=False)
         print(row.to_string(index=False), flush=True)
+    grids.write_table(MARKERS, markdown(results))
     print(markdown(results))
 
 

@@ -29,7 +29,16 @@ FILES = dict(re.findall(r"`quantifind/(\w+/\w+\.py)`:\n\n```python\n(.*?)```", E
 for_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # the modules whose `markdown` writes a table
 TABLES = ["coverage", "grids", "names", "peers.__main__", "rooms", "rounding_speed", "search"]
-TABLES += ["artifacts", "fuzz", "recipes", "rotation", "scale", "search_quality", "speed"]
+TABLES += [
+    "artifacts",
+    "fuzz",
+    "recipes",
+    "rotation",
+    "scale",
+    "search_quality",
+    "speed",
+    "stability",
+]
 TABLES += ["strangers", "table"]
 
 
