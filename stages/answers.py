@@ -14,7 +14,7 @@ from quantifind.certification.measures import MEASURES
 from quantifind.certification.tails import tail_warning
 from quantifind.utils import plugins
 from stages.card import export_in_words, file_in_words
-from stages.digits import at_most, chance, sure
+from stages.digits import amount, at_most, bound, chance, interval, limit, sure
 
 # what a quantized tensor becomes: its scheme, bits and options; None stays in float
 Choice = Mapping[str, Any] | None
@@ -166,7 +166,9 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
     """
     measure, best = next(iter(answer["limit"])), answer["certified"]
     what, uniform = MEASURES[measure].words, answer["certified_uniform_depth"]
-    limits = " and ".join(f"{MEASURES[m].words} at most {v:g}" for m, v in answer["limit"].items())
+    limits = " and ".join(
+        f"{MEASURES[m].words} at most {limit(m, v)}" for m, v in answer["limit"].items()
+    )
     lines = [f"# {name}: {limits}", ""]
     if answer["budget"] is not None:
         ((cost, most),) = answer["budget"].items()
@@ -189,8 +191,8 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
             f"**{best['mean_bits']:.3f} bits per parameter**, with {confidence}: {_size(best)}, "
             f"{best['compression']:.1f} times smaller than in float32. "
             f"Its {what} on test data is {_interval(best, measure)}, with this confidence at most "
-            f"{at_most(best['look_bound'])}; on validation data, which chose it, it was "
-            f"{best['on_validation']:.4g}."
+            f"{bound(measure, best['look_bound'])}; on validation data, which chose it, it was "
+            f"{amount(measure, best['on_validation'])}."
         )
     lines += ["", f"This answer is {ANSWERS[best['answer']]}."]
     lines += ["", _control(answer["control"], best["matched"])] if answer["control"] else []
@@ -206,8 +208,8 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
         "| measure | test data | at most, one-sided | validation data |",
         "|---|---|---|---|",
         *(
-            f"| {MEASURES[name].words} | {found['value']:.4g} [{found['low']:.4g}, "
-            f"{found['high']:.4g}] | {at_most(found['bound'])} | {found['on_validation']:.4g} |"
+            f"| {MEASURES[name].words} | {_interval(found, name)} | {bound(name, found['bound'])} "
+            f"| {amount(name, found['on_validation'])} |"
             for name, found in best["measures"].items()
         ),
         "",
@@ -263,7 +265,8 @@ def _size(row: Mapping[str, Any]) -> str:
 
 
 def _interval(row: Mapping[str, Any], measure: str) -> str:
-    return f"{row[measure]:.4g} [{row['low']:.4g}, {row['high']:.4g}]"
+    value = row.get("value", row.get(measure))
+    return interval(value, row["low"], row["high"], measure)
 
 
 def summarize(results: pd.DataFrame, limits: Iterable[float]) -> dict[str, Any]:
@@ -303,6 +306,6 @@ def mark_certified(results: pd.DataFrame, limits: Sequence[float]) -> pd.DataFra
     limits: of the criterion ratio.
     """
     certified_at = pd.Series(np.nan, index=results.index)
-    for limit in sorted(limits, reverse=True):
-        certified_at[results["bit_depth"] == certified_depth(results, limit)] = limit
+    for most in sorted(limits, reverse=True):
+        certified_at[results["bit_depth"] == certified_depth(results, most)] = most
     return results.assign(certified_at=certified_at)

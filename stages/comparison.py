@@ -9,7 +9,7 @@ import pandas as pd
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
 from quantifind.utils import palette
-from stages import common, findings, report_tensors
+from stages import common, digits, findings, report_tensors
 from stages.charts import SIZES, Level, Series, frontier_chart
 from stages.evidence import Evidence
 from stages.pages import render
@@ -90,7 +90,7 @@ def _shape(place: int) -> str:
 def _points(table: pd.DataFrame, measure: str, name: str) -> pd.DataFrame:
     words = f"{name}: " + table["mean_bits"].map("{:.4g} bits, ".format)
     words += f"{MEASURES[measure].words} "
-    words += table[measure].map(lambda value: findings.amount(measure, value))
+    words += table[measure].map(lambda value: digits.amount(measure, value))
     points = pd.DataFrame({"x": table["mean_bits"], "y": table[measure], "words": words})
     return points[np.isfinite(points["y"])]
 

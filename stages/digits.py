@@ -1,9 +1,13 @@
-"""Numbers that promise, shown so that no digit promises more:
+"""Numbers for people: with units, and those that promise so that no digit promises more:
 test_what_is_shown_is_not_surer_than_it_is."""
 
 import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from typing import Any, TypeGuard
 
+UNKNOWN = "not known"
+# the measures that people read in hundredths, and how
+HUNDREDTHS = {"accuracy_drop": " points", "flips": "%"}
 UP, DOWN = (Context(prec=4, rounding=way) for way in (ROUND_CEILING, ROUND_FLOOR))
 
 
@@ -27,3 +31,71 @@ def chance(share: float) -> str:
 def _exactly(value: float) -> Decimal:
     """Without what sums in floating point leave in the last digits."""
     return Decimal(f"{value:.12g}")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is there, and finite: JSON has null for what is not."""
+    return value is not None and math.isfinite(value)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number for people, with thousands; `UNKNOWN` for what is none.
+
+    value: a number, or None.
+    digits: that count.
+
+    >>> number(1234567), number(0.00123456), number(float("nan")), number(2.0)
+    ('1,234,567', '0.001235', 'not known', '2')
+    """
+    if not is_number(value):
+        return UNKNOWN
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.{digits}g}"
+
+
+def percent(share: float | None, digits: int = 3) -> str:
+    """A share in hundredths.
+
+    >>> percent(0.12345), percent(0.00004), percent(float("nan"))
+    ('12.3%', '0.004%', 'not known')
+    """
+    return f"{100 * share:.{digits}g}%" if is_number(share) else UNKNOWN
+
+
+def interval(value: Any, low: Any, high: Any, measure: str = "") -> str:
+    """A value with its interval; without it, where that has no ends.
+
+    measure: of which it is, where it is of one (`amount`).
+    """
+    if not (is_number(low) and is_number(high)):
+        return f"{amount(measure, value)} (no interval)"
+    return f"{amount(measure, value)} [{amount(measure, low)}, {amount(measure, high)}]"
+
+
+def amount(measure: str, value: Any, digits: int = 4) -> str:
+    """A value of a measure with its unit: what is a share of examples in hundredths.
+
+    >>> amount("calibrated_ratio", 1.01), amount("accuracy_drop", 0.003), amount("flips", 0.0125)
+    ('1.01', '0.3 points', '1.25%')
+    """
+    if measure not in HUNDREDTHS or not is_number(value):
+        return number(value, digits)
+    shown, unit = number(round(100 * value, 10), digits), HUNDREDTHS[measure]
+    return f"{shown}{unit.removesuffix('s') if shown == '1' else unit}"
+
+
+def limit(measure: str, most: float) -> str:
+    """A limit of a measure with its unit, as it was given: test_a_limit_is_shown_as_it_is.
+
+    >>> limit("criterion_ratio", 1.0004), limit("accuracy_drop", 0.00012)
+    ('1.0004', '0.012 points')
+    """
+    return amount(measure, most, digits=8)
+
+
+def bound(measure: str, most: Any) -> str:
+    """A bound in the unit of its measure, rounded up."""
+    if measure not in HUNDREDTHS or not is_number(most):
+        return at_most(most)
+    return f"{at_most(100 * most)}{HUNDREDTHS[measure]}"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,74 +11,11 @@ from quantifind.certification.goal import answer_of
 from quantifind.certification.measures import MEASURES
 from quantifind.utils.naming import short
 from stages.alone import cost_grid, guessed_cells
-from stages.digits import chance, sure
+from stages.digits import UNKNOWN, chance, is_number, limit, number, percent, sure
 from stages.evidence import Evidence
 
 # the first words of `quantifind.certification.goal.ANSWERS`
 KINDS = {"as_is": "as it is", "following": "following", "trained": "trained further"}
-UNKNOWN = "not known"
-# the measures that people read in hundredths, and how
-HUNDREDTHS = {"accuracy_drop": " points", "flips": "%"}
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is there, and finite: JSON has null for what is not."""
-    return value is not None and math.isfinite(value)
-
-
-def number(value: Any, digits: int = 4) -> str:
-    """A number for people, with thousands; `UNKNOWN` for what is none.
-
-    value: a number, or None.
-    digits: that count.
-
-    >>> number(1234567), number(0.00123456), number(float("nan")), number(2.0)
-    ('1,234,567', '0.001235', 'not known', '2')
-    """
-    if not is_number(value):
-        return UNKNOWN
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:,.{digits}g}"
-
-
-def percent(share: float | None, digits: int = 3) -> str:
-    """A share in hundredths.
-
-    >>> percent(0.12345), percent(0.00004), percent(float("nan"))
-    ('12.3%', '0.004%', 'not known')
-    """
-    return f"{100 * share:.{digits}g}%" if is_number(share) else UNKNOWN
-
-
-def interval(value: Any, low: Any, high: Any, measure: str = "") -> str:
-    """A value with its interval; without it, where that has no ends.
-
-    measure: of which it is, where it is of one (`amount`).
-    """
-    if not (is_number(low) and is_number(high)):
-        return f"{amount(measure, value)} (no interval)"
-    return f"{amount(measure, value)} [{amount(measure, low)}, {amount(measure, high)}]"
-
-
-def amount(measure: str, value: Any, digits: int = 4) -> str:
-    """A value of a measure with its unit: what is a share of examples in hundredths.
-
-    >>> amount("calibrated_ratio", 1.01), amount("accuracy_drop", 0.003), amount("flips", 0.0125)
-    ('1.01', '0.3 points', '1.25%')
-    """
-    if measure not in HUNDREDTHS or not is_number(value):
-        return number(value, digits)
-    return f"{number(round(100 * value, 10), digits)}{HUNDREDTHS[measure]}"
-
-
-def limit(measure: str, most: float) -> str:
-    """A limit of a measure with its unit, as it was given: test_a_limit_is_shown_as_it_is.
-
-    >>> limit("criterion_ratio", 1.0004), limit("accuracy_drop", 0.00012)
-    ('1.0004', '0.012 points')
-    """
-    return amount(measure, most, digits=8)
 
 
 def limits_in_words(limits: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 
 from quantifind.utils import palette
-from stages import findings
+from stages import digits
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -24,8 +24,8 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     templates.filters |= {
-        "number": findings.number,
-        "percent": findings.percent,
+        "number": digits.number,
+        "percent": digits.percent,
         "colour": palette.of_width,
     }
     return templates.get_template(template).render(context, palette=palette)

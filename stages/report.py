@@ -5,7 +5,15 @@ from typing import Any
 
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
-from stages import files, findings, report_changed, report_charts, report_judged, report_tensors
+from stages import (
+    digits,
+    files,
+    findings,
+    report_changed,
+    report_charts,
+    report_judged,
+    report_tensors,
+)
 from stages.card import export_in_words, file_in_words
 from stages.charts import SIZES
 from stages.digits import sure
@@ -84,8 +92,8 @@ def _numbers(evidence: Evidence) -> list[dict[str, str]]:
     """The three that answer: bits, bytes, and what is lost."""
     best, look, bits = evidence.best, evidence.answer["look"], evidence.answer["certified_bits"]
     measure = evidence.measure
-    drawn = [findings.number(end) for end in (bits["low"], bits["high"])]
-    drawn = ["nothing" if end == findings.UNKNOWN else end for end in drawn]
+    drawn = [digits.number(end) for end in (bits["low"], bits["high"])]
+    drawn = ["nothing" if end == digits.UNKNOWN else end for end in drawn]
     return [
         {
             "value": f"{best['mean_bits']:.3f}",
@@ -96,19 +104,19 @@ def _numbers(evidence: Evidence) -> list[dict[str, str]]:
         {
             "value": f"{best['compression']:.1f} ×",
             "what": "smaller than float32",
-            "more": f"{findings.number(best['model_bytes'])} bytes of "
-            f"{findings.number(round(best['model_bytes'] * best['compression']))}",
+            "more": f"{digits.number(best['model_bytes'])} bytes of "
+            f"{digits.number(round(best['model_bytes'] * best['compression']))}",
         },
         {
             "value": f"{best[measure]:#.4g}"
-            if measure not in findings.HUNDREDTHS
-            else findings.amount(measure, best[measure]),
+            if measure not in digits.HUNDREDTHS
+            else digits.amount(measure, best[measure]),
             "what": MEASURES[measure].words
-            + ("" if measure in findings.HUNDREDTHS else f" {MEASURES[measure].unit}"),
-            "more": f"interval {findings.amount(measure, best['low'])} to "
-            f"{findings.amount(measure, best['high'])}; with {sure(look['confidence'])} confidence "
-            f"at most {report_judged.bound(measure, best['look_bound'])}, the limit is "
-            f"{findings.limit(measure, evidence.limits[measure])}",
+            + ("" if measure in digits.HUNDREDTHS else f" {MEASURES[measure].unit}"),
+            "more": f"interval {digits.amount(measure, best['low'])} to "
+            f"{digits.amount(measure, best['high'])}; with {sure(look['confidence'])} confidence "
+            f"at most {digits.bound(measure, best['look_bound'])}, the limit is "
+            f"{digits.limit(measure, evidence.limits[measure])}",
         },
     ]
 
@@ -119,7 +127,7 @@ def _control(evidence: Evidence) -> str | None:
     if said is None or matched is None:
         return said if said is None else f"{said}."
     ratio, control = (
-        findings.interval(*(matched[name][end] for end in ("value", "low", "high")))
+        digits.interval(*(matched[name][end] for end in ("value", "low", "high")))
         for name in ("matched_ratio", "control_ratio")
     )
     beside = f"Beside them this network's loss is {ratio} times as large."
@@ -150,7 +158,7 @@ def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
 
 def _lost(row: Any, measure: str) -> str:
     value, low, high = (row[f"{measure}{end}"] for end in ("", "_low", "_high"))
-    return findings.interval(value, low, high, measure)
+    return digits.interval(value, low, high, measure)
 
 
 def _kept(evidence: Evidence) -> list[str]:
@@ -167,10 +175,10 @@ def _ladder(evidence: Evidence) -> list[dict[str, Any]]:
     return [
         {
             "bits": f"{row['mean_bits']:.3f}",
-            "bytes": findings.number(row.get("validation_model_bytes")),
+            "bytes": digits.number(row.get("validation_model_bytes")),
             "kind": findings.kind(row),
             "lost": _lost(row, measure),
-            "bound": report_judged.bound(measure, row[f"{measure}_look_bound"]),
+            "bound": digits.bound(measure, row[f"{measure}_look_bound"]),
             "certified": "yes" if place < kept else "no",
             "best": place == evidence.step,
         }

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.image import imsave
 
-from stages import findings
+from stages import digits
 
 
 def examples(changed: pd.DataFrame) -> list[dict[str, Any]]:
@@ -40,9 +40,9 @@ def _card(row: dict[Any, Any]) -> dict[str, Any]:
         kinds = {was: "right to wrong", became: "wrong to right"}
         verdict = kinds.get(target, "wrong to wrong") if target is not None else "changed"
     words = f"answer {was} → {became}" if flipped else ("" if was is None else f"answer {was}")
-    loss = " → ".join(findings.number(row[key], 3) for key in ("original_loss", "loss"))
+    loss = " → ".join(digits.number(row[key], 3) for key in ("original_loss", "loss"))
     return {
-        "number": findings.number(row["example"]),
+        "number": digits.number(row["example"]),
         "picture": _picture(row) if row["kind"] == "picture" else None,
         "text": json.loads(row["input"]) if row["kind"] in ("text", "numbers") else None,
         "answer": words,
@@ -53,7 +53,7 @@ def _card(row: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _class(value: Any) -> str | None:
-    return f"{int(value)}" if findings.is_number(value) else None
+    return f"{int(value)}" if digits.is_number(value) else None
 
 
 def _picture(row: dict[Any, Any]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from quantifind.certification.measures import MEASURES
-from stages import findings
+from stages import digits
 from stages.charts import SALTIRE, Level, Series, frontier_chart, prediction_chart
 from stages.evidence import Evidence
 from stages.mixtures import mixture
@@ -44,7 +44,7 @@ def frontier(evidence: Evidence, size: str) -> str:
             + ": "
             + bits
             + f", {words} "
-            + found.map(lambda value: findings.amount(measure, value))
+            + found.map(lambda value: digits.amount(measure, value))
             + f" on {split}"
         )
         # earlier runs did not leave them
@@ -78,7 +78,7 @@ def frontier(evidence: Evidence, size: str) -> str:
     high = limit + max(1.5 * reach, 0.3 * (limit - low), 0.002)
     levels = [
         Level(lossless, "var(--float)", "float", dashed=True, below=reach < (high - low) / 12),
-        Level(limit, "var(--limit)", f"limit {findings.limit(measure, limit)}"),
+        Level(limit, "var(--limit)", f"limit {digits.limit(measure, limit)}"),
     ]
     return frontier_chart(series, levels, title=words, domain=(low, high), width=size)
 
@@ -107,8 +107,8 @@ def predicted(evidence: Evidence) -> pd.DataFrame:
 def prediction(shown: pd.DataFrame, size: str) -> str:
     """Predicted against measured, by origin."""
     words = shown["origin"] + ": " + shown["mean_bits"].map("{:.4g} bits".format)
-    words += ", predicted " + shown["predicted_fidelity"].map(findings.number)
-    words += ", measured " + shown["fidelity"].map(findings.number)
+    words += ", predicted " + shown["predicted_fidelity"].map(digits.number)
+    words += ", measured " + shown["fidelity"].map(digits.number)
     points = pd.DataFrame(
         {"x": shown["predicted_fidelity"], "y": shown["fidelity"], "words": words}
     )

@@ -4,8 +4,8 @@ from typing import Any
 
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
-from stages import findings
-from stages.digits import at_most, chance
+from stages import digits, findings
+from stages.digits import chance
 from stages.evidence import Evidence
 from stages.params import Params
 
@@ -66,22 +66,22 @@ def judged(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
         ("limits", findings.limits_in_words(evidence.limits)),
         ("against", f"the float network that was quantized: {_did(row, 'original_')}"),
         ("this network", _did(row, "")),
-        ("chosen on", f"{findings.number(row.get('validation_examples'))} validation examples"),
-        ("judged on", f"{findings.number(best['examples'])} test examples, which chose nothing"),
+        ("chosen on", f"{digits.number(row.get('validation_examples'))} validation examples"),
+        ("judged on", f"{digits.number(best['examples'])} test examples, which chose nothing"),
         ("data", f"{data}, split into training, validation and test examples"),
         (
             "look",
             f"number {look['k']}: so many ladders were judged on these test examples, and each "
             "gets a smaller part of the chance to err, the k-th one k(k + 1)th of it. That this "
             f"certificate is wrong has a chance of at most {chance(look['level'])}, all of them "
-            f"together of {findings.percent(1 - found['confidence'])}",
+            f"together of {digits.percent(1 - found['confidence'])}",
         ),
         *(
             (
                 MEASURES[name].words,
-                f"{findings.interval(m['value'], m['low'], m['high'], name)} on test data, "
-                f"{findings.amount(name, m['on_validation'])} on validation data"
-                + (f"; bound {bound(name, m['look_bound'])}" if "look_bound" in m else ""),
+                f"{digits.interval(m['value'], m['low'], m['high'], name)} on test data, "
+                f"{digits.amount(name, m['on_validation'])} on validation data"
+                + (f"; bound {digits.bound(name, m['look_bound'])}" if "look_bound" in m else ""),
             )
             for name, m in best["measures"].items()
         ),
@@ -112,24 +112,17 @@ def _above(evidence: Evidence) -> str:
     bounds = {name: row[f"{name}_look_bound"] for name in evidence.limits}
     return ", ".join(
         f"{MEASURES[name].words} "
-        + (f"may be up to {bound(name, most)}" if findings.is_number(most) else "has no bound")
+        + (f"may be up to {digits.bound(name, most)}" if digits.is_number(most) else "has no bound")
         for name, most in bounds.items()
         if not most <= evidence.limits[name]
     )
 
 
-def bound(measure: str, most: Any) -> str:
-    """A bound in the unit of its measure, rounded up."""
-    if measure not in findings.HUNDREDTHS or not findings.is_number(most):
-        return at_most(most)
-    return f"{at_most(100 * most)}{findings.HUNDREDTHS[measure]}"
-
-
 def _did(row: Any, which: str) -> str:
     """The loss and the accuracy of one of the two networks on test data."""
-    said = [f"loss {findings.number(row.get(f'{which}criterion'))}"]
-    if findings.is_number(row.get(f"{which}accuracy")):
-        said.append(f"accuracy {findings.percent(row[f'{which}accuracy'], 4)}")
+    said = [f"loss {digits.number(row.get(f'{which}criterion'))}"]
+    if digits.is_number(row.get(f"{which}accuracy")):
+        said.append(f"accuracy {digits.percent(row[f'{which}accuracy'], 4)}")
     return f"{' and '.join(said)} on test data"
 
 
@@ -149,7 +142,7 @@ def other_limits(evidence: Evidence) -> dict[str, Any]:
             depths = steps_that_keep(uniform, limits)
         rows.append(
             {
-                "limit": findings.limit(measure, round(limits[measure], 10)),
+                "limit": digits.limit(measure, round(limits[measure], 10)),
                 "asked": times == 1,
                 "bits": f"{ladder['mean_bits'].iloc[kept - 1]:.3f}" if kept else "none",
                 "depth": f"{uniform['bit_depth'].iloc[depths - 1]:g}" if depths else "none",

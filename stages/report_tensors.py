@@ -7,7 +7,7 @@ import pandas as pd
 
 from quantifind.utils import palette
 from quantifind.utils.naming import short
-from stages import findings
+from stages import digits, findings
 from stages.alone import SHARES, cost_grid, guessed_cells, in_spans, labelled, left_out, near
 
 # of a strip's width, what a tensor needs for its bits
@@ -25,7 +25,7 @@ def strip(tensors: pd.DataFrame) -> dict[str, Any]:
             "bits": f"{row['bits']:.3g}",
             "numbered": row["values"] > NUMBERED * total,
             "words": f"{row['name']}: {findings.width(row)}, "
-            f"{findings.percent(row['values'] / total)} of the parameters",
+            f"{digits.percent(row['values'] / total)} of the parameters",
             "colour": palette.of_width(row["bits"]),
             "ink": palette.ink_on(palette.of_width(row["bits"])),
         }
@@ -33,7 +33,7 @@ def strip(tensors: pd.DataFrame) -> dict[str, Any]:
     ]
     held: dict[Any, float] = (weights.groupby("bits")["values"].sum() / total).to_dict()
     key = [
-        {"bits": f"{bits:.3g}", "share": findings.percent(share), "colour": palette.of_width(bits)}
+        {"bits": f"{bits:.3g}", "share": digits.percent(share), "colour": palette.of_width(bits)}
         for bits, share in held.items()
     ]
     # said below the strip: test_the_strip_says_how_many_it_does_not_name
@@ -79,9 +79,9 @@ def _cell(share: float, chosen: bool) -> dict[str, Any]:
         return {"text": "–", "level": "none", "chosen": chosen}
     level = int(np.searchsorted(SHARES, share))
     if np.isinf(share) or share > 10:
-        text = "∞" if np.isinf(share) else f"× {findings.number(1 + share, 2)}"
+        text = "∞" if np.isinf(share) else f"× {digits.number(1 + share, 2)}"
     else:
-        text = findings.percent(share, 2 if share < 1 else 3)
+        text = digits.percent(share, 2 if share < 1 else 3)
         if abs(share) < 1e-4:
             text = "0%" if share <= SHARES[0] else "<0.01%"
     return {"text": text.replace("-", "−"), "level": level, "chosen": chosen}

@@ -12,7 +12,7 @@ from quantifind.certification.ledger import Look
 from quantifind.certification.measures import MEASURES
 from stages.answers import in_words, recommend, words_of
 from stages.card import card
-from stages.digits import at_most, chance, sure
+from stages.digits import at_most, bound, chance, sure
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}
 
@@ -170,7 +170,7 @@ def test_plain_values_that_say_the_same_as_the_words(measure, bounds):
     assert answer["limit"] == {measure: limit}
     page = in_words(answer, "my_net")
     best = answer["certified"] or answer["chosen"]
-    assert page.startswith(f"# my_net: {MEASURES[measure].words} at most {limit:g}\n")
+    assert page.startswith(f"# my_net: {MEASURES[measure].words} at most {told(measure, limit)}\n")
     for figure in (
         f"{best['model_bytes']:,} bytes",
         "99.16% confidence",
@@ -178,7 +178,8 @@ def test_plain_values_that_say_the_same_as_the_words(measure, bounds):
         "certificate is wrong is at most 0.8334%",
         "of all of them together is at most 5%",
         "(bootstrap), 2.000 to 6.000 bits would be certified in 90 of 100",
-        f"{best[measure]:.4g} [{best['low']:.4g}, {best['high']:.4g}]",
+        f"{told(measure, best[measure])} [{told(measure, best['low'])}, "
+        f"{told(measure, best['high'])}]",
         "8 bits would be certified",
         "| bias | float |",
     ):
@@ -186,8 +187,8 @@ def test_plain_values_that_say_the_same_as_the_words(measure, bounds):
     if answer["certified"]:
         assert f"**{best['mean_bits']:.3f} bits per parameter**" in page
         assert f"{best['compression']:.1f} times smaller" in page
-        assert f"at most {best['look_bound']:.4g}; on validation" in page
-        assert f"it was {best['on_validation']:.4g}" in page
+        assert f"at most {told(measure, best['look_bound'])}; on validation" in page
+        assert f"it was {told(measure, best['on_validation'])}" in page
     else:
         assert "**Nothing is certified**" in page
         assert "times smaller" not in page
@@ -336,6 +337,23 @@ def test_the_card_says_what_the_file_is_and_how_to_load_it():
     assert all(line in page for line in bare.splitlines()[2:])
     assert "codes packed it takes 7,001 bytes, coded 6,002" in words
     assert answer_of([1.02, 1.0])["step"] == 1
+
+
+def told(measure, value):
+    """With its unit, four digits."""
+    if measure not in ("accuracy_drop", "flips"):
+        return f"{value:.4g}"
+    shown = f"{round(100 * value, 10) + 0.0:.4g}"
+    if measure == "flips":
+        return f"{shown}%"
+    return f"{shown} point" if shown == "1" else f"{shown} points"
+
+
+@given(st.sampled_from(["accuracy_drop", "flips"]), st.floats(1e-6, 1))
+def test_a_bound_in_hundredths_is_not_surer_than_it_is(measure, value):
+    shown = bound(measure, value)
+    assert float(shown.split()[0].rstrip("%")) >= 100 * value * (1 - 1e-11)
+    assert bound(measure, math.nan) == "not known"
 
 
 @given(st.floats(1e-300, 1e6))

@@ -26,7 +26,7 @@ from quantifind.certification.measures import MEASURES
 from quantifind.quantize import mean_bits, quantize
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils import palette
-from stages import files, findings, report_changed, report_charts, report_tensors
+from stages import digits, files, findings, report_changed, report_charts, report_tensors
 from stages.alone import cost_grid
 from stages.comparison import certified_bits, comparison
 from stages.evidence import FACTS, TABLES, read_evidence
@@ -196,11 +196,11 @@ def _key_of_predictions(text):
 
 
 @given(st.sampled_from(sorted(MEASURES)), st.integers(0, 10**7))
-def test_a_limit_is_shown_as_it_is(measure, digits):
-    most = MEASURES[measure].lossless + digits / 10**7
-    words = findings.limit(measure, most)
+def test_a_limit_is_shown_as_it_is(measure, parts):
+    most = MEASURES[measure].lossless + parts / 10**7
+    words = digits.limit(measure, most)
     shown = float(words.split()[0].rstrip("%").replace(",", ""))
-    assert shown / (100 if measure in findings.HUNDREDTHS else 1) == pytest.approx(most, abs=1e-12)
+    assert shown / (100 if measure in digits.HUNDREDTHS else 1) == pytest.approx(most, abs=1e-12)
 
 
 def test_what_is_called_measured_was():
@@ -279,7 +279,7 @@ def test_heading_of_the_strip_names_the_largest_and_the_widest(rows):
     named = [int(name) for name in re.findall(r"<(\d+)>", text)]
     most = max(values for values, _ in rows)
     assert rows[named[0]][0] == most
-    assert findings.percent(most / sum(values for values, _ in rows)) in text
+    assert digits.percent(most / sum(values for values, _ in rows)) in text
     if len(named) == 2:
         assert rows[named[1]][1] == max(bits for _, bits in rows)
 
