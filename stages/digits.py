@@ -19,7 +19,7 @@ def sure(confidence: float) -> str:
 def at_most(bound: float | None) -> str:
     """A bound with four digits, rounded up; that it is not known where it is no number."""
     if bound is None or not math.isfinite(bound):
-        return "not known"
+        return UNKNOWN
     return f"{float(UP.create_decimal(_exactly(bound))):.4g}"
 
 

@@ -108,8 +108,9 @@ def _numbers(evidence: Evidence) -> list[dict[str, str]]:
             f"{digits.number(round(best['model_bytes'] * best['compression']))}",
         },
         {
+            # as many digits as its interval has; none of what is no number
             "value": f"{best[measure]:#.4g}"
-            if measure not in digits.HUNDREDTHS
+            if measure not in digits.HUNDREDTHS and digits.is_number(best[measure])
             else digits.amount(measure, best[measure]),
             "what": MEASURES[measure].words
             + ("" if measure in digits.HUNDREDTHS else f" {MEASURES[measure].unit}"),

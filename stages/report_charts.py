@@ -97,7 +97,8 @@ def predicted(evidence: Evidence) -> pd.DataFrame:
     that which the report is about."""
     candidates = evidence.tables["candidates"]
     steps = candidates.index[candidates["on_ladder"].astype(bool)]
-    candidates = candidates.assign(marked=candidates.index == steps[evidence.step])
+    step = steps[evidence.step : evidence.step + 1]
+    candidates = candidates.assign(marked=candidates.index.isin(step))
     both = ["predicted_fidelity", "fidelity"]
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
     shown = shown.reindex(columns=[*shown.columns.union(both, sort=False)])

@@ -64,6 +64,7 @@ CASES = {
     },
     "no examples": {"shown": []},
     "no numbers": {"lost": (0.001, np.nan, np.inf)},
+    "nothing measured": {"lost": (np.nan, np.nan, np.inf)},
 }
 
 

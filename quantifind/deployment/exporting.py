@@ -3,10 +3,11 @@
 import copy
 import importlib
 import inspect
+import logging
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial, wraps
 from io import BytesIO
@@ -168,9 +169,10 @@ def _onnx(
         # branches on what is known crash onnxruntime (test_a_bag_of_embeddings_runs); nothing else
         # is rewritten, such as norms into weights: test_what_stands_beside_a_branch_stays_as_it_is
         kept = all_tensors(replica).keys()
-        optimizer.inline(made.model)
-        optimizer.fold_constants(made.model, should_fold=lambda node: _folds(node, kept))
-        optimizer.remove_unused_nodes(made.model)
+        with _unsaid("onnxscript"):
+            optimizer.inline(made.model)
+            optimizer.fold_constants(made.model, should_fold=lambda node: _folds(node, kept))
+            optimizer.remove_unused_nodes(made.model)
     proto = made.model_proto
     written = {own.domain: own.version for own in proto.opset_import}[""]
     check(written == opset, "opset", opset, f"torch writes {written} of this network")
@@ -178,6 +180,18 @@ def _onnx(
     kinds = onnx_graph.put_codes(proto.graph, codes, opset=opset)
     onnx_graph.put_activations(proto.graph, codes.activations, all_tensors(replica))
     return proto.SerializeToString(), kinds
+
+
+@contextmanager
+def _unsaid(logger: str) -> Iterator[None]:
+    """Within it a library's warnings are not said, which are of what it leaves as it is."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _folds(node: Any, kept: Collection[str]) -> bool | None:
