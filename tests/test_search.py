@@ -343,11 +343,18 @@ def test_coded_codes_learn_to_be_few(goal, labels, monkeypatch):
     better = "mean_bits" if goal[1] is None else "criterion_ratio"
     assert candidates.best()[better] < before[better]
     assert (candidates.control is not None) == labels
-    # the control, which has no density, learns by the same recipe
-    own = ("density", "checkpoints")
-    plain = [{k: v for k, v in r.items() if k not in own} for r in recipes]
-    assert len(plain) == learned_candidates.LEARNED + labels
-    assert all(one == plain[0] for one in plain)
+    assert len(recipes) == learned_candidates.LEARNED + labels
+    learned = recipes[: learned_candidates.LEARNED]
+    sparsest_first = sorted(learned, key=lambda recipe: recipe["density"])
+    rates = [recipe["learning_rate"] for recipe in sparsest_first]
+    assert rates == sorted(rates, reverse=True)
+    if labels:  # the control, which has no density, learns by the recipe of the best
+        kept = [row for row in rows if candidates.goal.keeps(row)]
+        best = rows.index(min(kept, key=candidates.goal.rank)) if kept else None
+        own = ("density", "checkpoints")
+        plain = [{k: v for k, v in r.items() if k not in own} for r in recipes]
+        densest = learned.index(sparsest_first[-1])
+        assert plain[-1] == plain[densest if best is None else best]
 
 
 def test_a_larger_allocation_is_far_from_the_limit(small, monkeypatch):
@@ -559,6 +566,23 @@ def test_learning_is_kept(small, tmp_path, monkeypatch):
     options["learn"] = 1.0
     again = find_strategy(net, train, val, nn.CrossEntropyLoss(), **options)
     assert plain(first).equals(plain(again))
+
+
+def test_another_limit_learns_nothing_anew(small, tmp_path, monkeypatch):
+    """Where what learns, and how sparse, is the same."""
+    net, train, val, _ = small
+    options = {"learn": 1, "folder": tmp_path, "storage": "coded"}
+    loose = {"limit": {"accuracy_drop": 1.0}}
+    first = find_strategy(net, train, val, nn.CrossEntropyLoss(), **loose, **options)
+    monkeypatch.setattr(learned_candidates, "learn_codes", None)
+    for limit in ({"accuracy_drop": 0.9}, {"flips": 1.0}, {"criterion_ratio": 1e6}):
+        again = find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=limit, **options)
+        learned = [
+            list(f.candidates.loc[f.candidates["answer"] == "following", "mean_bits"])
+            for f in (first, again)
+        ]
+        assert learned[0] == learned[1]
+        assert len(learned[0]) == learned_candidates.LEARNED
 
 
 BAD = [

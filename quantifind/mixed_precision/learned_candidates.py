@@ -28,14 +28,13 @@ from quantifind.utils.naming import NotFinite
 
 # candidates of learning at most
 LEARNED = 4
-# learning here may take large steps, where most codes are 0 larger ones
-LEARNING_RATE, LABEL_WEIGHT, SPARSE_LEARNING_RATE = 1e-3, 1.0, 4e-3
+# learning here may take large steps; where few codes are not 0 larger ones, up to so many times
+LEARNING_RATE, LABEL_WEIGHT, FASTER = 1e-3, 1.0, 4.0
 LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
 # bits that a weight, and another tensor, has at most where codes are learned
 LEARNABLE, BESIDE = 4, 8
-# which shares of the codes may be others than 0, of how many levels; and how many bits others have
-# where no candidate says it
-DENSITIES, LEVELS, FEW = (0.005, 0.5), 7, 4
+# which shares of the codes may be others than 0, of how many levels; and bits of other tensors
+DENSITIES, LEVELS, BESIDE_CODED = (0.005, 0.5), 7, 6
 
 
 def learn_candidates(candidates: Candidates, epochs: float, labels: bool) -> None:
@@ -48,23 +47,22 @@ def learn_candidates(candidates: Candidates, epochs: float, labels: bool) -> Non
         names = " and ".join(kind.__name__ for kind in LABELLED)
         console.print(f"Labels are learned with {names} alone: codes follow the outputs")
         labels = False
+    density = None
     if sparse is None:
         start = _learn_allocations(candidates, epochs, labels)
     else:
-        _learn_densities(candidates, sparse, epochs, labels)
-        start = sparse
+        start, density = sparse, _learn_densities(candidates, sparse, epochs, labels)
     if labels and start is not None:
         # the same tensors are trained, of how many bits the codes may be
-        sparsely = sparse is not None
-        candidates.control = _control(candidates.measurements, start, epochs, sparse=sparsely)
+        candidates.control = _control(candidates.measurements, start, epochs, density)
         console.print(f"{candidates.control}", markup=False, highlight=False)
 
 
 def _sparse_strategy(candidates: Candidates) -> Strategy | None:
-    """Weights that may be coded on one step, others by the best candidate's choices if these are of
-    few bits, else of about as few as may be; None where no weight may be coded."""
+    """Weights that may be coded on one step, others of about `BESIDE_CODED` bits; None where no
+    weight may be coded. The same for every limit: test_another_limit_learns_nothing_anew."""
     best, allocation = candidates.best(), candidates.allocation
-    found: dict[str, Choice | None] = dict.fromkeys(allocation.values)
+    found: dict[str, Choice | None] = {}
     some = False
     for name, choices in allocation.rounded_options.space.tensors.items():
         coded = [c for c in choices if c.storage == "coded" and c.scheme == "uniform"]
@@ -72,31 +70,35 @@ def _sparse_strategy(candidates: Candidates) -> Strategy | None:
             # test_what_may_be_coded_learns_to_be_sparse
             own = ("scheme", "axis", "group", "storage", "scale_dtype")
             values = {k: v for k, v in coded[0].plain().items() if k in own}
-            values |= {"levels": LEVELS, "rounding": "nearest"}
-            found[name], some = Choice.of(values), True
-            continue
-        chosen = None if best is None else best["strategy"].tensors[name]
-        if chosen is None or chosen.width > BESIDE or chosen.rounding == "learned":
-            chosen = min(choices, key=lambda choice: abs(choice.width - FEW))
-        found[name] = chosen
+            found[name] = Choice.of(values | {"levels": LEVELS, "rounding": "nearest"})
+            some = True
+        else:
+            found[name] = min(choices, key=lambda choice: abs(choice.width - BESIDE_CODED))
     if not some:
         return None
     activations = {} if best is None else best["strategy"].activations
-    return Strategy(found, activations, candidates.allocation.folded)
+    return Strategy(found, activations, allocation.folded)
 
 
-def _learn_densities(candidates: Candidates, start: Strategy, epochs: float, labels: bool) -> None:
+def _learn_densities(candidates: Candidates, start: Strategy, epochs: float, labels: bool) -> float:
     """Learn codes of densities that halve, as ratios, what lies between the sparsest that keeps the
-    goal and the densest that does not; of a budget, the other way round."""
+    goal and the densest that does not; of a budget, the other way round.
+
+    Returns: the density of the best of them; the largest where none keeps the goal.
+    """
+    goal, tried, kept = candidates.goal, list[float](), dict[float, tuple[float, float]]()
     low, high = DENSITIES
     with progress("learning candidates", total=LEARNED) as step:
         for _ in range(LEARNED):
             density = math.sqrt(low * high)
             row = _learn(candidates, start, epochs, labels, density)
-            kept = row is not None and candidates.goal.keeps(row)
+            tried.append(density)
+            if row is not None and goal.keeps(row):
+                kept[density] = goal.rank(row)
             step("" if row is None else note(row))
-            sparser = kept == (candidates.goal.budget is None)
+            sparser = (density in kept) == (goal.budget is None)
             low, high = (low, density) if sparser else (density, high)
+    return min(kept, key=kept.__getitem__, default=max(tried))
 
 
 def _learn_allocations(candidates: Candidates, epochs: float, labels: bool) -> Strategy | None:
@@ -197,7 +199,7 @@ def _learned(
     density: float | None,
 ) -> Quantized:
     """The codes that a strategy learns, or as they are kept."""
-    key, recipe = _recipe(measurements, epochs, labels, sparse=density is not None)
+    key, recipe = _recipe(measurements, epochs, labels, density)
     if density is not None:
         recipe["density"] = density
         key += f" {density}"
@@ -216,10 +218,10 @@ def _learned(
 
 
 def _control(
-    measurements: Measurements, start: Strategy, epochs: float, *, sparse: bool
+    measurements: Measurements, start: Strategy, epochs: float, density: float | None
 ) -> Control:
     """What becomes of float weights by the recipe of codes that learn from labels."""
-    key, recipe = _recipe(measurements, epochs, True, sparse=sparse)
+    key, recipe = _recipe(measurements, epochs, True, density)
     trained = sorted(name for name, choice in start.tensors.items() if choice is not None)
     key = f"control {key} {fingerprint(trained, start.folded)}"
     recipe["checkpoints"] = _resumed(measurements.store, key)
@@ -228,11 +230,13 @@ def _control(
 
 
 def _recipe(
-    measurements: Measurements, epochs: float, labels: bool, *, sparse: bool
+    measurements: Measurements, epochs: float, labels: bool, density: float | None
 ) -> tuple[str, dict[str, Any]]:
     """What `quantifind.learning.learn` is given, and a key of it and of the data."""
     label_weight = LABEL_WEIGHT if labels else 0.0
-    learning_rate = SPARSE_LEARNING_RATE if sparse else LEARNING_RATE
+    # with the largest rate at each density, denser codes followed worse than sparser ones
+    faster = 1.0 if density is None else min(FASTER, math.sqrt(DENSITIES[1] / density))
+    learning_rate = faster * LEARNING_RATE
     dataset = getattr(measurements.train_loader, "dataset", None)
     whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
     # 12 and 12.0 are the same: test_learning_is_kept
