@@ -11,7 +11,7 @@ from torch import nn
 
 from quantifind.certification.goal import Goal, Limit
 from quantifind.mixed_precision.asked import asked_goal, measurable
-from quantifind.mixed_precision.candidates import Candidates, Told, note
+from quantifind.mixed_precision.candidates import Candidates, Told
 from quantifind.mixed_precision.exploration import explore, try_neighbours
 from quantifind.mixed_precision.found import Found, found_by
 from quantifind.mixed_precision.learned_candidates import learn_candidates
@@ -179,7 +179,7 @@ def _cut_short(
         what = "what would have come after the time" if late else "interrupted"
         candidates.measurements.passes.stopped(what)
         if not late:
-            console.print("Interrupted: the best so far is the answer")
+            console.print("Interrupted: the search ends with the best so far")
     elif late:
         kept = "give a folder" if folder is None else f"what was done is in {folder}"
         raise ValueError(
@@ -197,8 +197,9 @@ def _cut_short(
 def _standing(passes: Passes, candidates: Candidates | None) -> str:
     """How a search stands, in one line."""
     best = None if candidates is None else candidates.best()
-    said = "" if best is None else f"; best so far {note(best)}"
-    return f"{passes.standing()}{said}"
+    if candidates is None or best is None:
+        return passes.standing()
+    return f"{passes.standing()}; best so far {candidates.note(best)}"
 
 
 def refine(candidates: Candidates, learn: float, labels: bool) -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 
 from quantifind.certification.certificate import certified_depth
+from quantifind.certification.digits import amount, at_most, bound, chance, interval, limit, sure
 from quantifind.certification.goal import ANSWERS, answer_of, steps_that_keep
 from quantifind.certification.ledger import Look
 from quantifind.certification.measures import MEASURES
 from quantifind.certification.tails import tail_warning
 from quantifind.utils import plugins
 from stages.card import export_in_words, file_in_words
-from stages.digits import amount, at_most, bound, chance, interval, limit, sure
 
 # what a quantized tensor becomes: its scheme, bits and options; None stays in float
 Choice = Mapping[str, Any] | None
@@ -38,7 +38,7 @@ def recommend(
         `quantifind.workflow.evaluation_workflow.evaluate_strategies`, with the columns of the
         candidates under ``validation_…``; with ``…_look_bound``, the measure's bound at the level
         of the look, ``change_skewness`` and ``examples``.
-    uniform: those rows of the uniform depths.
+    uniform: those rows of the uniform depths, with ``…_look_bound``, too.
     choices: of each row of found, "tensors" and "activations", by name the choice.
     limits: what is certified: by measure of `quantifind.certification.measures.MEASURES`, the most
         that it may be.
@@ -55,7 +55,7 @@ def recommend(
     steps = steps_that_keep(found, limits, "look_bound")
     alone = steps_that_keep(found, limits)
     uniform = uniform.sort_values("bit_depth", ascending=False)
-    depths = steps_that_keep(uniform, limits)
+    depths = steps_that_keep(uniform, limits, "look_bound")
     rows = found.to_dict("records")
     chosen = next(i for i, row in enumerate(rows) if row["validation_chosen"])
     best = steps - 1 if steps else chosen

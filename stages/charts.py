@@ -15,7 +15,7 @@ import vl_convert
 Spec = dict[str, Any]
 # width and height in pixels, of wide screens and of narrow ones
 SIZES = {"wide": (760, 360), "narrow": (290, 300)}
-BIT_TICKS = (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+BIT_TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 SHARE_TICKS = (0, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1000)
 # a symbol of one's own, within a square from -1 to 1: an x, which no filling hides
 SALTIRE = "M-.7,-.7L.7,.7M-.7,.7L.7,-.7"
@@ -28,7 +28,8 @@ CROWDED = (5e-4, 2e-3)
 class Series:
     """Points of one kind.
 
-    points: columns ``x``, ``y``, ``words`` and, where there are intervals, ``low`` and ``high``.
+    points: columns ``x``, ``y``, ``words``; where there are intervals ``low`` and ``high``, and
+        where there are bounds ``bound``.
     colour: a CSS variable of the page.
     shape: of Vega's symbols.
     size: area in square pixels.
@@ -80,7 +81,7 @@ def frontier_chart(
     ends = (min([*xs, 2]) * 0.9, max([*xs, 8]) * 1.1)
     ticks = [tick for tick in BIT_TICKS if ends[0] <= tick <= ends[1]]
     if width == "narrow":
-        ticks = [tick for tick in ticks if tick in (0.5, 1, 2, 4, 8, 16, 32)]
+        ticks = [tick for tick in ticks if tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32)]
     x = _axis("x", "mean bits per parameter", ends, {"values": ticks}, {"type": "log"})
     y = _axis("y", title, domain, {"tickCount": 6})
     layers = [layer for level in levels for layer in _level(level, ends[1], x, y)]
@@ -166,6 +167,11 @@ def _layers(one: Series, x: Spec, y: Spec, domain: tuple[float, float]) -> list[
         rule = {"type": "rule", "color": one.colour, "opacity": 0.55, "aria": False}
         ends = {"y": y | {"field": "low"}, "y2": {"field": "high"}}
         layers.append(_layer(spans, rule, x=x, **ends))
+    if "bound" in points:
+        met = points[points["bound"].between(low, high)]
+        across = {"type": "tick", "orient": "horizontal", "color": one.colour, "size": 12}
+        across |= {"thickness": 2, "aria": False}
+        layers.append(_layer(met, across, x=x, y=y | {"field": "bound"}))
     fill = one.colour if one.filled else "var(--page)"
     mark = {"type": "point", "size": one.size, "stroke": one.colour, "fill": fill}
     mark |= {"opacity": 1, "strokeWidth": 1.5}

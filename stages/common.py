@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from quantifind.certification.digits import amount
 from quantifind.certification.measures import MEASURES
 from stages.evidence import Evidence
 
@@ -17,6 +18,7 @@ def answer(found: Found) -> str:
     found: by name what each network's run left, as everywhere here.
     """
     bits = certified(found)
+    own = "" if alike(found) else ", each at its own limits"
     if not bits:
         return f"Nothing is certified for {listed(list(found))}"
     fewest, most = min(bits, key=bits.__getitem__), max(bits, key=bits.__getitem__)
@@ -25,11 +27,18 @@ def answer(found: Found) -> str:
     if len(bits) == 1:
         return f"{fewest} needs {bits[fewest]:.3g} bits per parameter{more}"
     times = bits[most] / bits[fewest]
+    if times == 1:
+        return f"{listed(list(bits))} need {bits[most]:.3g} bits per parameter each{own}{more}"
     times_more = f": {times:.2g} times as many" if times >= 1.05 else ""
     return (
         f"{fewest} needs the fewest bits per parameter, {bits[fewest]:.3g}, and {most} the most, "
-        f"{bits[most]:.3g}{times_more}{more}"
+        f"{bits[most]:.3g}{own}{times_more}{more}"
     )
+
+
+def alike(found: Found) -> bool:
+    """Whether all networks are held to the same limits."""
+    return len({tuple(sorted(evidence.limits.items())) for evidence in found.values()}) == 1
 
 
 def certified(found: Found) -> dict[str, float]:
@@ -59,12 +68,10 @@ def reach(found: Found, measure: str) -> str:
     if not known:
         return f"{words.capitalize()}: nothing is certified"
     low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    least, largest = (amount(measure, known[name]) for name in (low, high))
     if low == high:
-        return f"{words.capitalize()} is {known[low]:.4g} for {low}"
-    return (
-        f"{words.capitalize()} of what is certified: from {known[low]:.4g} ({low}) to "
-        f"{known[high]:.4g} ({high})"
-    )
+        return f"{words.capitalize()} is {least} for {low}"
+    return f"{words.capitalize()} of what is certified: from {least} ({low}) to {largest} ({high})"
 
 
 def uniform(found: Found) -> str:
@@ -74,18 +81,20 @@ def uniform(found: Found) -> str:
     if not known:
         return "One width for all tensors is certified for none"
     low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    own = "" if alike(found) else ", each at its own limits"
     if known[low] == known[high]:
-        return f"One width for all tensors: {known[low]} bits for {listed(list(known))}"
-    return f"One width for all tensors: from {known[low]} bits ({low}) to {known[high]} ({high})"
+        return f"One width for all tensors: {known[low]} bits for {listed(list(known))}{own}"
+    ends = f"from {known[low]} bits ({low}) to {known[high]} ({high})"
+    return f"One width for all tensors: {ends}{own}"
 
 
 def sentences(found: Found) -> list[str]:
     """What holds for all, for some, or for none."""
     said = []
     gains = {
-        name: evidence.answer["certified_uniform_depth"] / bits
+        name: uniform_bits / bits
         for name, bits in certified(found).items()
-        if (evidence := found[name]).answer["certified_uniform_depth"] is not None
+        if (uniform_bits := found[name].uniform_bits) is not None
     }
     if gains:
         most = max(gains, key=gains.__getitem__)
@@ -104,10 +113,12 @@ def sentences(found: Found) -> list[str]:
         {name: end and (end[1], end[2]) for name, end in outer.items()},
         "the last weights have wider codes than all weights on average",
     )
-    widths = {name: evidence.tensors["bits"].nunique() for name, evidence in found.items()}
-    few, many = min(widths.values()), max(widths.values())
+    weights = (e.tensors[e.tensors["kind"] == "tensors"] for e in found.values())
+    widths = [each["bits"].nunique() for each in weights]
+    few, many = min(widths), max(widths)
     count = f"{few}" if few == many else f"{few} to {many}"
-    return [*said, f"Each network uses {count} different widths."]
+    words = "one width" if many == 1 else f"{count} different widths"
+    return [*said, f"Each network's tensors have {words}."]
 
 
 def _holds(pairs: Mapping[str, tuple[float, float] | None], claim: str) -> list[str]:

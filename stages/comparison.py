@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from quantifind.certification import digits
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
 from quantifind.utils import palette
-from stages import common, digits, findings, report_tensors
+from stages import common, findings, report_tensors
 from stages.charts import SIZES, Level, Series, frontier_chart
 from stages.evidence import Evidence
 from stages.pages import render
+from stages.report_charts import axis
 
 # of the criterion ratio; each network's own limits stand beside them
 LIMITS = (1.001, 1.01, 1.05, 1.1)
@@ -91,7 +93,8 @@ def _points(table: pd.DataFrame, measure: str, name: str) -> pd.DataFrame:
     words = f"{name}: " + table["mean_bits"].map("{:.4g} bits, ".format)
     words += f"{MEASURES[measure].words} "
     words += table[measure].map(lambda value: digits.amount(measure, value))
-    points = pd.DataFrame({"x": table["mean_bits"], "y": table[measure], "words": words})
+    lost = MEASURES[measure].scale * table[measure]
+    points = pd.DataFrame({"x": table["mean_bits"], "y": lost, "words": words})
     return points[np.isfinite(points["y"])]
 
 
@@ -105,14 +108,14 @@ def _ladders(found: Mapping[str, Evidence], measure: str, size: str) -> str:
         if evidence.kept:
             best = points[points.index == evidence.step]
             series.append(Series(best, size=170, filled=False, **look))
-    lossless = MEASURES[measure].lossless
+    lossless = MEASURES[measure].scale * MEASURES[measure].lossless
     values = [y for one in series for y in one.points["y"]]
     high = max(np.quantile(values, 0.9), lossless) if values else lossless + 1
     low = min([*values, lossless])
     reach = max(high - low, 1e-6)
     levels = [Level(lossless, "var(--float)", "float", dashed=True)]
     domain = (low - 0.2 * reach, high + 0.1 * reach)
-    return frontier_chart(series, levels, title=MEASURES[measure].words, domain=domain, width=size)
+    return frontier_chart(series, levels, title=axis(measure), domain=domain, width=size)
 
 
 def _uniform(found: Mapping[str, Evidence], size: str) -> str:

@@ -13,7 +13,7 @@ from quantifind.strategy import Strategy
 from quantifind.tensor.choice import STORAGES
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import batches_of
-from quantifind.workflow.certification_workflow import judge_ladder
+from quantifind.workflow.certification_workflow import judge_ladder, with_look_bounds
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 from stages import files, ladder, looks, networks
 from stages.answers import in_words, mark_certified, recommend, summarize
@@ -40,7 +40,7 @@ def main(params: Params) -> None:
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
     how: Any = {"confidence": confidence, "forward": made.forward, **params.workers}
     fixed = files.read_json(files.TEMPERATURES)
-    table = evaluate_strategies(net, uniform, test, criterion, **fixed, **how)
+    table = evaluate_strategies(net, uniform, test, criterion, columns=True, **fixed, **how)
     asked = files.read_json(files.LIMITS) or {"criterion_ratio": limits[0]}
     control = ladder.read_control()
     judged = judge_ladder(
@@ -55,6 +55,7 @@ def main(params: Params) -> None:
     )
     found, look = judged.steps, judged.look
     assert look is not None
+    table = with_look_bounds(table, asked, look)
     frontier = found.join(facts.add_prefix("validation_"))
     answer = recommend(
         frontier,

@@ -1,6 +1,7 @@
 """What a run left in tables and JSON, from which everything that people see is drawn."""
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,13 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
 FACTS = {
     "recommendation": (
         "evaluate",
-        ("limit", "confidence", "look", "control", "chosen", "certified", *CERTIFIED),
+        ("limit", "confidence", "look", "control", "chosen", "certified", "step", *CERTIFIED),
     ),
     "versions": ("evaluate", ("python", "torch")),
 }
+# by key of the answer, what it has where it is there
+FOUND = ("mean_bits", "model_bytes", "compression", "answer", "origin", "examples", "measures")
+PARTS = {"certified": FOUND, "chosen": FOUND, "look": ("k", "level", "confidence")}
 # without a row there is nothing to draw; weights that were given have no history
 MAY_BE_EMPTY = ("changed", "history", "random", "sensitivity", "weight_error")
 
@@ -95,6 +99,13 @@ class Evidence:
         return found
 
     @property
+    def uniform_bits(self) -> float | None:
+        """Mean bits, with scales, of the one width for all that is certified; None for none."""
+        depth = self.answer["certified_uniform_depth"]
+        depths = self.tables["bit_depths"].set_index("bit_depth")["mean_bits"]
+        return None if depth is None else float(depths[depth])
+
+    @property
     def tensors(self) -> pd.DataFrame:
         """What each tensor and activation becomes in it, in the network's order."""
         table = self.tables["tensors"]
@@ -120,8 +131,28 @@ def read_evidence(
         _check(files.PLOTS / "random.csv", found.tables["random"], tuple(found.limits), "quantize")
     for measure in found.limits:
         columns = (measure, *(f"{measure}_{end}" for end in ("low", "high", "look_bound")))
-        _check(files.PLOTS / "frontier.csv", found.tables["frontier"], columns, "evaluate")
+        needs = {"frontier": columns, "bit_depths": columns, "candidates": (measure,)}
+        for name in needs.keys() & tables.keys():
+            _check(files.PLOTS / f"{name}.csv", tables[name], needs[name], TABLES[name][0])
+    _check_together(found)
     return found
+
+
+def _check_together(found: Evidence) -> None:
+    """Raises: ValueError where the tables and the answer are of different runs."""
+    kept, certified = found.kept, found.answer["certified"]
+    bits = found.tables["frontier"]["mean_bits"].iloc[found.step]
+    together = bool(kept) == (certified is not None) and found.answer["step"] == found.step
+    if (
+        not together
+        or found.tensors.empty
+        or not math.isclose(bits, found.best["mean_bits"], rel_tol=1e-6)
+    ):
+        tables = [files.PLOTS / f"{name}.csv" for name in ("frontier", "tensors")]
+        raise ValueError(
+            f"{files.METRICS / 'recommendation.json'}: of another run than {tables[0]} and "
+            f"{tables[1]}; {_advice('evaluate')}"
+        )
 
 
 def _found(read: Callable[[Path], str], path: Path, stage: str) -> str:
@@ -155,11 +186,19 @@ def _table(
 def _facts(read: Callable[[Path], str], name: str, stage: str, keys: tuple[str, ...]) -> Any:
     path = files.METRICS / f"{name}.json"
     facts = files.parse_json(path, _found(read, path, stage))
-    _check(path, facts if isinstance(facts, dict) else {}, keys, stage)
+    facts = facts if isinstance(facts, dict) else {}
+    _check(path, facts, keys, stage)
+    for key in PARTS.keys() & facts.keys():
+        if key == "certified" and facts[key] is None:
+            continue
+        part = facts[key] if isinstance(facts[key], dict) else {}
+        _check(path, {f"{key} {name}" for name in part}, (f"{key} {n}" for n in PARTS[key]), stage)
+    if "limit" in facts and not (isinstance(facts["limit"], dict) and facts["limit"]):
+        raise ValueError(f"{path}: limit is {facts['limit']!r}, none by measure; {_advice(stage)}")
     return facts
 
 
-def _check(path: Path, found: Any, needed: tuple[str, ...], stage: str) -> None:
+def _check(path: Path, found: Any, needed: Iterable[str], stage: str) -> None:
     if missing := [name for name in needed if name not in found]:
         lacks = ", ".join(missing)
         raise ValueError(f"{path}: lacks {lacks}, as of an older version; {_advice(stage)}")

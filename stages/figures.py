@@ -18,9 +18,12 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
+from quantifind.certification import digits
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
 from quantifind.utils.palette import (
+    CERTIFIED,
+    CHOSEN,
     FLOAT,
     FOUND,
     LIMITS,
@@ -34,6 +37,8 @@ from quantifind.workflow.visualization_workflow import DEPTH_TICKS, log_axis, st
 ADJUSTED = ", scales adjusted"
 # ratios nearer to 1 are told apart on a linear scale
 LINEAR = 1e-3
+# of the range near a limit, how many times it what is marked may be away
+FAR = 5
 # with which names of costs end
 UNITS = ("bytes", "picojoules")
 
@@ -47,7 +52,6 @@ def visualize_frontier(
     measure: str = "criterion_ratio",
     limit: float = 1.01,
     asked: Mapping[str, float] | None = None,
-    limits: Sequence[float] = (1.01, 1.05),
     random: pd.DataFrame | None = None,
 ) -> Figure:
     """What is lost on test data against bits: the search's ladder beside the uniform depths.
@@ -59,30 +63,36 @@ def visualize_frontier(
     measure: what is certified, one of `quantifind.certification.measures.MEASURES`.
     limit: the most that it may be; what is certified is marked on each of the two.
     asked: all limits that are certified, by measure, by default this one.
-    limits: those of the other pictures, whose colours they have here too.
     random: rows of `quantifind.mixed_precision.random_allocations`, of validation data.
     Returns: the whole range above, and below it the region in which the limit lies.
     """
     uniform = uniform.sort_values("mean_bits", ascending=False)
+    asked = {measure: limit} if asked is None else asked
+    said = digits.limit(measure, limit)
+    kept = [_kept(table, asked) for table in (frontier, uniform)]
     shown_as = MEASURES[measure]
-    words, unit, lossless = shown_as.words, shown_as.unit, shown_as.lossless
-    colour = LIMITS[[*limits, limit].index(limit) % len(LIMITS)]
+    words, unit, scale = shown_as.words, shown_as.unit, shown_as.scale
+    lossless, limit, colour = scale * shown_as.lossless, scale * limit, LIMITS[0]
+    frontier, uniform = _as_read(frontier, measure), _as_read(uniform, measure)
+    random = None if random is None else _as_read(random, measure)
+    best, best_uniform = (
+        table.iloc[steps - 1] if steps else None
+        for table, steps in zip((frontier, uniform), kept, strict=True)
+    )
     figure, (whole, near) = plt.subplots(
         2, 1, figsize=(8, 7), layout="constrained", sharex=True, height_ratios=(2, 3)
     )
-    asked = {measure: limit} if asked is None else asked
-    best, best_uniform = (_certified(table, asked) for table in (frontier, uniform))
     marks = [
-        (best, "D", colour, "certified strategy"),
+        (best, CERTIFIED, colour, "certified strategy"),
         (best_uniform, "o", colour, "certified uniform depth"),
     ]
     if "validation_chosen" in frontier:
         chosen = frontier[frontier["validation_chosen"].astype(bool)]
         if len(chosen) and (best is None or best.name != chosen.index[0]):
-            marks.append((chosen.iloc[0], "s", FOUND, "chosen on validation data"))
+            marks.append((chosen.iloc[0], CHOSEN, FOUND, "chosen on validation data"))
     for axes in (whole, near):
         axes.axhline(lossless, color=FLOAT, ls="--", label="float")
-        axes.axhline(limit, color=colour, lw=1, label=f"limit {limit:g}")
+        axes.axhline(limit, color=colour, lw=1, label=f"limit {said}")
         if random is not None and len(random):
             axes.plot(
                 random["mean_bits"], random[measure], "x", ms=6, mew=1.5, color=RANDOM,
@@ -107,21 +117,26 @@ def visualize_frontier(
     values += [] if random is None else random[measure].tolist()
     values += [row[f"{measure}_low"] for row in (best, best_uniform) if row is not None]
     marked = [row[measure] for row, *_ in marks if row is not None]
-    near.set(ylim=_near(limit, lossless, values, marked), ylabel=f"{words}\nnear the limit")
+    near.set(
+        ylim=_near(limit, lossless, values, marked, 0.002 * scale),
+        ylabel=f"{words}\nnear the limit",
+    )
     figure.suptitle(title(f"Bits and {words}", name))
     return figure
 
 
 def _near(
-    limit: float, lossless: float, values: Sequence[float], marked: Sequence[float]
+    limit: float, lossless: float, values: Sequence[float], marked: Sequence[float], least: float
 ) -> tuple[float, float]:
     """The range near a limit."""
-    reach = 2 * max(limit - lossless, 0.002)
+    reach = 2 * max(limit - lossless, least)
     # a ladder may gain, far below the limit: test_frontier_near_the_limit_holds_what_is_certified
     bottom = min(filter(np.isfinite, (lossless, *values)))
-    # what is marked is seen: test_frontier_near_the_limit_holds_what_was_chosen
-    top = max([lossless + reach, *(v + 0.2 * reach for v in filter(np.isfinite, marked))])
-    return bottom - 0.2 * reach, top
+    # what is marked is seen: test_frontier_near_the_limit_holds_what_was_chosen; unless nothing
+    # else would be: test_what_is_far_from_the_limit_does_not_hide_it
+    seen = [v for v in marked if v - lossless < FAR * reach]
+    top = max([lossless + reach, *(v + 0.2 * reach for v in seen)])
+    return bottom - 0.1 * max(2 * reach, top - bottom), top
 
 
 @styled
@@ -161,7 +176,7 @@ def visualize_prediction(candidates: pd.DataFrame, *, name: str = "") -> Figure:
     chosen = shown[shown["chosen"].astype(bool)]
     if len(chosen):
         axes.plot(
-            chosen["predicted_fidelity"], chosen["fidelity"], "D", ms=11, mew=2, mfc="none",
+            chosen["predicted_fidelity"], chosen["fidelity"], CHOSEN, ms=11, mew=2, mfc="none",
             color=FOUND, label=f"chosen: {chosen['mean_bits'].iloc[0]:.4g} bits",
         )  # fmt: skip
     most = 2 * max(shown["predicted_fidelity"].max(), LINEAR) if len(shown) else 10 * LINEAR
@@ -199,8 +214,11 @@ def visualize_costs(
     measure: of what is lost, one of `quantifind.certification.measures.MEASURES`.
     reach: losses up to at most so much above lossless are shown.
     """
-    words, lossless = MEASURES[measure].words, MEASURES[measure].lossless
+    shown_as = MEASURES[measure]
+    words = f"{shown_as.words} {shown_as.unit}" if shown_as.hundredths else shown_as.words
+    lossless, reach = shown_as.scale * shown_as.lossless, shown_as.scale * reach
     shown = candidates[candidates["examples"] == candidates["examples"].max()]
+    shown = _as_read(shown, measure)
     figure, panels = plt.subplots(
         1,
         len(costs),
@@ -221,7 +239,7 @@ def visualize_costs(
         best = frontier(shown, cost, measure)
         axes.step(best[cost], best[measure], where="post", color=FOUND, lw=1.2, label="frontier")
         axes.plot(
-            chosen[cost], chosen[measure], "D", ms=10, mew=2, mfc="none", color=FOUND,
+            chosen[cost], chosen[measure], CHOSEN, ms=10, mew=2, mfc="none", color=FOUND,
             label="chosen",
         )  # fmt: skip
         what, _, unit = cost.rpartition("_")
@@ -238,6 +256,9 @@ def visualize_costs(
     inside = shown[measure][shown[measure] <= lossless + reach]
     highest = np.fmax(inside.max(), lossless + reach / 10)
     margin = (highest - lowest) / 10
+    if above := int((shown[measure] > lossless + reach).sum()):
+        words_above = f"{above} of {len(shown)} candidates lose more than is shown"
+        figure.text(0.5, 0.88, words_above, ha="center", va="center", fontsize=9, color=FLOAT)
     panels[0][0].set(ylim=(lowest - margin, highest + margin), ylabel=f"{words} on validation data")
     figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(title("What the candidates cost", name))
@@ -256,11 +277,16 @@ def frontier(candidates: pd.DataFrame, cost: str, measure: str = "criterion_rati
     return ordered[ordered[measure] < before]
 
 
-def _certified(table: pd.DataFrame, limits: Mapping[str, float]) -> pd.Series | None:
-    """The last row that passes when the table is walked from the top, None where none does."""
+def _kept(table: pd.DataFrame, limits: Mapping[str, float]) -> int:
+    """How many rows pass when the table is walked from the top."""
     looked = all(f"{measure}_look_bound" in table for measure in limits)
-    steps = steps_that_keep(table, limits, "look_bound" if looked else "bound")
-    return table.iloc[steps - 1] if steps else None
+    return steps_that_keep(table, limits, "look_bound" if looked else "bound")
+
+
+def _as_read(table: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """With the values of a measure as people read them."""
+    columns = [c for c in (measure, f"{measure}_low", f"{measure}_high") if c in table]
+    return table.assign(**{c: MEASURES[measure].scale * table[c] for c in columns})
 
 
 def _ladder(axes: Axes, rows: pd.DataFrame, measure: str, colour: str, label: str) -> None:

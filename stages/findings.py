@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from quantifind.certification.digits import UNKNOWN, chance, is_number, limit, number, percent, sure
 from quantifind.certification.goal import answer_of
 from quantifind.certification.measures import MEASURES
 from quantifind.utils.naming import short
 from stages.alone import cost_grid, guessed_cells
-from stages.digits import UNKNOWN, chance, is_number, limit, number, percent, sure
 from stages.evidence import Evidence
 
 # the first words of `quantifind.certification.goal.ANSWERS`
@@ -47,10 +47,17 @@ def answer(evidence: Evidence, name: str) -> str:
             f"{confidence} confidence, on {examples} test examples, to keep "
             f"{limits_in_words(evidence.limits)}.{more}"
         )
+    within, beyond = "", ""
+    for cost, most in (found.get("budget") or {}).items():
+        words = f"{cost.replace('_', ' ')} ≤ {most:,g}"
+        if best[cost] <= most:
+            within = f"Within {words}, "
+        else:
+            beyond = f" That is more than was searched for: with {words} nothing is certified."
     return (
-        f"{name} needs {best['mean_bits']:.3f} bits per parameter, {best['compression']:.1f} times "
-        f"fewer than float32: with {confidence} confidence, on {examples} test examples, "
-        f"{kept_in_words(evidence.limits)}."
+        f"{within}{name} needs {best['mean_bits']:.3f} bits per parameter, "
+        f"{best['compression']:.1f} times fewer than float32: with {confidence} confidence, on "
+        f"{examples} test examples, {kept_in_words(evidence.limits)}.{beyond}"
     )
 
 
@@ -62,11 +69,12 @@ def frontier(evidence: Evidence) -> str:
         return f"No step of the ladder is certified, {uniform}"
     if depth is None:
         return f"Certified at {best['mean_bits']:.4g} bits; no one width for all is"
-    row = evidence.tables["bit_depths"].set_index("bit_depth").loc[depth]
-    times = row["mean_bits"] / best["mean_bits"]
+    uniform_bits = evidence.uniform_bits
+    assert uniform_bits is not None
+    times = uniform_bits / best["mean_bits"]
     return (
         f"The search needs {best['mean_bits']:.4g} bits; plain rounding to one width for all needs "
-        f"{depth}: {times:.2g} times as many"
+        f"{depth}, judged alike: {times:.2g} times as many"
     )
 
 
@@ -84,11 +92,14 @@ def drawn(evidence: Evidence) -> str | None:
     fewest = table["mean_bits"][keeps].min()
     times = fewest / best["mean_bits"]
     said = (
-        f"{text}{keeps.sum()} keep the limits on validation data, the smallest with {fewest:.3g} "
+        f"{text}{keeps.sum()} {'keeps' if keeps.sum() == 1 else 'keep'} the limits on validation "
+        f"data, the smallest with {fewest:.3g} "
         f"bits, {times:.2g} times those of the answer"
     )
-    # the answer is one whose bounds keep the limits, on test data, too
-    more = ", of which the bounds had to keep them, too" if times < 1 else ""
+    more = ""
+    if times < 1:
+        more = ". They are not judged as the answer is: its bounds, not only its values, keep the "
+        more += "limits, on test data, too"
     return f"{said}{more}."
 
 
@@ -188,7 +199,7 @@ def prediction(shown: pd.DataFrame) -> str:
     factor = np.median(np.maximum(ratio, 1 / ratio))
     return (
         f"Single tensors foretell the whole within a factor of {factor:.2g} "
-        f"for half of {len(both)} candidates"
+        f"{f'for half of {len(both)} candidates' if len(both) > 1 else 'for the one candidate'}"
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import jinja2
 
+from quantifind.certification import digits
 from quantifind.utils import palette
-from stages import digits
 
 TEMPLATES = Path(__file__).with_name("templates")
 

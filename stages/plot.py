@@ -47,7 +47,6 @@ def main(params: Params) -> None:
         measure=measure,
         limit=limit,
         asked=evidence.limits,
-        limits=limits,
         random=tables["random"],
     )
     figures["sensitivity"] = visualize_sensitivity(

@@ -1,12 +1,14 @@
 """The report: one page that answers, without a request, made from tables alone."""
 
+import shlex
 from dataclasses import asdict
 from typing import Any
 
+from quantifind.certification import digits
+from quantifind.certification.digits import amount, sure
 from quantifind.certification.goal import ANSWERS, answer_of
 from quantifind.certification.measures import MEASURES
 from stages import (
-    digits,
     files,
     findings,
     report_changed,
@@ -16,7 +18,6 @@ from stages import (
 )
 from stages.card import export_in_words, file_in_words
 from stages.charts import SIZES
-from stages.digits import sure
 from stages.evidence import Evidence
 from stages.pages import render
 from stages.params import Params
@@ -46,6 +47,9 @@ def report(evidence: Evidence, params: Params) -> str:
         "name": params.model,
         "bits": evidence.best["mean_bits"],
         "certified": evidence.answer["certified"] is not None,
+        "mark": report_charts.mark(evidence)[0],
+        "confidence": sure(evidence.answer["confidence"]),
+        "look_confidence": sure(evidence.answer["look"]["confidence"]),
         "answer": findings.answer(evidence, params.model),
         "numbers": _numbers(evidence),
         "kind": ANSWERS[answer_of(evidence.best["origin"])],
@@ -68,7 +72,7 @@ def report(evidence: Evidence, params: Params) -> str:
         "grid": report_tensors.heat(sensitivity, tensors),
         "tensors": report_tensors.rows_of(tensors),
         "columns": COLUMNS,
-        "prediction": {size: report_charts.prediction(shown, size) for size in SIZES}
+        "prediction": {size: report_charts.prediction(evidence, size) for size in SIZES}
         if len(shown)
         else None,
         "marked": bool(shown["marked"].any()),
@@ -83,7 +87,7 @@ def report(evidence: Evidence, params: Params) -> str:
         "versions": dict(evidence.versions),
         "file": str(files.SAVED),
         "kept": _kept(evidence),
-        "model": params.model,
+        "command": f"dvc exp run -S {shlex.quote(f'model={params.model}')}",
     }
     return render("report.html", context)
 
@@ -110,13 +114,14 @@ def _numbers(evidence: Evidence) -> list[dict[str, str]]:
         {
             # as many digits as its interval has; none of what is no number
             "value": f"{best[measure]:#.4g}"
-            if measure not in digits.HUNDREDTHS and digits.is_number(best[measure])
-            else digits.amount(measure, best[measure]),
+            if not MEASURES[measure].hundredths and digits.is_number(best[measure])
+            else amount(measure, best[measure]),
             "what": MEASURES[measure].words
-            + ("" if measure in digits.HUNDREDTHS else f" {MEASURES[measure].unit}"),
-            "more": f"interval {digits.amount(measure, best['low'])} to "
-            f"{digits.amount(measure, best['high'])}; with {sure(look['confidence'])} confidence "
-            f"at most {digits.bound(measure, best['look_bound'])}, the limit is "
+            + ("" if MEASURES[measure].hundredths else f" {MEASURES[measure].unit}"),
+            "more": f"{sure(evidence.answer['confidence'])} interval "
+            f"{amount(measure, best['low'])} to {amount(measure, best['high'])}; with "
+            f"{sure(look['confidence'])} confidence at most "
+            f"{digits.bound(measure, best['look_bound'])}, the limit is "
             f"{digits.limit(measure, evidence.limits[measure])}",
         },
     ]
@@ -148,10 +153,11 @@ def _by_answer(evidence: Evidence) -> list[dict[str, str]]:
             if of_kind.empty
             else "on the ladder, but not certified"
         )
-        row = {"words": words, "bits": "none", "size": "–", "lost": said}
+        row = {"words": words, "bits": "none", "bytes": "–", "size": "–", "lost": said}
         if len(kept):
             best = kept.iloc[-1]
             row |= {"bits": f"{best['mean_bits']:.3f}", "lost": _lost(best, evidence.measure)}
+            row |= {"bytes": digits.number(best.get("validation_model_bytes"))}
             row |= {"size": f"{32 / best['mean_bits']:.1f} ×"}
         rows.append(row)
     return rows

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.image import imsave
 
-from stages import digits
+from quantifind.certification import digits
 
 
 def examples(changed: pd.DataFrame) -> list[dict[str, Any]]:

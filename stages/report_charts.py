@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
+from quantifind.certification import digits
 from quantifind.certification.measures import MEASURES
-from stages import digits
 from stages.charts import SALTIRE, Level, Series, frontier_chart, prediction_chart
 from stages.evidence import Evidence
 from stages.mixtures import mixture
@@ -18,10 +18,19 @@ SHAPES = {
 }
 
 
+SPREAD = ["low", "high", "bound"]
+
+
+def mark(evidence: Evidence) -> tuple[str, str]:
+    """Shape and colour of the network that the report is about, as in matplotlib's pictures."""
+    return ("diamond", "var(--limit)") if evidence.kept else ("square", "var(--ink)")
+
+
 def _points(table: pd.DataFrame, measure: str, words: pd.Series) -> pd.DataFrame:
-    """Those of a table that have a value."""
-    ends = {"y": measure, "low": f"{measure}_low", "high": f"{measure}_high"}
-    columns = {to: table.get(name, np.nan) for to, name in ends.items()}
+    """Those of a table that have a value, as people read it."""
+    ends = {"y": "", "low": "_low", "high": "_high", "bound": "_look_bound"}
+    scale = MEASURES[measure].scale
+    columns = {to: scale * table.get(f"{measure}{end}", np.nan) for to, end in ends.items()}
     points = pd.DataFrame({"x": table["mean_bits"], **columns, "words": words})
     points = points.replace([np.inf, -np.inf], np.nan)
     return points[points["y"].notna()]
@@ -30,8 +39,8 @@ def _points(table: pd.DataFrame, measure: str, words: pd.Series) -> pd.DataFrame
 def frontier(evidence: Evidence, size: str) -> str:
     """What is lost against bits: candidates, the same bits for all, the ladder, the certified."""
     measure, tables = evidence.measure, evidence.tables
-    lossless, limit = MEASURES[measure].lossless, evidence.limits[measure]
-    words, kept = MEASURES[measure].words, evidence.kept
+    scale, words = MEASURES[measure].scale, MEASURES[measure].words
+    lossless, limit = scale * MEASURES[measure].lossless, scale * evidence.limits[measure]
     candidates, uniform, ladder = (tables[n] for n in ("candidates", "bit_depths", "frontier"))
     candidates = candidates[candidates["examples"] == candidates["examples"].max()]
     drawn = tables["random"]
@@ -59,35 +68,41 @@ def frontier(evidence: Evidence, size: str) -> str:
     judged_depths = _points(uniform, measure, said(uniform, depths, "test data"))
     tried = _points(
         candidates, measure, said(candidates, candidates["origin"], "validation data")
-    ).drop(columns=["low", "high"])
+    ).drop(columns=SPREAD)
     blind = _points(drawn, measure, said(drawn, drawn["origin"] + " widths", "validation data"))
-    marked = steps[steps.index == evidence.step].drop(columns=["low", "high"])
-    colour = "var(--limit)" if kept else "var(--ink)"
+    marked = steps[steps.index == evidence.step].drop(columns=SPREAD)
+    shape, colour = mark(evidence)
     label = f"{evidence.best['mean_bits']:.3g} bits"
     series = [
         Series(tried, "var(--tried)", size=28),
-        Series(blind.drop(columns=["low", "high"]), "var(--random)", shape=SALTIRE, size=60),
+        Series(blind.drop(columns=SPREAD), "var(--random)", shape=SALTIRE, size=60),
         Series(judged_depths, "var(--uniform)", shape="square", joined=True),
         Series(steps, "var(--ink)", joined=True),
         *_certified_depth(evidence, judged_depths),
-        Series(marked, colour, shape="diamond", size=170, filled=False, label=label),
+        Series(marked, colour, shape, size=170, filled=False, label=label),
     ]
     reach = limit - lossless
     lowest = min([*steps["y"], *judged_depths["y"], lossless], default=lossless)
     low = lowest - 0.35 * max(reach, lossless - lowest)
-    high = limit + max(1.5 * reach, 0.3 * (limit - low), 0.002)
+    high = limit + max(1.5 * reach, 0.3 * (limit - low), 0.002 * scale)
     levels = [
         Level(lossless, "var(--float)", "float", dashed=True, below=reach < (high - low) / 12),
-        Level(limit, "var(--limit)", f"limit {digits.limit(measure, limit)}"),
+        Level(limit, "var(--limit)", f"limit {digits.limit(measure, evidence.limits[measure])}"),
     ]
-    return frontier_chart(series, levels, title=words, domain=(low, high), width=size)
+    return frontier_chart(series, levels, title=axis(measure), domain=(low, high), width=size)
+
+
+def axis(measure: str) -> str:
+    """The title of an axis of a measure."""
+    shown = MEASURES[measure]
+    return f"{shown.words} {shown.unit}" if shown.hundredths else shown.words
 
 
 def _certified_depth(evidence: Evidence, depths: pd.DataFrame) -> list[Series]:
     """A mark around the same bits for all that are certified, if any are."""
     depth = evidence.answer["certified_uniform_depth"]
     of_depth = evidence.tables["bit_depths"]["bit_depth"] == depth
-    marked = depths[of_depth.reindex(depths.index)].drop(columns=["low", "high"])
+    marked = depths[of_depth.reindex(depths.index)].drop(columns=SPREAD)
     label = f"{depth} bits for all"
     return [Series(marked, "var(--limit)", "square", 150, filled=False, label=label, right=True)]
 
@@ -105,8 +120,9 @@ def predicted(evidence: Evidence) -> pd.DataFrame:
     return shown[np.isfinite(shown[both].astype(float)).all(axis=1)]
 
 
-def prediction(shown: pd.DataFrame, size: str) -> str:
+def prediction(evidence: Evidence, size: str) -> str:
     """Predicted against measured, by origin."""
+    shown = predicted(evidence)
     words = shown["origin"] + ": " + shown["mean_bits"].map("{:.4g} bits".format)
     words += ", predicted " + shown["predicted_fidelity"].map(digits.number)
     words += ", measured " + shown["fidelity"].map(digits.number)
@@ -115,8 +131,9 @@ def prediction(shown: pd.DataFrame, size: str) -> str:
     )
     # below, so that the mark of its origin is seen
     chosen = points[shown["marked"]]
-    series = [Series(chosen, "var(--ink)", shape="diamond", size=170, filled=False)]
+    shape, colour = mark(evidence)
+    series = [Series(chosen, colour, shape, size=170, filled=False)]
     for origin, part in points.groupby(shown["origin"].str.split().str[0]):
-        shape = SHAPES.get(str(origin), "circle")
-        series.append(Series(part, f"var(--{origin}, var(--tried))", shape, size=45))
+        origin_shape = SHAPES.get(str(origin), "circle")
+        series.append(Series(part, f"var(--{origin}, var(--tried))", origin_shape, size=45))
     return prediction_chart(series, width=size)

@@ -2,27 +2,14 @@
 
 from typing import Any
 
+from quantifind.certification import digits
+from quantifind.certification.digits import chance
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
-from stages import digits, findings
-from stages.digits import chance
+from stages import findings
 from stages.evidence import Evidence
 from stages.params import Params
 
-# by measure what it is; the formulas are in docs/grids.md
-MEANING = {
-    "calibrated_ratio": "the mean loss of the quantized network over that of the float network, "
-    "the outputs of each divided by a temperature that fits them to validation data, so that "
-    "softer outputs buy nothing",
-    "criterion_ratio": "the mean loss of the quantized network over that of the float network",
-    "accuracy_drop": "the accuracy of the float network less that of the quantized one, in "
-    "points of 100",
-    "flips": "the share of examples to which the two networks give different answers",
-    "fidelity": "the mean divergence of the quantized network's outputs from the float network's, "
-    "over the float network's loss",
-    "relative_error": "the root of the mean square of what outputs are off, over that of the float "
-    "network's outputs",
-}
 # words of this field, and of this page, that a reader may not know
 GLOSSARY = {
     "ladder": "the strategies that test data judge, fixed before on validation data, from most "
@@ -52,7 +39,8 @@ TIMES = (0.1, 0.5, 1, 2, 5, 10)
 def meaning(evidence: Evidence) -> str:
     """What the limits are of, in sentences."""
     return " ".join(
-        f"{MEASURES[name].words.capitalize()}: {MEANING[name]}." for name in evidence.limits
+        f"{one.words.capitalize()}: {one.meaning}."
+        for one in (MEASURES[name] for name in evidence.limits)
     )
 
 
@@ -134,12 +122,13 @@ def other_limits(evidence: Evidence) -> dict[str, Any]:
     ladder, uniform = evidence.tables["frontier"], evidence.tables["bit_depths"]
     uniform = uniform.sort_values("bit_depth", ascending=False)
     rows = []
-    for times in TIMES:
+    # a limit of nothing lost has no multiples
+    for times in TIMES if asked[measure] > lossless else (1,):
         limits = {**asked, measure: lossless + times * (asked[measure] - lossless)}
         kept = steps_that_keep(ladder, limits, "look_bound")
         depths = 0
-        if all(f"{name}_bound" in uniform for name in limits):
-            depths = steps_that_keep(uniform, limits)
+        if all(f"{name}_look_bound" in uniform for name in limits):
+            depths = steps_that_keep(uniform, limits, "look_bound")
         rows.append(
             {
                 "limit": digits.limit(measure, round(limits[measure], 10)),

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from quantifind.certification import digits
 from quantifind.utils import palette
-from quantifind.utils.naming import short
-from stages import digits, findings
+from quantifind.utils.naming import printable, short
+from stages import findings
 from stages.alone import SHARES, cost_grid, guessed_cells, in_spans, labelled, left_out, near
 
 # of a strip's width, what a tensor needs for its bits
@@ -20,24 +21,32 @@ def strip(tensors: pd.DataFrame) -> dict[str, Any]:
     total = weights["values"].sum()
     parts = [
         {
-            "name": row["name"],
+            "name": printable(row["name"]),
             "share": float(row["values"] / total),
             "bits": f"{row['bits']:.3g}",
             "numbered": row["values"] > NUMBERED * total,
-            "words": f"{row['name']}: {findings.width(row)}, "
+            "words": f"{printable(row['name'])}: {findings.width(row)}, "
             f"{digits.percent(row['values'] / total)} of the parameters",
-            "colour": palette.of_width(row["bits"]),
-            "ink": palette.ink_on(palette.of_width(row["bits"])),
+            "colour": _colour(row),
+            "ink": palette.ink_on(_colour(row)),
         }
         for row in weights.to_dict("records")
     ]
-    held: dict[Any, float] = (weights.groupby("bits")["values"].sum() / total).to_dict()
+    # by width as it is written, so that no two lines are alike
+    held: dict[str, dict[str, Any]] = {}
+    for row in weights.sort_values("bits").to_dict("records"):
+        one = held.setdefault(findings.width(row), {"values": 0, "colour": _colour(row)})
+        one["values"] += row["values"]
     key = [
-        {"bits": f"{bits:.3g}", "share": digits.percent(share), "colour": palette.of_width(bits)}
-        for bits, share in held.items()
+        {"bits": bits, "share": digits.percent(one["values"] / total), "colour": one["colour"]}
+        for bits, one in held.items()
     ]
     # said below the strip: test_the_strip_says_how_many_it_does_not_name
     return {"parts": parts, "key": key, "thin": sum(not part["numbered"] for part in parts)}
+
+
+def _colour(row: Any) -> str:
+    return palette.FLOAT if row["becomes"] == "float" else palette.of_width(row["bits"])
 
 
 def heat(sensitivity: pd.DataFrame, tensors: pd.DataFrame) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def rows_of(tensors: pd.DataFrame) -> list[dict[str, Any]]:
     total = tensors["values"].sum()
     return [
         {
-            "name": row["name"] if row["kind"] == "tensors" else f"input of {row['name']}",
+            "name": ("" if row["kind"] == "tensors" else "input of ") + printable(row["name"]),
             "values": None if np.isnan(row["values"]) else int(row["values"]),
             "share": None if np.isnan(row["values"]) or not total else row["values"] / total,
             "bits": round(float(row["bits"]), 3),

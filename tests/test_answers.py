@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantifind.certification.digits import at_most, bound, chance, percent, sure
 from quantifind.certification.ledger import Look
 from quantifind.certification.measures import MEASURES
 from stages.answers import in_words, recommend, words_of
 from stages.card import card
-from stages.digits import at_most, bound, chance, sure
 
 UNIFORM = {"scheme": "uniform", "bits": 4, "axis": 0}
 
@@ -47,7 +47,7 @@ def judged(bounds, measure="criterion_ratio", chosen=1, apart=0.0, skewness=0.5)
 
 
 def depths(bounds, measure="criterion_ratio"):
-    return pd.DataFrame({"bit_depth": bounds.keys(), f"{measure}_bound": bounds.values()})
+    return pd.DataFrame({"bit_depth": bounds.keys(), f"{measure}_look_bound": bounds.values()})
 
 
 def choices(count):
@@ -155,6 +155,14 @@ def test_the_chosen_one_stands_beside_the_certified(chosen):
 )
 def test_uniform_depths_are_walked_alike(bounds, depth):
     assert answer_of([1.0, 1.0], uniform=bounds)["certified_uniform_depth"] == depth
+
+
+def test_uniform_depths_are_judged_at_the_level_of_the_ladder():
+    """Not at that of one look, beside which the search would seem to gain less than it does."""
+    ladder, rows = judged([1.001], chosen=0), pd.DataFrame({"bit_depth": [8, 4]})
+    rows["criterion_ratio_bound"], rows["criterion_ratio_look_bound"] = 1.0, [1.001, 1.02]
+    how = {"limits": {"criterion_ratio": 1.01}, "look": LOOK, "bits_interval": (2.0, 6.0)}
+    assert recommend(ladder, rows, choices(1), **how)["certified_uniform_depth"] == 8
 
 
 CERTIFIED = [[1.0, 1.005, 1.03], [1.02, 1.0]]
@@ -366,6 +374,15 @@ def test_what_is_shown_is_not_surer_than_it_is(bound):
     assert 0.998 * 100 * confidence <= shown <= 100 * confidence * (1 + 1e-11)
     share = 1 / (1 + bound)
     assert float(chance(share).removesuffix("%")) >= 100 * share * (1 - 1e-11) > 0
+
+
+@given(st.floats(-10, 1e9), st.integers(2, 4))
+def test_a_share_in_hundredths_has_no_exponent_and_is_not_rounded_to_all(share, digits):
+    shown = percent(share, digits)
+    assert "e+" not in shown
+    assert share >= 1 or share < 0 or shown != "100%"
+    value = float(shown.strip(">%").replace(",", ""))
+    assert value == pytest.approx(100 * share, rel=0.06, abs=1e-6)
 
 
 def test_digits_that_are_known_stay():

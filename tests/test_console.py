@@ -52,6 +52,13 @@ def test_a_log_has_a_plain_line_now_and_then(shown, monkeypatch):
         assert text.getvalue() == "at 18 s\nat 36 s\nat 54 s\n"
 
 
+def test_a_line_in_a_log_is_one():
+    text = io.StringIO()
+    one = Console(file=text, width=20, soft_wrap=console.console.soft_wrap)
+    one.print("word " * 40)
+    assert text.getvalue().count("\n") == 1
+
+
 def test_a_board_ends_with_its_block(shown):
     with pytest.raises(KeyboardInterrupt), console.board(lambda: "here"):
         raise KeyboardInterrupt

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, pairwise, takewhile
 from pathlib import Path
@@ -17,20 +18,24 @@ import jinja2
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from matplotlib.image import imread
 from reported import alter, leave, page
 from torch import nn
 
+from quantifind.certification import digits
 from quantifind.certification.measures import MEASURES
 from quantifind.quantize import mean_bits, quantize
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.utils import palette
-from stages import digits, files, findings, report_changed, report_charts, report_tensors
+from stages import common, files, findings, report_changed, report_charts, report_tensors
 from stages.alone import cost_grid
 from stages.comparison import certified_bits, comparison
 from stages.evidence import FACTS, TABLES, read_evidence
 from stages.pages import TEMPLATES
+from stages.params import read_params
+from stages.report import report
 from stages.tensors import tensor_table
 
 VOID = {"meta", "link", "input", "br", "img", "wbr"}
@@ -142,7 +147,7 @@ def test_names_are_escaped():
         ("usual", "needs 4.250 bits per parameter, 7.5 times fewer than float32: with 97.5%"),
         (
             "usual",
-            "needs 4.25 bits; plain rounding to one width for all needs 8: 1.9 times as many",
+            "needs 4.25 bits; plain rounding to one width for all needs 8, judged alike: 1.9 times",
         ),
         ("usual", "Of 2 networks with random widths"),
         ("usual", "Calibrated ratio: the mean loss of the quantized network over"),
@@ -201,7 +206,7 @@ def test_a_limit_is_shown_as_it_is(measure, parts):
     most = MEASURES[measure].lossless + parts / 10**7
     words = digits.limit(measure, most)
     shown = float(words.split()[0].rstrip("%").replace(",", ""))
-    assert shown / (100 if measure in digits.HUNDREDTHS else 1) == pytest.approx(most, abs=1e-12)
+    assert shown / MEASURES[measure].scale == pytest.approx(most, abs=1e-12)
 
 
 def test_what_is_called_measured_was():
@@ -226,7 +231,11 @@ def test_marks_say_their_strategy():
 def test_a_budget_is_said():
     leave()
     alter("recommendation.json", lambda found: found | {"budget": {"mean_bits": 2.5}})
-    assert "the least loss with mean bits ≤ 2.5" in " ".join(Page(page()).words)
+    words = " ".join(Page(page()).words)
+    assert "the least loss with mean bits ≤ 2.5" in words
+    assert "more than was searched for: with mean bits ≤ 2.5 nothing is certified" in words
+    alter("recommendation.json", lambda found: found | {"budget": {"mean_bits": 4.5}})
+    assert "Within mean bits ≤ 4.5, conv_mnist needs 4.250 bits" in " ".join(Page(page()).words)
 
 
 @pytest.mark.parametrize("name", [*TABLES, *FACTS])
@@ -250,6 +259,57 @@ def test_a_table_that_cannot_be_used_is_named_with_the_stage(name, fault):
     assert "\n" not in message
     assert stage in message or "run dvc repro" in message
     assert fault != "older" or columns[-1] in message
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("bit_depths.csv", lambda t: t.drop(columns="calibrated_ratio"), "lacks calibrated_ratio"),
+        (
+            "bit_depths.csv",
+            lambda t: t.drop(columns="calibrated_ratio_look_bound"),
+            "lacks calibrated_ratio_look_bound",
+        ),
+        ("candidates.csv", lambda t: t.drop(columns="calibrated_ratio"), "lacks calibrated_ratio"),
+        ("recommendation.json", lambda a: a | {"limit": 1.01}, "limit is 1.01, none by measure"),
+        ("recommendation.json", lambda a: a | {"certified": {}}, "lacks certified mean_bits"),
+        ("recommendation.json", lambda a: a | {"look": 3}, "lacks look k"),
+        ("recommendation.json", lambda a: a | {"certified": None}, "of another run"),
+        ("frontier.csv", lambda t: t.iloc[1:], "of another run"),
+        ("frontier.csv", lambda t: t.assign(mean_bits=1.0), "of another run"),
+        ("tensors.csv", lambda t: t[t["step"] != 1], "of another run"),
+    ],
+)
+def test_what_does_not_belong_together_is_one_line(name, change, said):
+    """Tables of an earlier version, or of another run than the answer's."""
+    leave()
+    alter(name, change)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        page()
+    assert "\n" not in str(caught.value)
+    assert "run dvc repro --force" in str(caught.value)
+
+
+@pytest.mark.parametrize("measure", ["accuracy_drop", "flips"])
+def test_axes_are_in_the_unit_of_the_words(measure):
+    leave(measure=measure)
+    chart = re.findall(r"<svg.*?</svg>", page(), re.DOTALL)[0]
+    assert f"{MEASURES[measure].words} {MEASURES[measure].unit}" in chart
+    vertical = chart[: chart.index("mean bits per parameter")]
+    assert "1.0" in re.findall(r">([\d.]+)</text>", chart.replace(vertical, "")) or ">1<" in chart
+
+
+def test_a_command_is_quoted():
+    leave()
+    params = read_params(ROOT / "params.yaml")
+    models = {**params.models, "a;rm -rf ~": params.entry}
+    html = report(read_evidence(), replace(params, model="a;rm -rf ~", models=models))
+    assert "dvc exp run -S &#39;model=a;rm -rf ~&#39;" in html
+
+
+def test_names_do_not_turn_what_is_around_them():
+    leave(["live.\u202ethgiew", "b"])
+    assert "\u202e" not in page()
 
 
 def _without(found, key, how):
@@ -344,7 +404,12 @@ def test_wider_codes_are_darker_for_everyone(kind):
     assert all(wide < narrow - 2 for narrow, wide in pairwise(lightness))
 
 
-@pytest.mark.parametrize("colour", palette.WIDTHS.values())
+def test_each_width_has_its_own_colour():
+    colours = [palette.of_width(bits) for bits in (1, 1.585, *range(2, 33))]
+    assert len({*colours, palette.FLOAT}) == len(colours) + 1
+
+
+@pytest.mark.parametrize("colour", [palette.of_width(bits) for bits in (1, 1.585, *range(2, 33))])
 def test_bits_on_their_colour_are_read(colour):
     light, ink = (palette.luminance(c) for c in (colour, palette.ink_on(colour)))
     assert (max(light, ink) + 0.05) / (min(light, ink) + 0.05) > 4.5
@@ -375,6 +440,22 @@ def test_comparison_says_what_the_tables_say(tmp_path):
     assert [value for _, a in Page(html).tags if (value := a.get("src") or a.get("href"))] == [
         "data:,"
     ]
+
+
+def test_comparison_says_no_more_than_it_compares(tmp_path):
+    """Networks at other limits, at the same bits, with activations, with wide scales."""
+    cases = {"a": {"names": ["w"], "activations": ["0"]}, "b": {"names": ["w"]}}
+    found = beside(tmp_path, **cases)
+    assert common.answer(found) == "a and b need 4.25 bits per parameter each"
+    assert "Each network's tensors have one width." in common.sentences(found)
+    error = {"measure": "relative_error", "accuracy": False, "lost": (0.0, 0.001, 0.002)}
+    (tmp_path / "more").mkdir()
+    other = beside(tmp_path / "more", a={}, c=error)
+    for sentence in (common.answer(other), common.uniform(other)):
+        assert "each at its own limits" in sentence
+    for name, one in found.items():
+        times = findings.frontier(one).rpartition(": ")[2].removesuffix(" as many")
+        assert f"{times.removesuffix(' times')}" in common.sentences({name: one})[0]
 
 
 @given(

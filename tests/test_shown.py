@@ -59,6 +59,14 @@ def test_an_answer_is_read_whatever_its_tensors_are(found, names):
     assert not re.search(r"\b(nan|inf|None)\b", words)
 
 
+def test_tensors_in_float_are_counted(found):
+    names = ["a", "b"]
+    one = of(found, names)
+    one = replace(one, strategy=Strategy({**one.strategy.tensors, "c": None, "d": None}))
+    for text in (repr(one), one._repr_html_()):
+        assert "2 tensors in float, not shown" in text
+
+
 def test_candidates_without_a_number_are_left_out(found):
     table = found.candidates.copy()
     measure = found.goal.measure

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 
+from quantifind.certification import digits
 from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.measures import MEASURES
 from quantifind.utils import palette, plugins
@@ -164,7 +165,7 @@ def series(axes, label):
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_frontier_marks_what_is_certified_at_any_measure(measure):
-    lossless = MEASURES[measure].lossless
+    lossless, scale = MEASURES[measure].lossless, MEASURES[measure].scale
     tables = [
         judged(bits, lossless + np.array(lost), lossless + np.array(lost) + 0.001, measure)
         for bits, lost in (([9.0, 5.5, 3.0], [0.001, 0.004, 0.5]), ([8.0, 4.0], [0.002, 0.3]))
@@ -173,9 +174,11 @@ def test_frontier_marks_what_is_certified_at_any_measure(measure):
     figure = visualize_frontier(*tables, name="toy", measure=measure, limit=limit)
     for axes in figure.axes:
         for table, label in zip(tables, ("ladder of the search", "uniform depths"), strict=True):
-            assert series(axes, label) == [table["mean_bits"].tolist(), table[measure].tolist()]
-        assert drawn(axes, f"limit {limit:g}").get_ydata() == [limit, limit]
-        assert drawn(axes, "float").get_ydata() == [lossless, lossless]
+            values = (scale * table[measure]).tolist()
+            assert series(axes, label) == [table["mean_bits"].tolist(), values]
+        line = drawn(axes, f"limit {digits.limit(measure, limit)}").get_ydata()
+        assert line == [scale * limit, scale * limit]
+        assert drawn(axes, "float").get_ydata() == [scale * lossless, scale * lossless]
         assert drawn(axes, "certified strategy: 5.5 bits").get_xdata().tolist() == [5.5]
         assert drawn(axes, "certified uniform depth: 8 bits").get_xdata().tolist() == [8.0]
     whole, near = figure.axes
@@ -183,7 +186,7 @@ def test_frontier_marks_what_is_certified_at_any_measure(measure):
     assert near.get_xscale() == "log"
     assert near.get_xlabel() == "mean bits per parameter"
     assert whole.get_ylabel() == f"{MEASURES[measure].words}\n{MEASURES[measure].unit}"
-    assert near.get_ylim()[1] == pytest.approx(lossless + 0.02)
+    assert near.get_ylim()[1] == pytest.approx(scale * (lossless + 0.02))
     assert figure.get_suptitle() == f"Bits and {MEASURES[measure].words}: toy"
 
 
@@ -222,18 +225,19 @@ def test_frontier_shows_the_chosen_one_only_where_another_is_certified():
         assert any("chosen" in label for label in legend(figure)) == marked
 
 
-def test_a_limit_has_the_same_colour_in_the_frontier():
-    limits, bounds = (1.01, 1.05), [1.001, 1.03]
-    table = judged([8, 4], [1.0, 1.02], bounds).rename(columns={"mean_bits": "bit_depth"})
-    for column in ("criterion", "original_criterion", "signal_to_complexity"):
-        table[column] = 1.0
-    depths = visualize_bit_depth_results(table, limits=limits)["criterion_ratio"].axes[0]
-    ladder = judged([8.0, 4.0], [1.0, 1.02], bounds)
-    for limit in limits:
-        axes = visualize_frontier(ladder, UNIFORM, limit=limit, limits=limits).axes[0]
-        known = drawn(depths, f"certified CR ≤ {limit:g}").get_color()
-        assert drawn(axes, "limit").get_color() == known
-        assert drawn(axes, "certified strategy").get_color() == known
+def test_what_is_far_from_the_limit_does_not_hide_it():
+    ladder = judged([9.0, 2.0], [1.0, 1e6], [1.0, 1e6]).assign(validation_chosen=[False, True])
+    assert visualize_frontier(ladder, UNIFORM).axes[1].get_ylim()[1] < 2
+
+
+@pytest.mark.parametrize(("measure", "limit"), [("criterion_ratio", 1.05), ("accuracy_drop", 0.1)])
+def test_the_limit_has_one_colour(measure, limit):
+    """That of the report, whichever it is."""
+    first = MEASURES[measure].lossless
+    ladder = judged([8.0, 4.0], [first, first], [first, first], measure)
+    axes = visualize_frontier(ladder, ladder, measure=measure, limit=limit).axes[0]
+    for label in ("limit", "certified strategy", "certified uniform depth"):
+        assert drawn(axes, label).get_color() == palette.LIMITS[0]
 
 
 def alone(*, tensors=2, sites=0, original=0.5):

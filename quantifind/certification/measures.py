@@ -38,18 +38,27 @@ class Measure:
     """One that a limit may be of.
 
     words, unit: for people.
+    meaning: what it is, a clause for people; the formulas are in docs/grids.md.
     lossless: its value where nothing is lost.
     needs: the columns, of `quantifind.metrics.paired`, without which there is none.
     of: columns → its value.
     ratio: whether it is the ratio of the means of the two columns that it needs.
+    hundredths: what people call a hundredth of it, where they read it in these.
     """
 
     words: str
     unit: str
+    meaning: str
     lossless: float
     needs: tuple[str, ...]
     of: Callable[[Columns], Measured]
     ratio: bool = False
+    hundredths: str = ""
+
+    @property
+    def scale(self) -> float:
+        """What its values are multiplied with where people read them."""
+        return 100.0 if self.hundredths else 1.0
 
 
 def calibrated(columns: Columns, gain: float | None = None) -> Columns:
@@ -222,43 +231,59 @@ MEASURES: Mapping[str, Measure] = {
     "criterion_ratio": Measure(
         "criterion ratio",
         "(1 is lossless)",
+        "the mean loss of the quantized network over that of the float network",
         1.0,
         ("loss", "original_loss"),
         _ratio("loss", "original_loss"),
-        True,
+        ratio=True,
     ),
     "calibrated_ratio": Measure(
         "calibrated ratio",
         "(1 is lossless)",
+        "the mean loss of the quantized network over that of the float network, the outputs of "
+        "each divided by a temperature that fits them to validation data, so that softer outputs "
+        "buy nothing",
         1.0,
         ("calibrated_loss", "original_calibrated_loss"),
         _ratio("calibrated_loss", "original_calibrated_loss"),
-        True,
+        ratio=True,
     ),
     "accuracy_drop": Measure(
         "accuracy drop",
-        "(share of examples)",
+        "(points of 100)",
+        "the accuracy of the float network less that of the quantized one, in points of 100",
         0.0,
         ("correct", "original_correct"),
         _accuracy_drop,
+        hundredths=" points",
     ),
     "flips": Measure(
-        "share of answers that change", "(share of examples)", 0.0, ("flipped",), _flips
+        "share of answers that change",
+        "(% of examples)",
+        "the share of examples to which the two networks give different answers",
+        0.0,
+        ("flipped",),
+        _flips,
+        hundredths="%",
     ),
     "fidelity": Measure(
         "divergence from the float network over its loss",
         "(0 is lossless)",
+        "the mean divergence of the quantized network's outputs from the float network's, over "
+        "the float network's loss",
         0.0,
         ("divergence", "original_calibrated_loss"),
         _ratio("divergence", "original_calibrated_loss", near=0.0),
-        True,
+        ratio=True,
     ),
     "relative_error": Measure(
         "relative error of the outputs",
         "(share of their norm)",
+        "the root of the mean square of what outputs are off, over that of the float network's "
+        "outputs",
         0.0,
         ("squared_error", "squared_norm"),
         _relative_error,
-        True,
+        ratio=True,
     ),
 }

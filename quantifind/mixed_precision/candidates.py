@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from quantifind.certification.certificate import ratio_interval
+from quantifind.certification.digits import amount
 from quantifind.certification.goal import answer_of
-from quantifind.certification.measures import degradation
+from quantifind.certification.measures import MEASURES, degradation
 from quantifind.certification.race import hopeless
 from quantifind.costs import model_bytes
 from quantifind.mixed_precision.allocation import Allocation
@@ -183,6 +184,13 @@ class Candidates:
     def is_whole(self, row: Row) -> bool:
         return bool(row["examples"] == self.measurements.examples)
 
+    def note(self, row: Row) -> str:
+        """A candidate in few words: its bits, and the measure that was asked for."""
+        measure = self.goal.measure
+        measure = measure if math.isfinite(row[measure]) else "relative_error"
+        lost = f"{MEASURES[measure].words} {amount(measure, row[measure])}"
+        return f"{row['mean_bits']:.3g} bits, {lost}"
+
     def best(self, origin: str | None = None) -> Row | None:
         """The candidate that the goal likes best of those, of an origin, that keep it."""
         return self._best_of(row for row in self.whole() if origin in (None, row["origin"]))
@@ -204,10 +212,3 @@ class Candidates:
 def choices_key(strategy: Strategy) -> str:
     """A strategy's choices as a string."""
     return json.dumps(strategy.choices, sort_keys=True)
-
-
-def note(row: Row) -> str:
-    """A candidate beside a progress bar."""
-    ratio = row["criterion_ratio"]
-    lost = f"error {row['relative_error']:.4f}" if math.isnan(ratio) else f"CR {ratio:.4f}"
-    return f"{row['mean_bits']:.3g} bits {lost}"

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from quantifind.mixed_precision.candidates import Candidates, choices_key, note
+from quantifind.mixed_precision.candidates import Candidates, choices_key
 from quantifind.mixed_precision.knapsack import Assignment, neighbours, total_cost
 from quantifind.mixed_precision.sensitivity import Sensitivity
 from quantifind.utils.console import progress
@@ -111,7 +111,7 @@ def _walk_down(
     with progress("allocating", total=len(assignments)) as step:
         while wave := list(islice(trials, WAVE)):
             for row in candidates.measure(wave):
-                step(note(row))
+                step(candidates.note(row))
                 keeps = candidates.goal.keeps(row)
                 failed, kept = (0, kept + 1) if keeps else (failed + 1, kept)
             if (until is not None and kept >= until) or (until is None and failed >= FAILURES):
@@ -139,7 +139,7 @@ def try_neighbours(candidates: Candidates) -> None:
                 left -= len(wave)
                 rows = candidates.measure([candidates.allocated(a) for a in wave])
                 for assignment, row in zip(wave, rows, strict=True):
-                    step(note(row))
+                    step(candidates.note(row))
                     if candidates.is_best(row):
                         improved = assignment
             current = improved

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from quantifind.learning import learn as learn_codes
-from quantifind.mixed_precision.candidates import Candidates, Row, choices_key, note
+from quantifind.mixed_precision.candidates import Candidates, Row, choices_key
 from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
 from quantifind.mixed_precision.matched import control_of
 from quantifind.mixed_precision.measurements import Measurements
@@ -95,7 +95,7 @@ def _learn_densities(candidates: Candidates, start: Strategy, epochs: float, lab
             tried.append(density)
             if row is not None and goal.keeps(row):
                 kept[density] = goal.rank(row)
-            step("" if row is None else note(row))
+            step("" if row is None else candidates.note(row))
             sparser = (density in kept) == (goal.budget is None)
             low, high = (low, density) if sparser else (density, high)
     return min(kept, key=kept.__getitem__, default=max(tried))
@@ -129,7 +129,7 @@ def _learn_allocations(candidates: Candidates, epochs: float, labels: bool) -> S
                     candidates, _begun(allocation.strategy(assignment, groups)), epochs, labels
                 )
                 learned[assignment] = row is not None and goal.keeps(row)
-                step("" if row is None else note(row))
+                step("" if row is None else candidates.note(row))
             if goal.budget is None:
                 low, high = (low, target) if learned[assignment] else (target, high)
     return _begun(allocation.strategy(next(iter(learned)), groups)) if learned else None

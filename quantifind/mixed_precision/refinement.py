@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from quantifind.certification.goal import SURE
 from quantifind.mixed_precision.adjusted_scales import adjust_scales
-from quantifind.mixed_precision.candidates import Candidates, choices_key, note
+from quantifind.mixed_precision.candidates import Candidates, choices_key
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.quantize import WAVES, quantize_within, sequential_examples
 from quantifind.storage import artifact
@@ -52,7 +52,7 @@ def gptq_sequentially(candidates: Candidates) -> None:
                 trial = candidates.trial("sequential", strategy, quantized, how)
                 (row,) = candidates.measure([trial])
                 row = adjust_scales(candidates, row)
-                step(note(row))
+                step(candidates.note(row))
                 failed = 0 if goal.keeps(row) else failed + 1
                 if failed == 2:  # each of these takes seconds
                     return
@@ -125,7 +125,7 @@ def add_safer_allocations(candidates: Candidates) -> None:
             assignment = candidates.allocation.solve(share * best[goal.cost])
             if assignment is not None:
                 (row,) = candidates.measure([candidates.allocated(assignment)])
-                step(note(row))
+                step(candidates.note(row))
 
 
 def _has_sure(candidates: Candidates, most: float) -> bool:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from quantifind.certification.digits import amount, bound, limit
 from quantifind.certification.measures import MEASURES
-from quantifind.utils.naming import short
+from quantifind.utils.naming import printable, short
 from quantifind.utils.palette import FOUND, LIMITS, UNIFORM, ink_on, of_width
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 LISTED, BAR = 24, 24
 # of the chart, in pixels: its size, and what is left free on the left, at the top and below
 WIDTH, HEIGHT, LEFT, TOP, BELOW = 640, 260, 64, 18, 40
-TICKS = (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 
 
 class Share(NamedTuple):
@@ -37,8 +38,9 @@ def sentence(found: "Found") -> str:
     times = f"{32 / row['mean_bits']:.3g} times smaller than float32"
     text = f"{row['mean_bits']:.4g} bits per parameter, {row['model_bytes']:,.0f} bytes, {times}"
     lost = [
-        f"{MEASURES[name].words} {row[name]:.4g}, at most {row[f'{name}_bound']:.4g}"
-        + (f" (limit {goal.limits[name]:g})" if goal.limits else "")
+        f"{MEASURES[name].words} {amount(name, row[name])}, at most "
+        + bound(name, row[f"{name}_bound"])
+        + (f" (limit {limit(name, goal.limits[name])})" if goal.limits else "")
         for name in goal.limits or [goal.measure]
     ]
     sure = f"with {100 * found.confidence:.4g}% confidence"
@@ -70,6 +72,8 @@ def in_lines(found: "Found") -> str:
     ]
     if len(every) > LISTED:
         lines.append(f"  … and {len(every) - LISTED:,} more tensors")
+    if floats := _in_float(found):
+        lines.append(f"  {floats}")
     tables = (
         f"{len(found.candidates):,} candidates, {len(found.ladder):,} of them to judge on test data"
     )
@@ -81,7 +85,7 @@ def in_html(found: "Found") -> str:
     return (
         '<div style="max-width: 44rem; font-family: system-ui, sans-serif; line-height: 1.4">'
         f'<p style="font-size: 1.1em; margin: 0 0 0.6em">{escape(sentence(found))}</p>'
-        f"{_chart(found)}{_strip(shares(found))}"
+        f"{_chart(found)}{_strip(shares(found), _in_float(found))}"
         '<p style="opacity: 0.75; font-size: 0.85em; margin: 0.5em 0 0">'
         "Chosen on validation data, not yet certified: "
         "<code>certify(net, found, test_loader)</code>. "
@@ -93,13 +97,24 @@ def _width(bits: float) -> str:
     return f"{bits:.3g} {'bit' if bits == 1 else 'bits'}"
 
 
-def _strip(every: Sequence[Share]) -> str:
+def _in_float(found: "Found") -> str:
+    """How many tensors stay in float, in words; nothing where none does."""
+    count = sum(choice is None for choice in found.strategy.tensors.values())
+    return f"{_tensors(count)} in float, not shown" if count else ""
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count:,} tensors"
+
+
+def _strip(every: Sequence[Share], floats: str) -> str:
     """Tensors as wide as they are large, from the network's input to its output."""
     if not every:
         return "<p>No tensor is on a grid.</p>"
     parts = []
     for one in every:
-        colour, words = of_width(one.bits), f"{one.name}: {_width(one.bits)}, {one.part:.2%}"
+        colour = of_width(one.bits)
+        words = f"{printable(one.name)}: {_width(one.bits)}, {one.part:.2%}"
         text = f"{one.bits:.3g}" if one.part > 0.03 else ""
         # neighbours of the same width are told apart, where there is room for a line
         apart = "box-shadow: inset -1px 0 Canvas; " if one.part > 0.01 else ""
@@ -108,7 +123,9 @@ def _strip(every: Sequence[Share]) -> str:
             f"{apart}min-width: 1px; overflow: hidden; text-align: center; background: {colour}; "
             f'color: {ink_on(colour)}; padding: 0.5em 0">{text}</div>'
         )
-    said = f"Bits of each of {len(every)} tensors, as wide as it is large, from input to output"
+    which = "1 tensor on a grid" if len(every) == 1 else f"each of {len(every)} tensors on a grid"
+    said = f"Bits of {which}, as wide as it is large, from input to output"
+    said += f"; {floats}" if floats else ""
     return (
         f'<div role="img" aria-label="{said}" style="display: flex; border-radius: 4px; '
         f'overflow: hidden; margin-top: 0.4em">{"".join(parts)}</div>'
@@ -121,11 +138,11 @@ def _chart(found: "Found") -> str:
     table, measure = found.candidates, found.goal.measure
     table = table[table["examples"] == table["examples"].max()]
     rows: list[Any] = [r for r in table.to_dict("records") if math.isfinite(r[measure])]
-    lossless, limit = MEASURES[measure].lossless, found.goal.limit
+    lossless, most = MEASURES[measure].lossless, found.goal.limit
     ends = [row["mean_bits"] for row in rows]
     left, right = 0.9 * min(ends), 1.1 * max(ends)
     inside = sorted(row[measure] for row in rows)[: max(1, round(0.8 * len(rows)))]
-    top = max(inside[-1], lossless) if limit is None else limit
+    top = max(inside[-1], lossless) if most is None else most
     low = min(inside[0], lossless)
     reach = max(top - low, 1e-9)
     low, top = low - 0.15 * reach, top + 0.5 * reach
@@ -149,17 +166,25 @@ def _chart(found: "Found") -> str:
         if left <= tick <= right
     ]
     levels = [(lossless, "float", "currentColor", ' stroke-dasharray="5 4"')]
-    levels += [] if limit is None else [(limit, f"limit {limit:g}", LIMITS[0], "")]
+    said = "" if most is None else f"limit {limit(measure, most)}"
+    levels += [] if most is None else [(most, said, LIMITS[0], "")]
+    # two lines that nearly meet have their words on two sides
+    near = most is not None and y(lossless) - y(most) < 16
     for level, words, colour, dash in levels:
+        below = 12 if near and level == lossless else 0
         marks.append(f'<path d="M{LEFT} {y(level):.1f}H{WIDTH - 10}" stroke="{colour}"{dash}/>')
-        marks.append(text(WIDTH - 12, y(level) - 4, words, 'text-anchor="end"'))
-        marks.append(text(LEFT - 6, y(level) + 4, f"{level:g}", 'text-anchor="end"'))
+        marks.append(text(WIDTH - 12, y(level) - 4 + 1.4 * below, words, 'text-anchor="end"'))
+        value = amount(measure, level).removesuffix(MEASURES[measure].hundredths)
+        place = y(level) + 4 + below * 0.7 - (6 if near and not below else 0)
+        marks.append(text(LEFT - 6, place, value, 'text-anchor="end"'))
     steps = sorted((r for r in rows if r["on_ladder"]), key=lambda row: -row["mean_bits"])
     line = "L".join(f"{x(r['mean_bits']):.1f} {y(r[measure]):.1f}" for r in steps)
     marks.append(f'<path d="M{line}" fill="none" stroke="currentColor"/>' if steps else "")
     marks += [_mark(row, measure, x(row["mean_bits"]), y(row[measure])) for row in rows]
     marks.append(text((LEFT + WIDTH) / 2, HEIGHT - 6, "mean bits", 'text-anchor="middle"'))
-    marks.append(text(0, TOP - 6, f"{MEASURES[measure].words} on validation data"))
+    shown = MEASURES[measure]
+    unit = f" {shown.unit}" if shown.hundredths else ""
+    marks.append(text(0, TOP - 6, f"{shown.words}{unit} on validation data"))
     marks.append(
         f'<text x="{WIDTH - 10}" y="{TOP - 6}" font-size="12" fill="currentColor" '
         f'text-anchor="end"><tspan fill="{UNIFORM}">■</tspan> same bits for all  ● to judge  '
@@ -174,7 +199,7 @@ def _chart(found: "Found") -> str:
 
 def _mark(row: Any, measure: str, across: float, down: float) -> str:
     """A candidate, with its words where the pointer is; beyond the chart it stands at its edge."""
-    words = f"{row['origin']}: {row['mean_bits']:.4g} bits, {row[measure]:.4g}"
+    words = f"{row['origin']}: {row['mean_bits']:.4g} bits, {amount(measure, row[measure])}"
     place = f'transform="translate({across:.1f} {down:.1f})"'
     tag = "path"
     if row["chosen"]:

@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(stderr=True)
+# a line stays one in a log: test_a_line_in_a_log_is_one
+console = Console(stderr=True, soft_wrap=True)
 # seconds between two updates of a display, and between two plain lines
 QUICK, SLOW = 0.2, 15.0
 

@@ -28,9 +28,19 @@ def first_line(error: BaseException) -> str:
 
 
 def short(name: str, most: int = 40) -> str:
-    """A name of at most so many characters: its end tells it from others.
+    """A name of at most so many characters, printable: its end tells it from others.
 
     >>> short("encoder.layers.11.attention.weight", 20)
     '…11.attention.weight'
     """
+    name = printable(name)
     return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def printable(name: str) -> str:
+    """A name without what would turn, break or hide text around it.
+
+    >>> printable("a\u202eb\nc")
+    'a�b�c'
+    """
+    return "".join(each if each.isprintable() else "�" for each in name)

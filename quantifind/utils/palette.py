@@ -5,6 +5,8 @@ on white; people with any kind of colour blindness tell those apart that stand i
 test_colours_of_a_picture_are_told_apart_by_everyone
 """
 
+import math
+from bisect import bisect_left
 from typing import Any
 
 # the same bits for all; the float network; losses while training; what the search found
@@ -40,8 +42,11 @@ STYLE: Any = {
     "legend.framealpha": 0.9,
     "svg.hashsalt": "quantifind",
 }
-# by width in bits, up to which it reaches: dark is much (viridis, Smith and
-# van der Walt 2015)
+# what counts has one marker in all of matplotlib's pictures: what is certified, and what validation
+# data chose
+CERTIFIED, CHOSEN = "D", "s"
+# by width in bits, between which the others lie: dark is much (viridis, Smith and van der Walt
+# 2015, and a darker end)
 WIDTHS = {
     1: "#fde725",
     1.6: "#b5de2b",
@@ -53,6 +58,7 @@ WIDTHS = {
     8: "#3e4989",
     12: "#482878",
     16: "#440154",
+    32: "#1a0020",
 }
 
 
@@ -86,14 +92,21 @@ def limit_line(place: int) -> dict[str, Any]:
 
 
 def of_width(bits: float) -> str:
-    """The colour of a width; float's where it is more than any of `WIDTHS`.
+    """The colour of a width on a grid, each width its own; what stays in float has `FLOAT`.
 
     bits: of a code.
 
-    >>> of_width(1.585) == WIDTHS[1.6], of_width(7) == WIDTHS[8], of_width(32) == FLOAT
-    (True, True, True)
+    >>> of_width(4) == WIDTHS[4], of_width(0.2) == WIDTHS[1], of_width(7)
+    (True, True, '#38578b')
     """
-    return next((colour for width, colour in WIDTHS.items() if bits <= width), FLOAT)
+    widths, colours = list(WIDTHS), list(WIDTHS.values())
+    above = bisect_left(widths, bits)
+    if above in (0, len(widths)):
+        return colours[min(above, len(widths) - 1)]
+    low, high = widths[above - 1], widths[above]
+    part = math.log(bits / low) / math.log(high / low)
+    ends = zip(_parts(colours[above - 1]), _parts(colours[above]), strict=True)
+    return "#" + "".join(f"{round(a + part * (b - a)):02x}" for a, b in ends)
 
 
 def ink_on(colour: str) -> str:
@@ -123,5 +136,9 @@ def linear(colour: str) -> list[float]:
 
     colour: ``#rrggbb``.
     """
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [part / 255 for part in _parts(colour)]
     return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+
+
+def _parts(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

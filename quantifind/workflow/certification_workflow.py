@@ -231,6 +231,23 @@ def judge_ladder(
     return Judged(steps.join(pd.DataFrame(added)), columns, gains, counted)
 
 
+def with_look_bounds(rows: pd.DataFrame, limits: Iterable[str], counted: Look) -> pd.DataFrame:
+    """Other strategies than those of the ladder, judged on the same examples at the level of its
+    look.
+
+    rows: of `evaluate_strategies` with ``columns``.
+    limits: the measures.
+    counted: the look.
+    Returns: the rows with ``…_look_bound`` in place of the columns.
+    """
+    gains = 1 / rows["temperature"] if "temperature" in rows else [None] * len(rows)
+    judged = [
+        bounds_at(each, limits, counted.confidence, gain)
+        for each, gain in zip(rows["columns"], gains, strict=True)
+    ]
+    return rows.drop(columns="columns").join(pd.DataFrame(judged, index=rows.index))
+
+
 def _counted(
     looks: Path | str,
     ladder: pd.DataFrame,

@@ -48,12 +48,6 @@
     said.textContent = `${shown().length} rows copied`;
   });
 
-  const cut = new ResizeObserver((boxes) => {
-    for (const { target } of boxes)
-      target.classList.toggle("cut", target.scrollWidth > target.clientWidth + 1);
-  });
-  for (const box of document.querySelectorAll(".scroll")) cut.observe(box);
-
   addEventListener("beforeprint", () => {
     for (const one of document.querySelectorAll("details")) one.open = true;
   });

@@ -15,4 +15,10 @@
   };
   // a finger that taps does not move
   for (const kind of ["pointermove", "pointerdown"]) document.addEventListener(kind, show);
+
+  const cut = new ResizeObserver((boxes) => {
+    for (const { target } of boxes)
+      target.classList.toggle("cut", target.scrollWidth > target.clientWidth + 1);
+  });
+  for (const box of document.querySelectorAll(".scroll")) cut.observe(box);
 })();

@@ -5,9 +5,9 @@ import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any, TypeGuard
 
+from quantifind.certification.measures import MEASURES
+
 UNKNOWN = "not known"
-# the measures that people read in hundredths, and how
-HUNDREDTHS = {"accuracy_drop": " points", "flips": "%"}
 UP, DOWN = (Context(prec=4, rounding=way) for way in (ROUND_CEILING, ROUND_FLOOR))
 
 
@@ -55,12 +55,20 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def percent(share: float | None, digits: int = 3) -> str:
-    """A share in hundredths.
+    """A share in hundredths; what is not all of it is not 100%.
 
     >>> percent(0.12345), percent(0.00004), percent(float("nan"))
     ('12.3%', '0.004%', 'not known')
+    >>> percent(0.99999), percent(1), percent(12.34, 2)
+    ('>99.9%', '100%', '1,200%')
     """
-    return f"{100 * share:.{digits}g}%" if is_number(share) else UNKNOWN
+    if not is_number(share):
+        return UNKNOWN
+    text = f"{100 * share:.{digits}g}"
+    if share < 1 <= float(text) / 100:
+        return f">{100 - 10.0 ** (2 - digits):g}%"
+    # with thousands, not with an exponent
+    return f"{float(text):,.0f}%" if "e+" in text else f"{text}%"
 
 
 def interval(value: Any, low: Any, high: Any, measure: str = "") -> str:
@@ -79,10 +87,15 @@ def amount(measure: str, value: Any, digits: int = 4) -> str:
     >>> amount("calibrated_ratio", 1.01), amount("accuracy_drop", 0.003), amount("flips", 0.0125)
     ('1.01', '0.3 points', '1.25%')
     """
-    if measure not in HUNDREDTHS or not is_number(value):
+    unit = _hundredths(measure)
+    if not unit or not is_number(value):
         return number(value, digits)
-    shown, unit = number(round(100 * value, 10), digits), HUNDREDTHS[measure]
+    shown = number(round(100 * value, 10), digits)
     return f"{shown}{unit.removesuffix('s') if shown == '1' else unit}"
+
+
+def _hundredths(measure: str) -> str:
+    return MEASURES[measure].hundredths if measure in MEASURES else ""
 
 
 def limit(measure: str, most: float) -> str:
@@ -96,6 +109,5 @@ def limit(measure: str, most: float) -> str:
 
 def bound(measure: str, most: Any) -> str:
     """A bound in the unit of its measure, rounded up."""
-    if measure not in HUNDREDTHS or not is_number(most):
-        return at_most(most)
-    return f"{at_most(100 * most)}{HUNDREDTHS[measure]}"
+    unit = _hundredths(measure)
+    return f"{at_most(100 * most)}{unit}" if unit and is_number(most) else at_most(most)
