@@ -12,7 +12,7 @@ from quantifind.utils.console import progress
 # the lowest and the highest middle width, as shares of the answer's mean bits; and how far from its
 # middle a tensor's width lies, as shares of that: from half to one and a half times
 MIDDLES, AROUND = (0.75, 3.0), (0.5, 1.5)
-# of these, what was not measured on all examples has no place beside what was
+# each is measured on all examples: rows of a part could not be compared
 WHOLE = (1.0,)
 
 

@@ -39,8 +39,7 @@ def to_layout(model: nn.Module, layout: str) -> None:
 
 
 def in_layout(inputs: Tensor, layout: str) -> Tensor:
-    """Inputs (examples, …) in this layout; but for images, (examples, channels, height, width), as
-    they are."""
+    """Images (examples, channels, height, width) in this layout; other inputs contiguous."""
     if layout == CONTIGUOUS or inputs.dim() != 4:
         return inputs.contiguous()
     _, channels, height, width = inputs.shape
