@@ -14,7 +14,7 @@ from quantifind.certification.measures import MEASURES
 from quantifind.certification.tails import tail_warning
 from quantifind.utils import plugins
 from stages.card import export_in_words, file_in_words
-from stages.digits import amount, at_most, bound, chance, interval, limit, sure
+from stages.digits import amount, at_most, bound, chance, interval, limits_in_words, percent, sure
 
 # what a quantized tensor becomes: its scheme, bits and options; None stays in float
 Choice = Mapping[str, Any] | None
@@ -166,10 +166,7 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
     """
     measure, best = next(iter(answer["limit"])), answer["certified"]
     what, uniform = MEASURES[measure].words, answer["certified_uniform_depth"]
-    limits = " and ".join(
-        f"{MEASURES[m].words} at most {limit(m, v)}" for m, v in answer["limit"].items()
-    )
-    lines = [f"# {name}: {limits}", ""]
+    lines = [f"# {name}: {limits_in_words(answer['limit'])}", ""]
     if answer["budget"] is not None:
         ((cost, most),) = answer["budget"].items()
         lines += [f"Searched for the least {what} with {cost.replace('_', ' ')} ≤ {most:g}.", ""]
@@ -242,7 +239,7 @@ def _looks(answer: Mapping[str, Any]) -> str:
     """How often the test split was looked at, and what the examples that it has by chance do."""
     look, alone, bits = answer["look"], answer["certified_alone"], answer["certified_bits"]
     count = "the first ladder" if look["k"] == 1 else f"ladder number {look['k']}"
-    all_looks, this = _percent(1 - answer["confidence"]), chance(look["level"])
+    all_looks, this = percent(1 - answer["confidence"]), chance(look["level"])
     plain = "nothing" if alone is None else f"{alone['mean_bits']:.3f} bits (at most "
     plain += "" if alone is None else f"{at_most(alone['bound'])})"
     low, high = ("nothing" if end is None else f"{end:.3f}" for end in (bits["low"], bits["high"]))
@@ -254,10 +251,6 @@ def _looks(answer: Mapping[str, Any]) -> str:
         f"the only one, {plain} would be certified. Had other examples been drawn for the test "
         f"(bootstrap), {drawn} would be certified in 90 of 100 draws."
     )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
 
 
 def _size(row: Mapping[str, Any]) -> str:

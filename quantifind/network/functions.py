@@ -74,7 +74,7 @@ def labels(
     return one, other, result[1:] if func in SUMS_OF_PRODUCTS else result
 
 
-def plain(given: Any) -> bool:
+def lie_in_memory(given: Any) -> bool:
     """Whether all tensors lie in memory: none is sparse, nested, or inside `torch.vmap`."""
     return all(memory(tensor) is not None for tensor in tensors_of(given))
 

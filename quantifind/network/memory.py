@@ -251,10 +251,12 @@ class Copies(TorchFunctionMode):
 
 
 def _identity(name: str, tensor: Tensor) -> Any:
-    if not has_memory(tensor):
-        return name
-    where = tensor.device, tensor.data_ptr()
-    return *where, tensor.shape, tensor.stride(), tensor.dtype
+    return place_of(tensor) if has_memory(tensor) else name
+
+
+def place_of(tensor: Tensor) -> Any:
+    """What two tensors have in common that are the same view of the same memory."""
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _placed(tensor: Tensor, first: int, memory: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class _Visiting(TorchFunctionMode):
                 if not tensor.is_floating_point() and functions.memory(tensor) is not None:
                     self.note(tensor)
         seen = _SEEN.get(func)
-        if seen is None or not functions.plain((args, kwargs)):
+        if seen is None or not functions.lie_in_memory((args, kwargs)):
             return func(*args, **kwargs)
         return seen(self, func, args, kwargs)
 

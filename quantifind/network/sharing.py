@@ -1,10 +1,8 @@
 """Which of a network's tensors have to be kept, and which lie in memory of theirs."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from quantifind.network.memory import has_memory, own_bytes, span
+from quantifind.network.memory import has_memory, own_bytes, place_of, span
 from quantifind.network.modules import stored_tensors
 
 
@@ -27,17 +25,13 @@ def stored_and_shared(
         if name in stored or not has_memory(tensor):
             continue
         for owner, whole in stored.items():
-            if whole is tensor or (has_memory(whole) and _place(whole) == _place(tensor)):
+            if whole is tensor or (has_memory(whole) and place_of(whole) == place_of(tensor)):
                 same[name] = owner
                 break
             if has_memory(whole) and _is_within(span(tensor), span(whole)):
                 views[name] = owner
                 break
     return stored, same, views
-
-
-def _place(tensor: Tensor) -> Any:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _is_within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:

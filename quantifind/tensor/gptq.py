@@ -24,7 +24,7 @@ SHARES = (1.0, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2,
 STEADY = 0.03
 
 
-@dataclass
+@dataclass(frozen=True)
 class Moments:
     """Sums over the positions at which some rows of a weight, (rows, inputs), meet an input x.
 
@@ -40,12 +40,6 @@ class Moments:
     outputs: Tensor
     positions: int = 0
     counts: Tensor | None = None
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Inputs (positions, inputs) and wanted outputs (positions, rows)."""
-        self.inputs += x.T @ x
-        self.outputs += y.T @ x
-        self.positions += len(x)
 
 
 def gptq_layer(
@@ -150,7 +144,7 @@ def _rotation(moments: Mapping[Matrices, Moments], shape: torch.Size, seed: int)
 def _rounded(
     target: Tensor, choice: Choice, start: QuantizedTensor, errors: Mapping[Matrices, OutputError]
 ) -> QuantizedTensor:
-    """The target compensated, from codes rounded to nearest."""
+    """The target rounded by GPTQ, from codes rounded to nearest."""
     if choice.rate and start.qparams.scale is None:
         raise ValueError(f"rate is {choice.rate:g}: {choice.scheme} has no scale, which it needs")
     codes = start.codes.clone(memory_format=torch.contiguous_format)
