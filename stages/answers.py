@@ -45,7 +45,7 @@ def recommend(
     budget: what was searched for, if it was no limit.
     look: which one it is of the ladders that were judged on the test split.
     confidence: of all looks together; and of the intervals, and of what is certified alone.
-    control: of what was trained further, what is said of float weights that had its training.
+    control: where codes were trained further, what is said of float weights with the same training.
     bits_interval: as `quantifind.certification.resampling.bits_interval` has it, for this look.
     Returns: plain values; ``certified`` is the last strategy of the ladder that passes at the level
     of the look when it is walked from the top, or None; ``certified_alone`` likewise, were this the

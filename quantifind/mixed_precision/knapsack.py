@@ -39,7 +39,7 @@ class Option:
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:
-    """Those that no other beats in both cost and loss increase, from the costliest down."""
+    """The options that no other beats in both cost and loss increase, from the costliest down."""
     # one that gave NaN or infinity is taken where there is no other: test_what_is_no_number_is_left
     finite = [option for option in options if math.isfinite(option.loss_increase)] or options
     kept: list[Option] = []

@@ -83,8 +83,8 @@ def _sparse_strategy(candidates: Candidates) -> Strategy | None:
 
 
 def _learn_densities(candidates: Candidates, start: Strategy, epochs: float, labels: bool) -> float:
-    """Learn codes of densities that halve, as ratios, what lies between the sparsest that keeps the
-    goal and the densest that does not; of a budget, the other way round.
+    """Learn codes at the middle, as ratios, of a range of densities that narrows: between the
+    sparsest that keeps a limit and the densest that does not; for a budget, the other way round.
 
     Returns: the density of the best of them; the largest where none keeps the goal.
     """

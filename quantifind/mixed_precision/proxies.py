@@ -214,8 +214,8 @@ def output_fisher_increases(
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
-    """A copy in eval mode, and those of its tensors that have gradients, all its floating point
-    parameters, by name; within it gradients are on and exist twice over."""
+    """A copy in eval mode, and its floating point parameters by name, which have gradients; within
+    it, gradients are on and exist twice over."""
     work = plain_copy(model).eval()
     unpad(work)
     parameters = {
@@ -258,9 +258,10 @@ def _check_candidates(
 def products_of(
     work: nn.Module, loss: Callable[[], Tensor], others: Mapping[str, Tensor]
 ) -> tuple[dict[str, list[tuple[Product, Tensor, Tensor]]], dict[str, Tensor]]:
-    """By weight and by bias, the products of a pass, their outputs, and the gradients there; and
-    those of parameters that are in none.
+    """By weight and by bias, the products of a pass, with their outputs and the gradients there;
+    and by name the gradients of parameters that are in no product.
 
+    others: these parameters by name, and perhaps some that are in products.
     loss: runs the pass, and gives a number.
     """
     seen: list[tuple[Product, Tensor]] = []

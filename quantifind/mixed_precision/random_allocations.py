@@ -21,9 +21,9 @@ def random_allocations(
 ) -> pd.DataFrame:
     """Measure allocations whose widths are drawn, around as many middles from few bits to many.
 
-    Each tensor's width is drawn from those around the middle, all as likely; what it becomes at
-    that width is what cost least alone, of what the search has rounded already. Activations stay in
-    float. What is measured is a candidate of no search: none of them can be chosen.
+    Each tensor's width is drawn from those around the middle, all as likely; of the choices at that
+    width that the search has rounded already, the tensor gets the one that cost least alone.
+    Activations stay in float. None of these allocations can be chosen.
 
     candidates: of a search that is over.
     mean_bits: of its answer.

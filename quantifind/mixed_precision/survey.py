@@ -92,8 +92,8 @@ def survey(
 def _hoped(
     rounded_options: RoundedOptions, key: str, nearest: float, scores: Mapping[str, float]
 ) -> float:
-    """The least that rounding by GPTQ may lose: by what rounding to nearest loses, and by what
-    fewer levels lost, the square of whose number errors fall with.
+    """A low guess of what rounding by GPTQ loses: a share of what rounding to nearest loses; or
+    less, from what GPTQ with fewer levels lost, as errors fall with the square of their number.
 
     Without the second, two bits are never tried where three levels do well.
     """

@@ -114,7 +114,8 @@ class _Rebinding:
         return self.found[id(function)]
 
     def _copy_of(self, value: Any) -> Any:
-        """The copy of what a function closes over, where it is the network's or holds that."""
+        """The copy of a value that a function closes over, where it is a part of the network, or
+        holds one."""
         if id(value) in self.memo:
             return self.memo[id(value)]
         if isinstance(value, types.FunctionType):

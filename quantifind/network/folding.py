@@ -22,8 +22,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Folded(nn.Identity):
     """What stands where a norm was.
 
-    removed: how many parameters fewer the network has: the norm's, less those of a bias that the
-        product before it has since.
+    removed: how many parameters fewer the network has: the norm's, less those of the bias that the
+        product before it was given instead.
     """
 
     def __init__(self, removed: int) -> None:

@@ -1,5 +1,5 @@
-"""The functions of torch that are products or contain some: which they are, and those that contain
-some written as the products inside."""
+"""Which functions of torch are products; and functions that contain products, written so that
+these are visited one by one."""
 
 import math
 import types

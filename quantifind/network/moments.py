@@ -38,8 +38,8 @@ def layer_moments(
     rounded: Round | None = None,
     max_memory: float | None = None,
 ) -> Iterator[Found]:
-    """Moments of the inputs that weights meet, by weight and matrix of it; those of one that meet
-    the same inputs as another's are the same tensors.
+    """By weight and by matrix of it, the moments of the inputs that it meets; of weights that meet
+    the same inputs, the same tensors.
 
     They are sums over all positions, or estimates of them from evenly spread ones of some batches
     (`quantifind.network.parts.POSITIONS`, `EXAMPLES`). Weights come in the order of a pass, those

@@ -15,8 +15,9 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 def stored_and_shared(
     model: nn.Module,
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """Of a plain network the tensors to be stored, and by name of each other one that lies in
-    memory of theirs, whose that is: those that are the same, and those that are a part of it."""
+    """The tensors of a plain network that have to be stored; and of the others, which lie in memory
+    of these, by name the name of the one that has it: of those that are the same as it, and of
+    those that are a part of it."""
     stored = stored_tensors(model, counters=True)
     sizes = own_bytes(stored)
     stored = {name: t for name, t in stored.items() if sizes[name] or not has_memory(t)}

@@ -26,8 +26,8 @@ def layout_and_batch(model: nn.Module, examples: Batch) -> tuple[str, int]:
 
 @torch.no_grad()
 def to_layout(model: nn.Module, layout: str) -> None:
-    """Give a network's tensors of convolutions this layout, in place; but for those that share
-    memory, which they would share no more (test_views_follow_wherever_they_are_measured)."""
+    """Give the tensors of a network's convolutions this layout, in place. Those that share memory
+    stay: they would no longer share it (test_views_follow_wherever_they_are_measured)."""
     apart = {
         block[0]
         for block in blocks(dict(model.named_parameters()) | dict(model.named_buffers()))

@@ -75,9 +75,9 @@ def fit_scales(
 
     The loss is the divergence of the outputs from the float network's
     (`quantifind.utils.divergences.divergences`), of classes with both networks' logits divided
-    by `SOFTENING`. A fifth of the examples is held out: of the scales after each epoch those are
-    returned whose divergence, as it is, is least there, and those given where no others' is less.
-    Dropout is off, norms keep their statistics. No label is used.
+    by `SOFTENING`. A fifth of the examples is held out: the scales of the epoch with the least
+    divergence there, not softened, are returned; or those given, where no epoch's divergence is
+    less. Dropout is off, norms keep their statistics. No label is used.
 
     model: the float network.
     batches: of training data; examples that don't depend on their batch's others are put in batches

@@ -117,8 +117,12 @@ class Student:
             self.thresholds[name] = torch.full((), -1.0, device=self.latents[name].device)
 
     def at(self, batches: int, done: float) -> None:
-        """Tell which codes are 0, where few are others, after so many batches, a part of the
-        training, 0 to 1; also between those that are `OFTEN` apart when it is all."""
+        """Choose which codes are 0, where only a share may be others: every `OFTEN` batches, and
+        after each one in the end.
+
+        batches: that were taken.
+        done: the part of the training that is over, 0 to 1.
+        """
         if batches % OFTEN == 0 or done >= 1:
             for name, share in self.shares.items():
                 now = sparsity.falling(share, done)

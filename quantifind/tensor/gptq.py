@@ -89,8 +89,8 @@ class _Prepared:
         steady: float,
         seed: int | None = None,
     ) -> "_Prepared":
-        """steady: of the mean power of inputs, how much each that is ever met is held to have at
-        least, so that the weights of what is hardly ever met do not go far.
+        """steady: a share of the mean power of inputs, which each input that is ever met is held to
+        have at least: else the weights of inputs that are hardly ever met would go far.
         seed: of the rotation of inputs; None for none.
         """
         rotation = None if seed is None else _rotation(moments, values.shape, seed)
