@@ -103,8 +103,8 @@ def measure(network: str) -> Iterator[dict[str, Any]]:
     calibration = list(islice(train, grids.CALIBRATION_BATCHES))
     strategies = [uniform_strategy(net, **grids.GPTQ, bits=bits) for bits in LADDER_BITS]
     ladder = [quantize(net, strategy, calibration) for strategy in strategies]
-    rungs = np.stack([evaluator.outcome(quantized)["loss"].numpy() for quantized in ladder])
-    yield from of_ladder(network, rungs, [mean_bits(net, one) for one in ladder], original)
+    steps = np.stack([evaluator.outcome(quantized)["loss"].numpy() for quantized in ladder])
+    yield from of_ladder(network, steps, [mean_bits(net, one) for one in ladder], original)
 
 
 def _over_draws(changes: np.ndarray, draws: int) -> np.ndarray:
@@ -123,16 +123,16 @@ def _rows(case: dict[str, Any], values: Iterable[float]) -> Iterator[dict[str, A
 
 
 def of_ladder(
-    network: str, rungs: np.ndarray, widths: list[float], original: np.ndarray
+    network: str, steps: np.ndarray, widths: list[float], original: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     """How often a walk ends at what truly breaks the limit, and the bits that it certifies.
 
     For the errors the limit is the ratio of each step in turn, the hardest for it.
     """
-    ratios, bits = rungs.mean(axis=1) / original.mean(), np.array([32.0, *widths])
+    ratios, bits = steps.mean(axis=1) / original.mean(), np.array([32.0, *widths])
     edges, wrong = [r for r in ratios[1:] if r > ratios[0]], []
     for limit in (*edges, *LIMITS):
-        passed = _over_draws(rungs - limit * original, LADDER_DRAWS)
+        passed = _over_draws(steps - limit * original, LADDER_DRAWS)
         steps = np.cumprod(passed, axis=2).sum(axis=2)
         if limit in edges:
             wrong.append(np.array([False, *(ratios >= limit)])[steps].mean(axis=1))

@@ -333,7 +333,7 @@ def faults(drawn: Drawn) -> list[str]:
     as_they_are: Any = {"adjust_scales": lambda _, row: row}
     with (
         mock.patch.multiple(exploration, SWEEP=4, MOVES=4, FINER=(0.9,)),
-        mock.patch.multiple(refinement, SEQUENTIAL=(1.0,), COSTLIER=(1.1,), **as_they_are),
+        mock.patch.multiple(refinement, SEQUENTIAL_COSTS=(1.0,), COSTLIER=(1.1,), **as_they_are),
     ):
         return _faults(drawn)
 

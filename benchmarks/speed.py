@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, islice, repeat
 from typing import Any
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -38,14 +39,15 @@ from benchmarks import grids
 from benchmarks.rooms import rooms
 from quantifind.data import mnist_data
 from quantifind.metrics import outcome
+from quantifind.mixed_precision.found import Found
 from quantifind.mixed_precision.measurements import Measurements
+from quantifind.mixed_precision.rounded_options import network_of
 from quantifind.mixed_precision.search_space import NEAREST, PER_TENSOR, SearchSpace
-from quantifind.mixed_precision.sensitivity import measure_sensitivity
+from quantifind.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from quantifind.network.modules import named_tensors
 from quantifind.network.trace import macs
 from quantifind.quantize import mean_bits, quantize_model
 from quantifind.search import find_strategy
-from quantifind.tensor.quantized import Quantized
 from quantifind.utils import plugins
 from quantifind.utils.criteria import losses
 from quantifind.utils.devices import device
@@ -152,12 +154,12 @@ def sensitivity(network: str) -> list[dict[str, Any]]:
     )
     measurements = Measurements.start(net, train, val, criterion)
 
-    def measure(precision: float) -> Any:
+    def measure(precision: float) -> Sensitivity:
         forget(measurements)
         return measure_sensitivity(measurements, space, precision=precision)
 
-    rounded = measure(0.5).quantized
-    alone = [Quantized({key.split("/", 1)[1].split(" ")[0]: one}) for key, one in rounded.items()]
+    rounded = measure(0.5).rounded_options
+    alone = [network_of(rounded.choices[key][1], one) for key, one in rounded.items()]
 
     def whole_passes() -> None:
         for quantized in alone:
@@ -192,23 +194,22 @@ def search_rate() -> list[dict[str, Any]]:
     judged: list[int] = []
     counted = Measurements.all_columns
 
-    def count(self: Measurements, candidates: Any, examples: int | None = None) -> Any:
+    def count(self: Measurements, candidates: Any, *span: Any, **how: Any) -> Any:
         judged.append(sum(self.store.get(key) is None for key in candidates))
-        return counted(self, candidates, examples)
+        return counted(self, candidates, *span, **how)
 
-    Measurements.all_columns = count  # type: ignore[method-assign]
-    found, took, number = {}, {}, {}
+    found: dict[float, Found] = {}
+    took, number = {}, {}
     for precision in (0.25, 0.0):
         judged.clear()
-        took[precision] = seconds(
-            lambda precision=precision: found.update(
-                {
-                    precision: find_strategy(
-                        net, train, val, criterion, limit=1.01, precision=precision
-                    )
-                }
+
+        def once(precision: float = precision) -> None:
+            found[precision] = find_strategy(
+                net, train, val, criterion, limit=1.01, precision=precision
             )
-        )
+
+        with patch.object(Measurements, "all_columns", count):
+            took[precision] = seconds(once)
         number[precision] = sum(judged)
     bits = {precision: mean_bits(net, one.quantized) for precision, one in found.items()}
     same = "the same" if found[0.25].strategy == found[0.0].strategy else "another"

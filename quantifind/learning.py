@@ -125,7 +125,7 @@ def train_control(
     What is learned from labels is trained further, too: its loss beside the control's is what
     quantization costs it, beside ``model``'s it is both together.
 
-    strategy: whose codes learn; those of its parameters that it quantizes are trained.
+    strategy: whose codes learn; the parameters that it quantizes are those trained here.
     loader: as `learn` takes it; examples, their order and their blends are the same.
     recipe: what else `learn` was given.
     Returns: a copy in eval mode.

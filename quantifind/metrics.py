@@ -91,7 +91,7 @@ class Outcome:
         if "scaled_loss" not in self:
             return self
         losses = self["scaled_loss"].numpy()
-        return replace(self, gain=gains_of(losses.shape[1]).fitted(losses))
+        return replace(self, gain=gains_of(losses).fitted(losses))
 
     @property
     def nans(self) -> int:
@@ -114,7 +114,7 @@ class Outcome:
             return self.criterion
         losses = self["scaled_loss"].numpy()
         weight = torch.cat([by_example(part["weight"]) for part in self.parts])
-        return float(gains_of(losses.shape[1]).at(losses, self.gain).sum() / weight.sum().item())
+        return float(gains_of(losses).at(losses, self.gain).sum() / weight.sum().item())
 
     @property
     def accuracy(self) -> float:
@@ -271,19 +271,10 @@ def paired(quantized: Outcome, original: Outcome) -> dict[str, np.ndarray]:
     return columns
 
 
-def divergence(quantized: Outcome, original: Outcome) -> np.ndarray:
-    """How much the loss of each example would increase if the original's outputs were the truth.
-
-    Two outcomes, as `paired` takes them. Returns: (examples,) float64, the Kullback-Leibler
-    divergence of the classes' probabilities from the original's (nats), by weight in the sum over
-    positions; or without classes the mean squared error of the outputs.
-    """
-    return columns_of(compared(quantized, original))["divergence"]
-
-
 def compared(quantized: Outcome, original: Outcome) -> Outcome:
     """An outcome beside the original's on the same examples, without outputs: the columns of
-    `paired`, and of `divergence`, where the quantized network's outcome is."""
+    `paired`, and ``divergence`` (`quantifind.utils.divergences.divergences`), where the quantized
+    network's outcome is."""
     parts = []
     for part, other in zip(quantized.parts, original.parts, strict=True):
         there = part["loss"].device
@@ -294,7 +285,7 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
             "weight": by_example(wanted["weight"]),
         }
         if original.gain is not None and "scaled_loss" in part:
-            weights = gains_of(wanted["scaled_loss"].shape[1]).weights(original.gain)
+            weights = gains_of(wanted["scaled_loss"]).weights(original.gain)
             calibrated = wanted["scaled_loss"] @ torch.from_numpy(weights).to(there)
             found |= {"scaled_loss": part["scaled_loss"], "original_calibrated_loss": calibrated}
         row = math.prod(part["outputs"].shape[1:])
@@ -310,11 +301,10 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
         ]
         names = ("squared_error", "squared_norm", "divergence")
         found |= dict(zip(names, map(torch.cat, zip(*pieces, strict=True)), strict=True))
-        apart = found.pop("divergence")
         if "correct" in part and "correct" in wanted:
             found |= {"correct": part["correct"], "original_correct": wanted["correct"]}
             found["flipped"] = part["answer"] != wanted["answer"]
-        parts.append(found | {"divergence": apart})
+        parts.append(found)
     return Outcome(parts, original.classes)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quantifind.network.activations import QuantizedActivations, fit_activations
-from quantifind.network.calibrated import Calibration, unused
+from quantifind.network.calibrated import Calibration
 from quantifind.network.folding import parameter_count, prepared, prepared_tensors
 from quantifind.network.modules import (
     plain_copy,
@@ -31,7 +31,7 @@ from quantifind.utils.arguments import check
 from quantifind.utils.batches import Forward
 from quantifind.utils.naming import naming
 
-# groups of weights that are compensated one after another, each for what those before it lost
+# groups of weights that GPTQ rounds one after another, each making up for what those before it lost
 WAVES = 16
 
 
@@ -53,8 +53,8 @@ def quantize(
         centres, and activations.
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     max_memory: bytes that moments of calibration inputs may take at a time, by default a quarter of
-        what is free; a weight with more is compensated in blocks of inputs, or rounded to nearest,
-        as the notes say.
+        what is free; a weight with more is rounded by GPTQ in blocks of inputs, or to nearest, as
+        the notes say.
     Raises: ValueError naming the tensor that ``model`` doesn't have, that is left unnamed or can't
         be quantized so, with the option and what is allowed.
     """
@@ -96,8 +96,8 @@ def quantize_within(network: Calibration, strategy: Strategy, waves: int = WAVES
     if len(tensors) < len(choices):
         tensors |= _gptq_sequentially(network, choices, tensors, activations, waves)
     tensors = {name: tensors[name] for name in choices}
-    compensated = [name for name, choice in choices.items() if choice.rounding == "gptq"]
-    said = {name: note_of(network, name, choices[name], tensors[name]) for name in compensated}
+    by_gptq = [name for name, choice in choices.items() if choice.rounding == "gptq"]
+    said = {name: note_of(network, name, choices[name], tensors[name]) for name in by_gptq}
     notes = {name: note for name, note in said.items() if note is not None}
     return Quantized(tensors, activations, strategy.folded, notes)
 
@@ -112,9 +112,7 @@ def _gptq_sequentially(
     """Weights in so many waves, each making up for what those before it lost."""
     left = [name for name in choices if name not in done]
     tensors: dict[str, QuantizedTensor] = {}
-    for name in left:
-        if name not in network.uses:
-            raise ValueError(f"{name}: rounding 'gptq': {unused()}; round it to 'nearest'")
+    network.check_used(left)
     work, rounded = None, None
     if done or activations or len(left) > 1:
         work = plain_copy(network.model)
@@ -147,11 +145,7 @@ def sequential_examples(network: Calibration, strategy: Strategy, count: int) ->
 
 @torch.no_grad()
 def quantize_each(
-    model: nn.Module,
-    choices: Mapping[str, Sequence[Choice]],
-    calibration: "Iterable[Any] | Calibration | None" = None,
-    *,
-    max_memory: float | None = None,
+    network: Calibration, choices: Mapping[str, Sequence[Choice]]
 ) -> Iterator[tuple[str, list[QuantizedTensor]]]:
     """Tensors by each of several choices, the rest of the network in float.
 
@@ -159,13 +153,8 @@ def quantize_each(
     the order of a pass, with as few passes as memory allows.
 
     choices: by name of a parameter or a buffer.
-    calibration: as for `quantize`, or what is already known of the network.
-    max_memory: as for `quantize`.
     Raises: ValueError as `quantize`.
     """
-    network = calibration
-    if not isinstance(network, Calibration):
-        network = Calibration(model, network, max_memory=max_memory)
     for name, some in choices.items():
         if name not in network.tensors:
             raise ValueError(f"unknown tensor {name}: the network has {', '.join(network.tensors)}")
@@ -176,8 +165,8 @@ def quantize_each(
         if name not in asking:
             yield name, [_nearest(name, choice, network) for choice in some]
     for name, moments in network.moments(asking):
-        compensated = [choice for choice in choices[name] if choice.rounding == "gptq"]
-        rounded = iter(_by_moments(name, compensated, moments, network))
+        by_gptq = [choice for choice in choices[name] if choice.rounding == "gptq"]
+        rounded = iter(_by_moments(name, by_gptq, moments, network))
         yield (
             name,
             [
@@ -185,14 +174,6 @@ def quantize_each(
                 for choice in choices[name]
             ],
         )
-
-
-def quantize_alone(
-    model: nn.Module, name: str, choices: Sequence[Choice], calibration: Iterable[Any] | None = None
-) -> list[QuantizedTensor]:
-    """One tensor by each of several choices, as `quantize_each` does it."""
-    ((_, tensors),) = quantize_each(model, {name: choices}, calibration)
-    return tensors
 
 
 def _by_moments(

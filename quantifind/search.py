@@ -39,8 +39,8 @@ from quantifind.utils.interrupts import interruptible
 from quantifind.utils.loaders import length_of
 from quantifind.utils.naming import naming
 
-# passes that a search may take, and the shares of what is left that its phases may: of one that
-# needs less, the rest is the next ones'
+# passes that a search may take; and of those left, the share that each phase may. What a phase does
+# not use, the next ones may.
 EFFORT = 200
 SURVEYED, SWEPT, MOVED, SEQUENTIAL = 0.4, 0.6, 0.4, 0.6
 
@@ -158,7 +158,7 @@ def find_strategy(
             _cut_short(error, candidates, seconds, folder)
         assert candidates is not None
         table = _sensitivities(measurements, sensitivity, proxies)
-        return found_by(candidates, table, criterion, forward, (random, seed))
+        return found_by(candidates, table, criterion, forward, random=random, seed=seed)
 
 
 def _sensitivities(measurements: Measurements, found: Sensitivity, proxies: bool) -> Any:

@@ -8,7 +8,16 @@ import numpy as np
 import pandas as pd
 
 from quantifind.certification.certificate import certified_depth
-from quantifind.certification.digits import amount, at_most, bound, chance, interval, limit, sure
+from quantifind.certification.digits import (
+    amount,
+    at_most,
+    bound,
+    chance,
+    interval,
+    limits_in_words,
+    percent,
+    sure,
+)
 from quantifind.certification.goal import ANSWERS, answer_of, steps_that_keep
 from quantifind.certification.ledger import Look
 from quantifind.certification.measures import MEASURES
@@ -45,7 +54,7 @@ def recommend(
     budget: what was searched for, if it was no limit.
     look: which one it is of the ladders that were judged on the test split.
     confidence: of all looks together; and of the intervals, and of what is certified alone.
-    control: of what was trained further, what is said of float weights that had its training.
+    control: where codes were trained further, what is said of float weights with the same training.
     bits_interval: as `quantifind.certification.resampling.bits_interval` has it, for this look.
     Returns: plain values; ``certified`` is the last strategy of the ladder that passes at the level
     of the look when it is walked from the top, or None; ``certified_alone`` likewise, were this the
@@ -166,10 +175,7 @@ def in_words(answer: Mapping[str, Any], name: str) -> str:
     """
     measure, best = next(iter(answer["limit"])), answer["certified"]
     what, uniform = MEASURES[measure].words, answer["certified_uniform_depth"]
-    limits = " and ".join(
-        f"{MEASURES[m].words} at most {limit(m, v)}" for m, v in answer["limit"].items()
-    )
-    lines = [f"# {name}: {limits}", ""]
+    lines = [f"# {name}: {limits_in_words(answer['limit'])}", ""]
     if answer["budget"] is not None:
         ((cost, most),) = answer["budget"].items()
         lines += [f"Searched for the least {what} with {cost.replace('_', ' ')} ≤ {most:g}.", ""]
@@ -242,7 +248,7 @@ def _looks(answer: Mapping[str, Any]) -> str:
     """How often the test split was looked at, and what the examples that it has by chance do."""
     look, alone, bits = answer["look"], answer["certified_alone"], answer["certified_bits"]
     count = "the first ladder" if look["k"] == 1 else f"ladder number {look['k']}"
-    all_looks, this = _percent(1 - answer["confidence"]), chance(look["level"])
+    all_looks, this = percent(1 - answer["confidence"]), chance(look["level"])
     plain = "nothing" if alone is None else f"{alone['mean_bits']:.3f} bits (at most "
     plain += "" if alone is None else f"{at_most(alone['bound'])})"
     low, high = ("nothing" if end is None else f"{end:.3f}" for end in (bits["low"], bits["high"]))
@@ -254,10 +260,6 @@ def _looks(answer: Mapping[str, Any]) -> str:
         f"the only one, {plain} would be certified. Had other examples been drawn for the test "
         f"(bootstrap), {drawn} would be certified in 90 of 100 draws."
     )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
 
 
 def _size(row: Mapping[str, Any]) -> str:

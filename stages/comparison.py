@@ -10,7 +10,7 @@ from quantifind.certification import digits
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
 from quantifind.utils import palette
-from stages import common, findings, report_tensors
+from stages import common, report_tensors
 from stages.charts import SIZES, Level, Series, frontier_chart
 from stages.evidence import Evidence
 from stages.pages import render
@@ -73,7 +73,7 @@ def _row(name: str, evidence: Evidence) -> dict[str, Any]:
     at = [certified_bits(frontier, {"criterion_ratio": limit}) for limit in LIMITS]
     return {
         "name": name,
-        "limits": findings.limits_in_words(evidence.limits),
+        "limits": digits.limits_in_words(evidence.limits),
         "bits": f"{best['mean_bits']:.3f}" if certified else "none",
         "smaller": f"{best['compression']:.1f} ×" if certified else "–",
         "uniform": "none" if depth is None else f"{depth}",

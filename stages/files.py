@@ -162,15 +162,6 @@ def write_table(path: Path, table: "pd.DataFrame") -> None:
     write(path, lambda partial: table.to_csv(partial, index=False))
 
 
-def read_table(path: Path) -> "pd.DataFrame":
-    """What `write_table` wrote.
-
-    path: the file.
-    Raises: ValueError where it is no table; OSError where it can't be read.
-    """
-    return parse_table(path.read_text(encoding="utf-8"))
-
-
 def parse_table(text: str) -> "pd.DataFrame":
     """The table in a text that `write_table` wrote.
 

@@ -7,26 +7,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from quantifind.certification.digits import UNKNOWN, chance, is_number, limit, number, percent, sure
+from quantifind.certification.digits import (
+    UNKNOWN,
+    chance,
+    is_number,
+    kept_in_words,
+    limits_in_words,
+    number,
+    percent,
+    sure,
+)
 from quantifind.certification.goal import answer_of
-from quantifind.certification.measures import MEASURES
 from quantifind.utils.naming import short
 from stages.alone import cost_grid, guessed_cells
 from stages.evidence import Evidence
 
 # the first words of `quantifind.certification.goal.ANSWERS`
 KINDS = {"as_is": "as it is", "following": "following", "trained": "trained further"}
-
-
-def limits_in_words(limits: Mapping[str, float]) -> str:
-    """By measure the most that it may be, as a clause."""
-    return " and ".join(f"{MEASURES[n].words} at most {limit(n, v)}" for n, v in limits.items())
-
-
-def kept_in_words(limits: Mapping[str, float]) -> str:
-    """Likewise, as a sentence without its end."""
-    first, *others = (f"{MEASURES[n].words} is at most {limit(n, v)}" for n, v in limits.items())
-    return " and ".join([f"its {first}", *(f"its {other}" for other in others)])
 
 
 def answer(evidence: Evidence, name: str) -> str:

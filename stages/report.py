@@ -197,7 +197,7 @@ def _parameters(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
     """By key of params.yaml what the run was given, and the limit that it had by default."""
     search = asdict(params.search)
     if search["limit"] is None and search["budget"] is None:
-        search["limit"] = f"the default: {findings.limits_in_words(evidence.limits)}"
+        search["limit"] = f"the default: {digits.limits_in_words(evidence.limits)}"
     sections = {
         "": {"model": params.model, "seed": params.seed},
         f"models.{params.model}.": asdict(params.entry),

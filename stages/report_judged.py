@@ -6,7 +6,6 @@ from quantifind.certification import digits
 from quantifind.certification.digits import chance
 from quantifind.certification.goal import steps_that_keep
 from quantifind.certification.measures import MEASURES
-from stages import findings
 from stages.evidence import Evidence
 from stages.params import Params
 
@@ -51,7 +50,7 @@ def judged(evidence: Evidence, params: Params) -> list[tuple[str, str]]:
     look, alone = found["look"], found["certified_alone"]
     data, steps = params.entry.data, len(evidence.tables["frontier"])
     facts = [
-        ("limits", findings.limits_in_words(evidence.limits)),
+        ("limits", digits.limits_in_words(evidence.limits)),
         ("against", f"the float network that was quantized: {_did(row, 'original_')}"),
         ("this network", _did(row, "")),
         ("chosen on", f"{digits.number(row.get('validation_examples'))} validation examples"),
@@ -138,4 +137,4 @@ def other_limits(evidence: Evidence) -> dict[str, Any]:
             }
         )
     beside = {name: limit for name, limit in asked.items() if name != measure}
-    return {"rows": rows, "beside": findings.limits_in_words(beside) if beside else ""}
+    return {"rows": rows, "beside": digits.limits_in_words(beside) if beside else ""}

@@ -13,6 +13,9 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from quantifind.metrics import columns_of, compared
+from quantifind.network.calibrated import Calibration
+from quantifind.quantize import quantize_each
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.utils.loaders import Tensors, create_dataloaders, split_loaders, whole_split
 from quantifind.utils.memory import keep_freed_memory
@@ -74,6 +77,17 @@ def count_measured(monkeypatch, stop_after=math.inf):
     monkeypatch.setattr(Evaluator, "outcome", noted)
     monkeypatch.setattr(Evaluator, "one_tensor", noted_alone)
     return seen
+
+
+def divergence(quantized, original):
+    """(examples,), of an outcome from that of the float network."""
+    return columns_of(compared(quantized, original))["divergence"]
+
+
+def quantize_alone(model, name, choices, calibration=None):
+    """One tensor by each of several choices."""
+    ((_, tensors),) = quantize_each(Calibration(model, calibration), {name: choices})
+    return tensors
 
 
 def tracked_files() -> list[str]:

@@ -128,7 +128,8 @@ def page():
 def alter(name, change):
     """A table, or facts, changed where they stand."""
     if name.endswith(".csv"):
-        files.write_table(files.PLOTS / name, change(files.read_table(files.PLOTS / name)))
+        table = files.parse_table((files.PLOTS / name).read_text(encoding="utf-8"))
+        files.write_table(files.PLOTS / name, change(table))
     else:
         path = files.METRICS / name
         files.write_json(path, change(json.loads(path.read_text())))

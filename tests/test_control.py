@@ -146,7 +146,7 @@ def test_a_search_with_labels_has_the_control_of_what_it_trained(tmp_path, monke
     product = steps["matched_ratio"] * steps["control_ratio"]
     assert np.allclose(product[trained], steps["criterion_ratio"][trained])
 
-    monkeypatch.setattr("quantifind.mixed_precision.matched.train_control", diverged)
+    monkeypatch.setattr("quantifind.mixed_precision.learned_candidates.train_control", diverged)
     kept = find_strategy(net, train, val, criterion, learn=1, **how).control
     assert kept.ratio == found.control.ratio
     assert all(torch.equal(kept.weights[name], w) for name, w in found.control.weights.items())
@@ -210,7 +210,7 @@ def test_what_is_no_divergence_is_no_control(tmp_path, monkeypatch):
         raise ValueError("checkpoint-0001.pt: can't be written (No space left on device)")
 
     with monkeypatch.context() as patched:
-        patched.setattr("quantifind.mixed_precision.matched.train_control", full)
+        patched.setattr("quantifind.mixed_precision.learned_candidates.train_control", full)
         with pytest.raises(ValueError, match="No space left"):
             find_strategy(net, train, val, criterion, learn=1, **how)
     assert find_strategy(net, train, val, criterion, learn=1, **how).control.ratio > 0

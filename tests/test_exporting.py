@@ -500,7 +500,7 @@ def test_what_is_asked_for_is_exported_and_the_rest_survives(tmp_path, monkeypat
     assert torch.equal(
         program(x=data["x"], scale=data["scale"]), forward(quantize_model(net, quantized), data)[0]
     )
-    table = files.read_table(files.EXPORTED)
+    table = files.parse_table(files.EXPORTED.read_text(encoding="utf-8"))
     assert (table["pt2_bytes"] == table["model_bytes"]).all()
     batch = Batch(data["x"], lambda model, x: model(x))
     found = write_exports(["onnx", "pt2"], untraceable, quantized, batch)

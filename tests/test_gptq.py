@@ -1,6 +1,7 @@
 """Error-compensated rounding loses less than rounding to nearest, on every grid."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from quantifind.tensor.compensation import gptq
 from quantifind.tensor.gptq import Moments, best_weights, gptq_layer
 from quantifind.tensor.matrices import Matrices
 from quantifind.tensor.output_error import OutputError
+from quantifind.tensor.qparams import QParams
 from quantifind.tensor.row_params import RowParams
 from quantifind.utils import plugins
 
@@ -119,7 +121,7 @@ def test_dead_inputs_get_zero(choice):
     start, found = by_gptq(x, weights, choice)
     levels = RowParams.of(start)
     for index in (3, 8):
-        zero = levels.column(index)
+        zero = of_input(levels, index)
         wanted = zero.values(zero.nearest(torch.zeros(10, 1, dtype=torch.double)))
         torch.testing.assert_close(found.dequantize()[:, index : index + 1], wanted)
     if choice["scheme"] in ("minifloat", "power_of_two"):
@@ -151,6 +153,18 @@ def test_blocks_change_nothing(monkeypatch):
     assert torch.equal(by_gptq(x, weights, choice)[1].codes, whole)
 
 
+def of_input(levels, index):
+    """The parameters of one input, (rows, 1)."""
+
+    def at(each):
+        return each if each is None or each.shape[1] == 1 else each[:, index : index + 1]
+
+    grid, table_of = levels.grid, at(levels.table_of)
+    if table_of is not None and grid.table is not None:
+        grid = replace(grid, table=grid.table[table_of[:, 0].long()])
+    return QParams(grid, at(levels.scale), at(levels.zero_point))
+
+
 def textbook(x, weights, levels):
     """GPTQ by the factor of the inverse, input after input (arXiv:2210.17323, algorithm 1)."""
     hessian = x.T @ x
@@ -159,7 +173,7 @@ def textbook(x, weights, levels):
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     rest, codes = weights[:, order].clone(), torch.zeros_like(weights)
     for i, index in enumerate(order.tolist()):
-        column = levels.column(index)
+        column = of_input(levels, index)
         codes[:, [index]] = column.nearest(rest[:, i : i + 1]).double()
         lost = (rest[:, i : i + 1] - column.values(codes[:, [index]])) / factor[i, i]
         rest[:, i:] -= lost * factor[i, i:]

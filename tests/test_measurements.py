@@ -14,7 +14,8 @@ from hypothesis import given
 from test_strategy import intact
 from torch import nn
 
-from quantifind.metrics import divergence, outcome, paired
+from quantifind.metrics import columns_of as columns_in
+from quantifind.metrics import compared, outcome
 from quantifind.mixed_precision import measurements as measuring
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.quantize import quantize, quantize_model
@@ -77,7 +78,7 @@ def examples_in_order(val, seed):
 
 
 def columns_of(quantized, original):
-    return paired(quantized, original) | {"divergence": divergence(quantized, original)}
+    return columns_in(compared(quantized, original))
 
 
 def assert_columns(found, wanted):
@@ -314,12 +315,14 @@ def test_the_order_is_of_the_seed_alone():
     first, same, other = (measurements_of(net, seed=seed) for seed in (1, 1, 2))
     torch.rand(3)
     inputs, again, others = (
-        torch.cat([batch.data[0] for batch in m.batches()]) for m in (first, same, other)
+        torch.cat([batch.data[0] for batch in m.evaluator.batches()]) for m in (first, same, other)
     )
     assert torch.equal(inputs, again)
     assert not torch.equal(inputs, others)
     assert torch.equal(inputs.sort(0)[0], others.sort(0)[0])
-    targets, again = (torch.cat([batch.data[1] for batch in m.batches()]) for m in (first, same))
+    targets, again = (
+        torch.cat([batch.data[1] for batch in m.evaluator.batches()]) for m in (first, same)
+    )
     assert torch.equal(targets, again)
     for one, another in zip(first.calibration, same.calibration, strict=True):
         assert torch.equal(one.data[0], another.data[0])

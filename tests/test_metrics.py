@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import divergence
 from hypothesis import given
 from torch import nn
 
@@ -15,7 +16,6 @@ from quantifind import metrics
 from quantifind.metrics import (
     Outcome,
     columns_of,
-    divergence,
     is_classification,
     outcome,
     paired,

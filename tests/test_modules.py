@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import quantize_alone
 from hypothesis import given
 from test_strategy import intact
 from torch import nn
@@ -19,7 +20,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from quantifind.costs import model_bytes
 from quantifind.network.memory import owners, view_places
 from quantifind.network.modules import named_buffers, named_tensors, plain_copy, stored_bytes
-from quantifind.quantize import mean_bits, quantize, quantize_alone, quantize_model
+from quantifind.quantize import mean_bits, quantize, quantize_model
 from quantifind.runtime import workers
 from quantifind.runtime.student import Student
 from quantifind.storage.store import fingerprint

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from conftest import quantize_alone
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -23,7 +24,6 @@ from quantifind.network.trace import trace, weight_uses
 from quantifind.quantize import (
     Calibration,
     quantize,
-    quantize_alone,
     quantize_each,
     quantize_within,
     sequential_examples,
@@ -498,7 +498,7 @@ def test_each_of_many_is_as_alone(many, most):
     kinds = [Choice.of(kind) for kind in kinds]
     choices = dict.fromkeys(reversed(names), kinds) | {"q.bias": [Choice("uniform", 3)]}
     network = Calibration(net, batches, max_memory=most)
-    found = dict(quantize_each(net, choices, network))
+    found = dict(quantize_each(network, choices))
     assert found.keys() == choices.keys()
     for name, some in choices.items():
         alone = quantize_alone(net, name, some, batches)

@@ -602,17 +602,17 @@ def test_what_is_no_number_is_drawn_as_missing(conv, harm, monkeypatch):
     """A depth or a candidate of which nothing could be measured: pictures and numbers cope."""
     kept = {"mean_bits", "examples", "values", *plugins.names("costs")}
     places = {"first": slice(0, 1), "last": slice(-1, None), "all": slice(None)}
-    read = files.read_table
+    read = files.parse_table
 
-    def harmed(path):
-        table = read(path)
+    def harmed(text):
+        table = read(text)
         for column in table.select_dtypes("float"):
             if "bit" not in column and column not in kept and not column.startswith("original"):
                 for rows, value in harm.items():
                     table.loc[table.index[places[rows]], column] = value
         return table
 
-    monkeypatch.setattr(files, "read_table", harmed)
+    monkeypatch.setattr(files, "parse_table", harmed)
     drawn = []
     monkeypatch.setattr(files, "write_figure", lambda path, figure: drawn.append(figure))
     monkeypatch.setattr(plot, "write_svg", lambda path, figure: None)
@@ -621,7 +621,7 @@ def test_what_is_no_number_is_drawn_as_missing(conv, harm, monkeypatch):
     for figure in drawn:
         figure.draw_without_rendering()
     plt.close("all")
-    results = harmed(files.PLOTS / "bit_depths.csv")
+    results = harmed((files.PLOTS / "bit_depths.csv").read_text(encoding="utf-8"))
     files.write_json(Path("numbers.json"), answers.summarize(results, [1.05]))
     written = json.loads(Path("numbers.json").read_text(), parse_constant=pytest.fail)
     complexity = results["signal_to_complexity"]

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import divergence
 from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from test_survey import cases, measurements_of
 from torch import nn
 
 from quantifind.certification.goal import Goal
-from quantifind.metrics import divergence, outcome
+from quantifind.metrics import outcome
 from quantifind.mixed_precision import adjusted_scales
 from quantifind.mixed_precision.adjusted_scales import adjust_scales
 from quantifind.mixed_precision.allocation import Allocation

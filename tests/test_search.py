@@ -14,7 +14,7 @@ from quantifind.certification.certificate import minimum_safe_bits
 from quantifind.certification.goal import SURE, Goal
 from quantifind.metrics import outcome
 from quantifind.mixed_precision import candidates as candidates_module
-from quantifind.mixed_precision import learned_candidates, matched, refinement
+from quantifind.mixed_precision import learned_candidates, refinement
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.exploration import sweep_budgets
@@ -316,8 +316,8 @@ def test_coded_codes_learn_to_be_few(goal, labels, monkeypatch):
     def noted(call):
         return lambda *args, **recipe: recipes.append(recipe) or call(*args, **recipe)
 
-    for where, name in ((learned_candidates, "learn_codes"), (matched, "train_control")):
-        monkeypatch.setattr(where, name, noted(getattr(where, name)))
+    for name in ("learn_codes", "train_control"):
+        monkeypatch.setattr(learned_candidates, name, noted(getattr(learned_candidates, name)))
     net, train, val, _ = toy(8, 64, 4, examples=1_500)
     coded = [{"scheme": "uniform", "levels": n, "storage": "coded"} for n in (3, 31)]
     given = {"tensors": {name: coded for name, _ in net.named_parameters()}}

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import count_measured
+from conftest import count_measured, divergence
 from scipy import stats
 from torch import nn
 
-from quantifind.metrics import divergence, outcome, weight_error
+from quantifind.metrics import outcome, weight_error
 from quantifind.mixed_precision import rounded_options, sensitivity
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.proxies import (
@@ -133,9 +133,9 @@ def count_rounded(monkeypatch):
     """(Names and choices) of what is rounded together from here on."""
     seen = []
 
-    def rounded(model, choices, calibration):
+    def rounded(network, choices):
         seen.append(dict(choices))
-        return quantize_each(model, choices, calibration)
+        return quantize_each(network, choices)
 
     def fitted(model, choices, batches):
         seen.append(dict(choices))
@@ -173,7 +173,7 @@ def test_workers_round_as_much(measured, monkeypatch, places):
 
 def test_rows_are_those_of_a_plain_evaluation(measured):
     measurements, _, _, table = measured
-    net, batches = network(), measurements.batches()
+    net, batches = network(), list(measurements.evaluator.batches())
     original = outcome(net, batches, CRITERION).calibrated()
     for row in table.to_dict("records"):
         quantized = quantize(net, strategy_of(net, measurements, row), measurements.calibration)

@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
+from conftest import quantize_alone
 from torch import nn
 
 from quantifind.network.modules import named_tensors
 from quantifind.quantize import (
     mean_bits,
     quantize,
-    quantize_alone,
     quantize_model,
 )
 from quantifind.strategy import Strategy, uniform_activations, uniform_strategy

@@ -93,9 +93,8 @@ def test_small_changes_are_predicted(name):
     options = {n: [c for c in some if c.rounding == "nearest"] for n, some in space.tensors.items()}
     keys = {n: [choice_key("tensors", n, c) for c in some] for n, some in options.items()}
     quantized = {n: [found.rounded_options[key] for key in some] for n, some in keys.items()}
-    batches = [
-        batch[i : i + 8] for batch in measurements.batches() for i in range(0, len(batch), 8)
-    ]
+    judged = measurements.evaluator.batches()
+    batches = [batch[i : i + 8] for batch in judged for i in range(0, len(batch), 8)]
     model, criterion = measurements.model, measurements.criterion
     gain = measurements.original.gain or 1.0
     draws = [
@@ -192,7 +191,7 @@ def search(measurements, effort=10_000, **options):
     return find_strategy(
         measurements.model,
         measurements.train_loader,
-        measurements.batches(),
+        list(measurements.evaluator.batches()),
         measurements.criterion,
         effort=effort,
         **{"limit": 1.1, "widths": [2, 3, 4, 8], **options},

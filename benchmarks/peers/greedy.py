@@ -11,16 +11,16 @@ RUINED = 1.3  # no limit allows a criterion ratio above this
 
 
 def uniform(ladders: Mapping[str, Sequence[OnGrid]], name: str) -> Iterator[Candidate]:
-    """Every weight on its first rung, on its second, and so on."""
-    for rung in zip(*ladders.values(), strict=True):
-        yield Candidate(f"{name} {rung[0].bits:.3g} bits", dict(zip(ladders, rung, strict=True)))
+    """Every weight on its first step, on its second, and so on."""
+    for step in zip(*ladders.values(), strict=True):
+        yield Candidate(f"{name} {step[0].bits:.3g} bits", dict(zip(ladders, step, strict=True)))
 
 
 def descend(
     question: Question, ladders: Mapping[str, Sequence[OnGrid]], name: str
 ) -> Iterator[Candidate]:
-    """From every weight on its first rung, one weight a rung down at a time: the one whose step
-    adds least validation loss per bit saved. Each place on the way is a candidate.
+    """From every weight on its first step, one weight a step down at a time: the one that adds
+    least validation loss per bit saved. Each place on the way is a candidate.
 
     ladders: for each weight its choices, each of fewer bits than the one before.
     """
@@ -38,7 +38,7 @@ def descend(
         put(weight, ladders[weight][0])
     loss = mean_loss(network, batches)
     while loss <= limit:
-        place = {weight: ladders[weight][rung] for weight, rung in at.items()}
+        place = {weight: ladders[weight][step] for weight, step in at.items()}
         widths = ", ".join(f"{choice.bits:.3g}" for choice in place.values())
         bits = sum(choice.total_bits for choice in place.values())
         yield Candidate(f"{name} greedy {widths} ({bits:.0f} bits in all)", place)

@@ -2,6 +2,7 @@
 test_what_is_shown_is_not_surer_than_it_is."""
 
 import math
+from collections.abc import Mapping
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any, TypeGuard
 
@@ -105,6 +106,17 @@ def limit(measure: str, most: float) -> str:
     ('1.0004', '0.012 points')
     """
     return amount(measure, most, digits=8)
+
+
+def limits_in_words(limits: Mapping[str, float]) -> str:
+    """By measure the most that it may be, as a clause."""
+    return " and ".join(f"{MEASURES[n].words} at most {limit(n, v)}" for n, v in limits.items())
+
+
+def kept_in_words(limits: Mapping[str, float]) -> str:
+    """Likewise, as a sentence without its end."""
+    first, *others = (f"{MEASURES[n].words} is at most {limit(n, v)}" for n, v in limits.items())
+    return " and ".join([f"its {first}", *(f"its {other}" for other in others)])
 
 
 def bound(measure: str, most: Any) -> str:

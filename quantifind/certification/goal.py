@@ -148,8 +148,8 @@ def answer_of(origin: str) -> str:
 def steps_that_keep(
     steps: "pd.DataFrame", limits: Mapping[str, float], bound: str = "bound"
 ) -> int:
-    """How many rungs of a ladder, from most bytes to fewest, pass: those above the first of which
-    a bound is above its limit (`quantifind.certification.certificate.certified_steps`).
+    """How many steps of a ladder, from most bytes to fewest, pass: those before the first that has
+    a bound above its limit (`quantifind.certification.certificate.certified_steps`).
 
     steps: a row for each, with the columns of `quantifind.certification.measures.degradation`.
     limits: by measure; all must hold.
@@ -172,7 +172,7 @@ def ladder(
     goal: whose margin counts.
     """
     steps: list[Mapping[str, Any]] = []
-    # a rung that is dearer only adds one more chance to trip: test_a_ladder_starts_near_the_chosen
+    # a costlier step only adds one more chance to fail: test_a_ladder_starts_near_the_chosen
     size = chosen["model_bytes"]
     near = [row for row in rows if row["model_bytes"] <= TOP * size]
     above = [row for row in rows if row["model_bytes"] > TOP * size]

@@ -70,7 +70,7 @@ def calibrated(columns: Columns, gain: float | None = None) -> Columns:
     if "scaled_loss" not in columns:
         return columns
     losses = columns["scaled_loss"]
-    gains = gains_of(losses.shape[1])
+    gains = gains_of(losses)
     if gain is None:
         gain = gains.fitted(losses)
     loss = np.full(len(losses), math.nan) if math.isnan(gain) else gains.at(losses, gain)
@@ -222,9 +222,15 @@ def _flips(columns: Columns) -> Measured:
 
 
 def _judged(columns: Columns, name: str) -> np.ndarray:
-    """Less what is ignored: test_ignored_labels_are_not_judged."""
-    column = columns[name].astype(bool)
-    return column[columns["weight"] > 0] if "weight" in columns else column
+    return columns[name].astype(bool)[counts(columns)]
+
+
+def counts(columns: Columns) -> np.ndarray:
+    """Which examples are judged, (examples,) bool: those that are not ignored
+    (test_ignored_labels_are_not_judged)."""
+    if "weight" in columns:
+        return columns["weight"] > 0
+    return np.ones(len(next(iter(columns.values()))), dtype=bool)
 
 
 MEASURES: Mapping[str, Measure] = {

@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy import special
 
-from quantifind.certification.certificate import times_more
-from quantifind.certification.measures import MEASURES
+from quantifind.certification.certificate import Columns, times_more
+from quantifind.certification.measures import MEASURES, counts
 
 # splits drawn at a time
 CHUNK = 100
 # one of so many examples is in each drawn split, but for e^-64 of them
 FOREMOST = 64
 
-Columns = Mapping[str, np.ndarray]
 # whether a limit is kept, of weights of the examples: (splits, examples) → (splits,)
 Test = Callable[[np.ndarray], np.ndarray]
 
@@ -101,7 +100,7 @@ def _ratio_test(change: np.ndarray, original: np.ndarray, confidence: float) -> 
 def _flips_test(columns: Columns, limit: float, confidence: float) -> Test:
     """That of the exact bound of a share."""
     flipped = columns["flipped"].astype(bool)
-    judged = columns["weight"] > 0 if "weight" in columns else np.ones(len(flipped), dtype=bool)
+    judged = counts(columns)
     features = np.stack([judged & flipped, judged], axis=1).astype(np.float64)
 
     def test(weights: np.ndarray) -> np.ndarray:
@@ -118,7 +117,7 @@ def _flips_test(columns: Columns, limit: float, confidence: float) -> Test:
 def _drop_test(columns: Columns, limit: float, confidence: float) -> Test:
     """That of the bound of `quantifind.certification.certificate.accuracy_drop_interval`."""
     right, was_right = (columns[name].astype(bool) for name in ("correct", "original_correct"))
-    judged = columns["weight"] > 0 if "weight" in columns else np.ones(len(right), dtype=bool)
+    judged = counts(columns)
     flips = [judged & was_right & ~right, judged & ~was_right & right, judged]
     features, tail = np.stack(flips, axis=1).astype(np.float64), (1 - confidence) / 2
 

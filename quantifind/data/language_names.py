@@ -11,9 +11,9 @@ from quantifind.utils.name_archive import ARCHIVE, alphabet, read_names
 PADDING = 0
 
 
-def characters(archive: Path = ARCHIVE) -> list[str]:
+def characters() -> list[str]:
     """What each code stands for, nothing for padding; the report shows names by it."""
-    return ["", *alphabet(read_names(archive))]
+    return ["", *alphabet(read_names(ARCHIVE))]
 
 
 def create_dataloaders(*, batch_size: int = 64, seed: int = 0, archive: Path = ARCHIVE) -> Loaders:

@@ -31,7 +31,7 @@ from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.arguments import check, path_of
 from quantifind.utils.batches import Forward
-from quantifind.utils.naming import first_line
+from quantifind.utils.naming import described, first_line
 from quantifind.utils.whole_files import written_whole
 
 OPSET = 21
@@ -184,7 +184,7 @@ def _onnx(
 
 @contextmanager
 def _unsaid(logger: str) -> Iterator[None]:
-    """Within it a library's warnings are not said, which are of what it leaves as it is."""
+    """Within it, a library's warnings about what it does not simplify are not shown."""
     log = logging.getLogger(logger)
     level = log.level
     log.setLevel(logging.ERROR)
@@ -195,8 +195,8 @@ def _unsaid(logger: str) -> Iterator[None]:
 
 
 def _folds(node: Any, kept: Collection[str]) -> bool | None:
-    """False for what is computed from the network's tensors, for which codes will stand and by
-    which activations are found; else None, as by default."""
+    """False for what is computed from the network's tensors: codes will replace them, and
+    activations are found by them. Else None, the default."""
     names = {value.name for value in node.inputs if value is not None}
     return None if names.isdisjoint(kept) else False
 
@@ -309,4 +309,4 @@ def _reason(error: BaseException) -> str:
     """Of an error what was the first cause, where torch.onnx wraps it in advice."""
     while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
+    return described(error)

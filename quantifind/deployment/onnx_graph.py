@@ -48,7 +48,7 @@ def share(graph: Any, same: Mapping[str, str]) -> None:
 
 
 def _nodes(graph: Any) -> Iterator[Any]:
-    """Those of what a node may run, such as If, too: test_branches_of_tied_weights_run_in_onnx"""
+    """All nodes, with those in branches such as If: test_branches_of_tied_weights_run_in_onnx"""
     for node in graph.node:
         yield node
         for attribute in node.attribute:

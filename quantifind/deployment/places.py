@@ -11,8 +11,9 @@ TORCH = str(Path(torch.__file__).parent)
 
 
 def where(error: BaseException, model: nn.Module) -> str:
-    """The module in which an error was raised, and the line of code, in words that follow others;
-    of code that is not torch's own, if there is some. Empty where no module was running.
+    """The module in which an error was raised, and the line of code, in words that follow others.
+
+    It is the last line that is not torch's own, if there is one. Empty where no module was running.
     """
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[bool, str] = {}

@@ -16,7 +16,7 @@ from quantifind.costs import model_bytes
 from quantifind.deployment.given import Given, codes_of
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
-from quantifind.network.modules import plain
+from quantifind.network.modules import unwrapped
 from quantifind.network.sharing import all_tensors, stored_and_shared
 from quantifind.storage.network_reader import NetworkFile
 from quantifind.storage.network_writer import checksum, write_network
@@ -113,7 +113,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     Raises: ValueError naming the file, and what in it is not whole or does not fit the network.
     """
     with NetworkFile(path_of(path)) as file:
-        plain(model)
+        unwrapped(model)
         with naming(f"{path}: a file of another architecture"):
             replica = prepared(model, file.folded)
             _check_fits(file, replica)

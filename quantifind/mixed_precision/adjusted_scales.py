@@ -5,7 +5,7 @@ from itertools import accumulate
 
 from quantifind.mixed_precision.candidates import Candidates, Row
 from quantifind.mixed_precision.measurements import Columns, Measurements
-from quantifind.runtime.scale_fitting import cost, fit_scales
+from quantifind.runtime.scale_fitting import TAKEN, fit_scales
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch
 
@@ -54,7 +54,7 @@ def _right(columns: Columns) -> float:
 def _affordable(measurements: Measurements) -> list[Batch]:
     """Calibration batches, the first ones where all would take too many passes."""
     passes, batches = measurements.passes, list(measurements.calibration)
-    most = SHARE * passes.left * passes.examples / cost()
+    most = SHARE * passes.left * passes.examples / TAKEN
     ends = list(accumulate(map(len, batches)))
     if most >= ends[-1]:
         return batches

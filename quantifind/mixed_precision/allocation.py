@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantifind.certification.goal import Goal
-from quantifind.metrics import Outcome
 from quantifind.mixed_precision.knapsack import Assignment, Option, allocate, pareto, total_cost
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.rounded_options import RoundedOptions
-from quantifind.mixed_precision.search_space import choice_key
+from quantifind.mixed_precision.search_space import choice_key, nearest_in_bits
 from quantifind.mixed_precision.sensitivity import Sensitivity
 from quantifind.network.folding import Pairs, parameter_count
 from quantifind.network.modules import named_tensors
@@ -35,14 +34,13 @@ class Allocation:
     values: the network's tensors by name.
     products: of a pass, for the costs.
     folded: pairs of names, of the norms that are folded in ``model``.
-    original: the float network's outcome.
     rounded_options: the choices, each alone.
     loss_increases: by `choice_key`, of those that were measured or are predicted.
     options: one knapsack class per weight (with the activation it multiplies) or pair of
         activations: all its options.
     groups: of each its Pareto-optimal options, costliest first.
     fixed: the cost of what the space doesn't name.
-    near: loss increases between which allocations near the limit lie.
+    near: the range of loss increases in which allocations that just keep the limit are expected.
     """
 
     model: nn.Module
@@ -50,7 +48,6 @@ class Allocation:
     values: dict[str, Tensor]
     folded: Pairs
     products: list[ProductFacts]
-    original: Outcome
     rounded_options: RoundedOptions
     loss_increases: dict[str, float]
     options: list[list[Option]]
@@ -74,7 +71,6 @@ class Allocation:
             "values": named_tensors(model),
             "folded": measurements.folded,
             "products": measurements.products,
-            "original": measurements.original,
             "rounded_options": sensitivity.rounded_options,
             "loss_increases": sensitivity.loss_increases,
             "near": near,
@@ -255,8 +251,8 @@ class Allocation:
             if bits <= UNIFORM_BITS and all(choice in own[name] for name in weights):
                 tensors: dict[str, Choice | None] = dict.fromkeys(self.values)
                 for name, choices in own.items():
-                    nearest = min(choices, key=lambda c: abs(c.width - bits))
-                    tensors[name] = choice if name in weights else nearest
+                    is_weight = name in weights
+                    tensors[name] = choice if is_weight else nearest_in_bits(choices, bits)
                 # what is far from the goal is not rounded
                 if all(
                     self.rounded_options.has_made(k) for k in self._keys(tensors, {})[0].values()

@@ -6,7 +6,7 @@ from typing import Any
 from quantifind.certification.goal import Goal
 from quantifind.certification.measures import degradation
 from quantifind.mixed_precision.rounded_options import RoundedOptions
-from quantifind.mixed_precision.search_space import choice_key
+from quantifind.mixed_precision.search_space import choice_key, nearest_in_bits
 from quantifind.mixed_precision.sensitivity import increase_of
 from quantifind.tensor.quantized import Quantized
 
@@ -42,7 +42,7 @@ def _one_depth(rounded_options: RoundedOptions, bits: int) -> tuple[str, Quantiz
     """Every tensor by its choice nearest to so many bits, or by what stands in for it; named."""
     keys = {}
     for name, choices in rounded_options.space.tensors.items():
-        nearest = min(choices, key=lambda choice: abs(choice.width - bits))
+        nearest = nearest_in_bits(choices, bits)
         keys[name] = rounded_options.stand_in(choice_key("tensors", name, nearest))
     made: Any = {name: rounded_options[key] for name, key in keys.items()}
     return f"one depth {' '.join(keys.values())}", Quantized(made)

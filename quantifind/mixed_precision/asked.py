@@ -40,8 +40,8 @@ def asked_goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goa
 
 
 def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
-    """The goal; of the default limits, those that the data have. A temperature that losses do not
-    give is said.
+    """The goal, with those of the default limits that the data can be judged by. Says so where the
+    fitted temperature is at the end of what is tried.
 
     Raises: ValueError for a measure that the data have not.
     """
@@ -73,10 +73,10 @@ def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
 
 
 def _say_temperature(goal: Goal, original: Outcome) -> None:
-    """Say where the float network's temperature is none that its losses give."""
+    """Print a note where the float network's temperature is at the end of the values tried."""
     if "calibrated_ratio" not in goal.limits or original.gain is None:
         return
-    if gains_of(original["scaled_loss"].shape[1]).is_at_an_end(original.gain):
+    if gains_of(original["scaled_loss"]).is_at_an_end(original.gain):
         console.print(
             f"The float network's loss on validation data still falls at a temperature of "
             f"{1 / original.gain:.3g}, the last that is tried: calibrated ratios use that one",

@@ -192,7 +192,7 @@ class Candidates:
         return f"{row['mean_bits']:.3g} bits, {lost}"
 
     def best(self, origin: str | None = None) -> Row | None:
-        """The candidate that the goal likes best of those, of an origin, that keep it."""
+        """The best candidate that keeps the goal; with ``origin``, of those of that origin."""
         return self._best_of(row for row in self.whole() if origin in (None, row["origin"]))
 
     def _best_of(self, rows: Iterable[Row]) -> Row | None:
@@ -203,7 +203,7 @@ class Candidates:
         return best is not None and best["key"] == row["key"]
 
     def best_assignment(self) -> Assignment | None:
-        """That of the best allocated candidate; of one that the allocation still has."""
+        """The assignment of the best allocated candidate that the present allocation still has."""
         rows = (row for row in self.whole() if row["origin"] == "allocated")
         row = self._best_of(r for r in rows if choices_key(r["strategy"]) in self.assignments)
         return None if row is None else self.assignments[choices_key(row["strategy"])]

@@ -12,7 +12,7 @@ from quantifind.utils.console import progress
 # candidates at most, of a sweep over budgets, and of local moves
 SWEEP, MOVES = 20, 24
 # candidates measured at a time, by as many workers as there are
-WAVE = 4
+AT_A_TIME = 4
 # shares of the best cost so far, at which a finer sweep allocates
 FINER = tuple(0.94**i for i in range(SWEEP))
 # times that the step between what keeps the goal and what does not is halved
@@ -109,8 +109,8 @@ def _walk_down(
     trials, failed, kept = (candidates.allocated(a) for a in assignments), 0, 0
     passes = candidates.measurements.passes
     with progress("allocating", total=len(assignments)) as step:
-        while wave := list(islice(trials, WAVE)):
-            for row in candidates.measure(wave):
+        while some := list(islice(trials, AT_A_TIME)):
+            for row in candidates.measure(some):
                 step(candidates.note(row))
                 keeps = candidates.goal.keeps(row)
                 failed, kept = (0, kept + 1) if keeps else (failed + 1, kept)
@@ -130,15 +130,15 @@ def try_neighbours(candidates: Candidates) -> None:
             moved = _worthwhile(candidates, current)
             improved = None
             while left > 0 and improved is None:
-                wave = list(islice(moved, min(WAVE, left)))
-                if not wave:
+                some = list(islice(moved, min(AT_A_TIME, left)))
+                if not some:
                     break
                 if passes.left <= 0:
                     passes.stopped("fewer moves")
                     return
-                left -= len(wave)
-                rows = candidates.measure([candidates.allocated(a) for a in wave])
-                for assignment, row in zip(wave, rows, strict=True):
+                left -= len(some)
+                rows = candidates.measure([candidates.allocated(a) for a in some])
+                for assignment, row in zip(some, rows, strict=True):
                     step(candidates.note(row))
                     if candidates.is_best(row):
                         improved = assignment

@@ -101,38 +101,40 @@ def found_by(
     sensitivity: pd.DataFrame,
     criterion: Any,
     forward: Forward | None,
-    drawn: tuple[int, int] = (0, 0),
+    *,
+    random: int = 0,
+    seed: int = 0,
 ) -> Found:
     """The answer that candidates give; what it has cost is said.
 
-    drawn: how many allocations at random are measured beside it, and the seed of the draws.
+    random, seed: how many allocations at random are measured beside it, and of the draws.
     Raises: ValueError naming the nearest, where none keeps the goal.
     """
-    best, rows = chosen(candidates)
+    best, table = best_and_table(candidates)
     passes, gain = candidates.measurements.passes, candidates.measurements.original.gain
-    (count, seed), random = drawn, rows.iloc[:0]
-    if count and not passes.out_of_time and "interrupted" not in passes.left_out:
+    drawn = table.iloc[:0]
+    if random and not passes.out_of_time and "interrupted" not in passes.left_out:
         with passes.of("random", math.inf):
-            drawn_ones = random_allocations(candidates, best["mean_bits"], count, seed=seed)
-        random = drawn_ones if len(drawn_ones) else random
+            found = random_allocations(candidates, best["mean_bits"], random, seed=seed)
+        drawn = found if len(found) else drawn
     console.print(f"{passes}", markup=False, highlight=False)
     return Found(
-        best["strategy"],
-        best["quantized"],
-        rows,
-        sensitivity,
-        candidates.goal,
-        candidates.confidence,
-        passes,
-        criterion,
-        forward,
-        None if gain is None else 1 / gain,
-        candidates.control,
-        random,
+        strategy=best["strategy"],
+        quantized=best["quantized"],
+        candidates=table,
+        sensitivity=sensitivity,
+        goal=candidates.goal,
+        confidence=candidates.confidence,
+        passes=passes,
+        criterion=criterion,
+        forward=forward,
+        temperature=None if gain is None else 1 / gain,
+        control=candidates.control,
+        random=drawn,
     )
 
 
-def chosen(candidates: Candidates) -> tuple[Row, pd.DataFrame]:
+def best_and_table(candidates: Candidates) -> tuple[Row, pd.DataFrame]:
     """The best candidate, and a table of all of them.
 
     Raises: ValueError naming the nearest, where none keeps the goal.

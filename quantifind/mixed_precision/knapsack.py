@@ -39,7 +39,7 @@ class Option:
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:
-    """Those that no other beats in both cost and loss increase, from the costliest down."""
+    """The options that no other beats in both cost and loss increase, from the costliest down."""
     # one that gave NaN or infinity is taken where there is no other: test_what_is_no_number_is_left
     finite = [option for option in options if math.isfinite(option.loss_increase)] or options
     kept: list[Option] = []
@@ -165,9 +165,9 @@ def total_cost(groups: Sequence[Sequence[Option]], assignment: Assignment) -> fl
 def neighbours(
     groups: Sequence[Sequence[Option]], start: Assignment
 ) -> Iterator[tuple[Assignment, int, float]]:
-    """The assignments one group one step down, or one a step down and another one up, away.
+    """Assignments near one: a group a step down; or one group a step down and another a step up.
 
-    Those whose predicted loss increase per saved cost is least come first.
+    Those with the least predicted loss increase per saved cost come first.
 
     groups: their options from the costliest to the cheapest (`pareto`).
     Returns: of each also the group that goes down, and the cost that is saved.

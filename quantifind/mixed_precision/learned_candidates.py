@@ -2,21 +2,23 @@
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from quantifind.learning import learn as learn_codes
+from quantifind.learning import train_control
 from quantifind.mixed_precision.candidates import Candidates, Row, choices_key
 from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
-from quantifind.mixed_precision.matched import control_of
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.refinement import stored
+from quantifind.mixed_precision.search_space import nearest_in_bits
 from quantifind.runtime.control import Control
+from quantifind.runtime.evaluator import Evaluator
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import random_state, set_random_state
 from quantifind.storage.store import Store, fingerprint
@@ -73,7 +75,7 @@ def _sparse_strategy(candidates: Candidates) -> Strategy | None:
             found[name] = Choice.of(values | {"levels": LEVELS, "rounding": "nearest"})
             some = True
         else:
-            found[name] = min(choices, key=lambda choice: abs(choice.width - BESIDE_CODED))
+            found[name] = nearest_in_bits(choices, BESIDE_CODED)
     if not some:
         return None
     activations = {} if best is None else best["strategy"].activations
@@ -81,8 +83,8 @@ def _sparse_strategy(candidates: Candidates) -> Strategy | None:
 
 
 def _learn_densities(candidates: Candidates, start: Strategy, epochs: float, labels: bool) -> float:
-    """Learn codes of densities that halve, as ratios, what lies between the sparsest that keeps the
-    goal and the densest that does not; of a budget, the other way round.
+    """Learn codes at the middle, as ratios, of a range of densities that narrows: between the
+    sparsest that keeps a limit and the densest that does not; for a budget, the other way round.
 
     Returns: the density of the best of them; the largest where none keeps the goal.
     """
@@ -220,13 +222,41 @@ def _learned(
 def _control(
     measurements: Measurements, start: Strategy, epochs: float, density: float | None
 ) -> Control:
-    """What becomes of float weights by the recipe of codes that learn from labels."""
+    """What becomes of float weights by the recipe of codes that learn from labels, or as it is
+    kept.
+
+    start: that the codes began with.
+    """
     key, recipe = _recipe(measurements, epochs, True, density)
     trained = sorted(name for name, choice in start.tensors.items() if choice is not None)
-    key = f"control {key} {fingerprint(trained, start.folded)}"
-    recipe["checkpoints"] = _resumed(measurements.store, key)
-    with _in_order(measurements.train_loader):
-        return control_of(measurements, start, key, recipe)
+    key, store = f"control {key} {fingerprint(trained, start.folded)}", measurements.store
+    recipe["checkpoints"] = resume = _resumed(store, key)
+    if store.get(key) is None:
+        with _in_order(measurements.train_loader):
+            store.put(key, *_trained_control(measurements, start, recipe))
+    if resume is not None:
+        shutil.rmtree(resume, ignore_errors=True)
+    entry = store.get(key)
+    assert entry is not None
+    weights, facts = entry
+    folded = (*dict.fromkeys((*measurements.folded, *start.folded)),)
+    return Control(weights, folded, math.nan if facts["fault"] else facts["ratio"], facts["fault"])
+
+
+def _trained_control(
+    measurements: Measurements, start: Strategy, recipe: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights, and what is said of them: no weights where their training diverges."""
+    try:
+        net = train_control(measurements.model, start, measurements.train_loader, **recipe)
+        given = measurements.evaluator.given_batches()
+        judged = Evaluator(net, given, measurements.criterion).outcome().criterion
+    except NotFinite as error:
+        return {}, {"ratio": None, "fault": str(error)}
+    ratio = judged / measurements.original.criterion
+    if not math.isfinite(ratio):
+        return {}, {"ratio": None, "fault": f"its loss on validation data is {judged}"}
+    return {**dict(net.named_parameters())}, {"ratio": ratio, "fault": ""}
 
 
 def _recipe(

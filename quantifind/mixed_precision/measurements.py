@@ -26,16 +26,16 @@ from quantifind.network.modules import (
     PASS_FAILS,
     named_buffers,
     named_tensors,
-    plain,
     plain_copy,
     run,
+    unwrapped,
 )
 from quantifind.network.trace import ProductFacts, macs
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.workers import Workers
 from quantifind.storage.store import Store, fingerprint
 from quantifind.tensor.quantized import Quantized
-from quantifind.utils.batches import Batch, Forward, tensors_of
+from quantifind.utils.batches import Batch, Forward, joined, regrouped, tensors_of
 from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import evaluating
 from quantifind.utils.loaders import sample
@@ -112,20 +112,21 @@ class Measurements:
             a batch that the network or the criterion does not take, and outputs or a loss that are
             not finite.
         """
-        model = plain(model)
+        model = unwrapped(model)
         calibration = calibration_batches(
             sample(train_loader, CALIBRATION, seed=seed), model, forward, criterion
         )
         found = foldable(model, partial(run, batch=calibration[0]))
         found = exact(model, found, (partial(run, batch=batch) for batch in calibration))
         with naming("validation data"):
-            how: Any = {"forward": forward}
-            evaluator = Evaluator(prepared(model, found), val_loader, criterion, seed=seed, **how)
+            evaluator = Evaluator(
+                prepared(model, found), val_loader, criterion, forward=forward, seed=seed
+            )
             judging = (partial(run, batch=batch) for batch in evaluator.given_batches())
             folded = exact(model, found, judging)
             if folded != found:
                 net, given = prepared(model, folded), evaluator.given_batches()
-                evaluator = Evaluator(net, given, criterion, **how)
+                evaluator = Evaluator(net, given, criterion, forward=forward)
         model = prepared(model, folded)
         with evaluating(model), naming("training data"):
             run(plain_copy(model), calibration[0])
@@ -181,9 +182,16 @@ class Measurements:
     def examples(self) -> int:
         return self.evaluator.examples
 
-    def batches(self) -> list[Batch]:
-        """All examples in batches."""
-        return list(self.evaluator.batches())
+    def some_calibration(self, examples: int, together: int) -> list[Batch]:
+        """Of so many of the calibration examples, so many at a time; batches stay as they are where
+        the evaluator's do (test_rows_that_are_no_examples_stay_together)."""
+        whole = joined(self.calibration) if self.evaluator.whole is not None else None
+        if whole is not None:
+            return regrouped([whole[:examples]], together)
+        before = itertools.accumulate(map(len, self.calibration), initial=0)
+        return [
+            one for one, count in zip(self.calibration, before, strict=False) if count < examples
+        ]
 
     def columns(self, key: str, quantized: Quantized, examples: int | None = None) -> Columns:
         """A row per example: the columns of `quantifind.metrics.paired`, and ``divergence``.

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantifind.network.calibration import calibration_batches
-from quantifind.network.modules import plain_copy
+from quantifind.network.modules import plain_copy, unpad
 from quantifind.network.products import Product, visiting
 from quantifind.runtime.checks import independent
-from quantifind.utils.batches import Batch, Forward
+from quantifind.utils.batches import Batch
 from quantifind.utils.criteria import Criterion, losses, name_of
 from quantifind.utils.devices import evaluating
 
@@ -32,14 +32,13 @@ def hessian_traces(
     criterion: Criterion,
     batches: Iterable[Any],
     *,
-    forward: Forward | None = None,
     draws: int = 16,
     seed: int = 0,
 ) -> dict[str, float]:
     """By parameter, trace(H)/elements, where H is its block of the mean loss's Hessian: the mean of
     vᵀHv over random signs v (Hutchinson), drawn anew for each batch.
 
-    batches, forward: as `quantifind.utils.batches.batches_of` takes them.
+    batches: as `quantifind.utils.batches.batches_of` takes them.
     draws: signs per tensor and batch; the time grows with draws × tensors, the standard error falls
         with the root of draws. A trace may be negative.
     Returns: NaN where the loss has no second derivative, or none that torch sees
@@ -48,7 +47,7 @@ def hessian_traces(
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: 1 or more is needed")
-    kept = calibration_batches(batches, model, forward, criterion)
+    kept = calibration_batches(batches, model, criterion=criterion)
     generator, count = torch.Generator("cpu").manual_seed(seed), 0
     with differentiable(model) as (work, parameters):
         sums = dict.fromkeys(parameters, 0.0)
@@ -128,15 +127,13 @@ def fisher(
     criterion: Criterion,
     batches: Iterable[Any],
     *,
-    forward: Forward | None = None,
     examples: int = 256,
-    seed: int = 0,
 ) -> dict[str, Tensor]:
     """By parameter, the diagonal of the empirical Fisher information: the mean over examples of the
     square of the gradient of an example's own loss.
 
     One example at a time, which any network can be given, so that memory is that of one pass.
-    batches, forward: as `quantifind.utils.batches.batches_of` takes them.
+    batches: as `quantifind.utils.batches.batches_of` takes them.
     examples: how many at most, drawn from all of them without replacement.
     Returns: the parameter's shape, float32 or, of a float64 parameter, float64; nothing where the
         examples of a batch can't be told apart.
@@ -144,12 +141,12 @@ def fisher(
     """
     if examples < 1:
         raise ValueError(f"examples is {examples}: 1 or more is needed")
-    kept = calibration_batches(batches, model, forward, criterion)
+    kept = calibration_batches(batches, model, criterion=criterion)
     with evaluating(model):
         if not (all(batch.apart for batch in kept) and independent(plain_copy(model), kept[0])):
             return {}
     single = [batch[i : i + 1] for batch in kept for i in range(len(batch))]
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randperm(len(single), generator=generator, device="cpu")[:examples].tolist()
     with differentiable(model) as (work, parameters):
         means = {
@@ -183,8 +180,6 @@ def output_fisher_increases(
     criterion: Criterion,
     batches: Iterable[Any],
     candidates: Mapping[str, Sequence[Tensor]],
-    *,
-    forward: Forward | None = None,
 ) -> dict[str, list[float]]:
     """By tensor, for each of its candidate values, ½ · Σ g²·(y − y_q)² in the mean over examples.
 
@@ -193,13 +188,13 @@ def output_fisher_increases(
     the tensor's place on the same inputs. Where a pass uses a tensor several times, the sum.
 
     One pass forward and backward per batch; each candidate then costs its own product alone.
-    batches, forward: as `quantifind.utils.batches.batches_of` takes them.
+    batches: as `quantifind.utils.batches.batches_of` takes them.
     candidates: by name of a parameter, tensors of its shape.
     Returns: as many figures as candidates; tensors that are in no product, those of a norm, are
     left out.
     Raises: as for `hessian_traces`, and for a tensor that is not there or of another shape.
     """
-    kept, count = calibration_batches(batches, model, forward, criterion), 0
+    kept, count = calibration_batches(batches, model, criterion=criterion), 0
     loss_increases: dict[str, list[float]] = {}
     with differentiable(model) as (work, parameters):
         _check_candidates(parameters, candidates)
@@ -219,14 +214,10 @@ def output_fisher_increases(
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
-    """A copy in eval mode, and those of its tensors that have gradients, all its floating point
-    parameters, by name; within it gradients are on and exist twice over."""
+    """A copy in eval mode, and its floating point parameters by name, which have gradients; within
+    it, gradients are on and exist twice over."""
     work = plain_copy(model).eval()
-    for module in work.modules():
-        if isinstance(module, nn.Embedding):
-            # would hide the padding's row from gradients, not from quantization:
-            # test_an_embedding_of_padding_counts
-            module.padding_idx = None
+    unpad(work)
     parameters = {
         name: parameter.requires_grad_()
         for name, parameter in work.named_parameters()
@@ -267,9 +258,10 @@ def _check_candidates(
 def products_of(
     work: nn.Module, loss: Callable[[], Tensor], others: Mapping[str, Tensor]
 ) -> tuple[dict[str, list[tuple[Product, Tensor, Tensor]]], dict[str, Tensor]]:
-    """By weight and by bias, the products of a pass, their outputs, and the gradients there; and
-    those of parameters that are in none.
+    """By weight and by bias, the products of a pass, with their outputs and the gradients there;
+    and by name the gradients of parameters that are in no product.
 
+    others: these parameters by name, and perhaps some that are in products.
     loss: runs the pass, and gives a number.
     """
     seen: list[tuple[Product, Tensor]] = []

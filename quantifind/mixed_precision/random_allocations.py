@@ -12,7 +12,7 @@ from quantifind.utils.console import progress
 # the lowest and the highest middle width, as shares of the answer's mean bits; and how far from its
 # middle a tensor's width lies, as shares of that: from half to one and a half times
 MIDDLES, AROUND = (0.75, 3.0), (0.5, 1.5)
-# of these, what was not measured on all examples has no place beside what was
+# each is measured on all examples: rows of a part could not be compared
 WHOLE = (1.0,)
 
 
@@ -21,9 +21,9 @@ def random_allocations(
 ) -> pd.DataFrame:
     """Measure allocations whose widths are drawn, around as many middles from few bits to many.
 
-    Each tensor's width is drawn from those around the middle, all as likely; what it becomes at
-    that width is what cost least alone, of what the search has rounded already. Activations stay in
-    float. What is measured is a candidate of no search: none of them can be chosen.
+    Each tensor's width is drawn from those around the middle, all as likely; of the choices at that
+    width that the search has rounded already, the tensor gets the one that cost least alone.
+    Activations stay in float. None of these allocations can be chosen.
 
     candidates: of a search that is over.
     mean_bits: of its answer.

@@ -17,7 +17,7 @@ from quantifind.utils.naming import NotFinite
 # quantized sequentially at a time, which takes longer than to measure them
 FITTED = 2
 # shares of the best cost so far: of allocations quantized sequentially, and of costlier ones
-SEQUENTIAL = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
+SEQUENTIAL_COSTS = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6)
 COSTLIER = (1.05, 1.1, 1.15, 1.2, 1.3)
 # and of still costlier ones, until one is far from the limit
 SAFE = (1.6, 2.5, 4.0, 6.3, 10.0)
@@ -33,7 +33,7 @@ def gptq_sequentially(candidates: Candidates) -> None:
     assert row is not None
     adjust_scales(candidates, row)
     cost = allocation.total(best)
-    shares = SEQUENTIAL if goal.budget is None else (1.0, 0.97)
+    shares = SEQUENTIAL_COSTS if goal.budget is None else (1.0, 0.97)
     solved = (allocation.solve(cost * share) for share in shares)
     assignments = [a for a in dict.fromkeys([best, *solved]) if a is not None]
     failed = 0

@@ -171,7 +171,7 @@ def _quantize(measurements: Measurements, task: Task) -> Iterator[tuple[Place, Q
     kind, choices = task
     if kind == "tensors":
         network = measurements.network
-        for name, made in quantize_each(measurements.model, choices, network):
+        for name, made in quantize_each(network, choices):
             for choice, one in zip(choices[name], made, strict=True):
                 said = note_of(network, name, choice, one) if choice.rounding == "gptq" else None
                 notes = {} if said is None else {name: said}

@@ -1,11 +1,11 @@
 """Predicted loss increases of many options from one pass forward and back per batch.
 
 The loss increase here is the divergence from the float network's outputs
-(`quantifind.metrics.divergence`), whose second derivative is the Fisher information of those
-outputs. For outputs y that are drawn from what the network itself says, ½·E[(∇ log p(y)·d)²] is the
-second-order term of a change d (Martens 2020, arXiv:1412.1193): no labels are needed, and the
-changes of an example's positions, and of a weight that is used several times, are added before they
-are squared.
+(`quantifind.utils.divergences.divergences`), whose second derivative is the Fisher information of
+those outputs. For outputs y that are drawn from what the network itself says, ½·E[(∇ log p(y)·d)²]
+is the second-order term of a change d (Martens 2020, arXiv:1412.1193): no labels are needed, and
+the changes of an example's positions, and of a weight that is used several times, are added before
+they are squared.
 """
 
 import math
@@ -35,8 +35,8 @@ def score_options(
     gain: float = 1.0,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """By tensor, for each of its options, the predicted mean `quantifind.metrics.divergence`, by
-    what examples count.
+    """By tensor, for each of its options, the predicted mean
+    `quantifind.utils.divergences.divergences`, by what examples count.
 
     Of a weight or a bias the change of its product's output is what the option does on the same
     inputs; of any other parameter, the change itself is taken with its gradient.

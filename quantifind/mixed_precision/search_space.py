@@ -22,7 +22,7 @@ from quantifind.tensor.parts import quantizable
 from quantifind.utils.arguments import check
 from quantifind.utils.naming import naming
 
-# bits tried, and those of a search to which the first are too few
+# bits tried first; and those tried where none of these keeps the limit
 WIDTHS, WIDER = range(1, 17), range(1, 33)
 PER_TENSOR = Choice("uniform", options={"scale_dtype": "float16", "scale": "mse"})
 NEAREST = Choice("uniform", axis=0, options={"scale_dtype": "float16", "scale": "mse"})
@@ -85,6 +85,11 @@ class SearchSpace:
 def choice_key(kind: str, name: str, choice: Choice) -> str:
     """A stable key of a choice for a tensor or an activation."""
     return f"{kind}/{name} {json.dumps(choice.plain(), sort_keys=True)}"
+
+
+def nearest_in_bits(choices: Sequence[Choice], bits: int) -> Choice:
+    """The choice whose width is nearest to so many bits."""
+    return min(choices, key=lambda choice: abs(choice.width - bits))
 
 
 def default_search_space(

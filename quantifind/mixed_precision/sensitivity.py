@@ -1,6 +1,5 @@
 """What each tensor, and each activation, costs a network when it alone is quantized."""
 
-import itertools
 import json
 import math
 import statistics
@@ -27,7 +26,6 @@ from quantifind.mixed_precision.rounded_options import RoundedOptions, network_o
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.network.modules import named_tensors
 from quantifind.tensor.quantized import QuantizedTensor
-from quantifind.utils.batches import joined, regrouped
 from quantifind.utils.console import progress
 
 # validation examples on which single tensors are measured first; then twice as many, until the
@@ -37,7 +35,7 @@ from quantifind.utils.console import progress
 # (test_stopping_early_takes_little_off_the_increase)
 EXAMPLES, FEWEST, PRECISION = 500, 250, 0.25
 # tensors measured at a time by each worker
-WAVE = 4
+AT_A_TIME = 4
 # examples that say that a tensor changes nothing
 UNCHANGED = 2_000
 # training examples and random vectors from which derivatives are estimated
@@ -128,7 +126,8 @@ def _place(rounded_options: RoundedOptions, key: str) -> tuple[str, str, int]:
 
 
 def _kind(kind: str, name: str, choice: Any) -> tuple[str, str, str]:
-    """What options have in common that differ in their levels alone, and in the steps by which."""
+    """A key that two options share if they differ only in their levels and the width of their
+    step."""
     plain = {n: value for n, value in choice.plain().items() if n not in ("bits", "levels")}
     # float16 scales hold the steps of few levels alone: test_wide_choices_have_wide_scales
     plain.pop("scale_dtype", None)
@@ -158,8 +157,8 @@ def measure_sensitivity(
         the increase is further off, and where few examples carry it, it tends to be too low.
     Returns: with a table of the columns ``kind`` ("tensors" or "activations"), ``name``,
         ``scheme``, ``rounding``, ``bits`` of a code, ``stored_bits`` with scales,
-        ``loss_increase``, the mean by weight of `quantifind.metrics.divergence`, its standard error
-        ``increase_error``, missing where it is predicted alone, those of
+        ``loss_increase``, the mean by weight of `quantifind.utils.divergences.divergences`, its
+        standard error ``increase_error``, missing where it is predicted alone, those of
         `quantifind.certification.measures.degradation`, ``sqnr_db`` of the network's outputs
         (arXiv:2302.05397), ``examples``, 0 where it is predicted alone, ``predicted_increase`` by
         the gradients, and ``choice``.
@@ -183,7 +182,7 @@ def measure_options(
     with progress("sensitivity", total=len(keys)) as step:
         going_on = list(keys)
         while going_on:
-            for some in _waves(rounded_options, going_on):
+            for some in _few_at_a_time(rounded_options, going_on):
                 if measurements.passes.left <= 0:
                     return measured
                 candidates = {
@@ -202,12 +201,12 @@ def measure_options(
     return measured
 
 
-def _waves(rounded_options: RoundedOptions, keys: Sequence[str]) -> Iterator[list[str]]:
+def _few_at_a_time(rounded_options: RoundedOptions, keys: Sequence[str]) -> Iterator[list[str]]:
     """Some at a time: all of a tensor, of as many tensors as there are workers to keep busy."""
     by_name: dict[tuple[str, str], list[str]] = {}
     for key in keys:
         by_name.setdefault(rounded_options.choices[key][:2], []).append(key)
-    count = WAVE * rounded_options.measurements.workers.places
+    count = AT_A_TIME * rounded_options.measurements.workers.places
     for first in range(0, len(by_name), count):
         yield [k for same in [*by_name.values()][first : first + count] for k in same]
 
@@ -274,15 +273,7 @@ def predict_sensitivity(measurements: Measurements, sensitivity: Sensitivity) ->
     rounded_options = sensitivity.rounded_options
     if criterion is None:
         return table
-    # batches stay where the evaluator's do: test_rows_that_are_no_examples_stay_together
-    together = measurements.evaluator.whole is not None
-    whole = joined(measurements.calibration) if together else None
-    if whole is None:
-        some = itertools.accumulate(map(len, measurements.calibration), initial=0)
-        pairs = zip(measurements.calibration, some, strict=False)
-        batches = [batch for batch, before in pairs if before < PROXY_EXAMPLES]
-    else:
-        batches = regrouped([whole[:PROXY_EXAMPLES]], PROXY_BATCH)
+    batches = measurements.some_calibration(PROXY_EXAMPLES, PROXY_BATCH)
     values = named_tensors(model)
     traces = hessian_traces(model, criterion, batches, draws=DRAWS, seed=measurements.seed)
     information = fisher(model, criterion, batches)

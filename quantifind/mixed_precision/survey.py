@@ -16,7 +16,6 @@ from quantifind.mixed_precision.rounded_options import RoundedOptions
 from quantifind.mixed_precision.scores import score_options
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.mixed_precision.sensitivity import PRECISION, Sensitivity, measure_options
-from quantifind.utils.batches import Batch, joined, regrouped
 
 # training examples that predict, so many at a time
 SCORED, TOGETHER = 256, 16
@@ -93,8 +92,8 @@ def survey(
 def _hoped(
     rounded_options: RoundedOptions, key: str, nearest: float, scores: Mapping[str, float]
 ) -> float:
-    """The least that rounding by GPTQ may lose: by what rounding to nearest loses, and by what
-    fewer levels lost, the square of whose number errors fall with.
+    """A low guess of what rounding by GPTQ loses: a share of what rounding to nearest loses; or
+    less, from what GPTQ with fewer levels lost, as errors fall with the square of their number.
 
     Without the second, two bits are never tried where three levels do well.
     """
@@ -111,7 +110,7 @@ def least_effort(measurements: Measurements, space: SearchSpace, goal: Goal) -> 
     """Passes of the smallest search: those taken, the scores, the depths that are halved, and a few
     candidates."""
     most = max(map(len, space.tensors.values()))
-    examples = sum(map(len, scored_batches(measurements)))
+    examples = sum(map(len, measurements.some_calibration(SCORED, TOGETHER)))
     least = measurements.passes.taken + CANDIDATES
     least += (3 + most) * examples / measurements.examples
     if goal.budget is None:
@@ -132,7 +131,7 @@ def _scored(
             found[key] = kept[1]
         else:
             by_name.setdefault(rounded_options.choice(key)[1], []).append(key)
-    batches = scored_batches(measurements)
+    batches = measurements.some_calibration(SCORED, TOGETHER)
     # forward and back, and the products again for each option
     most = max(Counter(rounded_options.choice(key)[1] for key in keys).values(), default=0)
     measurements.passes.add(sum(map(len, batches)) * (3 + most) if keys else 0.0)
@@ -151,20 +150,6 @@ def _scored(
         for key, score in zip(same, scores[name], strict=True):
             measurements.store.put(f"score {key}", {}, score)
             found[key] = score
-    return found
-
-
-def scored_batches(measurements: Measurements) -> list[Batch]:
-    """Some of the calibration examples, few at a time; batches stay where the evaluator's do."""
-    calibration = measurements.calibration
-    whole = joined(calibration) if measurements.evaluator.whole is not None else None
-    if whole is not None:
-        return regrouped([whole[:SCORED]], TOGETHER)
-    found: list[Batch] = []
-    for batch in calibration:
-        found.append(batch)
-        if sum(map(len, found)) >= SCORED:
-            break
     return found
 
 

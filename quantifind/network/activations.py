@@ -25,19 +25,16 @@ def fit_activations(
     model: nn.Module,
     choices: Mapping[str, ActivationChoice],
     batches: Batches,
-    *,
-    seed: int = 0,
 ) -> dict[str, QParams]:
     """Quantization parameters of activations, fitted to a sample of what is seen there.
 
     model: without parametrizations.
     choices: by activation (`quantifind.network.trace.activation_names`).
     batches: calibration data.
-    seed: of the sample.
     Raises: ValueError naming the activation that takes values that are not finite, or can't be
         quantized so.
     """
-    samples, fitted = _sample(model, batches, set(choices), seed), {}
+    samples, fitted = _sample(model, batches, set(choices)), {}
     if unseen := choices.keys() - samples.keys():
         raise ValueError(f"activations {', '.join(sorted(unseen))}: a pass has no values there")
     for name, sample in samples.items():
@@ -49,9 +46,9 @@ def fit_activations(
     return fitted
 
 
-def _sample(model: nn.Module, batches: Batches, names: set[str], seed: int) -> dict[str, Tensor]:
+def _sample(model: nn.Module, batches: Batches, names: set[str]) -> dict[str, Tensor]:
     seen: dict[str, list[Tensor]] = {}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     share = -(-SAMPLE // len(batches))
 
     def visit(product: Product) -> Tensor:

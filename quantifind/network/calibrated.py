@@ -71,7 +71,7 @@ class Calibration:
     def importance(self, name: str) -> Tensor:
         """The second moments of the inputs that each element of a weight meets."""
         if name not in self._importance:
-            raise ValueError(unused())
+            raise ValueError(_unused())
         return self._importance[name]
 
     @cached_property
@@ -121,6 +121,12 @@ class Calibration:
         """Let go of the moments that are kept."""
         self._kept.clear()
 
+    def check_used(self, names: Iterable[str]) -> None:
+        """Raise ValueError, naming it, for a weight that no pass uses, which GPTQ can't round."""
+        for name in names:
+            if name not in self.uses:
+                raise ValueError(f"{name}: rounding 'gptq': {_unused()}; round it to 'nearest'")
+
     def moments(self, names: Iterable[str], **options: Any) -> Iterator[Found]:
         """Those of weights; none where there is no memory for them.
 
@@ -133,9 +139,7 @@ class Calibration:
         asked = list(names)
         if not asked:
             return
-        for name in asked:
-            if name not in self.uses:
-                raise ValueError(f"{name}: rounding 'gptq': {unused()}; round it to 'nearest'")
+        self.check_used(asked)
         keep = not options and self.fits({*self._kept, *asked})
         if not keep:
             self.forget()
@@ -171,6 +175,6 @@ def zeros(moments: Iterable[Moments]) -> str | None:
     )
 
 
-def unused() -> str:
+def _unused() -> str:
     """Of a weight that no pass multiplies with anything, in words."""
     return f"no {' or '.join(GPTQ_KINDS)} of a pass uses it"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantifind.utils.naming import first_line
+from quantifind.utils.naming import described
 
 # what holds others, beside what has attributes
 _CONTAINERS = (list, tuple, set, frozenset, dict)
@@ -114,7 +114,8 @@ class _Rebinding:
         return self.found[id(function)]
 
     def _copy_of(self, value: Any) -> Any:
-        """The copy of what a function closes over, where it is the network's or holds that."""
+        """The copy of a value that a function closes over, where it is a part of the network, or
+        holds one."""
         if id(value) in self.memo:
             return self.memo[id(value)]
         if isinstance(value, types.FunctionType):
@@ -124,7 +125,7 @@ class _Rebinding:
         try:
             made = copy.deepcopy(value, self.memo)
         except Exception as error:
-            kind, reason = type(value).__name__, f"{type(error).__name__}: {first_line(error)}"
+            kind, reason = type(value).__name__, described(error)
             raise ValueError(
                 f"a function of the network closes over a {kind}, which holds tensors of the "
                 f"network and can't be copied ({reason}): keep it out of the function, or give "

@@ -60,8 +60,8 @@ def foldable(model: nn.Module, run_one_pass: Callable[[nn.Module], Any]) -> Pair
 
 @torch.no_grad()
 def exact(model: nn.Module, pairs: Pairs, passes: Iterable[Callable[[nn.Module], Any]]) -> Pairs:
-    """Those of the pairs with which other passes give the same outputs, too: what a pass of one
-    batch takes, that of another may leave out (test_a_norm_that_some_batches_leave_out_stays).
+    """The pairs that leave the outputs of other passes as they are, too: a norm that one batch goes
+    through, another may leave out (test_a_norm_that_some_batches_leave_out_stays).
 
     passes: as ``run_one_pass`` of `foldable`.
     """

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantifind.network.modules import is_plain, named_tensors, plain, plain_copy
+from quantifind.network.modules import is_plain, named_tensors, plain_copy, unwrapped
 from quantifind.tensor.parts import value_count
 from quantifind.utils.naming import naming
 
@@ -22,8 +22,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Folded(nn.Identity):
     """What stands where a norm was.
 
-    removed: how many parameters fewer the network has: the norm's, less those of a bias that the
-        product before it has since.
+    removed: how many parameters fewer the network has: the norm's, less those of the bias that the
+        product before it was given instead.
     """
 
     def __init__(self, removed: int) -> None:
@@ -45,7 +45,7 @@ def prepared(model: nn.Module, folded: Pairs = ()) -> nn.Module:
 def prepared_tensors(model: nn.Module, folded: Pairs = ()) -> nn.Module:
     """The network whose tensors are those of `prepared`: itself, where it is plain and has folded
     them all, since to copy it takes longer than to look at it."""
-    model = plain(model)
+    model = unwrapped(model)
     done = is_plain(model) and all(_is_folded(model, pair) for pair in folded)
     return model if done else prepared(model, folded)
 
@@ -53,7 +53,7 @@ def prepared_tensors(model: nn.Module, folded: Pairs = ()) -> nn.Module:
 def parameter_count(model: nn.Module) -> int:
     """Parameters of the network as it was given, before norms were folded: those that share memory
     once, parametrized ones as they are used."""
-    removed = sum(m.removed for m in plain(model).modules() if isinstance(m, Folded))
+    removed = sum(m.removed for m in unwrapped(model).modules() if isinstance(m, Folded))
     return removed + sum(map(value_count, named_tensors(model).values()))
 
 

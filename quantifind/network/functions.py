@@ -1,5 +1,5 @@
-"""The functions of torch that are products or contain some: which they are, and those that contain
-some written as the products inside."""
+"""Which functions of torch are products; and functions that contain products, written so that
+these are visited one by one."""
 
 import math
 import types
@@ -74,7 +74,7 @@ def labels(
     return one, other, result[1:] if func in SUMS_OF_PRODUCTS else result
 
 
-def plain(given: Any) -> bool:
+def lie_in_memory(given: Any) -> bool:
     """Whether all tensors lie in memory: none is sparse, nested, or inside `torch.vmap`."""
     return all(memory(tensor) is not None for tensor in tensors_of(given))
 

@@ -57,7 +57,7 @@ def blocks(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def owners(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """By name of a parameter whose memory is another's, that other's, which has all of it.
+    """By name of each parameter that lies in another's memory, the name of that one, its owner.
 
     Of several with the same memory, the first that is contiguous is the owner. Parts of one memory
     that don't meet, such as cudnn's flattened weights, are owners of their own.
@@ -92,8 +92,8 @@ def owners(parameters: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def view_places(parameters: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """By name of a parameter whose memory is another's: that other's name, and which of its values,
-    flattened, are the view's, so that a view follows values that are put in its owner's place.
+    """By name of each parameter that lies in another's memory: its owner's name, and which of the
+    owner's values, flattened, it shows. So a view follows values that are put in its owner's place.
 
     Raises: ValueError as `owners`, and for a view of another type.
     """
@@ -251,10 +251,12 @@ class Copies(TorchFunctionMode):
 
 
 def _identity(name: str, tensor: Tensor) -> Any:
-    if not has_memory(tensor):
-        return name
-    where = tensor.device, tensor.data_ptr()
-    return *where, tensor.shape, tensor.stride(), tensor.dtype
+    return place_of(tensor) if has_memory(tensor) else name
+
+
+def place_of(tensor: Tensor) -> Any:
+    """What two tensors have in common that are the same view of the same memory."""
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _placed(tensor: Tensor, first: int, memory: Tensor) -> Tensor:

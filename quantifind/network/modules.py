@@ -15,7 +15,7 @@ from quantifind.tensor.parts import is_dense
 from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.utils.batches import as_batch
 from quantifind.utils.forwards import BatchError, DefaultForward
-from quantifind.utils.naming import first_line
+from quantifind.utils.naming import described, first_line
 
 # what a pass raises where the network's own code does
 PASS_FAILS = (RuntimeError, LookupError, AssertionError, TypeError, AttributeError, ValueError)
@@ -24,7 +24,7 @@ PASS_FAILS = (RuntimeError, LookupError, AssertionError, TypeError, AttributeErr
 PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
 
 
-def plain(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The network that `torch.compile` or data parallelism wraps; any other as it is.
 
     Raises: ValueError of one line for what is no network of torch, or can be no copy of one:
@@ -113,14 +113,14 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the network itself, without what torch wraps around it, as `plain` says.
+    """A deep copy of the network itself, without what torch wraps around it, as `unwrapped` says.
 
     Its parametrized tensors are the parameters that they stand for in eval mode. What shares memory
     shares it in the copy, too; parameters that are the same view of it are one.
 
-    Raises: ValueError as `plain`, and for what can't be copied, or shares a part of its memory.
+    Raises: ValueError as `unwrapped`, and for what can't be copied, or shares a part of its memory.
     """
-    model = plain(model)
+    model = unwrapped(model)
     owners(dict(model.named_parameters()))
     replica = _copied(model)
     modes = {module: module.training for module in replica.modules()}
@@ -128,8 +128,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
         replica.eval()  # spectral_norm moves with each look at its weight in training
     except NotImplementedError as error:
         raise ValueError(
-            f"the network can't be put in eval mode ({_line(error)}): give the nn.Module that it "
-            "was exported from"
+            f"the network can't be put in eval mode ({described(error)}): give the nn.Module that "
+            "it was exported from"
         ) from error
     for module in modes:
         if parametrize.is_parametrized(module):
@@ -171,14 +171,10 @@ def _obstacle(model: nn.Module, error: Exception) -> str:
             except Exception as reason:
                 where = ".".join(part for part in (name, attribute) if part)
                 return (
-                    f"{where}, a {type(value).__name__}, can't be copied ({_line(reason)}): keep "
-                    f"it out of the network, or give {type(module).__name__} a __deepcopy__"
+                    f"{where}, a {type(value).__name__}, can't be copied ({described(reason)}): "
+                    f"keep it out of the network, or give {type(module).__name__} a __deepcopy__"
                 )
-    return f"{type(model).__name__} can't be copied ({_line(error)}): give it a __deepcopy__"
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    return f"{type(model).__name__} can't be copied ({described(error)}): give it a __deepcopy__"
 
 
 def _remove_parametrizations(module: nn.Module) -> None:
@@ -203,7 +199,7 @@ def is_plain(model: nn.Module) -> bool:
 
 def _plain(model: nn.Module) -> nn.Module:
     """A network to look at: itself, where it is plain."""
-    model = plain(model)
+    model = unwrapped(model)
     return model if is_plain(model) else plain_copy(model)
 
 
@@ -267,6 +263,14 @@ def put_values(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> None
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor.dequantize())
+
+
+def unpad(model: nn.Module) -> None:
+    """Let the rows of embeddings that stand for padding have gradients, in place: quantization
+    changes them, too (test_an_embedding_of_padding_counts)."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
 
 
 def run(model: nn.Module, batch: Any) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from quantifind.network.meetings import Meeting
 from quantifind.network.modules import own_tensors, run
 from quantifind.network.parts import Part, all_parts, enough, passes
 from quantifind.network.products import Product, visiting
-from quantifind.network.sums import Met, PartSums, Sum, moments_of, taken
+from quantifind.network.sums import Met, PartSums, Sum, drawn_positions, moments_of
 from quantifind.network.trace import ProductFacts, weight_uses
 from quantifind.tensor.gptq import Moments
 from quantifind.tensor.matrices import Matrices
@@ -38,8 +38,8 @@ def layer_moments(
     rounded: Round | None = None,
     max_memory: float | None = None,
 ) -> Iterator[Found]:
-    """Moments of the inputs that weights meet, by weight and matrix of it; those of one that meet
-    the same inputs as another's are the same tensors.
+    """By weight and by matrix of it, the moments of the inputs that it meets; of weights that meet
+    the same inputs, the same tensors.
 
     They are sums over all positions, or estimates of them from evenly spread ones of some batches
     (`quantifind.network.parts.POSITIONS`, `EXAMPLES`). Weights come in the order of a pass, those
@@ -282,7 +282,7 @@ class _Pass:
         if meeting is not None:
             self._numbers[key] += 1
             count = result.numel() // (groups * outputs)
-            some = taken(count, sums.part.share, index, number, result.device)
+            some = drawn_positions(count, sums.part.share, index, number, result.device)
             if sums.outputs is not None:
                 rows = meeting.outputs(result)
                 rows = rows.clone() if some is None else rows[some]

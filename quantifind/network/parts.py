@@ -136,7 +136,7 @@ def note(parts: Sequence[Part]) -> str | None:
     if not all(part.blocks for part in parts):
         return f"rounded to nearest: no memory for the moments of its {count:,} inputs"
     largest = max(block.shape[2] for block in part.blocks)
-    return f"compensated in blocks of {largest:,} of its {count:,} inputs"
+    return f"rounded by GPTQ in blocks of {largest:,} of its {count:,} inputs"
 
 
 def enough(parts: Mapping[str, Sequence[Part]], examples: Sequence[int]) -> list[int]:

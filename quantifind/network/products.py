@@ -145,7 +145,7 @@ class _Visiting(TorchFunctionMode):
                 self.owners[memory].append((name, tensor))
 
     def forget(self) -> None:
-        """Let go of what was made of codes in modules that are left."""
+        """Let go of tensors that were made of codes in modules that the pass has left."""
         while self.made and self.made[-1][0] > len(self.path):
             self.owners.pop(functions.memory(self.made.pop()[1]) or 0, None)
 
@@ -158,7 +158,7 @@ class _Visiting(TorchFunctionMode):
                 if not tensor.is_floating_point() and functions.memory(tensor) is not None:
                     self.note(tensor)
         seen = _SEEN.get(func)
-        if seen is None or not functions.plain((args, kwargs)):
+        if seen is None or not functions.lie_in_memory((args, kwargs)):
             return func(*args, **kwargs)
         return seen(self, func, args, kwargs)
 

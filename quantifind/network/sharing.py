@@ -1,10 +1,8 @@
 """Which of a network's tensors have to be kept, and which lie in memory of theirs."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from quantifind.network.memory import has_memory, own_bytes, span
+from quantifind.network.memory import has_memory, own_bytes, place_of, span
 from quantifind.network.modules import stored_tensors
 
 
@@ -17,8 +15,9 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 def stored_and_shared(
     model: nn.Module,
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """Of a plain network the tensors to be stored, and by name of each other one that lies in
-    memory of theirs, whose that is: those that are the same, and those that are a part of it."""
+    """The tensors of a plain network that have to be stored; and of the others, which lie in memory
+    of these, by name the name of the one that has it: of those that are the same as it, and of
+    those that are a part of it."""
     stored = stored_tensors(model, counters=True)
     sizes = own_bytes(stored)
     stored = {name: t for name, t in stored.items() if sizes[name] or not has_memory(t)}
@@ -27,17 +26,13 @@ def stored_and_shared(
         if name in stored or not has_memory(tensor):
             continue
         for owner, whole in stored.items():
-            if whole is tensor or (has_memory(whole) and _place(whole) == _place(tensor)):
+            if whole is tensor or (has_memory(whole) and place_of(whole) == place_of(tensor)):
                 same[name] = owner
                 break
             if has_memory(whole) and _is_within(span(tensor), span(whole)):
                 views[name] = owner
                 break
     return stored, same, views
-
-
-def _place(tensor: Tensor) -> Any:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _is_within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:

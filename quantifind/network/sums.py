@@ -107,7 +107,9 @@ class PartSums:
         return not known if known in ([], [(number, use)]) else None
 
 
-def taken(count: int, share: float, index: int, number: int, device: torch.device) -> Tensor | None:
+def drawn_positions(
+    count: int, share: float, index: int, number: int, device: torch.device
+) -> Tensor | None:
     """Some of so many positions, one drawn of each of as many equal stretches; None for all."""
     kept = max(1, math.ceil(count * share))
     if kept >= count:

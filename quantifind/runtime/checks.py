@@ -142,7 +142,7 @@ def side_effects(
     """
     some = given
 
-    def run() -> Any:
+    def once_more() -> Any:
         nonlocal some
         some = given.clone()
         with evaluating(model):
@@ -158,16 +158,16 @@ def side_effects(
         for name in names:
             own[name].detach().copy_(values[name])
 
-    first, once = run(), changed(values)
+    first, once = once_more(), changed(values)
     # those of another shape now
     for name in [name for name, value in once.items() if value.shape != values[name].shape]:
         values[name] = once.pop(name)
     put_back(once)
-    second, stateful = run(), set(changed(values))
+    second, stateful = once_more(), set(changed(values))
     if (filled := once.keys() - stateful) and not _same(first, second):
         values |= {name: once.pop(name) for name in filled}
         put_back(filled | stateful)
-        second = run()
+        second = once_more()
         stateful |= changed(values).keys()
     stateful |= once.keys()
     put_back(stateful)

@@ -29,6 +29,6 @@ def class_labels(
     return outputs, labels
 
 
-def judged(labels: Tensor, classes: int) -> Tensor:
+def with_ignored(labels: Tensor, classes: int) -> Tensor:
     """The labels, `IGNORED` where there is no such class."""
     return labels.where((labels >= 0) & (labels < classes), IGNORED)

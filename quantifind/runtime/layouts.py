@@ -26,8 +26,8 @@ def layout_and_batch(model: nn.Module, examples: Batch) -> tuple[str, int]:
 
 @torch.no_grad()
 def to_layout(model: nn.Module, layout: str) -> None:
-    """Give a network's tensors of convolutions this layout, in place; but for those that share
-    memory, which they would share no more (test_views_follow_wherever_they_are_measured)."""
+    """Give the tensors of a network's convolutions this layout, in place. Those that share memory
+    stay: they would no longer share it (test_views_follow_wherever_they_are_measured)."""
     apart = {
         block[0]
         for block in blocks(dict(model.named_parameters()) | dict(model.named_buffers()))
@@ -39,8 +39,7 @@ def to_layout(model: nn.Module, layout: str) -> None:
 
 
 def in_layout(inputs: Tensor, layout: str) -> Tensor:
-    """Inputs (examples, …) in this layout; but for images, (examples, channels, height, width), as
-    they are."""
+    """Images (examples, channels, height, width) in this layout; other inputs contiguous."""
     if layout == CONTIGUOUS or inputs.dim() != 4:
         return inputs.contiguous()
     _, channels, height, width = inputs.shape

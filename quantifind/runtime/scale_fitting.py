@@ -14,7 +14,7 @@ from quantifind.metrics import judged
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
 from quantifind.network.memory import view_places
-from quantifind.network.modules import PASS_FAILS, put_values
+from quantifind.network.modules import PASS_FAILS, put_values, unpad
 from quantifind.runtime.checks import FEW, independent
 from quantifind.tensor.qparams import to_rows
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
@@ -32,15 +32,12 @@ EPOCHS, LEARNING_RATE = 3, 1e-2
 SOFTENING = 2.0
 # of the examples, one of so many is held out
 HELD_OUT = 5
+# examples through the network that fitting takes for each of its examples, at most
+TAKEN = 1 + 3 * EPOCHS * (1 - 1 / HELD_OUT) + (EPOCHS + 1) / HELD_OUT
 # examples that go through the network at a time; fewer where an epoch would have fewer steps
 TOGETHER, STEPS = 128, 16
 # bytes of the float network's outputs that are kept; beyond, they are computed again
 KEPT = 2**28
-
-
-def cost(epochs: int = EPOCHS) -> float:
-    """What fitting takes for each of the examples, in examples through the network, at most."""
-    return 1 + 3 * epochs * (1 - 1 / HELD_OUT) + (epochs + 1) / HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,8 @@ class Fitted:
     """What has become of scales.
 
     quantized: with the same codes; with the scales that it had, where others gained nothing.
-    before, after: mean divergence (`quantifind.metrics.divergence`) of the examples held out.
+    before, after: mean divergence (`quantifind.utils.divergences.divergences`) of the
+        examples held out.
     examples: that went through the network; forward and back counts as three.
     note: why nothing could be fitted, in words; else empty.
     """
@@ -76,10 +74,10 @@ def fit_scales(
     are multiplied with; codes, and the dtype of scales, stay.
 
     The loss is the divergence of the outputs from the float network's
-    (`quantifind.metrics.divergence`), of classes with both networks' logits divided by `SOFTENING`.
-    A fifth of the examples is held out: of the scales after each epoch those are returned whose
-    divergence, as it is, is least there, and those given where no others' is less. Dropout is off,
-    norms keep their statistics. No label is used.
+    (`quantifind.utils.divergences.divergences`), of classes with both networks' logits divided
+    by `SOFTENING`. A fifth of the examples is held out: the scales of the epoch with the least
+    divergence there, not softened, are returned; or those given, where no epoch's divergence is
+    less. Dropout is off, norms keep their statistics. No label is used.
 
     model: the float network.
     batches: of training data; examples that don't depend on their batch's others are put in batches
@@ -149,9 +147,7 @@ class _Fit:
     ) -> None:
         self.teacher, self.start, self.criterion, self.gain = model, start, criterion, gain
         self.own = prepared(model, start.folded).eval().requires_grad_(False)
-        for module in self.own.modules():
-            if isinstance(module, nn.Embedding):
-                module.padding_idx = None  # which would hide its row from gradients
+        unpad(self.own)
         put_values(self.own, start.tensors)
         self.net: nn.Module = self.own
         if start.activations:

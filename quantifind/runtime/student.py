@@ -18,7 +18,7 @@ from quantifind.network.memory import view_places
 from quantifind.network.modules import put_values
 from quantifind.runtime.blending import Blend, blended
 from quantifind.runtime.checks import independent
-from quantifind.runtime.labels import CLASSES, class_labels, judged
+from quantifind.runtime.labels import CLASSES, class_labels, with_ignored
 from quantifind.tensor import sparsity
 from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
@@ -117,8 +117,12 @@ class Student:
             self.thresholds[name] = torch.full((), -1.0, device=self.latents[name].device)
 
     def at(self, batches: int, done: float) -> None:
-        """Tell which codes are 0, where few are others, after so many batches, a part of the
-        training, 0 to 1; also between those that are `OFTEN` apart when it is all."""
+        """Choose which codes are 0, where only a share may be others: every `OFTEN` batches, and
+        after each one in the end.
+
+        batches: that were taken.
+        done: the part of the training that is over, 0 to 1.
+        """
         if batches % OFTEN == 0 or done >= 1:
             for name, share in self.shares.items():
                 now = sparsity.falling(share, done)
@@ -223,13 +227,13 @@ class Student:
             log_target=True,
         ).sum(1)
         # of positions that no label judges, such as padding, nothing is learned
-        first = judged(labels, outputs.shape[1])
+        first = with_ignored(labels, outputs.shape[1])
         counts = first != IGNORED
         loss = SOFTENING**2 * (apart * counts).sum() / len(outputs)
         if self.label_weight:
             truth = F.cross_entropy(outputs, first, reduction="none")
             if blend is not None:
-                others = judged(blend.targets.to(labels.device), outputs.shape[1])
+                others = with_ignored(blend.targets.to(labels.device), outputs.shape[1])
                 other = F.cross_entropy(outputs, others, reduction="none")
                 # a target may have several positions: test_labels_of_several_positions
                 share = blend.shares(truth)

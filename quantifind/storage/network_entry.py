@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from quantifind.storage.network_writer import DTYPES
+from quantifind.tensor.choice import STORAGES
 from quantifind.tensor.rotation import SEEDS
 
-# how codes are bytes, and how many codes a tensor may have whose bytes don't tell
-STORAGES, MOST_CODES = ("packed", "coded"), 2**31
+# codes that a tensor may have whose bytes don't tell how many
+MOST_CODES = 2**31
 
 
 @dataclass(frozen=True)

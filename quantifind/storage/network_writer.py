@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantifind.storage.states import parts_of
+from quantifind.storage.states import parts_of, sparse_facts
 from quantifind.tensor.parts import is_strided
 from quantifind.tensor.qparams import QParams
 from quantifind.tensor.quantized import Quantized
@@ -125,13 +125,9 @@ def _entries(
                 _dtype_name(part.dtype)
                 if not is_strided(part):
                     raise ValueError(f"a {type(part).__name__} can't be written")
-        sparse = {} if value.layout == torch.strided else _sparse_facts(value)
+        sparse = {} if value.layout == torch.strided else sparse_facts(value)
         found["others"][name] = sparse, own_parts
     return found
-
-
-def _sparse_facts(value: Tensor) -> dict[str, Any]:
-    return {"layout": str(value.layout).removeprefix("torch."), "shape": list(value.shape)}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -26,6 +26,11 @@ def parts_of(tensor: Tensor) -> dict[str, Tensor]:
     return {part: getattr(tensor, part)() for part in SPARSE[tensor.layout]}
 
 
+def sparse_facts(value: Tensor) -> dict[str, Any]:
+    """What its parts don't tell of a sparse tensor, as plain values."""
+    return {"layout": str(value.layout).removeprefix("torch."), "shape": list(value.shape)}
+
+
 def load_plain(source: Any) -> Any:
     """What torch.save() wrote, on the CPU; nothing in it is executed.
 
@@ -58,8 +63,7 @@ def pack_state(
         for part, tensor in parts_of(value).items():
             tensors[f"{name}/{part}" if part else name] = tensor.cpu()
         if value.layout != torch.strided:
-            layout = str(value.layout).removeprefix("torch.")
-            sparse[name] = {"layout": layout, "shape": list(value.shape)}
+            sparse[name] = sparse_facts(value)
     return tensors, sparse, others
 
 

@@ -55,8 +55,8 @@ class Store:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A digest of plain values, tensors, tensors by name, and those of networks, with the state
-    of theirs that is no tensor."""
+    """A digest of plain values, tensors, tensors by name, and networks: their tensors, and what
+    else is in their state."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):

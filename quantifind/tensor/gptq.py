@@ -24,7 +24,7 @@ SHARES = (1.0, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2,
 STEADY = 0.03
 
 
-@dataclass
+@dataclass(frozen=True)
 class Moments:
     """Sums over the positions at which some rows of a weight, (rows, inputs), meet an input x.
 
@@ -40,12 +40,6 @@ class Moments:
     outputs: Tensor
     positions: int = 0
     counts: Tensor | None = None
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Inputs (positions, inputs) and wanted outputs (positions, rows)."""
-        self.inputs += x.T @ x
-        self.outputs += y.T @ x
-        self.positions += len(x)
 
 
 def gptq_layer(
@@ -95,8 +89,8 @@ class _Prepared:
         steady: float,
         seed: int | None = None,
     ) -> "_Prepared":
-        """steady: of the mean power of inputs, how much each that is ever met is held to have at
-        least, so that the weights of what is hardly ever met do not go far.
+        """steady: a share of the mean power of inputs, which each input that is ever met is held to
+        have at least: else the weights of inputs that are hardly ever met would go far.
         seed: of the rotation of inputs; None for none.
         """
         rotation = None if seed is None else _rotation(moments, values.shape, seed)
@@ -150,7 +144,7 @@ def _rotation(moments: Mapping[Matrices, Moments], shape: torch.Size, seed: int)
 def _rounded(
     target: Tensor, choice: Choice, start: QuantizedTensor, errors: Mapping[Matrices, OutputError]
 ) -> QuantizedTensor:
-    """The target compensated, from codes rounded to nearest."""
+    """The target rounded by GPTQ, from codes rounded to nearest."""
     if choice.rate and start.qparams.scale is None:
         raise ValueError(f"rate is {choice.rate:g}: {choice.scheme} has no scale, which it needs")
     codes = start.codes.clone(memory_format=torch.contiguous_format)

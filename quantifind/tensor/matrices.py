@@ -124,9 +124,9 @@ def compatible(uses: Iterable[Matrices], count: int) -> bool:
 
 
 def output_axis(matrices: Matrices, shape: Sequence[int]) -> int:
-    """The axis of a weight whose channels are its outputs: the longest along which the inputs of
-    an output don't lie, the first of those that are as long; 0 where there is none.
+    """The axis of a weight whose channels are its outputs; 0 where there is none.
 
+    It is the longest axis along which the inputs of an output don't lie, the first of several.
     Of a grouped transposed convolution, (inputs, outputs of a group, kernel …), a channel of axis 1
     is the same output of every group, unless each group has one input: then axis 0 is the group.
 

@@ -19,7 +19,7 @@ SPARSE = {
 def is_strided(tensor: Tensor) -> bool:
     """Whether its values lie in memory by its strides.
 
-    Those of sparse, nested and torch's quantized tensors, and of what wraps others, don't.
+    Not those of sparse, nested and torch's quantized tensors, nor of tensors that wrap others.
     """
     return (
         tensor.layout == torch.strided

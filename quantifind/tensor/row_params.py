@@ -8,7 +8,6 @@ from torch import Tensor
 from quantifind.tensor.matrices import Matrices, moves
 from quantifind.tensor.qparams import QParams, from_rows
 from quantifind.tensor.quantized import QuantizedTensor
-from quantifind.tensor.stored_scales import stored_scale
 
 
 @dataclass(frozen=True)
@@ -52,23 +51,6 @@ class RowParams(QParams):
             scale_dtype=None if given.scale is None else given.scale.dtype,
             table_of=table_of,
         )
-
-    def rescaled(self, share: float | Tensor) -> "RowParams":
-        """With the scales that are stored for so many times these."""
-        if self.scale is None or self.scale_dtype is None:
-            return self
-        return replace(self, scale=stored_scale(self.scale * share, self.scale_dtype).double())
-
-    def column(self, index: int) -> QParams:
-        """Those of one input, (rows, 1)."""
-
-        def at(each: Tensor | None) -> Tensor | None:
-            return each if each is None or each.shape[1] == 1 else each[:, index : index + 1]
-
-        grid, table_of = self.grid, at(self.table_of)
-        if table_of is not None and grid.table is not None:
-            grid = replace(grid, table=grid.table[table_of[:, 0].long()])
-        return QParams(grid, at(self.scale), at(self.zero_point))
 
 
 def places(matrix: Matrices, axis: int, shape: torch.Size) -> Tensor:

@@ -8,7 +8,11 @@ from torch import Tensor
 def divergences(
     outputs: Tensor, wanted: Tensor, weight: Tensor, classes: str | None, gain: float = 1.0
 ) -> Tensor:
-    """What `quantifind.metrics.divergence` is of outputs, with gradients.
+    """How much the loss of each example would increase if the original's outputs were the truth.
+
+    That is the Kullback-Leibler divergence of the classes' probabilities from the original's
+    (nats), by weight in the sum over positions; or without classes the mean squared error of the
+    outputs.
 
     outputs, wanted: (examples, ...), the original's are wanted.
     weight: (examples, ...), what an example, or each of its positions, counts.

@@ -5,6 +5,7 @@ temperature, so that a ratio can't be bought by softening them (Guo et al. 2017,
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +86,6 @@ OF_LOGITS = Gains(_GEOMETRIC, _cubic)
 OF_SQUARES = Gains(_THREE, lambda gain: _lagrange(np.array(_THREE), gain))
 
 
-def gains_of(tried: int) -> Gains:
-    """Those of which there are so many."""
-    return OF_SQUARES if tried == len(_THREE) else OF_LOGITS
+def gains_of(losses: Any) -> Gains:
+    """Those at which losses are, (examples, tried)."""
+    return OF_SQUARES if losses.shape[1] == len(_THREE) else OF_LOGITS

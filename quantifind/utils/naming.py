@@ -27,6 +27,15 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def described(error: BaseException) -> str:
+    """An error's kind, and the first line of what it says.
+
+    >>> described(RuntimeError("no kernel\\nsee the log"))
+    'RuntimeError: no kernel'
+    """
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def short(name: str, most: int = 40) -> str:
     """A name of at most so many characters, printable: its end tells it from others.
 

@@ -14,8 +14,8 @@ from quantifind.utils.sources import own_sources, stands_in
 
 
 def of_file(path: Path) -> ModuleType:
-    """The module of a file, which runs once. Its folder is a package of a name of its own, of which
-    it and what it imports from there are modules."""
+    """The module of a file, which runs once. It, and what it imports from its folder, are modules
+    of a package that is this folder's alone."""
     path = path.resolve()
     package = _package(path.parent)
     # no other module has this name: test_a_file_may_be_called_as_a_module_of_python

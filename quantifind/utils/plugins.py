@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from quantifind.utils.naming import first_line
+from quantifind.utils.naming import described
 from quantifind.utils.own_files import of_file
 from quantifind.utils.sources import is_file
 
@@ -89,7 +89,6 @@ def reason(error: BaseException) -> str:
     >>> reason(KeyError("weight"))
     "KeyError: 'weight'"
     """
-    first = first_line(error)
     package = Path(__file__).parents[1]
     ours = (f"{package}/", f"{package.with_name('stages')}/")
     others = (*ours, sysconfig.get_path("stdlib"), "<frozen")
@@ -101,7 +100,7 @@ def reason(error: BaseException) -> str:
     # a SyntaxError says where it is by itself
     known = frames and not isinstance(error, SyntaxError)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if known else ""
-    return f"{type(error).__name__}: {first}{where}"
+    return f"{described(error)}{where}"
 
 
 def arguments(

@@ -13,9 +13,9 @@ def is_file(name: str) -> bool:
     return name.endswith(".py") or "/" in name
 
 
-def own_sources(name: str, root: Path = Path()) -> list[Path]:
+def own_sources(name: str) -> list[Path]:
     """The files of a module that is not of this package: its file first, then, sorted, the files
-    under ``root`` or beside it that it imports, and that these import.
+    in this folder or beside it that it imports, and that these import.
 
     name: the path of a file, or a dotted path; one of a single word, or in quantifind, has none.
     Raises: ValueError naming what is not there.
@@ -24,7 +24,7 @@ def own_sources(name: str, root: Path = Path()) -> list[Path]:
         return []
     first = Path(name) if is_file(name) else _file_of(name)
     # in this order, as it is run: test_a_file_imports_what_stands_beside_it
-    folders = [*([first.resolve().parent] if is_file(name) else []), root.resolve()]
+    folders = [*([first.resolve().parent] if is_file(name) else []), Path().resolve()]
     found: list[Path] = []
     waiting = [first.resolve()]
     if not is_file(name):
