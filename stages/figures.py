@@ -69,60 +69,63 @@ def visualize_frontier(
     uniform = uniform.sort_values("mean_bits", ascending=False)
     asked = {measure: limit} if asked is None else asked
     said = digits.limit(measure, limit)
-    kept = [_kept(table, asked) for table in (frontier, uniform)]
+    marks = _marks(frontier, uniform, asked)
     shown_as = MEASURES[measure]
     words, unit, scale = shown_as.words, shown_as.unit, shown_as.scale
-    lossless, limit, colour = scale * shown_as.lossless, scale * limit, LIMITS[0]
+    lossless, limit = scale * shown_as.lossless, scale * limit
     frontier, uniform = _as_read(frontier, measure), _as_read(uniform, measure)
-    random = None if random is None else _as_read(random, measure)
-    best, best_uniform = (
-        table.iloc[steps - 1] if steps else None
-        for table, steps in zip((frontier, uniform), kept, strict=True)
-    )
+    random = frontier.iloc[:0] if random is None else _as_read(random, measure)
     figure, (whole, near) = plt.subplots(
         2, 1, figsize=(8, 7), layout="constrained", sharex=True, height_ratios=(2, 3)
     )
-    marks = [
-        (best, CERTIFIED, colour, "certified strategy"),
-        (best_uniform, "o", colour, "certified uniform depth"),
-    ]
-    if "validation_chosen" in frontier:
-        chosen = frontier[frontier["validation_chosen"].astype(bool)]
-        if len(chosen) and (best is None or best.name != chosen.index[0]):
-            marks.append((chosen.iloc[0], CHOSEN, FOUND, "chosen on validation data"))
     for axes in (whole, near):
         axes.axhline(lossless, color=FLOAT, ls="--", label="float")
-        axes.axhline(limit, color=colour, lw=1, label=f"limit {said}")
-        if random is not None and len(random):
+        axes.axhline(limit, color=LIMITS[0], lw=1, label=f"limit {said}")
+        if len(random):
             axes.plot(
                 random["mean_bits"], random[measure], "x", ms=6, mew=1.5, color=RANDOM,
                 label="random widths, on validation data",
             )  # fmt: skip
         _ladder(axes, uniform, measure, UNIFORM, "uniform depths")
         _ladder(axes, frontier, measure, FOUND, "ladder of the search")
-        for row, marker, mark_colour, what in marks:
-            if row is not None:
-                axes.plot(
-                    row["mean_bits"], row[measure], marker, ms=11, mew=2, mfc="none",
-                    color=mark_colour, label=f"{what}: {row['mean_bits']:.4g} bits",
-                )  # fmt: skip
-                axes.axvline(row["mean_bits"], color=mark_colour, lw=1, ls=":")
+        for row, marker, colour, what in marks:
+            axes.plot(
+                row["mean_bits"], scale * row[measure], marker, ms=11, mew=2, mfc="none",
+                color=colour, label=f"{what}: {row['mean_bits']:.4g} bits",
+            )  # fmt: skip
+            axes.axvline(row["mean_bits"], color=colour, lw=1, ls=":")
     _bits_axis(near, min(frontier["mean_bits"].min(), uniform["mean_bits"].min()))
     if measure == "accuracy_drop":
         whole.set(ylabel=f"{words}\n{unit}")
     else:
         log_axis(whole, f"{words}\n{unit}")
     whole.legend()
-    values = [*frontier[measure], *uniform[measure]]
-    values += [] if random is None else random[measure].tolist()
-    values += [row[f"{measure}_low"] for row in (best, best_uniform) if row is not None]
-    marked = [row[measure] for row, *_ in marks if row is not None]
+    values = [*frontier[measure], *uniform[measure], *random[measure]]
+    values += [scale * row[f"{measure}_low"] for row, *_, what in marks if "certified" in what]
+    marked = [scale * row[measure] for row, *_ in marks]
     near.set(
         ylim=_near(limit, lossless, values, marked, 0.002 * scale),
         ylabel=f"{words}\nnear the limit",
     )
     figure.suptitle(title(f"Bits and {words}", name))
     return figure
+
+
+def _marks(
+    frontier: pd.DataFrame, uniform: pd.DataFrame, limits: Mapping[str, float]
+) -> list[tuple[pd.Series, str, str, str]]:
+    """What is certified of each, and what was chosen if that is another: marker, colour, words."""
+    best, depth = (_kept(table, limits) for table in (frontier, uniform))
+    marks = []
+    if best:
+        marks.append((frontier.iloc[best - 1], CERTIFIED, LIMITS[0], "certified strategy"))
+    if depth:
+        marks.append((uniform.iloc[depth - 1], "o", LIMITS[0], "certified uniform depth"))
+    if "validation_chosen" in frontier:
+        places = np.flatnonzero(frontier["validation_chosen"].astype(bool))
+        if len(places) and places[0] != best - 1:
+            marks.append((frontier.iloc[places[0]], CHOSEN, FOUND, "chosen on validation data"))
+    return marks
 
 
 def _near(
