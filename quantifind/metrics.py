@@ -43,8 +43,9 @@ class Outcome:
     """What a network makes of examples, on the CPU.
 
     parts: of examples that are alike in shape: ``outputs`` (examples, ...); ``loss`` (examples,)
-        float64; ``weight`` (examples, ...), what an example, or each of its positions, counts; and,
-        where targets are class labels, ``answer`` (examples,) and ``correct`` (examples,) bool. An
+        float64; ``weight`` (examples, ...), what an example, or each of its positions, counts;
+        where that is another, the ``share`` (examples, ...) it has in its loss; and, where targets
+        are class labels, ``answer`` (examples,) and ``correct`` (examples,) bool. An
         example of outputs in several tensors is all of them in a row. Where outputs are left out,
         ``nans`` (examples,) is how many of them are NaN. Where a gain suits them, ``scaled_loss``
         (examples, gains) float64 is the loss at each of `quantifind.utils.gains`.
@@ -201,9 +202,10 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
     criterion: None where there is nothing but the outputs: their loss is NaN.
     """
     outputs, targets = aligned(criterion, outputs, given)
-    loss, weight = weighted(criterion, outputs, *targets)
+    loss, weight, shares = weighted(criterion, outputs, *targets)
     values = values_of(criterion, outputs)
     part = {"outputs": values, "loss": loss.double(), "weight": weight}
+    part |= {} if shares is weight else {"share": shares}
     gains = _gains(criterion)
     if gains is not None and isinstance(outputs, Tensor):
         # in float64, in which squares of nearly equal numbers differ
@@ -275,8 +277,8 @@ def divergence(quantized: Outcome, original: Outcome) -> np.ndarray:
     """How much the loss of each example would increase if the original's outputs were the truth.
 
     Two outcomes, as `paired` takes them. Returns: (examples,) float64, the Kullback-Leibler
-    divergence of the classes' probabilities from the original's (nats), by weight in the sum over
-    positions; or without classes the mean squared error of the outputs.
+    divergence of the classes' probabilities from the original's (nats), or without classes the
+    squared error of the outputs; added up or averaged over positions and outputs as the loss is.
     """
     return columns_of(compared(quantized, original))["divergence"]
 
@@ -303,7 +305,7 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
             _apart(
                 part["outputs"][first : first + step],
                 wanted["outputs"][first : first + step],
-                wanted["weight"][first : first + step],
+                wanted.get("share", wanted["weight"])[first : first + step],
                 original,
             )
             for first in range(0, max(1, len(part["outputs"])), step)
@@ -325,10 +327,10 @@ def columns_of(reduced: Outcome) -> dict[str, np.ndarray]:
 
 
 def _apart(
-    outputs: Tensor, wanted: Tensor, weight: Tensor, original: Outcome
+    outputs: Tensor, wanted: Tensor, shares: Tensor, original: Outcome
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared errors, squared norms and divergences of examples, (examples,) float64 each."""
-    apart = divergences(outputs, wanted, weight, original.classes, original.gain or 1.0)
+    apart = divergences(outputs, wanted, shares, original.classes, original.gain or 1.0)
     outputs, wanted = outputs.double(), wanted.double()
     norms = torch.where(wanted.isinf(), 0.0, wanted).reshape(len(wanted), -1).square().sum(1)
     return squares(outputs, wanted).reshape(len(outputs), -1).sum(1), norms, apart
