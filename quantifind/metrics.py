@@ -215,13 +215,14 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
     if isinstance(labels, Tensor) and isinstance(outputs, Tensor):
         classes = _classes(criterion, outputs, labels)
         if classes == "softmax" and labels.dim() == 1 and not labels.is_floating_point():
-            part["answer"] = values.argmax(1)
+            # NaN is no answer: test_an_output_that_is_no_number_is_a_wrong_answer
+            part["answer"] = values.argmax(1).where(~values.isnan().any(1), -1)
             part["correct"] = part["answer"] == labels
         cut = {nn.BCEWithLogitsLoss: 0.0, nn.BCELoss: 0.5}.get(type(criterion))
         single = cut is not None and values.numel() == len(values)
         # as classes, not as shares: test_one_logit_has_two_classes
         if cut is not None and single and ((labels == 0) | (labels == 1)).all():
-            part["answer"] = (values > cut).flatten()
+            part["answer"] = (values > cut).long().where(~values.isnan(), -1).flatten()
             part["correct"] = part["answer"] == (labels > 0.5).flatten()
     return Outcome([part], classes)
 
@@ -315,7 +316,7 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
         apart = found.pop("divergence")
         if "correct" in part and "correct" in wanted:
             found |= {"correct": part["correct"], "original_correct": wanted["correct"]}
-            found["flipped"] = part["answer"] != wanted["answer"]
+            found["flipped"] = (part["answer"] != wanted["answer"]) | (part["answer"] < 0)
         parts.append(found | {"divergence": apart})
     return Outcome(parts, original.classes)
 
