@@ -23,6 +23,7 @@ from torch.utils.data import (
 
 from quantifind.quantize import quantize
 from quantifind.runtime.control import FloatStudent
+from quantifind.runtime.labels import LABELLED, facts_of
 from quantifind.runtime.student import Student
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import (
@@ -37,6 +38,7 @@ from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch, Forward, batches_of, copied
 from quantifind.utils.console import progress
+from quantifind.utils.criteria import name_of
 from quantifind.utils.loaders import length_of
 from quantifind.utils.naming import NotFinite
 
@@ -60,6 +62,7 @@ def learn(
     epochs: float,
     calibration: Iterable[Any] | None = None,
     forward: Forward | None = None,
+    criterion: Any = None,
     label_weight: float = 0.0,
     density: float | None = None,
     learning_rate: float | None = None,
@@ -69,11 +72,11 @@ def learn(
 ) -> Quantized:
     """Train the codes, scales and codebooks that a strategy begins with; ``model`` is intact.
 
-    The outputs of the quantized network are held to those of ``model``: where targets are class
-    labels, by the Kullback-Leibler divergence, else by the squared error. Where batches are
-    (inputs, targets) with floating point inputs, half of each are blends of two examples (mixup,
-    arXiv:1710.09412). Dropout is off,
-    norms keep their statistics, activations their parameters, and what stays in float its values.
+    The outputs of the quantized network are held to those of ``model``: where targets are labels or
+    shares of classes, by the Kullback-Leibler divergence, else by the squared error. Where batches
+    are (inputs, targets) with floating point inputs, half of each are blends of two examples
+    (mixup, arXiv:1710.09412). Dropout is off, norms keep their statistics, activations their
+    parameters, and what stays in float its values.
     On a GPU that has bfloat16, products of a float32 network are in it.
 
     strategy: to begin with; or what is already quantized.
@@ -81,6 +84,9 @@ def learn(
     epochs: the budget, over which the learning rate falls to zero along a cosine.
     calibration: as `quantifind.quantize.quantize` takes it; by default the loader's first batches.
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
+    criterion: whose ignored labels are not learned. By a `torch.nn.CrossEntropyLoss` float targets
+        of the outputs' shape are shares of classes, and in the loss to the targets its smoothing
+        counts, and its classes' weights, as shares of their mean. By default plain cross entropy.
     label_weight: the weight, beside the outputs' 1, of the loss to the targets themselves (cross
         entropy, or squared error), blended as the inputs are.
     density: the share of codes that are not 0 in the end, above 0 and at most 1, of all weights on
@@ -107,6 +113,7 @@ def learn(
         epochs=epochs,
         calibration=calibration,
         forward=forward,
+        criterion=criterion,
         label_weight=label_weight,
         density=density,
         learning_rate=learning_rate,
@@ -143,6 +150,7 @@ def _trained(
     epochs: float,
     calibration: Iterable[Any] | None = None,
     forward: Forward | None = None,
+    criterion: Any = None,
     label_weight: float = 0.0,
     density: float | None = None,
     learning_rate: float | None = None,
@@ -153,6 +161,9 @@ def _trained(
     """A student of a kind, trained; the arguments are those of `learn`."""
     learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
     _check_number("label_weight", label_weight, zero=True)
+    if label_weight and criterion is not None and not isinstance(criterion, LABELLED):
+        names = " and ".join(kind.__name__ for kind in LABELLED)
+        raise ValueError(f"label_weight is {label_weight:g}: labels are learned with {names} alone")
     _check_number("epochs", epochs)
     _check_number("learning_rate", learning_rate)
     if density is not None:
@@ -167,6 +178,8 @@ def _trained(
     given = artifact.pack(strategy) if isinstance(strategy, Quantized) else (strategy.choices,)
     options = [*map(float, (epochs, label_weight, learning_rate)), seed, kind.__name__]
     options += [] if density is None else [float(density)]
+    if criterion is not None:
+        options += [name_of(criterion), facts_of(criterion, labels=label_weight > 0)]
     work = fingerprint(model, options, *given)
     kept = _kept(checkpoints, work)
     with torch.random.fork_rng(), torch.enable_grad():
@@ -177,7 +190,7 @@ def _trained(
         if calibration is None:
             calibration = [copied(batch) for batch in islice(loader, CALIBRATION_BATCHES)]
         start = quantize(model, strategy, calibration, forward=forward)
-        student = kind(model, start, label_weight, micro_batch, density)
+        student = kind(model, start, label_weight, micro_batch, density, criterion)
         optimizer = student.optimizer(learning_rate)
         keeping = _Keeping(checkpoints, loader, student, optimizer, work, began_with)
         if kept is not None:

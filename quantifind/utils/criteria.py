@@ -165,7 +165,7 @@ def _by_example(
     criterion: Any, values: Tensor, targets: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of values of examples or of their positions; labels are ignored only by what says so."""
-    kept = None if _ignored(criterion) is None else _kept(criterion, targets, len(values))
+    kept = None if ignored_label(criterion) is None else _kept(criterion, targets, len(values))
     summed = getattr(criterion, "reduction", None) == "sum"
     if kept is not None and kept.dim() > 1 and values.shape == kept.shape:
         loss = torch.where(kept, values, 0.0).flatten(1).sum(1)
@@ -230,10 +230,10 @@ def _one_at_a_time(
     raise _of_a_batch(criterion, whole, loss, share)
 
 
-def _ignored(criterion: Any) -> int | None:
+def ignored_label(criterion: Any) -> int | None:
     """The label that a criterion, or the one inside it, ignores; None where it says none."""
     if isinstance(criterion, functools.partial):
-        return criterion.keywords.get("ignore_index", _ignored(criterion.func))
+        return criterion.keywords.get("ignore_index", ignored_label(criterion.func))
     modules = criterion.modules() if isinstance(criterion, nn.Module) else [criterion]
     said = {getattr(module, "ignore_index", None) for module in modules}
     found = [label for label in said if isinstance(label, int)]
@@ -242,7 +242,7 @@ def _ignored(criterion: Any) -> int | None:
 
 def _kept(criterion: Any, targets: Sequence[Any], count: int) -> Tensor | None:
     """Which of an example's labels are not ignored, (examples, …); None where it has none."""
-    labels, ignored = targets[0] if targets else None, _ignored(criterion)
+    labels, ignored = targets[0] if targets else None, ignored_label(criterion)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or rows_of(labels) != count:
         return None
     return labels != (IGNORED if ignored is None else ignored)
