@@ -41,6 +41,7 @@ from quantifind.utils.console import progress
 from quantifind.utils.criteria import name_of
 from quantifind.utils.loaders import length_of
 from quantifind.utils.naming import NotFinite
+from quantifind.utils.torch_losses import as_module
 
 LEARNING_RATE = 2e-4
 CALIBRATION_BATCHES = 64
@@ -159,6 +160,7 @@ def _trained(
     seed: int = 0,
 ) -> Made:
     """A student of a kind, trained; the arguments are those of `learn`."""
+    criterion = as_module(criterion)
     learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
     _check_number("label_weight", label_weight, zero=True)
     if label_weight and criterion is not None and not isinstance(criterion, LABELLED):

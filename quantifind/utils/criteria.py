@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantifind.utils.batches import rows_of, tensors_of, with_tensors
 from quantifind.utils.forwards import is_torchs
+from quantifind.utils.torch_losses import as_module
 
 # of one example or several: (outputs, targets, …) → a number, or one for each example
 Criterion = Callable[..., Tensor]
@@ -66,8 +67,8 @@ def class_axes(outputs: Any, targets: Sequence[Any]) -> set[int]:
 def settled(
     criterion: Any, given: Iterable[Any], look: Callable[[Any], Sequence[Any]], *, literal: bool
 ) -> tuple[Any, Iterator[Any]]:
-    """A criterion of classes that knows which axis has them where a batch doesn't tell: as in the
-    first batch that does (test_as_many_positions_as_classes).
+    """A criterion, a function of torch's as its module; one of classes knows which axis has them
+    where a batch doesn't tell: as in the first batch that does (test_as_many_positions_as_classes).
 
     given: batches, of which no more are taken than it needs.
     look: batch → outputs and targets.
@@ -75,7 +76,7 @@ def settled(
     Returns: the criterion, and all of ``given``.
     Raises: CriterionError if none tells.
     """
-    given, seen = iter(given), []
+    criterion, given, seen = as_module(criterion), iter(given), []
     if isinstance(criterion, BY_CLASS) and not hasattr(criterion, "classes_last"):
         for batch in given:
             seen.append(batch)
