@@ -163,17 +163,9 @@ def _trained(
     criterion = as_module(criterion)
     learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
     _check_number("label_weight", label_weight, zero=True)
-    if label_weight and criterion is not None and not isinstance(criterion, LABELLED):
-        names = " and ".join(kind.__name__ for kind in LABELLED)
-        raise ValueError(f"label_weight is {label_weight:g}: labels are learned with {names} alone")
     _check_number("epochs", epochs)
     _check_number("learning_rate", learning_rate)
-    if density is not None:
-        _check_number("density", density)
-        if density > 1:
-            raise ValueError(f"density is {density!r}: at most 1 is needed")
-    if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
-        raise ValueError(f"micro_batch is {micro_batch!r}: a whole number above 0 is needed")
+    _check_options(label_weight, criterion, density, micro_batch)
     batches = length_of(loader)
     if batches == 0:
         raise ValueError("the loader has no batches")
@@ -205,6 +197,18 @@ def _trained(
                 keeping.end_epoch()
         student.at(keeping.done, 1.0)
         return student
+
+
+def _check_options(label_weight: float, criterion: Any, density: Any, micro_batch: Any) -> None:
+    if label_weight and criterion is not None and not isinstance(criterion, LABELLED):
+        names = " and ".join(kind.__name__ for kind in LABELLED)
+        raise ValueError(f"label_weight is {label_weight:g}: labels are learned with {names} alone")
+    if density is not None:
+        _check_number("density", density)
+        if density > 1:
+            raise ValueError(f"density is {density!r}: at most 1 is needed")
+    if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
+        raise ValueError(f"micro_batch is {micro_batch!r}: a whole number above 0 is needed")
 
 
 def _check_number(name: str, value: Any, *, zero: bool = False) -> None:
