@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantifind.learning import learn, train_control
+from quantifind.mixed_precision import learned_candidates, matched
 from quantifind.mixed_precision.learned_candidates import _recipe
 from quantifind.quantize import quantize
 from quantifind.runtime.control import FloatStudent
 from quantifind.runtime.student import Student
+from quantifind.search import find_strategy
 from quantifind.storage.store import fingerprint
 from quantifind.strategy import uniform_strategy
 from quantifind.utils.batches import Batch, as_batch
@@ -178,6 +180,28 @@ def test_what_a_plain_criterion_learned_is_found_again(labels):
     found = [recipe(*other, labels) for other in others]
     assert len({key for key, _ in found} | {key}) == len(others) + 1
     assert [how["criterion"] for _, how in found] == [criterion for criterion, _ in others]
+
+
+@pytest.mark.parametrize("option", ["plain", "ignoring", "shares"])
+def test_a_search_learns_by_its_criterion(option, monkeypatch):
+    """And so does the control."""
+    (x, labels), seen = examples(count=600), []
+    targets = shares_of(labels) if option == "shares" else labels
+    criterion = nn.CrossEntropyLoss(**OPTIONS.get(option, {}))
+    for place, name in ((learned_candidates, "learn_codes"), (matched, "train_control")):
+        own = getattr(place, name)
+
+        def spy(*args, own=own, **recipe):
+            seen.append(recipe.get("criterion"))
+            return own(*args, **recipe)
+
+        monkeypatch.setattr(place, name, spy)
+    how = {"limit": 3.0, "learn": 0.5, "labels": True, "widths": [2, 8], "effort": 20}
+    data = batches(x, targets)
+    found = find_strategy(network(), data, data, criterion, **how)
+    assert found.control is not None
+    assert len(seen) > 1
+    assert set(seen) == {None if option == "plain" else criterion}
 
 
 def test_labels_are_learned_by_what_has_such_a_loss():

@@ -37,7 +37,8 @@ from quantifind.utils.naming import naming
 
 # of what is kept: another one is measured anew
 FORMAT = "measured 3"
-# of what has divergences that are added up, as losses are
+# beside which divergences are added up as losses are, or else are of logits:
+# test_divergences_that_were_others_are_measured_anew
 BY_SHARES = " by shares"
 # examples of training data
 CALIBRATION = 4_096
@@ -138,8 +139,8 @@ class Measurements:
         # with less memory the same choices are other codes
         # (test_a_search_keeps_within_the_memory_that_is_allowed)
         memory = "" if max_memory is None else f" in {max_memory:g} bytes"
-        how = FORMAT + memory + (BY_SHARES if _adds_up(evaluator.criterion) else "")
-        key = fingerprint(how, model, str(model), seed, made, *data)
+        kind = FORMAT + memory + (BY_SHARES if _adds_up(evaluator.criterion) else "")
+        key = fingerprint(kind, model, str(model), seed, made, *data)
         store = Store(None if folder is None else Path(folder) / key[:16])
         return cls(
             model=model,
