@@ -12,7 +12,11 @@ EXAMPLES, CLASSES = 12, 5
 SHAPES = {"examples": (), "positions": (4,), "pixels": (4, 3)}
 # the usual one, one beyond the classes, the first class and the last
 IGNORED = (-100, 255, 0, CLASSES - 1)
-WEIGHTS = {"weighted": torch.linspace(0.5, 2, CLASSES), "all alike": None}
+WEIGHTS = {
+    "weighted": torch.linspace(0.5, 2, CLASSES),
+    "some of no weight": torch.tensor([1.0, 0.0, 2.0, 3.0, 1.0]),
+    "all alike": None,
+}
 
 
 def labelled(shape, ignored=-100):
@@ -50,7 +54,9 @@ def assert_alike(found, expected):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_no_measure_depends_on_the_reduction(kind, shape):
     data = labelled(shape) if kind in BY_CLASS else numbers(shape)
-    assert_alike(*(measured(kind(reduction=how), *data) for how in ("sum", "mean")))
+    for weight in WEIGHTS.values() if kind in BY_CLASS else (None,):
+        own = {} if weight is None else {"weight": weight}
+        assert_alike(*(measured(kind(reduction=how, **own), *data) for how in ("sum", "mean")))
 
 
 @pytest.mark.parametrize("kind", BY_CLASS)
@@ -65,8 +71,11 @@ def test_any_label_may_be_the_ignored_one(kind, shape, weight, reduction):
         criterion = kind(weight=weight, ignore_index=ignored, reduction=reduction)
         found = judged(criterion, outputs, labels)
         total = criterion(outputs, labels).item()
-        # of a sum the mean over examples that have a label
-        some = int((labels != ignored).reshape(EXAMPLES, -1).any(1).sum())
+        # of a sum the mean over examples that have a label of some weight
+        counts = labels != ignored
+        if weight is not None:
+            counts &= weight[labels.where(counts, 0)] > 0
+        some = int(counts.reshape(EXAMPLES, -1).any(1).sum())
         total /= some if reduction == "sum" else 1
         assert found.criterion == pytest.approx(total, rel=1e-5)
         each.append(measured(criterion, outputs, wanted, labels))

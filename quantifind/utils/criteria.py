@@ -188,7 +188,6 @@ def _some(kept: Tensor) -> Tensor:
 def _by_class(criterion: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of one of `BY_CLASS`."""
     shares = torch.ones(len(outputs), *outputs.shape[2:], device=outputs.device)
-    some = torch.ones(len(outputs), device=outputs.device)
     if not labels.is_floating_point():  # else they are shares of classes
         kept = labels != criterion.ignore_index
         classes = outputs.shape[1] if outputs.dim() == labels.dim() + 1 else 0
@@ -198,12 +197,12 @@ def _by_class(criterion: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, 
                 f"{len(wrong)} labels are out of range, such as {wrong[0].item()}: "
                 f"the network has outputs for 0 to {classes - 1}"
             )
-        shares, some = kept.float(), _some(kept)
+        shares = kept.float()
         if criterion.weight is not None:
             # what is ignored is no class: test_any_label_may_be_the_ignored_one
             shares = shares * criterion.weight[labels.where(kept, 0)]
     loss = _values(criterion, outputs, [labels]).reshape(len(outputs), -1).sum(1)
-    return loss, some if criterion.reduction == "sum" else shares, shares
+    return loss, _some(shares > 0) if criterion.reduction == "sum" else shares, shares
 
 
 def _one_at_a_time(
