@@ -23,6 +23,7 @@ from torch.utils.data import (
 
 from quantifind.quantize import quantize
 from quantifind.runtime.control import FloatStudent
+from quantifind.runtime.labels import LABELLED, facts_of
 from quantifind.runtime.student import Student
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import (
@@ -37,8 +38,10 @@ from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch, Forward, batches_of, copied
 from quantifind.utils.console import progress
+from quantifind.utils.criteria import name_of
 from quantifind.utils.loaders import length_of
 from quantifind.utils.naming import NotFinite
+from quantifind.utils.torch_losses import as_module
 
 LEARNING_RATE = 2e-4
 CALIBRATION_BATCHES = 64
@@ -60,6 +63,7 @@ def learn(
     epochs: float,
     calibration: Iterable[Any] | None = None,
     forward: Forward | None = None,
+    criterion: Any = None,
     label_weight: float = 0.0,
     density: float | None = None,
     learning_rate: float | None = None,
@@ -69,11 +73,11 @@ def learn(
 ) -> Quantized:
     """Train the codes, scales and codebooks that a strategy begins with; ``model`` is intact.
 
-    The outputs of the quantized network are held to those of ``model``: where targets are class
-    labels, by the Kullback-Leibler divergence, else by the squared error. Where batches are
-    (inputs, targets) with floating point inputs, half of each are blends of two examples (mixup,
-    arXiv:1710.09412). Dropout is off,
-    norms keep their statistics, activations their parameters, and what stays in float its values.
+    The outputs of the quantized network are held to those of ``model``: where targets are labels or
+    shares of classes, by the Kullback-Leibler divergence, else by the squared error. Where batches
+    are (inputs, targets) with floating point inputs, half of each are blends of two examples
+    (mixup, arXiv:1710.09412). Dropout is off, norms keep their statistics, activations their
+    parameters, and what stays in float its values.
     On a GPU that has bfloat16, products of a float32 network are in it.
 
     strategy: to begin with; or what is already quantized.
@@ -81,6 +85,9 @@ def learn(
     epochs: the budget, over which the learning rate falls to zero along a cosine.
     calibration: as `quantifind.quantize.quantize` takes it; by default the loader's first batches.
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
+    criterion: whose ignored labels are not learned. By a `torch.nn.CrossEntropyLoss` float targets
+        of the outputs' shape are shares of classes, and in the loss to the targets its smoothing
+        counts, and its classes' weights, as shares of their mean. By default plain cross entropy.
     label_weight: the weight, beside the outputs' 1, of the loss to the targets themselves (cross
         entropy, or squared error), blended as the inputs are.
     density: the share of codes that are not 0 in the end, above 0 and at most 1, of all weights on
@@ -107,6 +114,7 @@ def learn(
         epochs=epochs,
         calibration=calibration,
         forward=forward,
+        criterion=criterion,
         label_weight=label_weight,
         density=density,
         learning_rate=learning_rate,
@@ -143,6 +151,7 @@ def _trained(
     epochs: float,
     calibration: Iterable[Any] | None = None,
     forward: Forward | None = None,
+    criterion: Any = None,
     label_weight: float = 0.0,
     density: float | None = None,
     learning_rate: float | None = None,
@@ -151,22 +160,20 @@ def _trained(
     seed: int = 0,
 ) -> Made:
     """A student of a kind, trained; the arguments are those of `learn`."""
+    criterion = as_module(criterion)
     learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
     _check_number("label_weight", label_weight, zero=True)
     _check_number("epochs", epochs)
     _check_number("learning_rate", learning_rate)
-    if density is not None:
-        _check_number("density", density)
-        if density > 1:
-            raise ValueError(f"density is {density!r}: at most 1 is needed")
-    if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
-        raise ValueError(f"micro_batch is {micro_batch!r}: a whole number above 0 is needed")
+    _check_options(label_weight, criterion, density, micro_batch)
     batches = length_of(loader)
     if batches == 0:
         raise ValueError("the loader has no batches")
     given = artifact.pack(strategy) if isinstance(strategy, Quantized) else (strategy.choices,)
     options = [*map(float, (epochs, label_weight, learning_rate)), seed, kind.__name__]
     options += [] if density is None else [float(density)]
+    if criterion is not None:
+        options += [name_of(criterion), facts_of(criterion, labels=label_weight > 0)]
     work = fingerprint(model, options, *given)
     kept = _kept(checkpoints, work)
     with torch.random.fork_rng(), torch.enable_grad():
@@ -177,7 +184,7 @@ def _trained(
         if calibration is None:
             calibration = [copied(batch) for batch in islice(loader, CALIBRATION_BATCHES)]
         start = quantize(model, strategy, calibration, forward=forward)
-        student = kind(model, start, label_weight, micro_batch, density)
+        student = kind(model, start, label_weight, micro_batch, density, criterion)
         optimizer = student.optimizer(learning_rate)
         keeping = _Keeping(checkpoints, loader, student, optimizer, work, began_with)
         if kept is not None:
@@ -190,6 +197,18 @@ def _trained(
                 keeping.end_epoch()
         student.at(keeping.done, 1.0)
         return student
+
+
+def _check_options(label_weight: float, criterion: Any, density: Any, micro_batch: Any) -> None:
+    if label_weight and criterion is not None and not isinstance(criterion, LABELLED):
+        names = " and ".join(kind.__name__ for kind in LABELLED)
+        raise ValueError(f"label_weight is {label_weight:g}: labels are learned with {names} alone")
+    if density is not None:
+        _check_number("density", density)
+        if density > 1:
+            raise ValueError(f"density is {density!r}: at most 1 is needed")
+    if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
+        raise ValueError(f"micro_batch is {micro_batch!r}: a whole number above 0 is needed")
 
 
 def _check_number(name: str, value: Any, *, zero: bool = False) -> None:

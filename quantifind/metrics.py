@@ -43,8 +43,9 @@ class Outcome:
     """What a network makes of examples, on the CPU.
 
     parts: of examples that are alike in shape: ``outputs`` (examples, ...); ``loss`` (examples,)
-        float64; ``weight`` (examples, ...), what an example, or each of its positions, counts; and,
-        where targets are class labels, ``answer`` (examples,) and ``correct`` (examples,) bool. An
+        float64; ``weight`` (examples, ...), what an example, or each of its positions, counts;
+        where that is another, the ``share`` (examples, ...) it has in its loss; and, where targets
+        are class labels, ``answer`` (examples,) and ``correct`` (examples,) bool. An
         example of outputs in several tensors is all of them in a row. Where outputs are left out,
         ``nans`` (examples,) is how many of them are NaN. Where a gain suits them, ``scaled_loss``
         (examples, gains) float64 is the loss at each of `quantifind.utils.gains`.
@@ -201,9 +202,10 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
     criterion: None where there is nothing but the outputs: their loss is NaN.
     """
     outputs, targets = aligned(criterion, outputs, given)
-    loss, weight = weighted(criterion, outputs, *targets)
+    loss, weight, shares = weighted(criterion, outputs, *targets)
     values = values_of(criterion, outputs)
     part = {"outputs": values, "loss": loss.double(), "weight": weight}
+    part |= {} if shares is weight else {"share": shares}
     gains = _gains(criterion)
     if gains is not None and isinstance(outputs, Tensor):
         # in float64, in which squares of nearly equal numbers differ
@@ -213,13 +215,14 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
     if isinstance(labels, Tensor) and isinstance(outputs, Tensor):
         classes = _classes(criterion, outputs, labels)
         if classes == "softmax" and labels.dim() == 1 and not labels.is_floating_point():
-            part["answer"] = values.argmax(1)
+            # NaN is no answer: test_an_output_that_is_no_number_is_a_wrong_answer
+            part["answer"] = values.argmax(1).where(~values.isnan().any(1), -1)
             part["correct"] = part["answer"] == labels
         cut = {nn.BCEWithLogitsLoss: 0.0, nn.BCELoss: 0.5}.get(type(criterion))
         single = cut is not None and values.numel() == len(values)
         # as classes, not as shares: test_one_logit_has_two_classes
         if cut is not None and single and ((labels == 0) | (labels == 1)).all():
-            part["answer"] = (values > cut).flatten()
+            part["answer"] = (values > cut).long().where(~values.isnan(), -1).flatten()
             part["correct"] = part["answer"] == (labels > 0.5).flatten()
     return Outcome([part], classes)
 
@@ -294,7 +297,7 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
             _apart(
                 part["outputs"][first : first + step],
                 wanted["outputs"][first : first + step],
-                wanted["weight"][first : first + step],
+                wanted.get("share", wanted["weight"])[first : first + step],
                 original,
             )
             for first in range(0, max(1, len(part["outputs"])), step)
@@ -303,7 +306,7 @@ def compared(quantized: Outcome, original: Outcome) -> Outcome:
         found |= dict(zip(names, map(torch.cat, zip(*pieces, strict=True)), strict=True))
         if "correct" in part and "correct" in wanted:
             found |= {"correct": part["correct"], "original_correct": wanted["correct"]}
-            found["flipped"] = part["answer"] != wanted["answer"]
+            found["flipped"] = (part["answer"] != wanted["answer"]) | (part["answer"] < 0)
         parts.append(found)
     return Outcome(parts, original.classes)
 
@@ -315,10 +318,10 @@ def columns_of(reduced: Outcome) -> dict[str, np.ndarray]:
 
 
 def _apart(
-    outputs: Tensor, wanted: Tensor, weight: Tensor, original: Outcome
+    outputs: Tensor, wanted: Tensor, shares: Tensor, original: Outcome
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared errors, squared norms and divergences of examples, (examples,) float64 each."""
-    apart = divergences(outputs, wanted, weight, original.classes, original.gain or 1.0)
+    apart = divergences(outputs, wanted, shares, original.classes, original.gain or 1.0)
     outputs, wanted = outputs.double(), wanted.double()
     norms = torch.where(wanted.isinf(), 0.0, wanted).reshape(len(wanted), -1).square().sum(1)
     return squares(outputs, wanted).reshape(len(outputs), -1).sum(1), norms, apart

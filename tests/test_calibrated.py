@@ -1,6 +1,7 @@
 """The ratio at each network's own temperature, beside torch and scipy on raw logits."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from quantifind import certify, evaluate_strategies, find_strategy, quantize_model
 from quantifind.certification.goal import DEFAULT_LIMIT
-from quantifind.certification.measures import calibrated, degradation, examples_needed
+from quantifind.certification.measures import MEASURES, calibrated, degradation, examples_needed
 from quantifind.metrics import columns_of, compared, outcome
 from quantifind.utils.loaders import Tensors, create_dataloaders
 
@@ -164,10 +165,12 @@ def test_so_many_examples_as_are_said_are_enough(name, share):
         (nn.NLLLoss(), True, {"criterion_ratio": 1.01, "accuracy_drop": 0.003}),
         (nn.L1Loss(), False, {"relative_error": 0.05}),
         (nn.MSELoss(), False, {"calibrated_ratio": 1.01}),
+        (nn.functional.mse_loss, False, {"calibrated_ratio": 1.01}),
         (None, False, {"relative_error": 0.05}),
     ],
 )
-def test_the_default_limit_of_a_loss_of_ones_own(criterion, labels, wanted):
+def test_the_default_limit_of_a_loss_of_ones_own(criterion, labels, wanted, capsys):
+    """What takes its place is said."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1))
     x = torch.randn(1600, 4)
@@ -176,6 +179,11 @@ def test_the_default_limit_of_a_loss_of_ones_own(criterion, labels, wanted):
     loader = list(zip(x.split(400), targets.split(400), strict=True))
     found = find_strategy(net, loader, loader, criterion, widths=[8, 12, 16])
     assert found.goal.limits == wanted
+    said = " ".join(capsys.readouterr().err.split())
+    instead = re.findall("There is no calibrated ratio, which .*: the limit is (.*?) instead", said)
+    words = [f"{MEASURES[name].words} {value:g}" for name, value in wanted.items()]
+    replaced = criterion is not None and "calibrated_ratio" not in wanted
+    assert instead == ([" and ".join(words)] if replaced else [])
 
 
 def test_the_default_limit_and_its_certificate():

@@ -237,6 +237,21 @@ def test_criteria_with_other_settings_do_not_share_what_they_measured(tmp_path, 
     assert_columns(shared, Measurements.start(net, train, val, second).columns("2 bits", quantized))
 
 
+@pytest.mark.parametrize("kind", [nn.MSELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_divergences_that_were_others_are_measured_anew(tmp_path, monkeypatch, kind, reduction):
+    """What was kept of any other criterion is found where it was."""
+    x = torch.randn(40, 3)
+    data, net = [(x, (x[:, :2] > 0).float())], nn.Linear(3, 2)
+    folders = []
+    for words in (measuring.BY_SHARES, ""):
+        monkeypatch.setattr(measuring, "BY_SHARES", words)
+        made = Measurements.start(net, data, data, kind(reduction=reduction), folder=tmp_path)
+        folders.append(made.store.folder)
+    changed = reduction == "sum" or kind is nn.MultiLabelSoftMarginLoss
+    assert (folders[0] != folders[1]) == changed
+
+
 @pytest.mark.parametrize("place", [3, 150, 299])
 def test_a_label_that_is_rare_has_a_say_in_the_folder(tmp_path, place):
     """Two criteria that differ for one example alone, wherever it is."""

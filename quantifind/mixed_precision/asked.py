@@ -1,10 +1,12 @@
 """What a search was asked for, as far as its data have it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from quantifind.certification.goal import Goal, Limit
+from quantifind.certification.measures import MEASURES
 from quantifind.metrics import Outcome, is_classification
 from quantifind.utils.console import console
 from quantifind.utils.gains import gains_of
@@ -40,8 +42,8 @@ def asked_goal(limit: Limit | None, budget: Limit | None, criterion: Any) -> Goa
 
 
 def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
-    """The goal, with those of the default limits that the data can be judged by. Says so where the
-    fitted temperature is at the end of what is tried.
+    """The goal, with those of the default limits that the data can be judged by. What takes the
+    place of one that they have not is said, and so is a temperature at the end of what is tried.
 
     Raises: ValueError for a measure that the data have not.
     """
@@ -58,6 +60,7 @@ def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
         ratio = {"criterion_ratio": goal.limits["calibrated_ratio"]}
         limits = ratio | limits if limits and original.criterion > 0 else {}
         limits = limits or {"relative_error": RELATIVE_ERROR}
+        _say_instead(limits)
     if not goal.limits and goal.measure not in have:
         # a budget: the loss itself is 0, so nothing is a ratio to it
         return replace(goal, measure="relative_error")
@@ -69,6 +72,15 @@ def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
     raise ValueError(
         f"limit {missing}: {_WANTS[next(n for n in goal.limits if n not in limits)]}; this network "
         f"and its data have {', '.join(have)}"
+    )
+
+
+def _say_instead(limits: Mapping[str, float]) -> None:
+    """Say which limits take the place of the default ones."""
+    said = " and ".join(f"{MEASURES[name].words} {value:g}" for name, value in limits.items())
+    console.print(
+        f"There is no calibrated ratio, which {_LOGITS}: the limit is {said} instead",
+        markup=False,
     )
 
 

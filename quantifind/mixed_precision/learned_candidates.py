@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from quantifind.learning import learn as learn_codes
@@ -17,8 +17,10 @@ from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.refinement import stored
 from quantifind.mixed_precision.search_space import nearest_in_bits
+from quantifind.network.modules import run
 from quantifind.runtime.control import Control
 from quantifind.runtime.evaluator import Evaluator
+from quantifind.runtime.labels import LABELLED, are_shares, facts_of
 from quantifind.storage import artifact
 from quantifind.storage.checkpoints import random_state, set_random_state
 from quantifind.storage.store import Store, fingerprint
@@ -26,13 +28,13 @@ from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.console import console, progress
+from quantifind.utils.devices import evaluating
 from quantifind.utils.naming import NotFinite
 
 # candidates of learning at most
 LEARNED = 4
 # learning here may take large steps; where few codes are not 0 larger ones, up to so many times
 LEARNING_RATE, LABEL_WEIGHT, FASTER = 1e-3, 1.0, 4.0
-LABELLED = (nn.CrossEntropyLoss, nn.MSELoss)
 # bits that a weight, and another tensor, has at most where codes are learned
 LEARNABLE, BESIDE = 4, 8
 # which shares of the codes may be others than 0, of how many levels; and bits of other tensors
@@ -270,7 +272,7 @@ def _recipe(
     dataset = getattr(measurements.train_loader, "dataset", None)
     whole = dataset.tensors if isinstance(dataset, TensorDataset) else ()
     # 12 and 12.0 are the same: test_learning_is_kept
-    options = [float(epochs), label_weight, learning_rate]
+    options: list[Any] = [float(epochs), label_weight, learning_rate]
     recipe = {
         "epochs": epochs,
         "calibration": measurements.calibration,
@@ -279,7 +281,19 @@ def _recipe(
         "learning_rate": learning_rate,
         "seed": measurements.seed,
     }
+    if facts := _facts(measurements, labels):
+        options.append(facts)
+        recipe["criterion"] = measurements.criterion
     return fingerprint(*options, *whole), recipe
+
+
+def _facts(measurements: Measurements, labels: bool) -> dict[str, Any]:
+    """What of a criterion has a say in what is learned, beside what learning does without one."""
+    facts, net = facts_of(measurements.criterion, labels=labels), measurements.model
+    with evaluating(net):
+        outputs, *targets = run(net, measurements.calibration[0])
+    shares = are_shares(measurements.criterion, outputs, targets)
+    return facts | ({"shares": True} if shares else {})
 
 
 def _resumed(store: Store, key: str) -> Path | None:

@@ -23,15 +23,13 @@ from quantifind.network.calibration import calibration_batches
 from quantifind.network.foldable import exact, foldable
 from quantifind.network.folding import Pairs, prepared
 from quantifind.network.modules import (
-    PASS_FAILS,
-    named_buffers,
-    named_tensors,
     plain_copy,
     run,
     unwrapped,
 )
 from quantifind.network.trace import ProductFacts, macs
 from quantifind.runtime.evaluator import Evaluator
+from quantifind.runtime.finite import float_outcome
 from quantifind.runtime.workers import Workers
 from quantifind.storage.store import Store, fingerprint
 from quantifind.tensor.quantized import Quantized
@@ -39,10 +37,13 @@ from quantifind.utils.batches import Batch, Forward, joined, regrouped, tensors_
 from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import evaluating
 from quantifind.utils.loaders import sample
-from quantifind.utils.naming import first_line, naming
+from quantifind.utils.naming import naming
 
 # of what is kept: another one is measured anew
 FORMAT = "measured 3"
+# beside which divergences are added up as losses are, or else are of logits:
+# test_divergences_that_were_others_are_measured_anew
+BY_SHARES = " by shares"
 # examples of training data
 CALIBRATION = 4_096
 # seconds of work below which no task is split among workers, since each part has the candidates'
@@ -131,7 +132,7 @@ class Measurements:
         with evaluating(model), naming("training data"):
             run(plain_copy(model), calibration[0])
         started = time.perf_counter()
-        original = _float_outcome(evaluator).calibrated()
+        original = float_outcome(evaluator, "validation data").calibrated()
         pace = (time.perf_counter() - started) / evaluator.examples
         passes = Passes(evaluator.examples)
         passes.add(evaluator.examples)
@@ -143,7 +144,8 @@ class Measurements:
         # with less memory the same choices are other codes
         # (test_a_search_keeps_within_the_memory_that_is_allowed)
         memory = "" if max_memory is None else f" in {max_memory:g} bytes"
-        key = fingerprint(FORMAT + memory, model, str(model), seed, made, *data)
+        kind = FORMAT + memory + (BY_SHARES if _adds_up(evaluator.criterion) else "")
+        key = fingerprint(kind, model, str(model), seed, made, *data)
         store = Store(None if folder is None else Path(folder) / key[:16])
         return cls(
             model=model,
@@ -281,34 +283,10 @@ def _by_example(
     return {name: found[name] for name in ("loss", "weight", "squared_norm")}
 
 
-def _float_outcome(evaluator: Evaluator) -> Outcome:
-    """Raises: ValueError for outputs or losses that are not finite."""
-    try:
-        original = evaluator.original()
-    except PASS_FAILS as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = first_line(error)
-        raise ValueError(f"the float network on validation data: {reason}") from error
-    if original.nans:
-        raise ValueError(
-            f"the float network on validation data: {original.nans} of its outputs are NaN"
-            f"{_because(evaluator.work)}"
-        )
-    if evaluator.criterion is not None and not math.isfinite(original.criterion):
-        raise ValueError(
-            f"the float network's loss on validation data is {original.criterion}: "
-            f"a finite one is needed{_because(evaluator.work)}"
-        )
-    return original
-
-
-def _because(model: nn.Module) -> str:
-    """The first tensor of a network that is not finite, in words; nothing where all are."""
-    for name, values in (named_tensors(model) | named_buffers(model)).items():
-        if bad := int((~values.isfinite()).sum()):
-            return f"; {name}: {bad} of {values.numel()} values are NaN or infinite"
-    return ""
+def _adds_up(criterion: Any) -> bool:
+    """Whether a divergence is another than where it was the mean over outputs."""
+    summed = getattr(criterion, "reduction", "mean") == "sum"
+    return summed or isinstance(criterion, nn.MultiLabelSoftMarginLoss)
 
 
 def _alone(quantized: Quantized) -> str | None:

@@ -21,6 +21,7 @@ from quantifind.utils.criteria import (
 from quantifind.utils.devices import evaluating, is_out_of_memory
 from quantifind.utils.forwards import DefaultForward
 from quantifind.utils.naming import first_line
+from quantifind.utils.torch_losses import as_module
 
 # examples of which it is seen whether the others of a batch count
 FEW = 4
@@ -37,7 +38,7 @@ def checked(
     Returns: that batch; one of all examples, None where they can't be in other batches; and the
         criterion, as `quantifind.utils.criteria.settled`.
     """
-    first = first_of(model, given[0])
+    first, criterion = first_of(model, given[0]), as_module(criterion)
     check_batch(model, first, criterion)
     literal = not isinstance(first.forward, DefaultForward)
     some = itertools.chain([first], given[1:])

@@ -164,7 +164,7 @@ class _Fit:
         device = device_of(model)
         self.scales = {name: _scale(start.tensors[name]).double().to(device) for name in names}
         self.log_factors = {name: torch.zeros_like(s) for name, s in self.scales.items()}
-        self.wanted: dict[int, tuple[Tensor, Tensor, str | None]] = {}
+        self.wanted: dict[int, tuple[Tensor, Tensor, float, str | None]] = {}
         self.kept, self.examples = 0, 0.0
 
     @contextmanager
@@ -245,22 +245,23 @@ class _Fit:
 
     def divergence(self, batch: Batch, softening: float = 1.0) -> tuple[Tensor, float]:
         """The sum over a batch's examples, and what they count."""
-        wanted, weight, classes = self._wanted(batch)
+        wanted, shares, count, classes = self._wanted(batch)
         outputs, *targets = batch.clone().run(self.net)
         self.examples += len(batch)
         outputs = values_of(self.criterion, aligned(self.criterion, outputs, targets)[0])
         gain = self.gain / softening
-        return divergences(outputs, wanted, weight, classes, gain).sum(), float(weight.sum())
+        return divergences(outputs, wanted, shares, classes, gain).sum(), count
 
-    def _wanted(self, batch: Batch) -> tuple[Tensor, Tensor, str | None]:
-        """The float network's outputs, what they count, and their classes."""
+    def _wanted(self, batch: Batch) -> tuple[Tensor, Tensor, float, str | None]:
+        """The float network's outputs, their shares, what they count, and their classes."""
         if id(batch) in self.wanted:
             return self.wanted[id(batch)]
         with evaluating(self.teacher):
             found = judged(self.criterion, *batch.clone().run(self.teacher))
         self.examples += len(batch)
         part = found.parts[0]
-        wanted = part["outputs"], part["weight"], found.classes
+        shares, count = part.get("share", part["weight"]), float(part["weight"].sum())
+        wanted = part["outputs"], shares, count, found.classes
         self.kept += wanted[0].nbytes
         if self.kept <= KEPT:
             self.wanted[id(batch)] = wanted

@@ -18,7 +18,13 @@ from quantifind.network.memory import view_places
 from quantifind.network.modules import put_values
 from quantifind.runtime.blending import Blend, blended
 from quantifind.runtime.checks import independent
-from quantifind.runtime.labels import CLASSES, class_labels, with_ignored
+from quantifind.runtime.labels import (
+    CLASSES,
+    are_shares,
+    class_labels,
+    cross_entropies,
+    to_learn,
+)
 from quantifind.tensor import sparsity
 from quantifind.tensor.qparams import QParams, from_rows, to_rows, with_table
 from quantifind.tensor.quantized import Quantized, QuantizedTensor
@@ -26,7 +32,7 @@ from quantifind.tensor.ste import in_float32, round_through
 from quantifind.tensor.stored_scales import stored_scale
 from quantifind.utils.batches import Batch, tensors_of
 from quantifind.utils.console import console
-from quantifind.utils.criteria import IGNORED, aligned, class_axes, told
+from quantifind.utils.criteria import BY_CLASS, IGNORED, aligned, class_axes, told
 from quantifind.utils.devices import device_of, is_out_of_memory
 
 # scales and tables are trained by the logarithm of the factor that they are multiplied with
@@ -56,8 +62,10 @@ class Student:
         label_weight: float,
         micro_batch: int | None = None,
         density: float | None = None,
+        criterion: Any = None,
     ) -> None:
-        self.label_weight, self.micro_batch, self.classes = label_weight, micro_batch, CLASSES
+        self.label_weight, self.micro_batch, self.criterion = label_weight, micro_batch, criterion
+        self.classes = criterion if isinstance(criterion, BY_CLASS) else CLASSES
         # whether a batch may be taken in parts, None until the first that would be
         self.divisible: bool | None = None
         self.teacher = prepared(model, start.folded).eval().requires_grad_(False)
@@ -199,6 +207,8 @@ class Student:
             outputs, *_ = functional_call(self.run, weights, (batch,))
         self.classes = told(self.classes, class_axes(outputs, targets))
         known = class_labels(outputs, targets, self.classes)
+        if are_shares(self.criterion, outputs, targets):
+            known = outputs, targets[0]
         if known is None:
             return self._numbers_loss(outputs, wanted, targets, blend)
         wanted = aligned(self.classes, wanted, targets)[0]
@@ -217,7 +227,7 @@ class Student:
         return loss
 
     def _classes_loss(
-        self, outputs: Tensor, labels: Tensor, wanted: Tensor, blend: Blend | None
+        self, outputs: Tensor, targets: Tensor, wanted: Tensor, blend: Blend | None
     ) -> Tensor:
         outputs, wanted = outputs.float(), wanted.float()
         apart = F.kl_div(
@@ -227,14 +237,16 @@ class Student:
             log_target=True,
         ).sum(1)
         # of positions that no label judges, such as padding, nothing is learned
-        first = with_ignored(labels, outputs.shape[1])
-        counts = first != IGNORED
-        loss = SOFTENING**2 * (apart * counts).sum() / len(outputs)
+        first = to_learn(self.criterion, targets, outputs.shape[1])
+        if not first.is_floating_point():
+            apart = apart * (first != IGNORED)
+        loss = SOFTENING**2 * apart.sum() / len(outputs)
         if self.label_weight:
-            truth = F.cross_entropy(outputs, first, reduction="none")
+            truth = cross_entropies(self.criterion, outputs, first)
             if blend is not None:
-                others = with_ignored(blend.targets.to(labels.device), outputs.shape[1])
-                other = F.cross_entropy(outputs, others, reduction="none")
+                others = blend.targets.to(targets.device)
+                others = to_learn(self.criterion, others, outputs.shape[1])
+                other = cross_entropies(self.criterion, outputs, others)
                 # a target may have several positions: test_labels_of_several_positions
                 share = blend.shares(truth)
                 truth = share * truth + (1 - share) * other

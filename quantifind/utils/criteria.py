@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from quantifind.utils.batches import rows_of, tensors_of, with_tensors
 from quantifind.utils.forwards import is_torchs
+from quantifind.utils.torch_losses import as_module
 
 # of one example or several: (outputs, targets, …) → a number, or one for each example
 Criterion = Callable[..., Tensor]
 # whose mean is over the weights of the classes, less what is ignored
 BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss)
 # whose outputs are logits of two classes each
-BY_LOGIT = (nn.BCEWithLogitsLoss,)
+BY_LOGIT = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
 # which compare each output with its target
 ELEMENTWISE = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, *BY_LOGIT),
@@ -42,7 +43,7 @@ def aligned(criterion: Any, outputs: Any, targets: Sequence[Any]) -> tuple[Any, 
         # of one example, by `squeeze()`: test_a_last_batch_of_one_that_is_squeezed
         outputs = outputs.reshape(labels.shape)
     same = labels.numel() == outputs.numel() and rows_of([labels, outputs]) is not None
-    if same and isinstance(criterion, nn.BCEWithLogitsLoss | nn.BCELoss):
+    if same and isinstance(criterion, (*BY_LOGIT, nn.BCELoss)):
         return outputs, (labels.reshape(outputs.shape).to(outputs.dtype),)
     if isinstance(criterion, BY_CLASS):
         axes = class_axes(outputs, targets)
@@ -66,8 +67,8 @@ def class_axes(outputs: Any, targets: Sequence[Any]) -> set[int]:
 def settled(
     criterion: Any, given: Iterable[Any], look: Callable[[Any], Sequence[Any]], *, literal: bool
 ) -> tuple[Any, Iterator[Any]]:
-    """A criterion of classes that knows which axis has them where a batch doesn't tell: as in the
-    first batch that does (test_as_many_positions_as_classes).
+    """A criterion, a function of torch's as its module; one of classes knows which axis has them
+    where a batch doesn't tell: as in the first batch that does (test_as_many_positions_as_classes).
 
     given: batches, of which no more are taken than it needs.
     look: batch → outputs and targets.
@@ -75,7 +76,7 @@ def settled(
     Returns: the criterion, and all of ``given``.
     Raises: CriterionError if none tells.
     """
-    given, seen = iter(given), []
+    criterion, given, seen = as_module(criterion), iter(given), []
     if isinstance(criterion, BY_CLASS) and not hasattr(criterion, "classes_last"):
         for batch in given:
             seen.append(batch)
@@ -111,9 +112,12 @@ def losses(criterion: Criterion | None, outputs: Any, *targets: Any) -> Tensor:
     return weighted(criterion, outputs, *targets)[0]
 
 
-def weighted(criterion: Criterion | None, outputs: Any, *targets: Any) -> tuple[Tensor, Tensor]:
+def weighted(
+    criterion: Criterion | None, outputs: Any, *targets: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each example, (examples,), and what it, or each of its positions, (examples, …),
-    counts: the mean is the sum of the losses over the sum of all that counts.
+    counts: the mean is the sum of the losses over the sum of all that counts. And the share that
+    an example, or each of its positions, has in its loss, which is what counts but for a sum.
 
     Where a criterion is the mean over labels, each counts by its weight, and not at all if it is
     ignored, so that padding adds nothing (test_padding_further_changes_nothing). A criterion with a
@@ -127,7 +131,7 @@ def weighted(criterion: Criterion | None, outputs: Any, *targets: Any) -> tuple[
     count = _count(criterion, outputs)
     ones = torch.ones(count, device=tensors_of(outputs)[0].device)
     if criterion is None:
-        return torch.full_like(ones, math.nan), ones
+        return torch.full_like(ones, math.nan), ones, ones
     _check_shapes(criterion, outputs, targets)
     labels = targets[0] if targets else None
     if (
@@ -138,11 +142,12 @@ def weighted(criterion: Criterion | None, outputs: Any, *targets: Any) -> tuple[
         return _by_class(criterion, outputs, labels)
     values = _values(criterion, outputs, targets)
     if not values.dim() or len(values) != count:
-        return _one_at_a_time(criterion, outputs, targets, values)
-    loss, counts = _by_example(criterion, values, targets)
+        loss, counts = _one_at_a_time(criterion, outputs, targets, values)
+        return loss, counts, counts
+    loss, counts, shares = _by_example(criterion, values, targets)
     if hasattr(criterion, "reduction") and not is_torchs(criterion):
         _check_whole(criterion, outputs, targets, loss, counts)
-    return loss, counts
+    return loss, counts, shares
 
 
 def _values(criterion: Any, outputs: Any, targets: Sequence[Any]) -> Tensor:
@@ -157,23 +162,32 @@ def _values(criterion: Any, outputs: Any, targets: Sequence[Any]) -> Tensor:
     return values
 
 
-def _by_example(criterion: Any, values: Tensor, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def _by_example(
+    criterion: Any, values: Tensor, targets: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of values of examples or of their positions; labels are ignored only by what says so."""
-    kept = None if _ignored(criterion) is None else _kept(criterion, targets, len(values))
+    kept = None if ignored_label(criterion) is None else _kept(criterion, targets, len(values))
     summed = getattr(criterion, "reduction", None) == "sum"
-    if kept is not None and kept.dim() > 1 and values.shape == kept.shape and not summed:
-        return torch.where(kept, values, 0.0).flatten(1).sum(1), kept.float()
+    if kept is not None and kept.dim() > 1 and values.shape == kept.shape:
+        loss = torch.where(kept, values, 0.0).flatten(1).sum(1)
+        return loss, _some(kept) if summed else kept.float(), kept.float()
     counts = torch.ones(len(values), device=values.device)
     if kept is not None:
-        counts = kept.reshape(len(kept), -1).any(1).float()
+        counts = _some(kept)
     values = values.reshape(len(values), -1)
     loss = values.sum(1) if summed else values.mean(1)
-    return torch.where(counts > 0, loss, 0.0), counts
+    shares = counts * values.shape[1] if summed else counts
+    return torch.where(counts > 0, loss, 0.0), counts, shares
 
 
-def _by_class(criterion: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _some(kept: Tensor) -> Tensor:
+    """1 for each example, (examples,), of which something is kept."""
+    return kept.reshape(len(kept), -1).any(1).float()
+
+
+def _by_class(criterion: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of one of `BY_CLASS`."""
-    counts = torch.ones(len(outputs), *outputs.shape[2:], device=outputs.device)
+    shares = torch.ones(len(outputs), *outputs.shape[2:], device=outputs.device)
     if not labels.is_floating_point():  # else they are shares of classes
         kept = labels != criterion.ignore_index
         classes = outputs.shape[1] if outputs.dim() == labels.dim() + 1 else 0
@@ -183,13 +197,12 @@ def _by_class(criterion: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, 
                 f"{len(wrong)} labels are out of range, such as {wrong[0].item()}: "
                 f"the network has outputs for 0 to {classes - 1}"
             )
-        counts = kept.float()
+        shares = kept.float()
+        if criterion.weight is not None:
+            # what is ignored is no class: test_any_label_may_be_the_ignored_one
+            shares = shares * criterion.weight[labels.where(kept, 0)]
     loss = _values(criterion, outputs, [labels]).reshape(len(outputs), -1).sum(1)
-    if criterion.reduction == "sum":
-        return loss, (counts.reshape(len(counts), -1).sum(1) > 0).float()
-    if criterion.weight is not None and not labels.is_floating_point():
-        counts = counts * criterion.weight[labels.clamp(min=0)]
-    return loss, counts
+    return loss, _some(shares > 0) if criterion.reduction == "sum" else shares, shares
 
 
 def _one_at_a_time(
@@ -217,10 +230,10 @@ def _one_at_a_time(
     raise _of_a_batch(criterion, whole, loss, share)
 
 
-def _ignored(criterion: Any) -> int | None:
+def ignored_label(criterion: Any) -> int | None:
     """The label that a criterion, or the one inside it, ignores; None where it says none."""
     if isinstance(criterion, functools.partial):
-        return criterion.keywords.get("ignore_index", _ignored(criterion.func))
+        return criterion.keywords.get("ignore_index", ignored_label(criterion.func))
     modules = criterion.modules() if isinstance(criterion, nn.Module) else [criterion]
     said = {getattr(module, "ignore_index", None) for module in modules}
     found = [label for label in said if isinstance(label, int)]
@@ -229,7 +242,7 @@ def _ignored(criterion: Any) -> int | None:
 
 def _kept(criterion: Any, targets: Sequence[Any], count: int) -> Tensor | None:
     """Which of an example's labels are not ignored, (examples, …); None where it has none."""
-    labels, ignored = targets[0] if targets else None, _ignored(criterion)
+    labels, ignored = targets[0] if targets else None, ignored_label(criterion)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or rows_of(labels) != count:
         return None
     return labels != (IGNORED if ignored is None else ignored)
@@ -270,7 +283,7 @@ def check_criterion(criterion: Criterion | None, outputs: Any, *targets: Any) ->
     examples'."""
     outputs, targets = aligned(criterion, outputs, targets)
     if criterion is not None and _count(criterion, outputs) > 1:
-        loss, counts = weighted(criterion, outputs, *targets)
+        loss, counts, _ = weighted(criterion, outputs, *targets)
         _check_whole(criterion, outputs, targets, loss, counts)
 
 

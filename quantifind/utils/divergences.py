@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def divergences(
-    outputs: Tensor, wanted: Tensor, weight: Tensor, classes: str | None, gain: float = 1.0
+    outputs: Tensor, wanted: Tensor, shares: Tensor, classes: str | None, gain: float = 1.0
 ) -> Tensor:
     """How much the loss of each example would increase if the original's outputs were the truth.
 
@@ -15,28 +15,32 @@ def divergences(
     outputs.
 
     outputs, wanted: (examples, ...), the original's are wanted.
-    weight: (examples, ...), what an example, or each of its positions, counts.
+    shares: (examples, ...), of an example, or each of its positions, in its loss, as
+        `quantifind.utils.criteria.weighted` has them.
     classes: as of `quantifind.metrics.Outcome`.
     gain: what logits are multiplied with.
     Returns: (examples,) float64.
     """
-    outputs, wanted, weight = outputs.double(), wanted.double(), weight.double()
+    outputs, wanted, shares = outputs.double(), wanted.double(), shares.double()
     if outputs.dim() == 1:
         outputs, wanted = outputs[:, None], wanted[:, None]
     if classes == "softmax":
         apart = _kl((gain * wanted).log_softmax(1), (gain * outputs).log_softmax(1)).sum(1)
-        apart = weight.reshape(*weight.shape, *(1,) * (apart.dim() - weight.dim())) * apart
     elif classes == "sigmoid":
         signs = (gain, -gain)
         yes, no = (_kl(F.logsigmoid(s * wanted), F.logsigmoid(s * outputs)) for s in signs)
         apart = yes + no
     else:
         apart = squares(outputs, wanted)
-    if apart.dim() > 1:
-        # of positions that count by themselves, as their losses are
-        summed = classes == "softmax" and weight.dim() > 1
-        apart = apart.flatten(1).sum(1) if summed else apart.flatten(1).mean(1)
-    return apart
+    if shares.dim() > 1:
+        # positions that count by themselves are added up, as their losses are
+        if apart.shape == (len(apart), *apart.shape[1:2], *shares.shape[1:]):
+            apart = apart.movedim(1, -1)
+        if apart.shape[: shares.dim()] != shares.shape:
+            shares = shares.flatten(1).sum(1)
+    apart = apart[..., None].flatten(shares.dim()).mean(-1)
+    # what is ignored may be anything: test_what_is_ignored_is_not_in_a_divergence
+    return torch.where(shares > 0, shares * apart, 0.0)[..., None].flatten(1).sum(1)
 
 
 def squares(outputs: Tensor, wanted: Tensor) -> Tensor:

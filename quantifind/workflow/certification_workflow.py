@@ -1,5 +1,6 @@
 """Walk down the ladder of a search on test data: what it certifies."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ class Certificate:
             )
         if certified.empty:
             more = "" if self.needed is None else f"; it takes about {self.needed:,} examples"
+            more = _no_number(row, self.limits) or more
             return f"Nothing is certified at {limits}: {bits} have {found}{more}"
         return (
             f"{bits} are certified at {limits}: {found} "
@@ -106,6 +108,17 @@ class Judged:
         """About how many examples it takes to certify the first step."""
         sure = confidence if self.look is None else self.look.confidence
         return examples_needed(self.columns[0], limits, sure, self.gains[0])
+
+
+def _no_number(row: "pd.Series[Any]", limits: Iterable[str]) -> str:
+    """Why a measure of a step is NaN, in words; nothing where none is."""
+    if not any(math.isnan(row[name]) for name in limits):
+        return ""
+    if math.isnan(row["relative_error"]):
+        return "; outputs of the quantized network are NaN"
+    if not math.isfinite(row["criterion"]):
+        return f"; the quantized network's loss is {row['criterion']}"
+    return f"; the float network's loss is {row['original_criterion']:.4g}: it has no ratios"
 
 
 def certify(

@@ -19,6 +19,7 @@ from quantifind.network.folding import Pairs, prepared
 from quantifind.quantize import mean_bits, quantize
 from quantifind.runtime.checks import in_one_line
 from quantifind.runtime.evaluator import Evaluator
+from quantifind.runtime.finite import float_outcome
 from quantifind.runtime.workers import Workers
 from quantifind.strategy import Strategy, uniform_strategy
 from quantifind.tensor.quantized import Quantized
@@ -110,7 +111,8 @@ def evaluate_strategies(
     Returns: a row per strategy, in their order: ``bit_depth`` (missing where widths differ),
         ``mean_bits`` per parameter with everything counted, ``signal_to_complexity`` (criterion per
         bit of depth, or per mean bit where widths differ), and the columns of `compare`.
-    Raises: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader.
+    Raises: ValueError for a parameter with NaN or infinity, a width out of range, an empty loader,
+        and outputs or losses of the float network that are not finite.
     """
     loader, criterion = _loader_and_criterion(test_loader, criterion)
     needed = "a list of Strategy is needed"
@@ -135,7 +137,7 @@ def evaluate_strategies(
         for pairs in {one.folded for one in given} - {()}:
             net = prepared(model, pairs)
             evaluators[pairs] = Evaluator(net, evaluator.given_batches(), criterion)
-        original = evaluator.original()
+        original = float_outcome(evaluator, "test data")
         if original_temperature is None:
             original = original.calibrated()
         elif not math.isnan(original_temperature):
