@@ -14,6 +14,10 @@ from quantifind.runtime.evaluator import Evaluator
 from quantifind.strategy import Strategy
 from quantifind.utils.naming import NotFinite
 
+# a training that works leaves no network so many times as bad as it began: beside one that is,
+# any codes would do well (test_a_control_far_worse_than_it_began_has_no_matched_ratio)
+DIVERGED = 100
+
 
 def control_of(
     measurements: Measurements, start: Strategy, key: str, recipe: Mapping[str, Any]
@@ -31,9 +35,7 @@ def control_of(
             net = train_control(measurements.model, start, measurements.train_loader, **recipe)
             given = measurements.evaluator.given_batches()
             judged = Evaluator(net, given, measurements.criterion).outcome().criterion
-            ratio, fault = judged / measurements.original.criterion, ""
-            if not math.isfinite(ratio):
-                fault = f"its loss on validation data is {judged}"
+            ratio, fault = beside(judged, measurements.original.criterion)
         except NotFinite as error:
             ratio, fault = math.nan, str(error)
         made: dict[str, Tensor] = {} if fault else {**dict(net.named_parameters())}
@@ -44,3 +46,16 @@ def control_of(
         shutil.rmtree(resume, ignore_errors=True)
     weights, facts = entry
     return Control(weights, folded, math.nan if facts["fault"] else facts["ratio"], facts["fault"])
+
+
+def beside(loss: float, original: float) -> tuple[float, str]:
+    """The ratio of a control's loss to the float network's, and what is wrong with it."""
+    if original == 0:
+        return math.nan, "the float network's loss on validation data is 0"
+    ratio = loss / original
+    if not ratio <= DIVERGED:
+        return (
+            math.nan,
+            f"its loss on validation data is {loss:g}, the float network's {original:g}",
+        )
+    return ratio, ""
