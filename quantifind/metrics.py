@@ -91,7 +91,7 @@ class Outcome:
         if "scaled_loss" not in self:
             return self
         losses = self["scaled_loss"].numpy()
-        return replace(self, gain=gains_of(losses.shape[1]).fitted(losses))
+        return replace(self, gain=gains_of(losses.shape[1]).suiting(losses))
 
     @property
     def nans(self) -> int:

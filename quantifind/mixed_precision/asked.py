@@ -1,6 +1,5 @@
 """What a search was asked for, as far as its data have it."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ RELATIVE_ERROR = 0.05
 # what a measure takes
 _LABELS = "needs targets that are class labels, one for each example"
 _LOSS = "a ratio needs a float network whose mean loss is above 0"
-_LOGITS = "needs logits, with cross entropy, or a squared error, and a loss above 0"
+_LOGITS = "needs logits, with cross entropy, or a squared error; a loss and a temperature above 0"
 _WANTS = {"accuracy_drop": _LABELS, "flips": _LABELS, "criterion_ratio": _LOSS}
 _WANTS |= {"calibrated_ratio": _LOGITS, "fidelity": _LOGITS}
 
@@ -48,7 +47,7 @@ def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
     have = ["relative_error"]
     if original.criterion > 0:
         have.append("criterion_ratio")
-        if original.gain is not None and math.isfinite(original.gain):
+        if original.gain is not None:
             have += ["calibrated_ratio", "fidelity"]
     if is_classification(original):
         have += ["accuracy_drop", "flips"]
@@ -58,6 +57,12 @@ def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
         ratio = {"criterion_ratio": goal.limits["calibrated_ratio"]}
         limits = ratio | limits if limits and original.criterion > 0 else {}
         limits = limits or {"relative_error": RELATIVE_ERROR}
+        if "scaled_loss" in original and original.criterion > 0:
+            console.print(
+                "No temperature suits the float network's outputs on validation data: the loss is "
+                f"least with outputs of 0, or 0 at one; the limit is of {', '.join(limits)}",
+                markup=False,
+            )
     if not goal.limits and goal.measure not in have:
         # a budget: the loss itself is 0, so nothing is a ratio to it
         return replace(goal, measure="relative_error")

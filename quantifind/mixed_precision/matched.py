@@ -54,8 +54,5 @@ def beside(loss: float, original: float) -> tuple[float, str]:
         return math.nan, "the float network's loss on validation data is 0"
     ratio = loss / original
     if not ratio <= DIVERGED:
-        return (
-            math.nan,
-            f"its loss on validation data is {loss:g}, the float network's {original:g}",
-        )
+        return math.nan, f"its loss on validation data is {loss:g}, the float one's {original:g}"
     return ratio, ""
