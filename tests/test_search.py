@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+import statistics
 
 import hypothesis.strategies as st
 import pandas as pd
@@ -22,6 +23,7 @@ from quantifind.mixed_precision import learned_candidates, matched, refinement
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.exploration import sweep_budgets
+from quantifind.mixed_precision.found import found_by
 from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import SearchSpace, default_search_space
@@ -671,6 +673,27 @@ def test_a_limit_that_cannot_be_kept_names_the_nearest(small):
     message = r"no candidate keeps criterion_ratio at most 1 with 95% confidence on \d+ .* bits"
     with pytest.raises(ValueError, match=message):
         find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.0, search_space=space)
+
+
+@pytest.mark.parametrize("limits", [1.0, {"criterion_ratio": 1.0, "flips": 0.0}])
+def test_the_nearest_is_measured_whole(small, everything, limits):
+    """Though a bad one is measured whole already, and the others were given up early."""
+    net, train, val, _ = small
+    candidates = all_candidates(net, train, val, Goal.of(limits, None))
+    options = [range(len(group)) for group in candidates.allocation.groups]
+    trials = [candidates.allocated(one) for one in itertools.product(*options)]
+    candidates.measure(trials)
+    worst = min(everything, key=lambda row: row["mean_bits"])
+    bad = next(trial for trial in trials if trial.key == worst["key"])
+    candidates.keep(*candidates.measured([bad], race=[1.0]))
+    with pytest.raises(ValueError, match=r"no candidate keeps .* at [\d.]+ bits") as error:
+        found_by(candidates, pd.DataFrame(), nn.CrossEntropyLoss(), None)
+    bits = float(re.search(r"at ([\d.]+) bits", str(error.value))[1])
+    named = [row for row in candidates.whole() if row["mean_bits"] == pytest.approx(bits, rel=1e-3)]
+    least = min(map(candidates.goal.excess, candidates.whole()))
+    assert least in map(candidates.goal.excess, named)
+    median = statistics.median(map(candidates.goal.excess, everything))
+    assert least < median < candidates.goal.excess(worst)
 
 
 def test_too_few_examples_say_how_many_it_would_take(small):
