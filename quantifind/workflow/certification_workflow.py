@@ -1,5 +1,6 @@
 """Walk down the ladder of a search on test data: what it certifies."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +213,12 @@ def judge_ladder(
     if missing := [name for name in limits if f"{name}_bound" not in steps]:
         have = ", ".join(name for name in MEASURES if f"{name}_bound" in steps)
         raise ValueError(f"limit {', '.join(missing)}: this network and these data have {have}")
-    counted = None if looks is None else _counted(looks, ladder, batches, limits, confidence)
+    tested = [columns[0]["original_loss"].mean(), columns[0]["squared_norm"].mean()]
+    if "temperature" in ladder:
+        tested += [fixed["original_temperature"], ladder["temperature"].mean()]
+    counted = None
+    if looks is not None:
+        counted = _counted(looks, ladder, batches, limits, tested, confidence)
     added: list[dict[str, float]] = [
         {
             "change_skewness": change_skewness(each, next(iter(limits))),
@@ -236,8 +242,12 @@ def _counted(
     ladder: pd.DataFrame,
     batches: Sequence[Batch],
     limits: Mapping[str, float],
+    tested: Sequence[float],
     confidence: float,
 ) -> Look:
+    """The look of a ladder, of codes and limits; and of what the criterion, the float network and
+    temperatures make of the examples (test_another_test_is_another_look)."""
     parts = (part for quantized in ladder["quantized"] for part in pack(quantized))
     split, judged = fingerprint_of_examples(batches), fingerprint(*parts, dict(limits))
-    return look(looks, split[:24], judged[:24], confidence=confidence)
+    finite = [number for number in map(float, tested) if math.isfinite(number)]
+    return look(looks, split[:24], judged[:24], tested=finite, confidence=confidence)
