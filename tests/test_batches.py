@@ -717,6 +717,20 @@ def test_another_test_is_another_look(classifier, tmp_path):
         assert looks == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("texts", [False, True])
+def test_examples_that_cannot_be_told_apart_are_said_where_looks_are_counted(
+    classifier, texts, tmp_path, capsys
+):
+    net, criterion, (train, val, test) = classifier
+    found = find_strategy(net, train, val, criterion, limit=1.2, widths=[2, 4, 8])
+    found = replace(found, forward=lambda model, batch: (model(batch[0]), batch[1]))
+    batches = [(x, y, ["a text"] * len(x)) if texts else (x, y) for x, y in test]
+    certify(net, found, batches)
+    assert "told apart" not in capsys.readouterr().err
+    certify(net, found, batches, looks=tmp_path / "looks.json")
+    assert ("can't be told apart" in " ".join(capsys.readouterr().err.split())) == texts
+
+
 def classes_of(loader):
     return int(loader.dataset.tensors[1].max()) + 1
 

@@ -28,6 +28,7 @@ from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.arguments import check
 from quantifind.utils.batches import Batch, Forward
+from quantifind.utils.console import console
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 
 if TYPE_CHECKING:  # so that a new search judges nothing again
@@ -247,6 +248,12 @@ def _counted(
 ) -> Look:
     """The look of a ladder, of codes and limits; and of what the criterion, the float network and
     temperatures make of the examples (test_another_test_is_another_look)."""
+    if not all(batch.apart for batch in batches):
+        console.print(
+            "The examples of some batches can't be told apart: in other batches the same test data "
+            "would be counted anew, and the looks together would err more often than they say",
+            markup=False,
+        )
     parts = (part for quantized in ladder["quantized"] for part in pack(quantized))
     split, judged = fingerprint_of_examples(batches), fingerprint(*parts, dict(limits))
     finite = [number for number in map(float, tested) if math.isfinite(number)]
