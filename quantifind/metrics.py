@@ -92,7 +92,7 @@ class Outcome:
         if "scaled_loss" not in self:
             return self
         losses = self["scaled_loss"].numpy()
-        return replace(self, gain=gains_of(losses).fitted(losses))
+        return replace(self, gain=gains_of(losses).suiting(losses))
 
     @property
     def nans(self) -> int:

@@ -56,7 +56,7 @@ def find_strategy(
     budget: Limit | None = None,
     learn: float = 0,
     labels: bool = False,
-    effort: float = EFFORT,
+    effort: float | None = None,
     seconds: float | None = None,
     max_memory: float | None = None,
     widths: Iterable[int] | None = None,
@@ -99,7 +99,8 @@ def find_strategy(
         further, which quantization alone does not: its ratio is not that of quantization. Float
         weights then have the same training, as a control (`quantifind.runtime.control.Control`).
     effort: passes over the validation data that the search may take, without learning; a part of
-        the examples, or of the network, counts as that part of one. What was left out is said.
+        the examples, or of the network, counts as that part of one. What was left out is said. By
+        default 200, or as many as the smallest search takes where validation examples are few.
     seconds: that it may take; the best so far is the answer. None for no end.
     max_memory: bytes that moments of training inputs may take, as
         `quantifind.quantize.quantize` takes it.
@@ -140,11 +141,14 @@ def find_strategy(
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
         goal = measurable(goal, measurements.original, default=(limit, budget) == (None, None))
         passes = measurements.passes
-        passes.effort, passes.deadline = effort, deadline
+        passes.effort, passes.deadline = EFFORT if effort is None else effort, deadline
         candidates: Candidates | None = None
         try:
             with board(lambda: _standing(passes, candidates)):
                 for space in _spaces(measurements, goal, *own, widths, activation_bits, storage):
+                    if effort is None:  # test_few_validation_examples_are_searched_with
+                        least = least_effort(measurements, space, goal)
+                        passes.effort = max(passes.effort, least)
                     with passes.of("sensitivity", SURVEYED):
                         sensitivity, allocation = survey(measurements, space, goal, precision)
                     candidates = Candidates(measurements, allocation, confidence, told)

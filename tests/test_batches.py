@@ -1,5 +1,6 @@
 """Batches, outputs and criteria as people have them, judged as a plain loop judges them."""
 
+import copy
 import functools
 import math
 from collections import UserDict
@@ -693,6 +694,46 @@ def test_certify_counts_the_ladders_that_these_data_judged(classifier, tmp_path)
             assert proof.steps[f"{name}_look_bound"].tolist() == pytest.approx([*wanted])
         assert proof.steps["certified"].tolist() == apart.steps["certified"].tolist()
         assert f"look {k} at these data" in str(proof) or not any(proof.steps["certified"])
+
+
+def test_another_test_is_another_look(classifier, tmp_path):
+    """Of the same codes and limits: another criterion, float network, forward or temperature."""
+    net, criterion, (train, val, test) = classifier
+    found = find_strategy(net, train, val, criterion, limit=1.2, widths=[2, 4, 8])
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([0.1, *[1.0] * 9])[: classes_of(test)])
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.01)
+    warmer = found.candidates.assign(temperature=1.5 * found.candidates["temperature"])
+    tests = [
+        (net, found),
+        (net, replace(found, criterion=weighted)),
+        (other, found),
+        (net, replace(found, forward=lambda model, batch: (1.1 * model(batch[0]), batch[1]))),
+        (net, replace(found, candidates=warmer)),
+    ]
+    path = tmp_path / "looks.json"
+    for _ in range(2):
+        looks = [certify(model, one, test, looks=path).look.k for model, one in tests]
+        assert looks == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_examples_that_cannot_be_told_apart_are_said_where_looks_are_counted(
+    classifier, texts, tmp_path, capsys
+):
+    net, criterion, (train, val, test) = classifier
+    found = find_strategy(net, train, val, criterion, limit=1.2, widths=[2, 4, 8])
+    found = replace(found, forward=lambda model, batch: (model(batch[0]), batch[1]))
+    batches = [(x, y, ["a text"] * len(x)) if texts else (x, y) for x, y in test]
+    certify(net, found, batches)
+    assert "told apart" not in capsys.readouterr().err
+    certify(net, found, batches, looks=tmp_path / "looks.json")
+    assert ("can't be told apart" in " ".join(capsys.readouterr().err.split())) == texts
+
+
+def classes_of(loader):
+    return int(loader.dataset.tensors[1].max()) + 1
 
 
 def test_what_is_kept_has_memory_of_its_own():

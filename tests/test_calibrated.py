@@ -3,10 +3,12 @@
 import math
 import re
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given, settings
 from scipy import optimize
 from torch import nn
 
@@ -16,6 +18,7 @@ from quantifind.certification.measures import MEASURES, calibrated, degradation,
 from quantifind.metrics import columns_of, compared, outcome
 from quantifind.utils.loaders import Tensors, create_dataloaders
 
+SEEDS = st.integers(0, 1_000)
 CRITERIA = {
     "softmax": nn.CrossEntropyLoss(),
     "weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5, 1.0])),
@@ -107,6 +110,47 @@ def test_what_is_measured_on_parts_is_that_of_the_whole():
     fixed = calibrated(columns, gain=0.5)["calibrated_loss"]
     wanted = F.cross_entropy(0.5 * noisy, targets, reduction="none").numpy()
     np.testing.assert_allclose(fixed, wanted, atol=0.02 * wanted.mean())
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.floats(-8, 8, width=16), noise=st.sampled_from([0.0, 0.5]), seed=SEEDS)
+@example(factor=0.0, noise=0.0, seed=0)
+@example(factor=1.0, noise=0.0, seed=0)
+def test_the_gain_of_squares_is_that_of_least_squares(factor, noise, seed):
+    """Where that is above 0, and more than rounding is left of the loss."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(50, 4, generator=generator)
+    targets = factor * outputs + noise * torch.randn(50, 4, generator=generator)
+    found = outcome(nn.Identity(), [(outputs, targets)], nn.MSELoss()).calibrated()
+    best = (outputs.double() * targets.double()).sum() / outputs.double().square().sum()
+    if best <= 0 or (noise == 0 and factor != 1):
+        assert found.gain is None
+        assert found.calibrated_criterion == found.criterion
+    else:
+        assert found.gain == pytest.approx(best.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 1.0, 2.0, 3.0])
+def test_what_no_gain_suits_has_other_limits(factor, capsys):
+    """Targets that are all 0, or proportional to the outputs."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 3), torch.randn(300, 6)
+    loader = [(some, factor * net(some).detach()) for some in x.split(60)]
+    how = {"widths": [4, 6, 8, 12], "effort": 40}
+    found = find_strategy(net, loader, loader, nn.MSELoss(), **how)
+    assert found.goal.limits == {"relative_error": 0.05}
+    assert found.temperature is None or factor == 1
+    assert certify(net, found, loader).strategy is not None
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("There is no calibrated ratio" in said) == (factor != 1)
+    with pytest.raises(ValueError, match=r"limit calibrated_ratio.*temperature above 0"):
+        find_strategy(
+            net, loader, loader, nn.MSELoss(), limit={"calibrated_ratio": 1.1, "fidelity": 1.0}
+        )
+    if factor != 1:
+        ratio = {"criterion_ratio": 1.05}
+        found = find_strategy(net, loader, loader, nn.MSELoss(), limit=ratio, **how)
+        assert found.chosen["criterion_ratio_bound"] <= 1.05
 
 
 def test_the_gain_of_a_tiny_error_is_exact():

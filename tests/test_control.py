@@ -3,15 +3,18 @@
 import copy
 import math
 
+import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given, settings
 from torch import nn
 
 from quantifind.certification.certificate import ratio_interval
 from quantifind.learning import learn, train_control
+from quantifind.mixed_precision import learned_candidates as learned_control
 from quantifind.quantize import quantize, quantize_model
 from quantifind.runtime import student as students
 from quantifind.runtime.control import Control
@@ -154,8 +157,7 @@ def test_a_search_with_labels_has_the_control_of_what_it_trained(tmp_path, monke
     assert math.isnan(other.ratio)
     assert not other.weights
     assert str(other) == (
-        "The control's training diverged (the loss became nan by batch 7): there is no matched "
-        "ratio"
+        "The control of what was trained gives no matched ratio: the loss became nan by batch 7"
     )
     following = find_strategy(net, train, val, criterion, learn=1, **how | {"labels": False})
     assert following.control is None
@@ -214,3 +216,28 @@ def test_what_is_no_divergence_is_no_control(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="No space left"):
             find_strategy(net, train, val, criterion, learn=1, **how)
     assert find_strategy(net, train, val, criterion, learn=1, **how).control.ratio > 0
+
+
+@settings(max_examples=8, deadline=None)
+@given(loss=st.sampled_from([0.0, 1e-9, 1e300, math.inf, math.nan]), scale=st.floats(1e-6, 1e6))
+@example(loss=None, scale=0.0)
+@example(loss=None, scale=1.0)
+def test_a_control_far_worse_than_it_began_has_no_matched_ratio(loss, scale):
+    """It has one or a fault in words, never both, whatever the losses are."""
+    ratio, fault = learned_control.beside(scale if loss is None else loss, scale)
+    has = scale > 0 and loss in (None, 0.0, 1e-9)
+    assert math.isfinite(ratio) == has == (not fault)
+    assert ratio == pytest.approx((scale if loss is None else loss) / scale) if has else fault
+
+
+def test_a_float_network_without_loss_gives_no_matched_ratio():
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 2), torch.randn(96, 4)
+    train, val = (
+        batch_loader(Tensors(x, net(x).detach()), batch_size=32, shuffle=s, seed=0)
+        for s in (True, False)
+    )
+    found = find_strategy(net, train, val, nn.MSELoss(), learn=1, labels=True, widths=[2, 8])
+    assert "trained" in set(found.candidates["answer"])
+    assert found.control.fault == "the float network's loss on validation data is 0"
+    assert math.isnan(found.control.ratio)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantifind.learning import learn, train_control
-from quantifind.mixed_precision import learned_candidates, matched
+from quantifind.mixed_precision import learned_candidates
 from quantifind.mixed_precision.learned_candidates import _recipe
 from quantifind.quantize import quantize
 from quantifind.runtime.control import FloatStudent
@@ -188,7 +188,7 @@ def test_a_search_learns_by_its_criterion(option, monkeypatch):
     (x, labels), seen = examples(count=600), []
     targets = shares_of(labels) if option == "shares" else labels
     criterion = nn.CrossEntropyLoss(**OPTIONS.get(option, {}))
-    for place, name in ((learned_candidates, "learn_codes"), (matched, "train_control")):
+    for place, name in [(learned_candidates, n) for n in ("learn_codes", "train_control")]:
         own = getattr(place, name)
 
         def spy(*args, own=own, **recipe):

@@ -35,6 +35,23 @@ def test_levels_add_up_to_that_of_one_test(looks, confidence):
     assert total == pytest.approx((1 - confidence) * float(1 - Fraction(1, looks + 1)))
 
 
+TESTED = st.lists(st.sampled_from([1e-9, 0.5, 0.51, 3.0, 0.0, -2.0]), max_size=2)
+
+
+@settings(max_examples=60)
+@given(looks=st.lists(st.tuples(NAMES, TESTED, st.floats(-1e-5, 1e-5)), max_size=8))
+def test_another_test_is_another_look_whatever_the_last_digits_are(tmp_path_factory, looks):
+    """Of the same ladder, too; and one without numbers is of the first that has some."""
+    path, seen = tmp_path_factory.mktemp("ledger") / "looks.json", []
+    for ladder, tested, off in looks:
+        alike = [i for i, one in enumerate(seen) if one in ((ladder, tested), (ladder, []))]
+        known = min(alike, default=len(seen))
+        if tested or known == len(seen):
+            seen[known : known + 1] = [(ladder, tested)]
+        found = look(path, "split", ladder, tested=[number * (1 + off) for number in tested])
+        assert found.k == known + 1
+
+
 def test_the_same_look_again_writes_nothing(tmp_path):
     path = tmp_path / "looks.json"
     look(path, "split", "ladder")
@@ -54,6 +71,7 @@ DAMAGED = {
     "no format": (json.dumps({"splits": {}}), "not None"),
     "no splits": (json.dumps({"format": FORMAT}), "by split"),
     "twice": (json.dumps(WHOLE | {"splits": {"split": ["one", "one"]}}), "by split"),
+    "no numbers": (json.dumps(WHOLE | {"splits": {"split": ["ladder: a 1"]}}), "float: 'a'"),
     "numbers": (json.dumps(WHOLE | {"splits": {"split": [1]}}), "by split"),
     "a number": (json.dumps(WHOLE | {"splits": {"split": 3}}), "by split"),
 }
@@ -69,8 +87,17 @@ def test_a_damaged_ledger_is_said_and_left(case, tmp_path):
         look(path, "split", "ladder")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(path))
-    assert "version control" in str(caught.value)
+    assert "version control" in str(caught.value) or case == "no numbers"
     assert path.read_bytes() == before
+
+
+def test_a_look_without_numbers_is_of_the_first_that_has_some(tmp_path):
+    """As those that earlier versions have counted."""
+    path = tmp_path / "looks.json"
+    path.write_text(json.dumps(WHOLE))
+    tests = [("two", 0.5, 2), ("two", 0.6, 3), ("two", 0.5, 2), ("one", 0.7, 1), ("one", 0.5, 4)]
+    for ladder, loss, k in tests:
+        assert look(path, "split", ladder, tested=[loss, 0.0]).k == k
 
 
 def many(path, first):

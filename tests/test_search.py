@@ -1,13 +1,18 @@
 """The search finds the best of all strategies where all can be tried; what can't be had is said."""
 
+import copy
 import itertools
 import math
 import re
+import statistics
 
+import hypothesis.strategies as st
 import pandas as pd
 import pytest
 import torch
 from conftest import count_measured
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from quantifind.certification.certificate import minimum_safe_bits
@@ -18,6 +23,7 @@ from quantifind.mixed_precision import learned_candidates, refinement
 from quantifind.mixed_precision.allocation import Allocation
 from quantifind.mixed_precision.candidates import Candidates
 from quantifind.mixed_precision.exploration import sweep_budgets
+from quantifind.mixed_precision.found import found_by
 from quantifind.mixed_precision.knapsack import Option
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import SearchSpace, default_search_space
@@ -32,6 +38,7 @@ from quantifind.utils.loaders import Tensors, batch_loader, create_dataloaders, 
 from quantifind.workflow.evaluation_workflow import compare
 
 PLAIN = {"scheme": "uniform", "axis": 0, "scale_dtype": "float16"}
+SEEDS = st.integers(0, 1_000)
 CHOICES = [PLAIN | {"bits": bits} for bits in (2, 3, 4, 6, 8)]
 
 
@@ -163,6 +170,47 @@ def test_coded_storage_takes_fewer_bytes_all_of_them_counted():
     parts, _ = pack(coded.quantized)
     kept = sum(part.numel() * part.element_size() for part in parts.values())
     assert coded.model_bytes == kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(power=st.integers(-100, 100), shape=hnp.array_shapes(min_dims=2, max_dims=3), seed=SEEDS)
+def test_the_default_space_is_the_same_at_any_power_of_two(power, shape, seed):
+    """Of what is coded, too: as many choices, of as many levels, their steps of the same size."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    net = nn.ParameterList([weight, torch.full(shape, 0.5)])
+    plain = default_search_space(net, [], storage="coded").tensors
+    with torch.no_grad():
+        for parameter in net:
+            parameter.mul_(2.0**power)
+    scaled = default_search_space(net, [], storage="coded").tensors
+    for name, choices in plain.items():
+        assert [c.plain().get("bits") for c in choices] == [
+            c.plain().get("bits") for c in scaled[name]
+        ]
+        steps = zip(coded(choices), coded(scaled[name]), strict=True)
+        for one, other in steps:
+            assert other["scale"] == pytest.approx(one["scale"] * 2.0**power, rel=2.0**-11)
+            assert other["levels"] == pytest.approx(one["levels"], rel=2.0**-10, abs=2)
+
+
+def coded(choices):
+    found = [choice.plain() for choice in choices if choice.storage == "coded"]
+    assert found
+    return found
+
+
+def test_as_many_bits_are_found_at_any_power_of_two():
+    net, train, val, _ = toy(12, 24, 5, examples=600)
+    how = {"limit": 1.2, "effort": 40, "storage": "coded", "widths": [2, 4, 8]}
+    bits = {}
+    for power in (0, -30, 20):
+        scaled = copy.deepcopy(net)
+        with torch.no_grad():
+            scaled[0].weight.mul_(2.0**power)
+            scaled[2].weight.mul_(2.0**-power)
+        bits[power] = find_strategy(scaled, train, val, nn.CrossEntropyLoss(), **how).mean_bits
+    assert bits[-30] == pytest.approx(bits[0], rel=0.1)  # scales of 32 bits are more
+    assert bits[20] == pytest.approx(bits[-30], rel=0.02)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
@@ -625,6 +673,27 @@ def test_a_limit_that_cannot_be_kept_names_the_nearest(small):
     message = r"no candidate keeps criterion_ratio at most 1 with 95% confidence on \d+ .* bits"
     with pytest.raises(ValueError, match=message):
         find_strategy(net, train, val, nn.CrossEntropyLoss(), limit=1.0, search_space=space)
+
+
+@pytest.mark.parametrize("limits", [1.0, {"criterion_ratio": 1.0, "flips": 0.0}])
+def test_the_nearest_is_measured_whole(small, everything, limits):
+    """Though a bad one is measured whole already, and the others were given up early."""
+    net, train, val, _ = small
+    candidates = all_candidates(net, train, val, Goal.of(limits, None))
+    options = [range(len(group)) for group in candidates.allocation.groups]
+    trials = [candidates.allocated(one) for one in itertools.product(*options)]
+    candidates.measure(trials)
+    worst = min(everything, key=lambda row: row["mean_bits"])
+    bad = next(trial for trial in trials if trial.key == worst["key"])
+    candidates.keep(*candidates.measured([bad], race=[1.0]))
+    with pytest.raises(ValueError, match=r"no candidate keeps .* at [\d.]+ bits") as error:
+        found_by(candidates, pd.DataFrame(), nn.CrossEntropyLoss(), None)
+    bits = float(re.search(r"at ([\d.]+) bits", str(error.value))[1])
+    named = [row for row in candidates.whole() if row["mean_bits"] == pytest.approx(bits, rel=1e-3)]
+    least = min(map(candidates.goal.excess, candidates.whole()))
+    assert least in map(candidates.goal.excess, named)
+    median = statistics.median(map(candidates.goal.excess, everything))
+    assert least < median < candidates.goal.excess(worst)
 
 
 def test_too_few_examples_say_how_many_it_would_take(small):

@@ -1,5 +1,7 @@
 """What was put comes back, from memory and from a folder; a fingerprint tells things apart."""
 
+import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -8,11 +10,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from quantifind.storage.store import Store, fingerprint
+from quantifind.storage.store import Store, _bytes, fingerprint, fingerprint_of_examples
+from quantifind.utils.batches import Batch
 
 DTYPES = [
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e8m0fnu),
@@ -266,3 +269,83 @@ def test_another_process_has_the_same_fingerprint():
         text=True,
     )
     assert ran.stdout.strip() == fingerprint(*things(), "end")
+
+
+def batches_in(examples, sizes):
+    """Examples, each some tensors, padded to the longest in each batch."""
+    found, start = [], 0
+    for size in itertools.cycle(sizes):
+        some, start = examples[start : start + size], start + size
+        if not some:
+            return found
+        found.append(Batch([padded(parts) for parts in zip(*some, strict=True)], None))
+
+
+def padded(parts):
+    shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+    whole = parts[0].new_zeros(len(parts), *shape)
+    for row, part in zip(whole, parts, strict=True):
+        row[tuple(map(slice, part.shape))] = part
+    return whole
+
+
+def unlike(batches):
+    """By axis, whether batches differ in their size."""
+    shapes = [batch.data[0].shape[1:] for batch in batches]
+    return [len(set(sizes)) > 1 for sizes in zip(*shapes, strict=True)]
+
+
+def some_examples(kind, generator, examples=60):
+    def number(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    for _ in range(examples):
+        length = number(2, 40)
+        tokens = torch.randint(1, 9, (length,), generator=generator)
+        label = torch.tensor(number(0, 3))
+        if kind == "texts":  # that end as most do
+            tokens[-1] = 9 if number(0, 3) else 7
+            yield tokens, torch.ones(length, dtype=torch.bool), tokens % 6 - 100, label
+        elif kind == "tokens":
+            yield tokens, label
+        elif kind == "vectors":
+            yield torch.randn(length, 3, generator=generator), label
+        else:  # on paper whose margins are white
+            image = torch.rand(3, length, number(2, 40), generator=generator)
+            image[:, :, -1] = image[:, -1] = 1.0
+            yield image, label
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(["texts", "tokens", "vectors", "images"]),
+    seed=st.integers(0, 10_000),
+    sizes=st.sampled_from([[1], [4], [7], [8, 20], [32]]),
+    changed=st.integers(0, 59),
+)
+def test_padding_is_not_in_a_fingerprint_of_examples(kind, seed, sizes, changed):
+    """Padded to the longest of a batch, whatever their order; other examples are others."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = list(some_examples(kind, generator))
+    plain = batches_in(examples, [16])
+    wanted = fingerprint_of_examples(plain)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    batches = batches_in([examples[i] for i in order], sizes)
+    # what all batches are padded to alike stays as it is
+    assume(unlike(plain) == unlike(batches) == unlike(batches_in(examples, [1])))
+    assert fingerprint_of_examples(batches) == wanted
+    first, *others = examples[changed]
+    other = first.clone()
+    other[0] = 9 - other[0]
+    changed_ones = [*examples[:changed], (other, *others), *examples[changed + 1 :]]
+    assert fingerprint_of_examples(batches_in(changed_ones, sizes)) != wanted
+    assert fingerprint_of_examples(batches_in(examples[1:], sizes)) != wanted
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=tensors().filter(lambda t: t.dim() and len(t)), size=st.integers(1, 3))
+def test_batches_that_are_alike_are_taken_as_they_are(data, size):
+    """As earlier versions took them, whose looks have been counted."""
+    batches = [Batch([some], None) for some in data.split(size)]
+    digests = sorted(hashlib.sha256(_bytes(row)).digest() for row in data)
+    assert fingerprint_of_examples(batches) == hashlib.sha256(b"".join(digests)).hexdigest()

@@ -213,6 +213,24 @@ def test_effort_bounds_the_passes(softmax):
         search(softmax, effort=3)
 
 
+@pytest.mark.parametrize("few", [4, 20, 60])
+def test_few_validation_examples_are_searched_with(few):
+    """By default, whatever a pass of so many training examples costs; an effort says why not."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(8, 4), torch.randn(4_096 + few, 8)
+    y = net(x).detach() + torch.randn(len(x), 4)
+    train, val = [(x[few:], y[few:])], [(x[:few], y[:few])]
+    how = {"limit": 3.0, "widths": [4, 8]}
+    found = find_strategy(net, train, val, nn.MSELoss(), **how)
+    assert found.goal.keeps(found.chosen)
+    assert math.isfinite(found.passes.effort)
+    least = survey_module.CANDIDATES + 4_096 / few
+    assert found.passes.effort > least
+    said = f"a pass is only {few} validation examples and 4,096 training examples calibrate"
+    with pytest.raises(ValueError, match=f"effort is 9: .*{said}"):
+        find_strategy(net, train, val, nn.MSELoss(), effort=9, **how)
+
+
 def test_an_effort_too_small_for_wider_widths(softmax):
     """Says what is nearest of the narrow ones, not that an effort that was enough is too small."""
     needed = re.compile(r"takes (\d+) passes")

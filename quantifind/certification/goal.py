@@ -100,8 +100,15 @@ class Goal:
 
         row: as `keeps` takes it.
         """
+        return self._excess({name: row[f"{name}_bound"] for name in self.limits})
+
+    def excess_of_values(self, row: Mapping[str, Any]) -> float:
+        """That of the values themselves, whatever their bounds are."""
+        return self._excess({name: row[name] for name in self.limits})
+
+    def _excess(self, lost: Mapping[str, float]) -> float:
         allowed = {n: max(v - MEASURES[n].lossless, 1e-9) for n, v in self.limits.items()}
-        found = [(row[f"{n}_bound"] - v) / allowed[n] for n, v in self.limits.items()]
+        found = [(lost[n] - v) / allowed[n] for n, v in self.limits.items()]
         return max((math.inf if math.isnan(one) else one for one in found), default=0.0)
 
     def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:

@@ -3,13 +3,14 @@
 These add up to 5% over all k, so that all answers that were ever given on a split are right
 together with 95% confidence (Bonferroni; the sum telescopes). The ledger is a small file of the
 project: by fingerprint of the split the fingerprints of the ladders, in the order in which they
-were judged. What is judged again is no new look.
+were judged, each with a few numbers of what was tested. What is judged again is no new look.
 """
 
 import fcntl
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from quantifind.utils.naming import naming
 from quantifind.utils.whole_files import written_whole
 
 FORMAT = "quantifind looks 1"
+# by how much, as a share, the numbers of one test may differ from machine to machine
+ALIKE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,23 @@ def level_of(k: int, *, confidence: float = 0.95) -> float:
     return (1 - confidence) / (k * (k + 1))
 
 
-def look(path: Path | str, split: str, ladder: str, *, confidence: float = 0.95) -> Look:
+def look(
+    path: Path | str,
+    split: str,
+    ladder: str,
+    *,
+    tested: Sequence[float] = (),
+    confidence: float = 0.95,
+) -> Look:
     """Count a ladder that is judged on a test split; one that was judged there before is found.
 
     path: the ledger, a file that is made where there is none. It belongs under version control: who
         loses it starts to count anew.
     split: a fingerprint of the test split.
     ladder: a fingerprint of what is judged on it: its strategies, their codes and the limits.
+    tested: what else makes it another test, as numbers, such as the float network's mean loss by
+        the criterion. They are rounded nowhere, so none lies at an edge: they are the same where
+        they differ by less than `ALIKE`.
     confidence: of all looks together.
     Raises: ValueError, one line that names the file, where it is damaged or of another format;
         OSError where it can't be read or written.
@@ -65,11 +78,26 @@ def look(path: Path | str, split: str, ladder: str, *, confidence: float = 0.95)
     with _alone(path):
         splits = _read(path)
         judged = splits.setdefault(split, [])
-        if ladder not in judged:
-            judged.append(ladder)
+        numbers = " ".join(f"{number:.9g}" for number in tested)
+        entry = f"{ladder}: {numbers}" if numbers else ladder
+        with naming(str(path)):
+            places = [i for i, one in enumerate(judged) if _is_of(one, ladder, tested)]
+        place = min(places, default=len(judged))
+        # one without numbers, of an earlier version, is from now on of these:
+        # test_a_look_without_numbers_is_of_the_first_that_has_some
+        if place == len(judged) or (tested and judged[place] == ladder):
+            judged[place : place + 1] = [entry]
             _write(path, splits)
-    k = judged.index(ladder) + 1
-    return Look(k, level_of(k, confidence=confidence))
+    return Look(place + 1, level_of(place + 1, confidence=confidence))
+
+
+def _is_of(entry: str, ladder: str, tested: Sequence[float]) -> bool:
+    name, _, text = entry.partition(": ")
+    numbers = [float(number) for number in text.split()]
+    alike = len(numbers) == len(tested) and all(
+        math.isclose(*pair, rel_tol=ALIKE) for pair in zip(numbers, tested, strict=True)
+    )
+    return name == ladder and (alike or not numbers)
 
 
 @contextmanager

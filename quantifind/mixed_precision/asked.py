@@ -1,6 +1,5 @@
 """What a search was asked for, as far as its data have it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ RELATIVE_ERROR = 0.05
 # what a measure takes
 _LABELS = "needs targets that are class labels, one for each example"
 _LOSS = "a ratio needs a float network whose mean loss is above 0"
-_LOGITS = "needs logits, with cross entropy, or a squared error, and a loss above 0"
+_LOGITS = "needs logits, with cross entropy, or a squared error; a loss and a temperature above 0"
 _WANTS = {"accuracy_drop": _LABELS, "flips": _LABELS, "criterion_ratio": _LOSS}
 _WANTS |= {"calibrated_ratio": _LOGITS, "fidelity": _LOGITS}
 
@@ -50,7 +49,7 @@ def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
     have = ["relative_error"]
     if original.criterion > 0:
         have.append("criterion_ratio")
-        if original.gain is not None and math.isfinite(original.gain):
+        if original.gain is not None:
             have += ["calibrated_ratio", "fidelity"]
     if is_classification(original):
         have += ["accuracy_drop", "flips"]

@@ -35,6 +35,9 @@ from quantifind.utils.naming import NotFinite
 LEARNED = 4
 # learning here may take large steps; where few codes are not 0 larger ones, up to so many times
 LEARNING_RATE, LABEL_WEIGHT, FASTER = 1e-3, 1.0, 4.0
+# a training that works leaves no network so many times as bad as it began: beside one that is,
+# any codes would do well (test_a_control_far_worse_than_it_began_has_no_matched_ratio)
+DIVERGED = 100
 # bits that a weight, and another tensor, has at most where codes are learned
 LEARNABLE, BESIDE = 4, 8
 # which shares of the codes may be others than 0, of how many levels; and bits of other tensors
@@ -255,10 +258,20 @@ def _trained_control(
         judged = Evaluator(net, given, measurements.criterion).outcome().criterion
     except NotFinite as error:
         return {}, {"ratio": None, "fault": str(error)}
-    ratio = judged / measurements.original.criterion
-    if not math.isfinite(ratio):
-        return {}, {"ratio": None, "fault": f"its loss on validation data is {judged}"}
+    ratio, fault = beside(judged, measurements.original.criterion)
+    if fault:
+        return {}, {"ratio": None, "fault": fault}
     return {**dict(net.named_parameters())}, {"ratio": ratio, "fault": ""}
+
+
+def beside(loss: float, original: float) -> tuple[float, str]:
+    """The ratio of a control's loss to the float network's, and what is wrong with it."""
+    if original == 0:
+        return math.nan, "the float network's loss on validation data is 0"
+    ratio = loss / original
+    if not ratio <= DIVERGED:
+        return math.nan, f"its loss on validation data is {loss:g}, the float one's {original:g}"
+    return ratio, ""
 
 
 def _recipe(

@@ -151,14 +151,20 @@ def default_search_space(
 
 def coded(tensor: Tensor, *, gptq: bool = True) -> list[Choice]:
     """One step for all of a weight, of a range of them, its codes entropy coded."""
-    spread, largest = tensor.double().std().item(), tensor.abs().max().item()
+    largest = tensor.abs().max().item()
+    # a single value, and values that are all the same, have no spread
+    spread = (tensor.double().std().item() if tensor.numel() > 1 else 0.0) or largest
+    half = np.finfo(np.float16)
+    # test_the_default_space_is_the_same_at_any_power_of_two
+    held = float(half.tiny) <= STEPS[0] * spread and STEPS[-1] * spread <= float(half.max)
+    dtype = np.float16 if held else np.float32
     found = []
     for step in STEPS:
-        step = float(np.float16(step * spread))
+        step = float(dtype(step * spread))
         if not 0 < step < np.inf:
             continue
         levels = 2 * math.ceil(BEYOND * largest / step) + 3
-        values = CODED.plain() | {"levels": levels, "scale": step}
+        values = CODED.plain() | {"levels": levels, "scale": step, "scale_dtype": dtype.__name__}
         if not gptq:
             values |= {"rounding": "nearest", "rate": 0.0}
         found.append(Choice.of(values))

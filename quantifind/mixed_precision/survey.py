@@ -52,7 +52,7 @@ def survey(
     if effort < least:
         raise ValueError(
             f"effort is {effort:g}: the smallest search of this network and these data takes "
-            f"{least} passes"
+            f"{least} passes{_because(measurements)}"
         )
     rounded_options.make(stand_ins.values())
     scored = _scored(rounded_options, dict.fromkeys(stand_ins.values()))
@@ -117,6 +117,17 @@ def least_effort(measurements: Measurements, space: SearchSpace, goal: Goal) -> 
         choices = space.tensors.values()
         least += len({choice.width for some in choices for choice in some}).bit_length()
     return math.ceil(least)
+
+
+def _because(measurements: Measurements) -> str:
+    """Why the smallest search takes many passes, in words; nothing where it doesn't."""
+    trained, examples = sum(map(len, measurements.calibration)), measurements.examples
+    if trained <= examples:
+        return ""
+    return (
+        f", as a pass is only {examples:,} validation examples and {trained:,} training examples "
+        "calibrate: give more of the one, or fewer of the other"
+    )
 
 
 def _scored(

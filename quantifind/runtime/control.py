@@ -47,10 +47,10 @@ class FloatStudent(Student):
 class Control:
     """What became of float weights by the recipe of the codes that learned from labels.
 
-    weights: by name, parameters of the network; none where the training diverged.
+    weights: by name, parameters of the network; none where there is a fault.
     folded: pairs of names, of the norms that the network has folded.
-    ratio: the loss over the float network's, on validation data; NaN where the training diverged.
-    fault: how it ended then.
+    ratio: the loss over the float network's, on validation data; NaN where there is a fault.
+    fault: why nothing can be held against these weights, as where their training diverged.
     """
 
     weights: Mapping[str, Tensor]
@@ -60,7 +60,7 @@ class Control:
 
     def __str__(self) -> str:
         if self.fault:
-            return f"The control's training diverged ({self.fault}): there is no matched ratio"
+            return f"The control of what was trained gives no matched ratio: {self.fault}"
         said = (
             f"The control, float weights trained further by the same recipe, has {self.ratio:.4g} "
             "times the float network's loss on validation data"

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quantifind.storage.padding import unpadded
 from quantifind.tensor.parts import is_strided, parts
 from quantifind.utils.batches import Batch, rows_of, tensors_of, texts_of
 from quantifind.utils.whole_files import written_whole
@@ -78,19 +79,22 @@ def fingerprint(*parts: Any) -> str:
 
 
 def fingerprint_of_examples(batches: Iterable[Batch]) -> str:
-    """A digest of examples, whatever their order and the batches that they come in."""
+    """A digest of examples, whatever their order and the batches that they come in; and, where
+    these are not alike, whatever they are padded to (`quantifind.storage.padding.unpadded`)."""
     digests: list[bytes] = []
+    apart: list[list[Tensor]] = []
     for batch in batches:
         tensors, rows = [t.detach().cpu() for t in tensors_of(batch.data)], rows_of(batch.data)
         if rows is None or not batch.apart:
             whole = fingerprint(*tensors, *texts_of(batch.data))
             digests.append(bytes.fromhex(whole))
-            continue
-        for row in range(rows):
-            digest = hashlib.sha256()
-            for tensor in tensors:
-                digest.update(_bytes(tensor[row]))
-            digests.append(digest.digest())
+        else:
+            apart.append(tensors)
+    for example in unpadded(apart):
+        digest = hashlib.sha256()
+        for tensor in example:
+            digest.update(_bytes(tensor))
+        digests.append(digest.digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+# of the losses at the values that are tried, what rounding to float32 leaves of squares
+ROUNDING = 1e-13
+
 
 @dataclass(frozen=True)
 class Gains:
@@ -22,7 +25,7 @@ class Gains:
     weights: Callable[[float], np.ndarray]
 
     def fitted(self, losses: np.ndarray) -> float:
-        """The gain with the least mean loss.
+        """The gain above 0 with the least mean loss; NaN where there is none.
 
         losses: (examples, tried), summed over an example's positions.
         """
@@ -32,7 +35,9 @@ class Gains:
         if self.tried == _THREE:
             # of a square the lowest point: test_the_gain_of_a_tiny_error_is_exact
             slope, curve = (mean[2] - mean[0]) / 2, mean[0] - 2 * mean[1] + mean[2]
-            return float(1 - slope / curve) if curve > 0 else 1.0
+            found = float(1 - slope / curve) if curve > 0 else 1.0
+            # targets that are all 0, or turned about: test_what_no_gain_suits_has_other_limits
+            return found if found > 0 else math.nan
         # not for the stage that always runs: test_heavy_imports_are_rare
         from scipy import optimize
 
@@ -48,6 +53,16 @@ class Gains:
         options = {"xatol": 1e-6}
         found = optimize.minimize_scalar(loss, bounds=ends, method="bounded", options=options).x
         return math.exp(min((found, best), key=loss))
+
+    def suiting(self, losses: np.ndarray) -> float | None:
+        """That which is `fitted`; None where there is none, or where it takes away all of a loss
+        but rounding, to which nothing has a ratio."""
+        gain, mean = self.fitted(losses), losses.mean(0)
+        if math.isnan(gain):
+            return None
+        left, loss = (float(mean @ self.weights(one)) for one in (gain, 1.0))
+        # targets proportional to the outputs: test_what_no_gain_suits_has_other_limits
+        return None if left < loss / 2 and left <= ROUNDING * mean.max() else gain
 
     def is_at_an_end(self, gain: float) -> bool:
         """Whether the loss may fall further beyond the values that are tried."""

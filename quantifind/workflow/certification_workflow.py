@@ -28,6 +28,7 @@ from quantifind.strategy import Strategy
 from quantifind.tensor.quantized import Quantized
 from quantifind.utils.arguments import check
 from quantifind.utils.batches import Batch, Forward
+from quantifind.utils.console import console
 from quantifind.workflow.evaluation_workflow import evaluate_strategies
 
 if TYPE_CHECKING:  # so that a new search judges nothing again
@@ -225,7 +226,12 @@ def judge_ladder(
     if missing := [name for name in limits if f"{name}_bound" not in steps]:
         have = ", ".join(name for name in MEASURES if f"{name}_bound" in steps)
         raise ValueError(f"limit {', '.join(missing)}: this network and these data have {have}")
-    counted = None if looks is None else _counted(looks, ladder, batches, limits, confidence)
+    tested = [columns[0]["original_loss"].mean(), columns[0]["squared_norm"].mean()]
+    if "temperature" in ladder:
+        tested += [fixed["original_temperature"], ladder["temperature"].mean()]
+    counted = None
+    if looks is not None:
+        counted = _counted(looks, ladder, batches, limits, tested, confidence)
     added: list[dict[str, float]] = [
         {
             "change_skewness": change_skewness(each, next(iter(limits))),
@@ -266,8 +272,18 @@ def _counted(
     ladder: pd.DataFrame,
     batches: Sequence[Batch],
     limits: Mapping[str, float],
+    tested: Sequence[float],
     confidence: float,
 ) -> Look:
+    """The look of a ladder, of codes and limits; and of what the criterion, the float network and
+    temperatures make of the examples (test_another_test_is_another_look)."""
+    if not all(batch.apart for batch in batches):
+        console.print(
+            "The examples of some batches can't be told apart: in other batches the same test data "
+            "would be counted anew, and the looks together would err more often than they say",
+            markup=False,
+        )
     parts = (part for quantized in ladder["quantized"] for part in pack(quantized))
     split, judged = fingerprint_of_examples(batches), fingerprint(*parts, dict(limits))
-    return look(looks, split[:24], judged[:24], confidence=confidence)
+    finite = [number for number in map(float, tested) if math.isfinite(number)]
+    return look(looks, split[:24], judged[:24], tested=finite, confidence=confidence)
