@@ -142,7 +142,7 @@ def test_what_no_gain_suits_has_other_limits(factor, capsys):
     assert found.temperature is None or factor == 1
     assert certify(net, found, loader).strategy is not None
     said = " ".join(capsys.readouterr().err.split())
-    assert ("There is no calibrated ratio" in said) == (factor != 1)
+    assert "There is no calibrated ratio" in said
     with pytest.raises(ValueError, match=r"limit calibrated_ratio.*temperature above 0"):
         find_strategy(
             net, loader, loader, nn.MSELoss(), limit={"calibrated_ratio": 1.1, "fidelity": 1.0}
