@@ -129,8 +129,7 @@ def find_strategy(
         `quantifind.mixed_precision.measurements.Measurements` can't take; and, naming the nearest,
         for a limit or budget that no candidate keeps.
     """
-    goal = asked_goal(limit, budget, criterion)
-    activation_bits = list(activation_bits)
+    goal, activation_bits = asked_goal(limit, budget, criterion), list(activation_bits)
     most = {"effort": effort, "seconds": seconds, "max_memory": max_memory}
     _check(goal, train_loader, learn, labels, confidence, activation_bits, most, storage, random)
     deadline = None if seconds is None else time.monotonic() + seconds
@@ -141,14 +140,12 @@ def find_strategy(
         measurements = Measurements.start(model, train_loader, val_loader, criterion, **how)
         goal = measurable(goal, measurements.original, default=(limit, budget) == (None, None))
         passes = measurements.passes
-        passes.effort, passes.deadline = EFFORT if effort is None else effort, deadline
+        passes.deadline = deadline
         candidates: Candidates | None = None
         try:
             with board(lambda: _standing(passes, candidates)):
                 for space in _spaces(measurements, goal, *own, widths, activation_bits, storage):
-                    if effort is None:  # test_few_validation_examples_are_searched_with
-                        least = least_effort(measurements, space, goal)
-                        passes.effort = max(passes.effort, least)
+                    passes.effort = effort or _default_effort(measurements, space, goal)
                     with passes.of("sensitivity", SURVEYED):
                         sensitivity, allocation = survey(measurements, space, goal, precision)
                     candidates = Candidates(measurements, allocation, confidence, told)
@@ -163,6 +160,12 @@ def find_strategy(
         assert candidates is not None
         table = _sensitivities(measurements, sensitivity, proxies)
         return found_by(candidates, table, criterion, forward, random=random, seed=seed)
+
+
+def _default_effort(measurements: Measurements, space: SearchSpace, goal: Goal) -> float:
+    """As many passes as the smallest search takes, at least: of few validation examples a pass is
+    little (test_few_validation_examples_are_searched_with)."""
+    return max(EFFORT, least_effort(measurements, space, goal))
 
 
 def _sensitivities(measurements: Measurements, found: Sensitivity, proxies: bool) -> Any:

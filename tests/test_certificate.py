@@ -452,3 +452,11 @@ def test_minimum_safe_bits_with_what_their_increases_may_be_off(errors, bits):
     assert minimum_safe_bits(table, 1.01, errors=errors) == {"a": bits}
     table["increase_error"] = math.nan
     assert minimum_safe_bits(table, 1.01, errors=errors) == {"a": 3.0}
+
+
+@pytest.mark.parametrize("measure", ["accuracy_drop", "flips"])
+def test_where_all_is_ignored_nothing_is_known(measure):
+    columns = {**columns_of(), "flipped": np.zeros(400, dtype=bool), "weight": np.zeros(400)}
+    row = degradation(columns)
+    assert math.isnan(row[measure])
+    assert row[f"{measure}_bound"] == 1

@@ -70,6 +70,28 @@ def test_it_is_what_degradation_says_of_splits_drawn_anew(seed, rungs, measures,
     assert bits_interval(ladder, bits, limits, share=0.9, **how) == (found[2], found[38])
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 1_000),
+    examples=st.integers(1, 40),
+    limits=st.fixed_dictionaries(
+        {},
+        optional={
+            "criterion_ratio": st.sampled_from([1.0, 1.01, 1.1, 5.0]),
+            "relative_error": st.sampled_from([0.1, 0.5, 2.0]),
+            "accuracy_drop": st.sampled_from([0.02, 0.3]),
+        },
+    ).filter(len),
+    confidence=st.sampled_from([0.9, 0.9975]),
+)
+def test_of_few_examples_it_is_what_degradation_says(seed, examples, limits, confidence):
+    ladder, bits = ladder_near(seed, 3, examples), [8.0, 7.0, 6.0]
+    found = bits_one_by_one(ladder, bits, limits, confidence, 41, seed)
+    how = {"confidence": confidence, "splits": 41, "seed": seed}
+    assert bits_interval(ladder, bits, limits, share=1.0, **how) == (found[0], found[-1])
+    assert bits_interval(ladder, bits, limits, share=0.5, **how) == (found[10], found[30])
+
+
 def test_few_bits_come_first_and_nothing_is_infinite():
     ladder = ladder_near(0, 5, 3_000)
     low, high = bits_interval(ladder, [8, 6, 4, 3, 2], {"criterion_ratio": 1.025})

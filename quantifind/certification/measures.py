@@ -207,7 +207,7 @@ def _accuracy_drop(columns: Columns) -> Measured:
     def interval(level: float) -> Interval:
         return accuracy_drop_interval(right, was_right, confidence=level)
 
-    value = float(was_right.mean() - right.mean())
+    value = float(was_right.mean() - right.mean()) if len(right) else math.nan
     return Measured(value, interval, lambda level: interval(2 * level - 1)[1])
 
 

@@ -11,6 +11,9 @@ from quantifind.certification.measures import MEASURES, counts
 
 # splits drawn at a time
 CHUNK = 100
+# of fewer examples the bound of each split is computed, which a test at the limit alone need not
+# agree with: test_of_few_examples_it_is_what_degradation_says
+FEW = 100
 # one of so many examples is in each drawn split, but for e^-64 of them
 FOREMOST = 64
 
@@ -70,9 +73,22 @@ def _test(columns: Columns, measure: str, limit: float, confidence: float) -> Te
     changed, original = (
         np.asarray(columns[name], dtype=np.float64) for name in MEASURES[measure].needs
     )
+    if len(changed) < FEW:
+        needed = {name: columns[name] for name in MEASURES[measure].needs}
+        return _bound_test(needed, measure, limit, confidence)
     # what an example adds to a relative error adds to its square
     ratio = limit**2 if measure == "relative_error" else limit
     return _ratio_test(changed - ratio * original, original, confidence)
+
+
+def _bound_test(columns: Columns, measure: str, limit: float, confidence: float) -> Test:
+    """That of the bound of each split, one by one."""
+
+    def kept(weights: np.ndarray) -> bool:
+        drawn = {n: np.repeat(each, weights.astype(int)) for n, each in columns.items()}
+        return MEASURES[measure].of(drawn).bound(confidence) <= limit
+
+    return lambda weights: np.array([kept(each) for each in weights])
 
 
 def _ratio_test(change: np.ndarray, original: np.ndarray, confidence: float) -> Test:

@@ -1,4 +1,4 @@
-"""Codes side by side in bytes: widths 1 to 32 bits, and ternary, five codes in a byte."""
+"""Codes side by side in bytes: widths 0 to 32 bits, and ternary, five codes in a byte."""
 
 from collections.abc import Callable
 
@@ -84,6 +84,8 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
         rest = unpack(packed[count:], 2 ** (bits - 8), count)
         wide = rest.to(torch.int32 if bits < 32 else torch.int64)
         return wide.bitwise_left_shift_(8).bitwise_or_(packed[:count])
+    if not bits:
+        return torch.zeros(count, dtype=torch.uint8, device=packed.device)
     groups = torch.nn.functional.pad(_by(packed, bits), (0, 8 - bits))
     words = groups.view(torch.int64).flatten()
     for lane, even in reversed(_EVEN.items()) if bits < 8 else ():
