@@ -7,10 +7,10 @@ import logging
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial, wraps
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,10 @@ def _pt2(model: nn.Module, codes: Quantized, example: Any) -> tuple[bytes, dict[
     for node in program.graph.nodes:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             node.meta.pop(key, None)
-    torch.export.save(program, written := BytesIO())
+    with warnings.catch_warnings():
+        # of views: test_however_a_network_finds_its_weights
+        warnings.simplefilter("ignore")
+        torch.export.save(program, written := BytesIO())
     packed = {name: replace(t, storage="packed") for name, t in codes.tensors.items()}
     kinds = {name: ("packed", t.stored_bits // 8) for name, t in packed.items()}
     return written.getvalue(), kinds
@@ -153,6 +156,11 @@ def _onnx(
     put_values(replica, codes.tensors)
     _, same, _ = stored_and_shared(replica)
     program = _traced(replica, example)
+    if changed := sorted(program.graph_signature.buffers_to_mutate.values()):
+        raise ValueError(
+            f"{', '.join(changed)}: a pass changes it, and ONNX keeps no state: export to .pt2, or "
+            "use quantifind.compressed"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -206,7 +214,8 @@ def _traced(model: nn.Module, example: Any) -> Any:
     it computes the same whatever that is; else for its own."""
     args, kwargs = _arguments(example)
     model.eval()
-    with warnings.catch_warnings():
+    # where it stops torch prints the program so far: test_nothing_is_printed_where_tracing_stops
+    with warnings.catch_warnings(), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         try:
             # as torch.export has them: test_arguments_of_all_kinds_are_exported
@@ -241,6 +250,8 @@ def _is_of_any_length(program: Any, model: nn.Module, args: Any, kwargs: Any) ->
     # of a single one torch.export keeps no condition
     args, kwargs = tree_map(lambda v: v[:1] if _is_long(v) else v, (args, kwargs))
     wanted = _made(copy.deepcopy(model), args, kwargs)
+    # of a copy, since it may change its buffers: test_a_pass_here_changes_no_state_that_is_written
+    program = copy.deepcopy(program)
     # what the network itself refuses no program has to do
     return wanted is None or _agree(wanted, _made(program.module(), args, kwargs))
 
