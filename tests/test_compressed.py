@@ -1,15 +1,18 @@
 """A network that computes with packed codes gives bit for bit what the copy gives."""
 
 import copy
+import pickle
 import shutil
 import sys
 
+import cloudpickle
 import pytest
 import torch
+import torch.nn.functional as F
 from test_saving import Zoo
 from torch import nn
 
-from quantifind import Strategy, compressed, quantize_model, uniform_strategy
+from quantifind import Strategy, compressed, export, quantize_model, uniform_strategy
 from quantifind.costs import model_bytes
 from quantifind.quantize import quantize
 from quantifind.strategy import uniform_activations
@@ -90,7 +93,8 @@ def test_compressed_networks_give_the_same(kind, choice):
     stored = sum(t.numel() * t.element_size() for t in small.state_dict().values())
     held = sum(t.untyped_storage().nbytes() for t in small.state_dict().values())
     assert held == stored
-    counters = sum(t.numel() * 8 for n, t in small.named_buffers() if n.endswith("tracked"))
+    single = ("tracked", "_grid")
+    counters = sum(8 for n, t in small.state_dict().items() if n.endswith(single))
     assert stored - counters == sum(model_bytes.measure(net, quantized, []).values())
 
 
@@ -138,6 +142,21 @@ def test_a_compressed_network_is_compiled_whole(choice):
     torch._dynamo.reset()
     graph = torch.compile(small, backend="eager", fullgraph=True)
     assert torch.equal(graph(x), small(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolutions", "slices"])
+@torch.no_grad()
+def test_activations_are_rounded_where_a_network_is_compiled(kind):
+    net, x = made(kind)
+    strategy = Strategy(uniform_strategy(net, 6).tensors, uniform_activations(net, [(x,)], 2))
+    codes = quantize(net, strategy, [(x,)])
+    wanted = quantize_model(net, codes)(x)
+    assert not torch.equal(quantize_model(net, Quantized(codes.tensors))(x), wanted)
+    for small in (compressed(net, codes), quantize_model(net, codes)):
+        torch._dynamo.reset()
+        found = torch.compile(small, backend="eager")(x)
+        assert (found != wanted).float().mean() <= 0.05
+        assert torch.allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
@@ -214,9 +233,142 @@ def test_codes_go_from_one_to_another():
     assert not torch.equal(small(x), fresh(x))
     fresh.load_state_dict(small.state_dict())
     assert torch.equal(small(x), fresh(x))
-    assert {name.rpartition(".")[2] for name in small.state_dict()} == {
-        *("weight_codes", "weight_scale", "bias_codes", "bias_scale")
+    state = small.state_dict()
+    parts = ("codes", "scale", "grid")
+    assert {name.rpartition(".")[2] for name in state} == {
+        f"{name}_{part}" for name in ("weight", "bias") for part in parts
     }
+    # of before there were checksums of grids
+    fresh.load_state_dict({name: t for name, t in state.items() if not name.endswith("_grid")})
+    assert torch.equal(small(x), fresh(x))
+
+
+GRIDS = [
+    {"scheme": "minifloat", "bits": 4},
+    {"scheme": "power_of_two", "bits": 4},
+    {"scheme": "codebook", "bits": 4, "centres": "normal"},
+    {"bits": 4},
+    {"bits": 4, "half_integer": True},
+    {"levels": 15},
+    {"bits": 4, "rotation": 0, "rounding": "gptq"},
+    {"bits": 4, "rotation": 1, "rounding": "gptq"},
+]
+
+
+@torch.no_grad()
+def test_codes_of_another_grid_are_refused():
+    """Where the state dict has the same names and shapes; as they are, and as a file has them."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(7, 7, bias=False), torch.randn(3, 7)
+    smalls = [
+        compressed(net, Strategy({"weight": {"scheme": "uniform", **grid}}), [(x,)])
+        for grid in GRIDS
+    ]
+    turned = nn.Linear(49, 1, bias=False)
+    smalls.append(compressed(turned, uniform_strategy(turned, 4)))
+    for place, one in enumerate(smalls):
+        for other in (*smalls[:place], *smalls[place + 1 :]):
+            fresh = copy.deepcopy(other)
+            with pytest.raises(
+                RuntimeError, match=r"weight: the codes are of another grid|Missing"
+            ):
+                fresh.load_state_dict(one.state_dict())
+        fresh = copy.deepcopy(one)
+        fresh.weight_codes.zero_()
+        fresh.load_state_dict({name: t.clone() for name, t in one.state_dict().items()})
+        if place < len(GRIDS):
+            assert torch.equal(fresh(x), one(x))
+
+
+class Finds(nn.Module):
+    """Its weights in all ways in which code can come to them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.one, self.other = how, nn.Linear(6, 6), nn.Linear(6, 6)
+        weight = self.one.weight
+        self.kept, self.part, self.turned = [weight], weight.detach()[:3], weight.detach().t()
+        self.call = self.one.forward
+        self.other.register_forward_hook(lambda module, inputs, output: output @ weight)
+
+    def forward(self, x):
+        return {
+            "a list": lambda: F.linear(x, self.kept[0]),
+            "a part": lambda: F.linear(x, self.part),
+            "a view": lambda: x @ self.turned,
+            "a method": lambda: self.call(x),
+            "a hook": lambda: self.other(x),
+        }[self.how]()
+
+
+@pytest.mark.parametrize("how", ["a list", "a part", "a view", "a method", "a hook"])
+@torch.no_grad()
+def test_however_a_network_finds_its_weights(how, tmp_path):
+    torch.manual_seed(0)
+    net, x = Finds(how).eval(), torch.randn(5, 6)
+    codes = quantize(net, uniform_strategy(net, 2))
+    wanted = quantize_model(net, codes)(x)
+    assert not torch.equal(net(x), wanted)
+    assert torch.equal(compressed(net, codes)(x), wanted)
+    export(net, codes, tmp_path / "net.pt2", x)
+    assert torch.allclose(torch.export.load(tmp_path / "net.pt2").module()(x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", NETS)
+@torch.no_grad()
+def test_a_compressed_network_is_pickled(kind, tmp_path):
+    """By pickle, torch.save and cloudpickle, with activations that are rounded or without."""
+    net, x = made(kind)
+    activations = uniform_activations(net, [(x,)], 4)
+    for strategy in (
+        uniform_strategy(net, 4),
+        Strategy(uniform_strategy(net, 4).tensors, activations),
+    ):
+        small = compressed(net, strategy, [(x,)])
+        torch.save(small, tmp_path / "small.pt")
+        others = [module.loads(module.dumps(small)) for module in (pickle, cloudpickle)]
+        others.append(torch.load(tmp_path / "small.pt", weights_only=False))
+        for other in others:
+            assert torch.equal(other(x), small(x))
+            assert other.state_dict().keys() == small.state_dict().keys()
+
+
+@torch.no_grad()
+def test_scales_are_never_cast():
+    """A cast that would round them is refused, or leaves them as they are."""
+    torch.manual_seed(0)
+    net, words = nn.Embedding(7, 6), torch.arange(7)
+    small = compressed(net, uniform_strategy(net, 4, axis=0))
+    wanted = small(words)
+    for cast in (nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"weight: its codes are of torch.float32, and can't"):
+            cast(small)
+        assert torch.equal(small(words), wanted)
+    net = nn.Sequential(net.half())
+    small = compressed(net, uniform_strategy(net, 4, axis=0))
+    wanted, (scale,) = small(words), [t for n, t in small.named_buffers() if "scale" in n]
+    assert scale.dtype == torch.float32
+    for same in (small.half(), small.to("cpu"), small.share_memory()):
+        assert torch.equal(same(words), wanted)
+
+
+@torch.no_grad()
+def test_scales_of_activations_are_never_cast():
+    net, x = made("linear")
+    strategy = Strategy(uniform_strategy(net, 8).tensors, uniform_activations(net, [(x,)], 8))
+    small = quantize_model(net, strategy, [(x,)])
+    before = small.scales.clone()
+    assert torch.equal(small.half().scales, before)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolutions"])
+def test_derivatives_by_what_goes_in_are_those_of_the_copy(kind):
+    net, x = made(kind)
+    codes = quantize(net, uniform_strategy(net, 4))
+    small, same = (
+        torch.func.jacrev(n) for n in (compressed(net, codes), quantize_model(net, codes))
+    )
+    assert torch.allclose(small(x), same(x), atol=1e-6)
 
 
 def test_what_is_no_strategy_is_refused():

@@ -12,6 +12,7 @@ from conftest import ROOT
 from test_compressed import made
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves
 
 from quantifind import (
     Strategy,
@@ -22,6 +23,7 @@ from quantifind import (
     save,
     uniform_strategy,
 )
+from quantifind.deployment import onnx_graph
 from quantifind.quantize import quantize
 from quantifind.strategy import uniform_activations
 from quantifind.tensor.quantized import Quantized
@@ -416,6 +418,179 @@ def test_a_bag_of_embeddings_runs(tmp_path, mode, options, caplog):
         given = torch.arange(10).flip(0), torch.tensor(offsets)
         (found,) = onnx_outputs(tmp_path / "bags.onnx", *given)
         assert torch.allclose(found, small(*given), atol=1e-5)
+
+
+LAYERS = {
+    **{
+        f"{kind.__name__}{' with a bias' * bias}": (kind, bias, size)
+        for kind, size in (
+            *((nn.Conv1d, 7), (nn.Conv2d, 7), (nn.Conv3d, 5), (nn.ConvTranspose1d, 7)),
+            *((nn.ConvTranspose2d, 7), (nn.ConvTranspose3d, 5)),
+        )
+        for bias in (False, True)
+    },
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_layers_of_all_kinds_run(tmp_path, kind, groups):
+    torch.manual_seed(0)
+    layer, bias, size = LAYERS[kind]
+    net = layer(4, 6, 2, bias=bias, groups=groups).eval()
+    x = torch.randn(2, 4, *(size,) * (net.weight.dim() - 2))
+    strategy = uniform_strategy(net, 8)
+    export(net, strategy, tmp_path / "net.onnx", x)
+    (found,) = onnx_outputs(tmp_path / "net.onnx", x)
+    assert torch.allclose(found, quantize_model(net, strategy)(x), atol=1e-4)
+
+
+class Recurs(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@torch.no_grad()
+def test_what_onnxruntime_does_not_run_is_said_and_the_old_file_stays(tmp_path, monkeypatch):
+    """torch writes an LSTM with a projection wrongly; and a file that gives other values."""
+    path = tmp_path / "net.onnx"
+    path.write_text("old")
+    net, x = Recurs(6, 5, proj_size=3).eval(), torch.randn(3, 2, 6)
+    with pytest.raises(ValueError, match="onnxruntime doesn't run what ONNX has for it"):
+        export(net, uniform_strategy(net, 8), path, x)
+    net, y = made("linear")
+    put_codes = onnx_graph.put_codes
+
+    def put_wrong_codes(graph, quantized, *, opset):
+        found = put_codes(graph, quantized, opset=opset)
+        scale = next(one for one in graph.initializer if one.name == "2.bias/scale")
+        scale.raw_data = bytes(3) + b"\x3f"
+        return found
+
+    monkeypatch.setattr(onnx_graph, "put_codes", put_wrong_codes)
+    with pytest.raises(ValueError, match="onnxruntime gives other values than the network, by up"):
+        export(net, uniform_strategy(net, 8), path, y)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    export(net, uniform_strategy(net, 8), path, y)
+
+
+class Uses(nn.Module):
+    """A weight whole in one product, and in another way in a second."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.w = how, nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x, y):
+        return F.linear(x, self.w), self.how(y, self.w)
+
+
+USES = {
+    "whole": F.linear,
+    "a slice": lambda y, w: F.linear(y, w[:4]),
+    "chunks": lambda y, w: F.linear(F.linear(y, w), torch.cat([*w.chunk(2)])[:, :6].flip(0)),
+    "its chunks": lambda y, w: [F.linear(y, part) for part in w.chunk(3)],
+    "split": lambda y, w: [F.linear(y, part) for part in w.split([1, 5])],
+    "a row": lambda y, w: y @ w[1],
+    "rows": lambda y, w: [y @ row for row in w.unbind()],
+    "turned": lambda y, w: y @ w.T,
+    "einsum": lambda y, w: torch.einsum("bi,oi->bo", y, w),
+    "einsum of three": lambda y, w: torch.einsum("bi,oi,o->bo", y, w, w[0]),
+    "scaled": lambda y, w: F.linear(y, w * 2),
+    "a sum": lambda y, w: y.sum() + w,
+    "itself": lambda y, w: y.sum() * (w @ w.T),
+    "a look-up": lambda y, w: F.embedding((y[:, 0] > 0).long(), w),
+    "an index": lambda y, w: F.linear(y, w[torch.tensor([2, 0])]),
+    "a branch": lambda y, w: torch.cond(
+        y.sum() > 0, F.linear, lambda y, w: F.linear(-y, w), (y, w)
+    ),
+}
+SAID = ("chunks", "einsum of three", "scaled", "a sum")
+
+
+@pytest.mark.parametrize("how", USES)
+@torch.no_grad()
+def test_onnx_rounds_all_that_meets_a_weight_or_says_that_it_cannot(tmp_path, how):
+    torch.manual_seed(0)
+    net, given = Uses(USES[how]).eval(), (torch.randn(5, 6), 3 * torch.randn(5, 6))
+    options = {"forward": lambda model, batch: (model(*batch)[0], batch[1])}
+    fitted = uniform_activations(net, [given] * 2, 3, **options)
+    # products of what was computed ONNX doesn't round
+    rounded = {name: choice if name == "w" else None for name, choice in fitted.items()}
+    strategy = Strategy(uniform_strategy(net, 8, axis=0).tensors, rounded)
+    codes = quantize(net, strategy, [given] * 2, **options)
+    copy = quantize_model(net, codes)
+    if how in SAID:
+        with pytest.raises(
+            ValueError, match=r"isn't rounded; leave it None, or use quantifind.comp"
+        ):
+            export(net, codes, tmp_path / "net.onnx", given)
+        return
+    export(net, codes, tmp_path / "net.onnx", given)
+    wanted, found = tree_leaves(copy(*given)), onnx_outputs(tmp_path / "net.onnx", *given)
+    for one, other in zip(wanted, found, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+class Remembers(nn.Linear):
+    """Its passes change a buffer."""
+
+    def __init__(self):
+        super().__init__(6, 6)
+        self.register_buffer("kept", torch.zeros(6))
+
+    def forward(self, x):
+        self.kept.mul_(0.5).add_(x.mean(0))
+        return super().forward(x) + self.kept
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_a_pass_here_changes_no_state_that_is_written(tmp_path, count):
+    torch.manual_seed(0)
+    net, x = Remembers().eval(), torch.randn(count, 6)
+    strategy = uniform_strategy(net, 8)
+    same = quantize_model(net, strategy)
+    export(net, strategy, tmp_path / "net.pt2", x)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for _ in range(3):
+        assert torch.allclose(program(x), same(x), atol=1e-6)
+    assert not net.kept.any()
+    with pytest.raises(
+        ValueError, match="kept: a pass changes it, and ONNX keeps no state: export"
+    ):
+        export(net, strategy, tmp_path / "net.onnx", x)
+    assert not (tmp_path / "net.onnx").exists()
+
+
+class Stops(nn.Linear):
+    """However its own forward calls it."""
+
+    def forward(this, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+class StopsOutside(nn.Sequential):
+    def forward(me, x, *more):
+        own = [me for _ in range(2)]
+        return own[0][0](x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("net", "says"),
+    [
+        (nn.Sequential(Stops(6, 6)), r"in 0, `.* \(Stops\)"),
+        (StopsOutside(nn.Linear(6, 6)), r"in the network, `.* \(StopsOutside\)"),
+    ],
+)
+@torch.no_grad()
+def test_where_tracing_stops_is_said_however_forward_is_written(tmp_path, net, says, capfd):
+    with pytest.raises(ValueError, match=says):
+        export(net, uniform_strategy(net, 4), tmp_path / "net.pt2", torch.randn(3, 6))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])

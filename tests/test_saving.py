@@ -32,6 +32,7 @@ from quantifind import (
     uniform_strategy,
 )
 from quantifind.costs import model_bytes
+from quantifind.deployment import saving
 from quantifind.quantize import quantize
 from quantifind.storage import network_reader
 from quantifind.storage.network_reader import NetworkFile
@@ -69,12 +70,12 @@ def test_every_scheme_comes_back_and_is_read_by_others(path, module, options, da
     values, bits = data.draw(tensors()), data.draw(widths(module))
     tensor = module.quantize(values, bits, **data.draw(arguments(module, values, options)))
     others = {"stays": values.t() if values.dim() == 2 else values, "one": torch.tensor(3)}
-    size = write_network(path, Quantized({"a.b": tensor, "again": tensor}), others, {"said": [1]})
+    size = write_network(path, Quantized({"a.b": tensor, "again": tensor}), others, {"judged": [1]})
     with NetworkFile(path) as file:
         assert size == os.path.getsize(path) == file.bytes
         stored = 2 * tensor.stored_bits // 8 + values.numel() * values.element_size() + 8
         assert file.bytes - file.header_bytes == stored
-        assert file.index["said"] == [1]
+        assert file.index["judged"] == [1]
         for name in ("again", "a.b"):
             assert_same(file.tensor(name), tensor)
             assert file.described(name) == (values.dtype, tuple(values.shape))
@@ -278,7 +279,8 @@ def test_no_altered_or_truncated_file_is_read(path, data):
     wanted = [bits_of(tensor) for tensor in load(path, net).state_dict().values()]
     for content in (bytes(damaged), whole[:place]):
         path.write_bytes(content)
-        if place < start and json_of(content) == json_of(whole):
+        whole_header = len(content) == len(whole) and place < start
+        if whole_header and json_of(content) == json_of(whole):
             assert [bits_of(t) for t in load(path, net).state_dict().values()] == wanted
         else:
             with pytest.raises(ValueError, match=re.escape(str(path))) as found:
@@ -307,6 +309,7 @@ def weight(index):
     return index["tensors"]["0.weight"]
 
 
+ROUNDED = {"levels": 4, "parts": {}, "crc32": 0}
 BOMBS = [
     (lambda index: weight(index).update(shape=[2**40, 2**40]), "bytes for shape"),
     (lambda index: weight(index).update(shape=[6, -9]), "no count"),
@@ -336,6 +339,13 @@ BOMBS = [
     (lambda index: index.update(same={"0.bias": "1.weight"}), "another architecture|not whole"),
     (lambda index: index.update(made=5), "index can't be read"),
     (lambda index: index.update(made={"mask": "1"}), "of other than whole numbers"),
+    (lambda index: index.update(modules={"0": 1}), "of other than facts"),
+    (lambda index: index.update(modules=[1]), "index can't be read"),
+    (lambda index: index.update(more={}), "it has 'more', which is not known"),
+    (lambda index: weight(index).update(axis=True), "axis is True"),
+    (lambda index: zlib.compress(b'{"a":[' + b"{}," * 2**20 + b"{}]}"), "longer than"),
+    (lambda index: index.update(activations={"a": ROUNDED}), "no such tensor"),
+    (lambda index: index.update(activations={"a.product.0.left": ROUNDED}), "no module a"),
 ]
 
 
@@ -346,6 +356,123 @@ def test_a_bomb_is_refused_before_memory_is_taken(path, change, says):
         load(path, nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4)))
     assert "\n" not in str(found.value)
     assert str(path) in str(found.value)
+
+
+def test_an_index_of_many_tensors_is_read(path):
+    """With long names that are alike, whose index is packed by most."""
+    one = quantize(nn.Linear(2, 2), uniform_strategy(nn.Linear(2, 2), 4)).tensors["weight"]
+    names = [f"model.encoder.layers.{i}.self_attention.projection.weight" for i in range(10_000)]
+    choices = {name: {"scheme": "uniform", "bits": 4, "rounding": "nearest"} for name in names}
+    about = {"strategy": {"tensors": choices}, "modules": {n: {"class": "Linear"} for n in names}}
+    write_network(path, Quantized(dict.fromkeys(names, one)), {}, about)
+    with NetworkFile(path) as file:
+        assert len(file.tensors) == len(names)
+
+
+@pytest.mark.parametrize("version", ["0", "-1", 2.5, 1, "x", None, "9" * 5000])
+def test_what_is_no_version_is_refused(path, version):
+    small(path)
+    whole = path.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:length])
+    header["__metadata__"]["version"] = version
+    first = json.dumps(header).encode()
+    path.write_bytes(len(first).to_bytes(8, "little") + first + whole[length:])
+    with pytest.raises(ValueError, match=r"no file that quantifind\.save wrote"):
+        load(path, nn.Linear(2, 2))
+
+
+class Meets(nn.Module):
+    """A product of what was computed, in a module of a name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.inner = name, nn.Linear(6, 6)
+        self.add_module(name, Multiplies())
+
+    def forward(self, x):
+        return self.get_submodule(self.name)(self.inner(x), x)
+
+
+class Multiplies(nn.Module):
+    def forward(self, a, b):
+        return a @ b.T
+
+
+def test_activations_that_are_not_there_are_named(path):
+    torch.manual_seed(0)
+    net, x = Meets("core").eval(), torch.randn(3, 6)
+    strategy = Strategy(uniform_strategy(net, 8).tensors, uniform_activations(net, [(x,)], 3))
+    codes = quantize(net, strategy, [(x,)])
+    save(net, codes, path)
+    assert torch.equal(load(path, Meets("core"))(x), quantize_model(net, codes)(x))
+    with pytest.raises(ValueError, match=r"core.product.0.left: the network has no module core"):
+        load(path, Meets("kernel"))
+
+
+# pairs of networks with the same tensors, that compute other things
+PAIRS = [
+    (lambda: nn.MultiheadAttention(8, 2), lambda: nn.MultiheadAttention(8, 4), "num_heads is 2 in"),
+    (lambda: nn.Conv1d(4, 4, 3), lambda: nn.Conv1d(4, 4, 3, stride=2), "stride is [1] in the file"),
+    (lambda: nn.Conv1d(4, 4, 3), lambda: nn.ConvTranspose1d(4, 4, 3), "1 is Conv1d in the file,"),
+    (lambda: nn.LayerNorm(4), lambda: nn.LayerNorm(4, eps=1e-3), "eps is 1e-05 in the file, 0.001"),
+    (lambda: nn.GroupNorm(1, 4), lambda: nn.GroupNorm(2, 4), "num_groups is 1 in the file, 2"),
+    (lambda: nn.ReLU(), lambda: nn.GELU(), "is ReLU in the file, GELU in the network"),
+    (lambda: nn.GELU(), lambda: nn.GELU("tanh"), "approximate is none in the file, tanh"),
+    (lambda: nn.Softmax(0), lambda: nn.Softmax(1), "dim is 0 in the file, 1 in the network"),
+    (lambda: nn.GRU(4, 4), lambda: nn.GRU(4, 4, batch_first=True), "batch_first is False in the"),
+    (
+        lambda: nn.TransformerEncoderLayer(4, 2, 4),
+        lambda: nn.TransformerEncoderLayer(4, 2, 4, norm_first=True),
+        "norm_first is False in the file, True",
+    ),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "says"), PAIRS, ids=range(len(PAIRS)))
+def test_modules_that_compute_other_things_are_named(path, one, other, says, monkeypatch):
+    """Of a file of before, that has none of it, only the tensors are compared."""
+    net = nn.Sequential(nn.Linear(4, 4), one())
+    save(net, uniform_strategy(net, 8), path)
+    load(path, nn.Sequential(nn.Linear(4, 4), one()))
+    with pytest.raises(ValueError, match=re.escape(says)) as found:
+        load(path, nn.Sequential(nn.Linear(4, 4), other()))
+    assert "\n" not in str(found.value)
+    monkeypatch.setattr(saving, "module_facts", lambda model: {})
+    save(net, uniform_strategy(net, 8), path)
+    load(path, nn.Sequential(nn.Linear(4, 4), other()))
+
+
+def test_what_changes_no_output_is_not_compared(path):
+    """What concerns training, networks wrapped or parametrized, and classes of one's own."""
+
+    class Own(nn.Linear):
+        pass
+
+    def net(dropout, inplace, linear, momentum):
+        norm = nn.BatchNorm1d(6, momentum=momentum)
+        return nn.Sequential(
+            linear(6, 6), norm, nn.ReLU(inplace), nn.Dropout(dropout), nn.GRU(6, 6, dropout=0.0)
+        )
+
+    one, other = net(0.5, False, nn.Linear, 0.1), net(0.0, True, Own, 0.3)
+    for model in (one, nn.DataParallel(one), weight_normed(one)):
+        save(model, uniform_strategy(model, 8), path)
+        for fresh in (other, copy.deepcopy(other).train(), copy.deepcopy(other).double().float()):
+            load(path, fresh)
+
+
+def weight_normed(net):
+    net = copy.deepcopy(net)
+    weight_norm(net[0])
+    return net
+
+
+def test_what_contains_itself_is_said(path):
+    net, judged = nn.Linear(2, 2), {}
+    judged["again"] = judged
+    with pytest.raises(ValueError, match="judged contains itself"):
+        save(net, uniform_strategy(net, 4), path, judged=judged)
 
 
 class Executed:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,3 +109,54 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
             saved(tmp_path / name, 1)
     assert (tmp_path / "pipe").is_fifo()
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    real, link, dangling = tmp_path / "there/real", tmp_path / "link", tmp_path / "dangling"
+    link.symlink_to(real)
+    dangling.symlink_to(tmp_path / "there/none")
+    real.write_text("old")
+    for path in (link, dangling):
+        with written_whole(path) as partial:
+            partial.write_text("new")
+        assert path.is_symlink()
+        assert path.read_text() == "new"
+    assert contents(tmp_path / "there") == {"real": b"new", "none": b"new"}
+
+
+def test_names_are_as_long_as_the_system_takes(tmp_path):
+    for name in ("n" * 255, "ü" * 127):
+        with written_whole(tmp_path / name) as partial:
+            partial.write_text("new")
+        assert (tmp_path / name).read_text() == "new"
+    with pytest.raises(ValueError, match="can't be written"), written_whole(tmp_path / "a\0b"):
+        pass
+
+
+def test_a_new_file_has_the_mode_of_any(tmp_path):
+    (tmp_path / "other").write_text("")
+    with written_whole(tmp_path / "file") as partial:
+        partial.write_text("")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_writes_at_the_same_time_are_whole(tmp_path):
+    """One within another, and of many threads: the last to end has the name."""
+    path = tmp_path / "file"
+    with written_whole(path) as first, first.open("w") as file:
+        file.write("first")
+        with written_whole(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+    def write(number):
+        for _ in range(20):
+            with written_whole(path) as partial:
+                partial.write_text(str(number) * (1 + number))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(4)))
+    assert path.read_text() in [str(number) * (1 + number) for number in range(4)]
+    assert list(tmp_path.iterdir()) == [path]

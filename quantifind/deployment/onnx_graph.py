@@ -21,9 +21,14 @@ FLOATS = {
     torch.float16: TensorProto.FLOAT16,
     torch.bfloat16: TensorProto.BFLOAT16,
 }
-# what stands between a weight and its product
-MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+# what stands between a weight, or a part of it, and its product
+MOVES = (
+    *("Cast", "Flatten", "Identity", "Reshape", "SequenceAt", "Slice", "Split", "SplitToSequence"),
+    *("Squeeze", "Transpose", "Unsqueeze"),
+)
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# what uses a weight, or what is said of it, in no product; a look-up by one index is a part of it
+NO_PRODUCTS = ("Gather", "GatherND", "Shape", "Size")
 
 
 def opset_of_onnx() -> int:
@@ -107,20 +112,44 @@ def put_activations(
 
 
 def _products(graph: Any, weight: str) -> list[tuple[Any, int]]:
-    """The nodes that multiply by a weight, and which of their inputs meets it."""
-    names, found = {weight}, []
+    """The nodes that multiply by a weight, and which of their inputs meets it; but for those of
+    branches, in which the copy rounds nothing, either.
+
+    Raises: ValueError where it is used in another way, too, in which what meets it would stay as it
+        is: test_onnx_rounds_all_that_meets_a_weight_or_says_that_it_cannot
+    """
+    names, found, single = {weight}, [], _single(graph)
     for node in graph.node:
-        places = [place for place, name in enumerate(node.input[:2]) if name in names]
-        if node.op_type in MOVES and places[:1] == [0]:
-            names.add(node.output[0])
-        elif node.op_type in PRODUCTS and len(places) == 1:
-            found.append((node, 1 - places[0]))
+        places = [place for place, name in enumerate(node.input) if name in names]
+        one = node.op_type == "Gather" and places == [0] and node.input[1] in single
+        if places == [0] and (one or node.op_type in MOVES):
+            names.update(node.output)
+        elif node.op_type in PRODUCTS or (node.op_type == "Einsum" and len(node.input) == 2):
+            # of two weights nothing is rounded, nor of what is added
+            if len(met := [place for place in places if place < 2]) == 1:
+                found.append((node, 1 - met[0]))
+        elif places and node.op_type not in NO_PRODUCTS:
+            raise ValueError(
+                f"in ONNX what meets it in {node.op_type} isn't rounded; leave it None, or use "
+                "quantifind.compressed"
+            )
     if not found:
         raise ValueError(
             "in ONNX only those are rounded that meet the weight of a linear map or convolution; "
             "leave it None, or use quantifind.compressed"
         )
     return found
+
+
+def _single(graph: Any) -> set[str]:
+    """Names of constants that are one value."""
+    found = {tensor.name for tensor in graph.initializer if not tensor.dims}
+    return found | {
+        node.output[0]
+        for node in _nodes(graph)
+        if node.op_type == "Constant"
+        and all(a.name in ("value_int", "value") and not a.t.dims for a in node.attribute)
+    }
 
 
 def _width(qparams: QParams, opset: int) -> int | None:

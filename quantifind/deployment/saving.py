@@ -13,6 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from quantifind.costs import model_bytes
+from quantifind.deployment.architecture import (
+    check_activations,
+    check_modules,
+    module_facts,
+)
 from quantifind.deployment.given import Given, codes_of
 from quantifind.network.activations import QuantizedActivations
 from quantifind.network.folding import prepared
@@ -98,8 +103,12 @@ def save(
         "same": same,
         "views": views,
         "made": _made_anew(replica),
+        "modules": module_facts(replica),
     }
-    about = {key: _plain(value) for key, value in about.items() if value}
+    try:
+        about = {key: _plain(value) for key, value in about.items() if value}
+    except RecursionError as error:
+        raise ValueError("judged contains itself: plain values are needed") from error
     return write_network(path, codes, others | _extra_states(replica), about)
 
 
@@ -117,6 +126,8 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         with naming(f"{path}: a file of another architecture"):
             replica = prepared(model, file.folded)
             _check_fits(file, replica)
+            check_activations(file.activations, replica)
+            check_modules(file.index.get("modules", {}), replica)
         with naming(str(path)):
             _check_made(file.index.get("made", {}), _made_anew(replica))
         with torch.no_grad():

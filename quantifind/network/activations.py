@@ -103,6 +103,15 @@ class QuantizedActivations(nn.Module):
         with visiting(self.model, self.visit):
             return self.model(*args, **kwargs)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {"scales": self.scales, "zero_points": self.zero_points}
+        super()._apply(fn, recurse)
+        for name, kept in before.items():
+            # moved, and else as they were: test_scales_of_activations_are_never_cast
+            if (now := getattr(self, name)).dtype != kept.dtype:
+                setattr(self, name, kept.to(now.device))
+        return self
+
     def visit(self, product: Product) -> Tensor:
         """The result of a product of rounded operands."""
         return product.compute(*self.rounded(product).operands)

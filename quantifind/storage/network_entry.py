@@ -77,6 +77,8 @@ def check(entry: Entry, tables: Mapping[str, Entry]) -> None:
 
 def _rows(shape: tuple[int, ...], axis: Any, group: Any) -> int:
     """As many as `quantifind.tensor.qparams.to_rows` makes."""
+    if axis is not None and type(axis) is not int:
+        raise ValueError(f"axis is {axis!r}")
     channels = 1 if axis is None else shape[axis]
     length = math.prod(shape) // channels if channels else 0
     return channels if group is None else channels * -(-length // count(group))

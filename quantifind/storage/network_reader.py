@@ -27,6 +27,13 @@ from quantifind.utils.naming import first_line, naming
 # what is read of a header, so that it can't ask for more memory than a network would:
 # test_a_bomb_is_refused_before_memory_is_taken
 MOST_HEADER, MOST_INDEX = 2**12, 2**26
+# bytes of an index, beside some, for each of those that it is packed in; real ones take 10 to 40
+FEW, UNPACKED = 2**16, 128
+# what an index may say beside its sections
+KEYS = (
+    *("folded", "versions", "model_bytes", "strategy", "judged", "notes", "same", "views", "made"),
+    "modules",
+)
 # values, or bytes, that are read together
 STEP = 2**13 * packing.TOGETHER
 # what is raised by an index that no `write_network` wrote
@@ -69,6 +76,8 @@ class NetworkFile:
             raise ValueError("altered: its index is not that which was written")
         try:
             self.index = _read_index(packed)
+            if unknown := sorted(self.index.keys() - {*SECTIONS, *KEYS}):
+                raise ValueError(f"it has {unknown[0][:40]!r}, which is not known")
             entries = self._places()
             self.tables, self.tensors, self.activations, self.others = (
                 entries[section] for section in SECTIONS
@@ -79,6 +88,8 @@ class NetworkFile:
             for key in ("same", "views", "notes"):
                 _check_texts(self.index.get(key, {}))
             _check_counts(self.index.get("made", {}))
+            if any(type(facts) is not dict for facts in self.index.get("modules", {}).values()):
+                raise ValueError("modules of other than facts")
         except (*_BAD, RecursionError, zlib.error) as error:
             reason = first_line(error) or type(error).__name__
             raise ValueError(f"its index can't be read ({reason})") from error
@@ -287,6 +298,8 @@ def _read_header(file: BinaryIO, size: int) -> tuple[Mapping[str, str], dict[str
         metadata = header.pop("__metadata__", {})
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        if type(metadata["version"]) is not str or int(metadata["version"]) < 1:
+            raise ValueError(f"its version is {metadata['version']!r}")
         version = int(metadata["version"])
         ends = {name: facts["data_offsets"] for name, facts in header.items()}
         spans = {n: (8 + length + count(a), count(b - a)) for n, (a, b) in ends.items()}
@@ -316,8 +329,8 @@ def _check_counts(named: Any) -> None:
 
 
 def _read_index(packed: bytearray) -> dict[str, Any]:
-    inflater = zlib.decompressobj()
-    text = inflater.decompress(packed, MOST_INDEX)
+    inflater, most = zlib.decompressobj(), min(MOST_INDEX, FEW + UNPACKED * len(packed))
+    text = inflater.decompress(packed, most)
     if inflater.unconsumed_tail:
-        raise ValueError(f"it is longer than {MOST_INDEX} bytes")
+        raise ValueError(f"it is longer than {most} bytes")
     return dict(json.loads(text))

@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside their name, which they get when it is done."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,13 +22,20 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     Raises: ValueError naming the path that can't be written, such as of a full disk.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # test_a_link_stays_one
+        real = Path(os.path.realpath(path))
+    except ValueError as error:  # of a name with a zero in it
+        raise ValueError(f"{path}: can't be written ({error})") from error
+    # of this write alone (test_writes_at_the_same_time_are_whole), and short, whatever the name
+    # (test_names_are_as_long_as_the_system_takes)
+    partial = real.with_name(f".{secrets.token_hex(8)}.part")
     try:
         # a device would become a file: test_what_is_no_file_is_not_replaced
         if path.exists() and not path.is_file():
             raise OSError("not a file")
         yield partial
-        os.replace(partial, path)
+        os.replace(partial, real)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         # torch.save counts bytes, and tells no more
