@@ -133,12 +133,12 @@ def of_ladder(
     edges, wrong = [r for r in ratios[1:] if r > ratios[0]], []
     for limit in (*edges, *LIMITS):
         passed = _over_draws(steps - limit * original, LADDER_DRAWS)
-        steps = np.cumprod(passed, axis=2).sum(axis=2)
+        reached = np.cumprod(passed, axis=2).sum(axis=2)
         if limit in edges:
-            wrong.append(np.array([False, *(ratios >= limit)])[steps].mean(axis=1))
+            wrong.append(np.array([False, *(ratios >= limit)])[reached].mean(axis=1))
         if limit in LIMITS:
             case = {"network": network, "table": "bits", "case": f"CR ≤ {limit:g}"}
-            yield from _rows(case, bits[steps].mean(axis=1))
+            yield from _rows(case, bits[reached].mean(axis=1))
     yield from _rows({"network": network, "table": "errors", "case": "ladder"}, np.max(wrong, 0))
 
 

@@ -73,8 +73,9 @@ def learn(
 ) -> Quantized:
     """Train the codes, scales and codebooks that a strategy begins with; ``model`` is intact.
 
-    The outputs of the quantized network are held to those of ``model``: where targets are labels or
-    shares of classes, by the Kullback-Leibler divergence, else by the squared error. Where batches
+    The outputs of the quantized network are held to those of ``model``: where targets are labels of
+    classes (or with ``criterion`` shares of them), by the Kullback-Leibler divergence, else by the
+    squared error. Where batches
     are (inputs, targets) with floating point inputs, half of each are blends of two examples
     (mixup, arXiv:1710.09412). Dropout is off, norms keep their statistics, activations their
     parameters, and what stays in float its values.
@@ -87,7 +88,8 @@ def learn(
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
     criterion: whose ignored labels are not learned. By a `torch.nn.CrossEntropyLoss` float targets
         of the outputs' shape are shares of classes, and in the loss to the targets its smoothing
-        counts, and its classes' weights, as shares of their mean. By default plain cross entropy.
+        counts, and the weights of its classes, which are best about 1 in the mean over examples, as
+        balanced ones are. By default cross entropy of labels.
     label_weight: the weight, beside the outputs' 1, of the loss to the targets themselves (cross
         entropy, or squared error), blended as the inputs are.
     density: the share of codes that are not 0 in the end, above 0 and at most 1, of all weights on

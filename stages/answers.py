@@ -10,7 +10,6 @@ import pandas as pd
 from quantifind.certification.certificate import certified_depth
 from quantifind.certification.digits import (
     amount,
-    at_most,
     bound,
     chance,
     interval,
@@ -250,7 +249,7 @@ def _looks(answer: Mapping[str, Any]) -> str:
     count = "the first ladder" if look["k"] == 1 else f"ladder number {look['k']}"
     all_looks, this = percent(1 - answer["confidence"]), chance(look["level"])
     plain = "nothing" if alone is None else f"{alone['mean_bits']:.3f} bits (at most "
-    plain += "" if alone is None else f"{at_most(alone['bound'])})"
+    plain += "" if alone is None else f"{bound(next(iter(answer['limit'])), alone['bound'])})"
     low, high = ("nothing" if end is None else f"{end:.3f}" for end in (bits["low"], bits["high"]))
     drawn = low if low == high else f"{low} to {high}"
     drawn += "" if high == "nothing" else " bits"

@@ -17,6 +17,7 @@ from quantifind.tensor.quantized import Quantized
 from quantifind.utils.batches import Batch, batches_of, joined, kept, tensors_of
 from quantifind.utils.criteria import Criterion
 from quantifind.utils.devices import evaluating
+from quantifind.utils.torch_losses import as_module
 from stages import files, networks
 
 # pixels of the longer side of a picture, and characters of a text
@@ -84,7 +85,7 @@ def _answers(
     true one; None where there are none."""
     with evaluating(net):
         outputs, *targets = few.run(net)
-        found = judged(criterion, outputs, *targets).parts[0]
+        found = judged(as_module(criterion), outputs, *targets).parts[0]
     if "answer" not in found:
         return None, None
     return found["answer"].long().cpu(), targets[0].reshape(-1).long().cpu()

@@ -1,5 +1,6 @@
 """Evaluate: judge the ladders on test data, which took no part in choosing anything."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def main(params: Params) -> None:
     test = networks.read_loader("test", batch_size=files.TEST_BATCH)
     limits, confidence = params.evaluate.limits, params.evaluate.confidence
     how: Any = {"confidence": confidence, "forward": made.forward, **params.workers}
-    fixed = files.read_json(files.TEMPERATURES)
+    fixed = fitted_temperatures(files.read_json(files.TEMPERATURES))
     table = evaluate_strategies(net, uniform, test, criterion, columns=True, **fixed, **how)
     asked = files.read_json(files.LIMITS) or {"criterion_ratio": limits[0]}
     control = ladder.read_control()
@@ -87,6 +88,19 @@ def main(params: Params) -> None:
     changed = changed_table(made, quantized[step], test, judged.columns[step], **few)
     files.write_table(files.PLOTS / "changed.csv", changed)
     _write(params, table, frontier, answer)
+
+
+def fitted_temperatures(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Temperatures as they were fitted to validation data: what suited none there is NaN, not None,
+    for which one would be fitted to test data."""
+
+    def known(value: Any) -> Any:
+        return math.nan if value is None else value
+
+    return {
+        name: [known(each) for each in value] if isinstance(value, list) else known(value)
+        for name, value in kept.items()
+    }
 
 
 def _bytes(net: nn.Module, quantized: Quantized) -> dict[str, int]:

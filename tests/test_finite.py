@@ -50,7 +50,7 @@ def test_data_that_are_no_numbers_are_refused(name, where, tmp_path):
     ladder = pd.DataFrame({"strategy": [strategy], "quantized": [quantize(net, strategy)]})
     ladder["answer"] = "as_is"
     for data, message in (
-        (bad, rf"on test data.* {BAD} of {EXAMPLES} examples.*the {where} have {BAD} values"),
+        (bad, rf"on these data.* {BAD} of {EXAMPLES} examples.*the {where} have {BAD} values"),
         (good, None),
     ):
         calls = (

@@ -100,6 +100,13 @@ def test_a_look_without_numbers_is_of_the_first_that_has_some(tmp_path):
         assert look(path, "split", ladder, tested=[loss, 0.0]).k == k
 
 
+def test_a_look_stands_in_a_ledger_once(tmp_path):
+    """Also where a merge has left it with numbers and without."""
+    path = tmp_path / "looks.json"
+    path.write_text(json.dumps(WHOLE | {"splits": {"split": ["one", "one: 0.5 0"]}}))
+    assert [look(path, "split", "one", tested=[0.5, 0.0]).k for _ in range(3)] == [2, 2, 2]
+
+
 def many(path, first):
     for number in range(first, first + 20):
         look(path, "split", f"ladder {number}")

@@ -252,6 +252,21 @@ def test_divergences_that_were_others_are_measured_anew(tmp_path, monkeypatch, k
     assert (folders[0] != folders[1]) == changed
 
 
+def test_divergences_of_positions_are_measured_anew(tmp_path, monkeypatch):
+    """By a criterion of one's own, which were the mean over positions."""
+    x = torch.randn(40, 5, 3)
+    data, net = [(x, (x[..., 0] > 0).long())], nn.Linear(3, 2)
+
+    def own(outputs, labels):
+        return nn.functional.cross_entropy(outputs.transpose(1, 2), labels)
+
+    folders = set()
+    for words in (measuring.BY_SHARES, ""):
+        monkeypatch.setattr(measuring, "BY_SHARES", words)
+        folders.add(Measurements.start(net, data, data, own, folder=tmp_path).store.folder)
+    assert len(folders) == 2
+
+
 @pytest.mark.parametrize("place", [3, 150, 299])
 def test_a_label_that_is_rare_has_a_say_in_the_folder(tmp_path, place):
     """Two criteria that differ for one example alone, wherever it is."""

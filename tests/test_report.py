@@ -291,12 +291,22 @@ def test_what_does_not_belong_together_is_one_line(name, change, said):
 
 
 @pytest.mark.parametrize("measure", ["accuracy_drop", "flips"])
-def test_axes_are_in_the_unit_of_the_words(measure):
+def test_axes_are_in_the_unit_of_the_words(measure, monkeypatch):
     leave(measure=measure)
-    chart = re.findall(r"<svg.*?</svg>", page(), re.DOTALL)[0]
-    assert f"{MEASURES[measure].words} {MEASURES[measure].unit}" in chart
-    vertical = chart[: chart.index("mean bits per parameter")]
-    assert "1.0" in re.findall(r">([\d.]+)</text>", chart.replace(vertical, "")) or ">1<" in chart
+    found, chart = [], report_charts.frontier_chart
+
+    def noted(series, levels, **how):
+        found.append((series, levels, how))
+        return chart(series, levels, **how)
+
+    monkeypatch.setattr(report_charts, "frontier_chart", noted)
+    svg = re.findall(r"<svg.*?</svg>", page(), re.DOTALL)[0]
+    assert f"{MEASURES[measure].words} {MEASURES[measure].unit}" in svg
+    series, levels, how = found[0]
+    assert [level.y for level in levels] == [0, pytest.approx(1)]
+    assert how["domain"][1] > 1
+    ladder = next(s.points for s in series if s.joined and s.shape == "circle")
+    assert ladder["y"].tolist() == pytest.approx([0.1, 0.4, 3.0])
 
 
 def test_a_command_is_quoted():

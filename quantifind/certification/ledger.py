@@ -82,7 +82,8 @@ def look(
         entry = f"{ladder}: {numbers}" if numbers else ladder
         with naming(str(path)):
             places = [i for i, one in enumerate(judged) if _is_of(one, ladder, tested)]
-        place = min(places, default=len(judged))
+        # the same numbers before none: test_a_look_stands_in_a_ledger_once
+        place = min(places, key=lambda i: (judged[i] == ladder, i), default=len(judged))
         # one without numbers, of an earlier version, is from now on of these:
         # test_a_look_without_numbers_is_of_the_first_that_has_some
         if place == len(judged) or (tested and judged[place] == ladder):

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from quantifind.certification.digits import limits_in_words
 from quantifind.certification.goal import Goal, Limit
-from quantifind.certification.measures import MEASURES
 from quantifind.metrics import Outcome, is_classification
 from quantifind.utils.console import console
 from quantifind.utils.gains import gains_of
@@ -15,7 +15,8 @@ RELATIVE_ERROR = 0.05
 # what a measure takes
 _LABELS = "needs targets that are class labels, one for each example"
 _LOSS = "a ratio needs a float network whose mean loss is above 0"
-_LOGITS = "needs logits, with cross entropy, or a squared error; a loss and a temperature above 0"
+_LOGITS = "needs logits, with cross entropy, or a squared error; and a loss above 0, at the best "
+_LOGITS += "temperature, too"
 _WANTS = {"accuracy_drop": _LABELS, "flips": _LABELS, "criterion_ratio": _LOSS}
 _WANTS |= {"calibrated_ratio": _LOGITS, "fidelity": _LOGITS}
 
@@ -76,9 +77,8 @@ def measurable(goal: Goal, original: Outcome, *, default: bool) -> Goal:
 
 def _say_instead(limits: Mapping[str, float]) -> None:
     """Say which limits take the place of the default ones."""
-    said = " and ".join(f"{MEASURES[name].words} {value:g}" for name, value in limits.items())
     console.print(
-        f"There is no calibrated ratio, which {_LOGITS}: the limit is {said} instead",
+        f"There is no calibrated ratio, which {_LOGITS}: the limit is {limits_in_words(limits)}",
         markup=False,
     )
 

@@ -17,7 +17,7 @@ from quantifind.mixed_precision.knapsack import Assignment, Option, pareto
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.refinement import stored
 from quantifind.mixed_precision.search_space import nearest_in_bits
-from quantifind.network.modules import run
+from quantifind.network.modules import plain_copy, run
 from quantifind.runtime.control import Control
 from quantifind.runtime.evaluator import Evaluator
 from quantifind.runtime.labels import LABELLED, are_shares, facts_of
@@ -67,7 +67,8 @@ def learn_candidates(candidates: Candidates, epochs: float, labels: bool) -> Non
 
 def _sparse_strategy(candidates: Candidates) -> Strategy | None:
     """Weights that may be coded on one step, others of about `BESIDE_CODED` bits; None where no
-    weight may be coded. The same for every limit: test_another_limit_learns_nothing_anew."""
+    weight may be coded. The same for every limit: test_another_limit_learns_nothing_anew.
+    Activations, which only a budget chooses, are the best candidate's."""
     best, allocation = candidates.best(), candidates.allocation
     found: dict[str, Choice | None] = {}
     some = False
@@ -244,6 +245,9 @@ def _control(
     entry = store.get(key)
     assert entry is not None
     weights, facts = entry
+    if not facts["fault"]:
+        # also of what an earlier version kept
+        facts["ratio"], facts["fault"] = beside(facts["ratio"], 1.0)
     folded = (*dict.fromkeys((*measurements.folded, *start.folded)),)
     return Control(weights, folded, math.nan if facts["fault"] else facts["ratio"], facts["fault"])
 
@@ -302,7 +306,7 @@ def _recipe(
 
 def _facts(measurements: Measurements, labels: bool) -> dict[str, Any]:
     """What of a criterion has a say in what is learned, beside what learning does without one."""
-    facts, net = facts_of(measurements.criterion, labels=labels), measurements.model
+    facts, net = facts_of(measurements.criterion, labels=labels), plain_copy(measurements.model)
     with evaluating(net):
         outputs, *targets = run(net, measurements.calibration[0])
     shares = are_shares(measurements.criterion, outputs, targets)

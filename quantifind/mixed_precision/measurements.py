@@ -144,7 +144,7 @@ class Measurements:
         # with less memory the same choices are other codes
         # (test_a_search_keeps_within_the_memory_that_is_allowed)
         memory = "" if max_memory is None else f" in {max_memory:g} bytes"
-        kind = FORMAT + memory + (BY_SHARES if _adds_up(evaluator.criterion) else "")
+        kind = FORMAT + memory + (BY_SHARES if _adds_up(evaluator.criterion, original) else "")
         key = fingerprint(kind, model, str(model), seed, made, *data)
         store = Store(None if folder is None else Path(folder) / key[:16])
         return cls(
@@ -283,10 +283,12 @@ def _by_example(
     return {name: found[name] for name in ("loss", "weight", "squared_norm")}
 
 
-def _adds_up(criterion: Any) -> bool:
+def _adds_up(criterion: Any, original: Outcome) -> bool:
     """Whether a divergence is another than where it was the mean over outputs."""
     summed = getattr(criterion, "reduction", "mean") == "sum"
-    return summed or isinstance(criterion, nn.MultiLabelSoftMarginLoss)
+    # a criterion of one's own, of labels by position
+    placed = original.classes is None and any(part["weight"].dim() > 1 for part in original.parts)
+    return summed or placed or isinstance(criterion, nn.MultiLabelSoftMarginLoss)
 
 
 def _alone(quantized: Quantized) -> str | None:

@@ -35,6 +35,11 @@ def float_outcome(evaluator: Evaluator, split: str) -> Outcome:
         )
     if evaluator.criterion is not None and not math.isfinite(original.criterion):
         examples = int((~original["loss"].isfinite()).sum())
+        if not examples:
+            raise ValueError(
+                f"the float network's loss on {split} is {original.criterion}: none of the "
+                f"{len(original):,} examples has a label or a weight that counts"
+            )
         raise ValueError(
             f"the float network's loss on {split} is {original.criterion}: a finite one is needed, "
             f"and {examples:,} of {len(original):,} examples have none{_because(evaluator)}"

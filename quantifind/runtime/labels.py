@@ -57,14 +57,13 @@ def to_learn(criterion: Any, targets: Tensor, classes: int) -> Tensor:
 
 
 def cross_entropies(criterion: Any, outputs: Tensor, targets: Tensor) -> Tensor:
-    """That of each position, (examples, …), by the criterion's smoothing, and by its classes'
-    weights as shares of their mean, so that parts of a batch add up to it.
+    """That of each position, (examples, …), by the criterion's smoothing, and times the weight of
+    its class: by no sum of weights, so that parts of a batch add up to it.
 
     targets: of `to_learn`.
     """
     weight = getattr(criterion, "weight", None) if isinstance(criterion, BY_CLASS) else None
-    if weight is not None:
-        weight = (weight / weight.mean()).to(outputs)
+    weight = None if weight is None else weight.to(outputs)
     smoothing = getattr(criterion, "label_smoothing", 0.0)
     return F.cross_entropy(
         outputs, targets, weight, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing

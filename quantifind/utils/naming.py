@@ -49,7 +49,7 @@ def short(name: str, most: int = 40) -> str:
 def printable(name: str) -> str:
     """A name without what would turn, break or hide text around it.
 
-    >>> printable("a\u202eb\nc")
-    'a�b�c'
+    >>> printable("a" + chr(0x202E) + "b")
+    'a�b'
     """
     return "".join(each if each.isprintable() else "�" for each in name)

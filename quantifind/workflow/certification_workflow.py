@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import nn
 
+from quantifind.certification.digits import amount, bound, limit
 from quantifind.certification.goal import Goal, Limit, steps_that_keep
 from quantifind.certification.ledger import Look, look
 from quantifind.certification.measures import (
@@ -63,10 +64,10 @@ class Certificate:
         certified = self.steps[self.steps["certified"]]
         row = self.steps.iloc[0] if certified.empty else certified.iloc[-1]
         bits = f"{row['mean_bits']:.4g} bits per parameter"
-        limits = " and ".join(f"{MEASURES[n].words} {v:g}" for n, v in self.limits.items())
-        bound = "bound" if self.look is None else "look_bound"
+        limits = " and ".join(f"{MEASURES[n].words} {limit(n, v)}" for n, v in self.limits.items())
+        end = "bound" if self.look is None else "look_bound"
         found = "; ".join(
-            f"{MEASURES[n].words} {row[n]:.4g}, at most {row[f'{n}_{bound}']:.4g}"
+            f"{MEASURES[n].words} {amount(n, row[n])}, at most {bound(n, row[f'{n}_{end}'])}"
             for n in self.limits
         )
         counted = ""
@@ -119,7 +120,9 @@ def _no_number(row: "pd.Series[Any]", limits: Iterable[str]) -> str:
         return "; outputs of the quantized network are NaN"
     if not math.isfinite(row["criterion"]):
         return f"; the quantized network's loss is {row['criterion']}"
-    return f"; the float network's loss is {row['original_criterion']:.4g}: it has no ratios"
+    if row["original_criterion"] == 0:
+        return "; the float network's loss is 0: it has no ratios"
+    return "; no temperature suits the outputs, or no example has a label that counts"
 
 
 def certify(

@@ -137,7 +137,7 @@ def evaluate_strategies(
         for pairs in {one.folded for one in given} - {()}:
             net = prepared(model, pairs)
             evaluators[pairs] = Evaluator(net, evaluator.given_batches(), criterion)
-        original = float_outcome(evaluator, "test data")
+        original = float_outcome(evaluator, "these data")
         if original_temperature is None:
             original = original.calibrated()
         elif not math.isnan(original_temperature):
