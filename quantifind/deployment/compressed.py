@@ -125,7 +125,8 @@ def _grid_checksum(tensor: QuantizedTensor) -> int:
     """Of what its codes stand for, beside the buffers that a state dict has."""
     qparams, grid = tensor.qparams, tensor.qparams.grid
     table = grid.table.tolist() if grid.table is not None and not grid.stored else None
-    facts = (grid.levels, grid.offset, table, qparams.axis, qparams.group, tensor.rotation)
+    axis = None if qparams.axis is None else qparams.axis % tensor.codes.dim()
+    facts = (grid.levels, grid.offset, table, axis, qparams.group, tensor.rotation)
     return zlib.crc32(repr((*facts, list(tensor.codes.shape))).encode())
 
 

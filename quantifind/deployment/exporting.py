@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from quantifind.deployment.compressed import compressed
+from quantifind.deployment.example_runs import agree, copied, made_by
 from quantifind.deployment.given import Given, codes_of
 from quantifind.deployment.onnx_runs import check_runs
 from quantifind.deployment.places import where
@@ -170,11 +171,16 @@ def _onnx(
             ) from error
     assert made is not None
     assert made.exported_program is not None
+    args, kwargs = _arguments(example)
     if changed := sorted(made.exported_program.graph_signature.buffers_to_mutate.values()):
-        raise ValueError(
-            f"{', '.join(changed)}: a pass changes it, and ONNX keeps no state: export to .pt2, or "
-            "use quantifind.compressed"
-        )
+        # what no later pass reads may be left: test_a_counter_that_nothing_reads_is_exported
+        again = copy.deepcopy(program).module()
+        first, second = (made_by(again, args, kwargs) for _ in range(2))
+        if first is None or not agree(first, second, exactly=True):
+            raise ValueError(
+                f"{', '.join(changed)}: a pass changes it, and ONNX keeps no state: export to "
+                ".pt2, or use quantifind.compressed"
+            )
     # what is known is computed, since onnxruntime crashes at branches on it
     # (test_a_bag_of_embeddings_runs); nothing else is rewritten, such as norms into weights:
     # test_what_stands_beside_a_branch_stays_as_it_is
@@ -191,14 +197,14 @@ def _onnx(
     kinds = onnx_graph.put_codes(proto.graph, codes, opset=opset)
     onnx_graph.put_activations(proto.graph, codes.activations, all_tensors(replica))
     whole = proto.SerializeToString()
-    args, kwargs = _arguments(example)
     inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    one, other = (_made(program.module(), args, kwargs, seed) for seed in (0, 1))
+    one, other = (made_by(program.module(), args, kwargs, seed) for seed in (0, 1))
     # of what draws at random, and of activations, which may fall to either of two levels, only that
     # it runs
-    known = one is not None and _agree(one, other) and not codes.activations
-    # in which onnxruntime has few operations
-    if all(tensor.dtype != torch.bfloat16 for tensor in all_tensors(replica).values()):
+    known = one is not None and agree(one, other, exactly=True) and not codes.activations
+    # in which onnxruntime has few operations, and numpy has none
+    given = [v for v in one or () if isinstance(v, Tensor)]
+    if all(v.dtype != torch.bfloat16 for v in (*all_tensors(replica).values(), *inputs, *given)):
         check_runs(whole, inputs, one if known else None)
     return whole, kinds
 
@@ -274,48 +280,19 @@ def _is_of_any_length(program: Any, model: nn.Module, args: Any, kwargs: Any) ->
         return False
     # of a single one torch.export keeps no condition
     args, kwargs = tree_map(lambda v: v[:1] if _is_long(v) else v, (args, kwargs))
-    wanted = _made(copy.deepcopy(model), args, kwargs)
+    wanted = made_by(copy.deepcopy(model), args, kwargs)
     # of a copy, since it may change its buffers: test_a_pass_here_changes_no_state_that_is_written
     program = copy.deepcopy(program)
     # what the network itself refuses no program has to do
-    return wanted is None or _agree(wanted, _made(program.module(), args, kwargs))
+    return wanted is None or agree(wanted, made_by(program.module(), args, kwargs))
 
 
 @torch.no_grad()
-def _made(run: nn.Module, args: Any, kwargs: Any, seed: int = 0) -> list[Any] | None:
-    """What it gives, by the same random numbers for a seed; None where it fails."""
-    args, kwargs = _copied((args, kwargs))
-    devices = {v.device for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
-    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
-        torch.manual_seed(seed)
-        try:
-            return tree_leaves(run(*args, **kwargs))
-        except Exception:  # of any code
-            return None
-
-
-def _agree(wanted: list[Any], given: list[Any] | None) -> bool:
-    if given is None or len(wanted) != len(given):
-        return False
-    pairs = [(a, b) for a, b in zip(wanted, given, strict=True) if isinstance(a, Tensor)]
-    return all(
-        isinstance(b, Tensor)
-        and a.shape == b.shape
-        and torch.allclose(a, b, rtol=1e-2, atol=1e-4, equal_nan=True)
-        for a, b in pairs
-    )
-
-
-def _copied(example: Any) -> Any:
-    """Its tensors are copies, since a network may work in place."""
-    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
-
-
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a network is called with, copied."""
     if isinstance(example, Mapping):
-        return (), _copied(dict(example))
-    example = _copied(example)
+        return (), copied(dict(example))
+    example = copied(example)
     return example if isinstance(example, tuple) else (example,), {}
 
 

@@ -28,7 +28,25 @@ MOVES = (
 )
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # what uses a weight, or what is said of it, in no product; a look-up by one index is a part of it
-NO_PRODUCTS = ("Gather", "GatherND", "Shape", "Size")
+NO_PRODUCTS = {"Gather", "GatherND", "Shape", "Size"}
+# nor of what computes with each value by itself, or adds values up: the copy rounds nothing there
+NO_PRODUCTS |= {
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Sqrt",
+    "Abs",
+    "Neg",
+    "Exp",
+    "Log",
+    "Clip",
+    "Max",
+}
+NO_PRODUCTS |= {"Min", "Sign", "Tanh", "Sigmoid", "Softmax", "Where", "Cast", "Reciprocal", "Erf"}
+NO_PRODUCTS |= {"ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"}
+NO_PRODUCTS |= {"ReduceSumSquare", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"}
 
 
 def opset_of_onnx() -> int:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from quantifind.storage.network_entry import Entry, check, count, shape_of
-from quantifind.storage.network_writer import DTYPES, FORMAT, SECTIONS, VERSION
+from quantifind.storage.network_writer import (
+    DTYPES,
+    FORMAT,
+    SECTIONS,
+    VERSION,
+    most_unpacked,
+)
 from quantifind.storage.states import unpack_state
 from quantifind.tensor import coding, packing
 from quantifind.tensor.qparams import Grid, QParams
@@ -26,9 +32,7 @@ from quantifind.utils.naming import first_line, naming
 
 # what is read of a header, so that it can't ask for more memory than a network would:
 # test_a_bomb_is_refused_before_memory_is_taken
-MOST_HEADER, MOST_INDEX = 2**12, 2**26
-# bytes of an index, beside some, for each of those that it is packed in; real ones take 10 to 40
-FEW, UNPACKED = 2**16, 128
+MOST_HEADER = 2**12
 # what an index may say beside its sections
 KEYS = (
     *("folded", "versions", "model_bytes", "strategy", "judged", "notes", "same", "views", "made"),
@@ -329,7 +333,7 @@ def _check_counts(named: Any) -> None:
 
 
 def _read_index(packed: bytearray) -> dict[str, Any]:
-    inflater, most = zlib.decompressobj(), min(MOST_INDEX, FEW + UNPACKED * len(packed))
+    inflater, most = zlib.decompressobj(), most_unpacked(len(packed))
     text = inflater.decompress(packed, most)
     if inflater.unconsumed_tail:
         raise ValueError(f"it is longer than {most} bytes")

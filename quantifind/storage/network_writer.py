@@ -31,6 +31,13 @@ DTYPES = {
 }
 
 
+def most_unpacked(packed: int) -> int:
+    """Bytes that an index of so many packed ones may have, so that a small file can't ask for more
+    memory than a network would: test_a_bomb_is_refused_before_memory_is_taken; real ones are 10 to
+    40 times as long."""
+    return min(2**26, 2**22 + 128 * packed)
+
+
 def write_network(
     path: Path | str, quantized: Quantized, others: Mapping[str, Tensor], about: Mapping[str, Any]
 ) -> int:
@@ -56,7 +63,11 @@ def write_network(
             parts += own.values()
     # asked for, too, where there was no memory to: an older reader knows no such choice
     rotated = '"rotation"' in json.dumps(index)
-    packed = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
+    text = json.dumps(index, separators=(",", ":")).encode()
+    packed = zlib.compress(text, 9)
+    if len(text) > most_unpacked(len(packed)):
+        # what could not be read is not written: test_what_is_said_of_a_network_is_read_or_refused
+        raise ValueError(f"judged takes {len(json.dumps(about.get('judged'))):,} bytes: too many")
     size = sum(part.numel() * part.element_size() for part in parts)
     header = {
         "__metadata__": {
