@@ -172,15 +172,8 @@ def _onnx(
     assert made is not None
     assert made.exported_program is not None
     args, kwargs = _arguments(example)
-    if changed := sorted(made.exported_program.graph_signature.buffers_to_mutate.values()):
-        # what no later pass reads may be left: test_a_counter_that_nothing_reads_is_exported
-        again = copy.deepcopy(program).module()
-        first, second = (made_by(again, args, kwargs) for _ in range(2))
-        if first is None or not agree(first, second, exactly=True):
-            raise ValueError(
-                f"{', '.join(changed)}: a pass changes it, and ONNX keeps no state: export to "
-                ".pt2, or use quantifind.compressed"
-            )
+    changed = sorted(made.exported_program.graph_signature.buffers_to_mutate.values())
+    _check_state(program, changed, args, kwargs)
     # what is known is computed, since onnxruntime crashes at branches on it
     # (test_a_bag_of_embeddings_runs); nothing else is rewritten, such as norms into weights:
     # test_what_stands_beside_a_branch_stays_as_it_is
@@ -207,6 +200,20 @@ def _onnx(
     if all(v.dtype != torch.bfloat16 for v in (*all_tensors(replica).values(), *inputs, *given)):
         check_runs(whole, inputs, one if known else None)
     return whole, kinds
+
+
+def _check_state(program: Any, changed: Collection[str], args: Any, kwargs: Any) -> None:
+    """Raise ValueError where a pass computes otherwise for what the one before it has changed; what
+    no later pass reads may be left: test_a_counter_that_nothing_reads_is_exported."""
+    if not changed:
+        return
+    again = copy.deepcopy(program).module()
+    first, second = (made_by(again, args, kwargs) for _ in range(2))
+    if first is None or not agree(first, second, exactly=True):
+        raise ValueError(
+            f"{', '.join(changed)}: a pass changes it, and ONNX keeps no state: export to .pt2, or "
+            "use quantifind.compressed"
+        )
 
 
 @contextmanager
