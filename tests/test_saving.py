@@ -415,6 +415,7 @@ PAIRS = [
     (lambda: nn.MultiheadAttention(8, 2), lambda: nn.MultiheadAttention(8, 4), "num_heads is 2 in"),
     (lambda: nn.Conv1d(4, 4, 3), lambda: nn.Conv1d(4, 4, 3, stride=2), "stride is 1 in the file"),
     (lambda: nn.Conv1d(4, 4, 3), lambda: nn.ConvTranspose1d(4, 4, 3), "1 is Conv1d in the file,"),
+    (lambda: nn.Conv1d(4, 4, 3), lambda: nn.Conv1d(4, 4, 3, padding=1), "padding is 0 in the file"),
     (lambda: nn.LayerNorm(4), lambda: nn.LayerNorm(4, eps=1e-3), "eps is 1e-05 in the file, 0.001"),
     (lambda: nn.GroupNorm(1, 4), lambda: nn.GroupNorm(2, 4), "num_groups is 1 in the file, 2"),
     (lambda: nn.ReLU(), lambda: nn.GELU(), "is ReLU in the file, GELU in the network"),

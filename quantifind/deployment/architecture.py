@@ -10,17 +10,18 @@ from torch import nn
 
 from quantifind.network.sharing import all_tensors
 
-# what concerns training alone, or the tensors' shapes tell, which surgery leaves as it was:
-# test_what_changes_no_output_is_not_compared
+# of modules that compute nothing here; and classes that compute the same
 KINDS = (".dropout", ".container", ".loss")
 ALIKE = {"SyncBatchNorm": "BatchNorm", "NonDynamicallyQuantizableLinear": "Linear"}
 ALIKE |= {f"BatchNorm{dims}d": "BatchNorm" for dims in (1, 2, 3)}
+# what concerns training alone, or the tensors' shapes tell, which surgery leaves as it was:
+# test_what_changes_no_output_is_not_compared
 UNSEEN = {
     *("training", "inplace", "momentum", "dropout", "affine", "track_running_stats", "sparse"),
     *("scale_grad_by_freq", "enable_nested_tensor", "use_nested_tensor", "mask_check"),
     *("in_features", "out_features", "in_channels", "out_channels", "num_features"),
     *("num_embeddings", "embedding_dim", "embed_dim", "kdim", "vdim", "input_size", "hidden_size"),
-    *("padding_idx", "padding", "device", "dtype"),
+    *("padding_idx", "device", "dtype"),
 }
 # of products of what was computed (`quantifind.network.products`)
 COMPUTED = re.compile(r"(?:(?P<module>.+)\.)?product\.\d+\.(?:left|right)")
@@ -46,6 +47,8 @@ def _values(module: nn.Module) -> dict[str, Any]:
     for name in set[str]().union(*made_with) - UNSEEN:
         value = vars(module).get(name)
         each = list(value) if isinstance(value, tuple | list) else [value]
+        if name == "padding" and isinstance(value, str):
+            continue  # "same" is as many as it takes
         if each and all(isinstance(one, bool | int | str | float | None) for one in each):
             plain = [one if _is_finite(one) else str(one) for one in each]
             # (2, 2) and 2 are the same
