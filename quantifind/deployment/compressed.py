@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from quantifind.deployment.given import Given, codes_of
 from quantifind.deployment.kernels import check_installed, kernel_weight
@@ -180,7 +181,9 @@ class _Values:
 
     def as_in_the_copy(self, module: nn.Module, attribute: str) -> Tensor:
         """The same, as the parameter that the copy has there."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_fx_symbolic_tracing():
+            # which take no parameters that the network has not:
+            # test_compressed_networks_are_traced_by_fx
             return made_of_codes(self.name, self.plain(module, attribute))
         # torch.gru rounds otherwise for views, and for what needs no gradients:
         # test_compressed_networks_give_the_same
@@ -241,7 +244,9 @@ def _packed(kind: type[nn.Module], made: dict[str, _Values]) -> type[nn.Module]:
         # and look in each pass whether they are the same:
         # test_recurrent_weights_are_made_few_times_in_a_pass
         members["_update_flat_weights"] = lambda self: None
-    return type(kind.__name__, (_Packed, kind), {**members, "packed_as": (kind, made)})
+    # by their module torch.fx knows torch's own: test_compressed_networks_are_traced_by_fx
+    members |= {"packed_as": (kind, made), "__module__": kind.__module__}
+    return type(kind.__name__, (_Packed, kind), members)
 
 
 def _again(kind: type[nn.Module], made: dict[str, _Values]) -> nn.Module:
