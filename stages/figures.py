@@ -32,13 +32,22 @@ from quantifind.utils.palette import (
     TRIED,
     UNIFORM,
 )
-from quantifind.workflow.visualization_workflow import DEPTH_TICKS, log_axis, styled, title
+from quantifind.workflow.visualization_workflow import (
+    DEPTH_TICKS,
+    log_axis,
+    name_heights,
+    name_places,
+    styled,
+    title,
+)
 
 ADJUSTED = ", scales adjusted"
 # ratios nearer to 1 are told apart on a linear scale
 LINEAR = 1e-3
 # of the range near a limit, how many times it what is marked may be away
 FAR = 5
+# what a frontier is drawn of, as its legend has it
+SERIES = ("uniform depths", "ladder of the search", "random widths, on validation data")
 # with which names of costs end
 UNITS = ("bytes", "picojoules")
 
@@ -84,10 +93,10 @@ def visualize_frontier(
         if len(random):
             axes.plot(
                 random["mean_bits"], random[measure], "x", ms=6, mew=1.5, color=RANDOM,
-                label="random widths, on validation data",
+                label=SERIES[2],
             )  # fmt: skip
-        _ladder(axes, uniform, measure, UNIFORM, "uniform depths")
-        _ladder(axes, frontier, measure, FOUND, "ladder of the search")
+        _ladder(axes, uniform, measure, UNIFORM, SERIES[0])
+        _ladder(axes, frontier, measure, FOUND, SERIES[1])
         for row, marker, colour, what in marks:
             axes.plot(
                 row["mean_bits"], scale * row[measure], marker, ms=11, mew=2, mfc="none",
@@ -99,7 +108,10 @@ def visualize_frontier(
         whole.set(ylabel=f"{words}\n{unit}")
     else:
         log_axis(whole, f"{words}\n{unit}")
-    whole.legend()
+    name_places(whole, [(r["mean_bits"], f"{w}: {r['mean_bits']:.4g} bits") for r, *_, w in marks])
+    lines = {str(line.get_label()): line for line in (*whole.lines, *whole.containers)}
+    named = [lines[label] for label in SERIES if label in lines]
+    figure.legend(handles=named, loc="outside lower center", ncols=len(named))
     values = [*frontier[measure], *uniform[measure], *random[measure]]
     values += [scale * row[f"{measure}_low"] for row, *_, what in marks if "certified" in what]
     marked = [scale * row[measure] for row, *_ in marks]
@@ -107,6 +119,8 @@ def visualize_frontier(
         ylim=_near(limit, lossless, values, marked, 0.002 * scale),
         ylabel=f"{words}\nnear the limit",
     )
+    name_heights(whole, [(lossless, "float")])
+    name_heights(near, [(lossless, "float"), (limit, f"limit\n{said}")])
     figure.suptitle(title(f"Bits and {words}", name))
     return figure
 

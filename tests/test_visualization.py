@@ -1,13 +1,14 @@
 """The pictures show what their tables say."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import hypothesis.strategies as st
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from matplotlib.text import Annotation, Text
 
 from quantifind.certification import digits
 from quantifind.certification.certificate import minimum_safe_bits
@@ -36,8 +37,8 @@ def _close_figures():
     plt.close("all")
 
 
-def legend(figure):
-    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+def said(figure):
+    return [text.get_text() for text in figure.findobj(Text)]
 
 
 def test_curves_are_the_table_and_the_certified_depth_is_marked(classifier):
@@ -53,8 +54,8 @@ def test_curves_are_the_table_and_the_certified_depth_is_marked(classifier):
         assert "bit depth" in figure.axes[-1].get_xlabel()
         assert axes.get_ylabel()
         assert figure.get_suptitle().endswith(": toy")
-        assert sum("certified CR" in label for label in legend(figure)) == 2
-    assert any("float: " in label for label in legend(figures["criterion"]))
+        assert sum("certified CR" in label for label in said(figure)) == 2
+    assert any("float\n" in label for label in said(figures["criterion"]))
 
 
 def test_a_limit_has_one_colour_whether_others_are_certified_or_not():
@@ -101,7 +102,46 @@ def test_nothing_certified_marks_nothing():
     for column in ("criterion_ratio", "criterion_ratio_low", "criterion_ratio_high"):
         table[column] = 2.0
     for figure in visualize_bit_depth_results(table).values():
-        assert not any("certified CR" in label for label in legend(figure))
+        assert not any("certified CR" in label for label in said(figure))
+
+
+def boxes(figure):
+    """Where the words of a picture's annotations are, in pixels."""
+    figure.canvas.draw()
+    return [text.get_window_extent() for text in figure.findobj(Annotation) if text.get_text()]
+
+
+@settings(max_examples=8)
+@given(
+    limits=st.lists(st.integers(1, 100), min_size=1, max_size=4, unique=True),
+    depths=st.lists(st.integers(2, 32), min_size=2, max_size=5, unique=True),
+    ends=st.tuples(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3)),
+    marked=st.lists(st.floats(0.1, 32), min_size=3, max_size=3, unique=True),
+)
+def test_what_a_picture_says_is_apart(limits, depths, ends, marked):
+    """No words lie on others, or are cut by an edge, whatever is marked."""
+    limits = [1 + limit / 1000 for limit in sorted(limits)]
+    bounds = [limits[place % len(limits)] - 1e-6 for place in range(len(depths))]
+    table = pd.DataFrame({"bit_depth": sorted(depths), "criterion_ratio_bound": sorted(bounds)})
+    for column in ("criterion", "original_criterion", "signal_to_complexity", "criterion_ratio"):
+        table[column] = np.linspace(2, 1, len(table))
+    table = table.assign(criterion_ratio_low=0.99, criterion_ratio_high=2.01)
+    history = pd.DataFrame({"epoch": [1, 2], "train_loss": [1, ends[0]], "val_loss": [1, ends[1]]})
+    first, *others = sorted(marked, reverse=True)
+    ladder = judged([first, others[0]], [1.0, 1.001], [1.001, 1.1])
+    widths = judged([others[1]], [1.0], [1.001])
+    for figure in (
+        *visualize_bit_depth_results(table, limits=limits).values(),
+        visualize_history(history),
+        visualize_frontier(ladder.assign(validation_chosen=[False, True]), widths),
+    ):
+        found = boxes(figure)
+        assert found
+        for one, other in combinations(found, 2):
+            assert not one.overlaps(other)
+        assert all(figure.bbox.containsx(x) for box in found for x in (box.x0, box.x1))
+        assert all(figure.bbox.containsy(y) for box in found for y in (box.y0, box.y1))
+        plt.close(figure)
 
 
 @pytest.mark.parametrize("classifier", [True, False])
@@ -126,7 +166,7 @@ def test_weight_error_has_a_row_per_tensor_and_leaves_out_the_infinite():
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a.weight", "a.bias"]
     assert [line.get_xdata().tolist() for line in axes.lines] == [[5.0, 6.0], [40.0]]
-    assert legend(figure) == ["2 bits", "8 bits"]
+    assert [text for text in said(figure) if text.endswith(" bits")] == ["2 bits", "8 bits"]
 
 
 def test_a_width_has_one_colour_in_pictures_and_pages():
@@ -137,7 +177,8 @@ def test_a_width_has_one_colour_in_pictures_and_pages():
 
 def test_weight_error_shows_other_depths_where_the_usual_ones_are_not_there():
     errors = pd.DataFrame({"tensor": ["w"] * 2, "bit_depth": [5, 16], "sqnr_db": [20.0, 80.0]})
-    assert legend(visualize_weight_error(errors)) == ["5 bits", "16 bits"]
+    texts = said(visualize_weight_error(errors))
+    assert [text for text in texts if text.endswith(" bits")] == ["5 bits", "16 bits"]
 
 
 def judged(bits, values, bounds, measure="criterion_ratio"):
@@ -211,7 +252,7 @@ def test_frontier_of_one_row_and_nothing_certified_shows_what_was_chosen():
     for end in ("low", "high"):
         ladder[f"criterion_ratio_{end}"] = [{"low": -np.inf, "high": np.inf}[end]]
     figure = visualize_frontier(ladder, UNIFORM.iloc[2:])
-    assert not any("certified" in label for label in legend(figure))
+    assert not any("certified" in label for label in said(figure))
     chosen = drawn(figure.axes[0], "chosen on validation data: 2.5 bits")
     assert chosen.get_xdata().tolist() == [2.5]
     assert figure.axes[1].get_xlim()[0] < 2.5
@@ -222,7 +263,7 @@ def test_frontier_shows_the_chosen_one_only_where_another_is_certified():
     ladder = judged([9.0, 5.0, 3.0], [1.0, 1.0, 1.5], [1.001, 1.001, 1.6])
     for chosen, marked in (([False, True, False], False), ([False, False, True], True)):
         figure = visualize_frontier(ladder.assign(validation_chosen=chosen), UNIFORM)
-        assert any("chosen" in label for label in legend(figure)) == marked
+        assert any("chosen" in label for label in said(figure)) == marked
 
 
 def test_what_is_far_from_the_limit_does_not_hide_it():

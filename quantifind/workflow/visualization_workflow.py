@@ -1,6 +1,6 @@
 """Pictures of what quantization costs, in the colours of `quantifind.utils.palette`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -87,13 +87,15 @@ def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
     loss = rows[0, 0]
     if history.empty:
         loss.annotate("no epoch: weights were given", (0.1, 0.5), xycoords="axes fraction")
-    for column, label, colour in (
-        ("train_loss", "train, while learning", TRAIN),
-        ("val_loss", "validation, after the epoch", UNIFORM),
-    ):
+    lines = (
+        ("train_loss", "train, while\nlearning", TRAIN),
+        ("val_loss", "validation,\nafter the epoch", UNIFORM),
+    )
+    for column, label, colour in lines:
         loss.plot(history["epoch"], history[column], "o-", ms=4, color=colour, label=label)
     log_axis(loss, "mean loss")
-    loss.legend()
+    if len(history):
+        name_heights(loss, [(history[column].iloc[-1], label) for column, label, _ in lines])
     if panels > 1:
         accuracy = 100 * history["val_accuracy"]
         rows[0, 1].plot(history["epoch"], accuracy, "o-", ms=4, color=UNIFORM)
@@ -137,10 +139,11 @@ def _criterion(results: pd.DataFrame, certified: Certified) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _depth_axis(axes)
     baseline = results["original_criterion"].iloc[0]
-    axes.axhline(baseline, color=FLOAT, ls="--", label=f"float: {baseline:.4g}")
-    _curve(axes, results, "criterion", certified)
+    axes.axhline(baseline, color=FLOAT, ls="--", label="float")
+    marks = _curve(axes, results, "criterion", certified)
     log_axis(axes, "mean loss on the judged split")
-    axes.legend()
+    name_heights(axes, [(baseline, f"float\n{baseline:.4g}")])
+    name_places(axes, marks)
     return figure
 
 
@@ -153,46 +156,35 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
     for axes in (whole, near):
         _depth_axis(axes)
         axes.axhline(1, color=FLOAT, ls="--", label="float")
-        axes.fill_between(
-            results["bit_depth"],
-            low,
-            high,
-            color=UNIFORM,
-            alpha=0.25,
-            lw=0,
-            label="interval",
-        )
-        _curve(axes, results, "criterion_ratio", certified)
+        axes.fill_between(results["bit_depth"], low, high, color=UNIFORM, alpha=0.25, lw=0)
+        marks = _curve(axes, results, "criterion_ratio", certified)
     log_axis(whole, "criterion ratio")
     whole.set(xlabel="")
-    whole.legend()
+    name_heights(whole, [(1, "float")])
+    name_places(whole, marks)
     reach = 2 * max(max(certified, default=1) - 1, 0.01)
     # what lies below 1 is shown, and no empty half
     lowest = low[np.isfinite(low)].min()
     bottom = max(1 - reach, np.fmin(lowest, 1) - 0.2 * reach)
-    near.set(ylim=(bottom, 1 + reach), ylabel="criterion ratio near 1")
+    near.set(ylim=(bottom, 1 + reach), ylabel="criterion ratio near 1\n(shaded: 95% interval)")
     for place, limit in enumerate(certified):
-        colour = LIMITS[place % len(LIMITS)]
-        near.axhline(limit, color=colour, lw=1)
-        near.annotate(
-            f" limit {limit:g}", (0, limit), xycoords=("axes fraction", "data"), va="bottom",
-            color=colour,
-        )  # fmt: skip
+        near.axhline(limit, color=LIMITS[place % len(LIMITS)], lw=1)
+    name_heights(near, [(1, "float"), *((limit, f"limit {limit:g}") for limit in certified)])
     return figure
 
 
 def _signal_to_complexity(results: pd.DataFrame, certified: Certified) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _depth_axis(axes)
-    _curve(axes, results, "signal_to_complexity", certified)
+    marks = _curve(axes, results, "signal_to_complexity", certified)
     if results["signal_to_complexity"].notna().any():
         best = results.iloc[results["signal_to_complexity"].argmin()]
-        axes.plot(
-            best["bit_depth"], best["signal_to_complexity"], "*", ms=14, color="black",
-            label=f"lowest: {best['bit_depth']:.0f} bits",
-        )  # fmt: skip
+        depth = best["bit_depth"]
+        axes.plot(depth, best["signal_to_complexity"], "*", ms=14, color="black")
+        axes.axvline(depth, color="black", lw=1, ls=":")
+        marks.append((depth, f"lowest: {depth:.0f} bits"))
     log_axis(axes, "criterion per bit (lower is better)")
-    axes.legend()
+    name_places(axes, marks)
     return figure
 
 
@@ -248,8 +240,48 @@ def log_axis(axes: Axes, label: str) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _curve(axes: Axes, results: pd.DataFrame, column: str, certified: Certified) -> None:
-    """A quantity against bit depth, with a ring and a line at each limit's certified depth."""
+def name_places(axes: Axes, marks: Iterable[tuple[float, str]]) -> None:
+    """Name places of a log axis at the top, each in a row of its own, beside its line.
+
+    axes: whose x axis has its limits.
+    marks: each place, and its words.
+    """
+    low, high = np.log(axes.get_xlim())
+    named = sorted(marks, key=lambda mark: mark[0], reverse=True)
+    for row, (place, words) in enumerate(named):
+        left = np.log(place) - low < 0.55 * (high - low)
+        axes.annotate(
+            words, (place, 1), xycoords=("data", "axes fraction"), textcoords="offset points",
+            xytext=(4 if left else -4, -3 - 16 * row), ha="left" if left else "right", va="top",
+            fontsize=10, bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1},
+        )  # fmt: skip
+
+
+def name_heights(axes: Axes, marks: Iterable[tuple[float, str]]) -> None:
+    """Name heights at the right of axes; words that would meet are moved up.
+
+    axes: whose y axis has its limits.
+    marks: each height, and its words, of one line or more.
+    """
+    as_share = axes.transData + axes.transAxes.inverted()
+    inches = axes.bbox.height / axes.figure.dpi
+    end = -np.inf
+    for value, words in sorted(marks):
+        half = 0.11 * (words.count("\n") + 1) / inches
+        middle = max(as_share.transform((1, value))[1], end + half)
+        end = middle + half
+        axes.annotate(
+            words, (1, middle), xycoords="axes fraction", textcoords="offset points",
+            xytext=(6, 0), va="center", fontsize=10, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _curve(
+    axes: Axes, results: pd.DataFrame, column: str, certified: Certified
+) -> list[tuple[float, str]]:
+    """A quantity against bit depth, with a ring and a line at each limit's certified depth; the
+    words of each of these."""
+    marks = []
     axes.plot(results["bit_depth"], results[column], "o-", ms=4, color=UNIFORM, label="quantized")
     for place, (limit, depth) in enumerate(certified.items()):
         if depth is None:
@@ -259,3 +291,5 @@ def _curve(axes: Axes, results: pd.DataFrame, column: str, certified: Certified)
         # two limits may certify the same: test_limits_that_certify_the_same_are_both_seen
         axes.plot(depth, value, ls="", label=label, **limit_mark(place))
         axes.axvline(depth, **limit_line(place))
+        marks.append((float(depth), label))
+    return marks
