@@ -20,7 +20,7 @@ theirs.
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,12 @@ SEALED_MARKERS = grids.markers("python -m benchmarks.search --sealed")
 MEASURES = ("criterion_ratio", "calibrated_ratio")
 LIMITS = (1.01, 1.05, 1.10)
 # of learned rounding, chosen on validation data
-EPOCHS = {"dense_mnist": 12, "conv_mnist": 12, "language_transformer": 16, "simple_dense": 2}
+TRAINED = {"dense_mnist": 12, "conv_mnist": 12, "language_transformer": 16, "simple_dense": 2}
+EPOCHS = {
+    "as_is": dict.fromkeys(TRAINED, 0),
+    "following": TRAINED | {"dense_mnist": 24},
+    "trained": TRAINED,
+}
 # a row is of these
 KEY = ["network", "answer", "measure", "limit", "storage"]
 COLUMNS = ["mean_bits", "value", "low", "high", "bound", "looks", "seconds", "epochs", "look_bits"]
@@ -72,7 +77,7 @@ def rows_of(
     splits: Loaders,
     answers: Sequence[str],
     *,
-    epochs: float,
+    epochs: Mapping[str, float],
     seconds: float | None = None,
     folder: Path | str | None = None,
     looks: Path | None = None,
@@ -82,7 +87,7 @@ def rows_of(
 
     made: the trained network, and its criterion.
     splits: training and validation data, and test data to judge on.
-    epochs: of learning, where an answer learns.
+    epochs: of learning, by answer.
     seconds: that each search may take.
     folder: keeps what is measured.
     looks: a ledger.
@@ -91,7 +96,7 @@ def rows_of(
     net, criterion = made
     train, val, test = splits
     for answer in answers:
-        learn = 0 if answer == "as_is" else epochs
+        learn = epochs[answer]
         how: Any = {"learn": learn, "labels": answer == "trained", "seconds": seconds}
         how["storage"] = storage
         for measure in MEASURES:
@@ -219,7 +224,7 @@ def main() -> None:
     parser.add_argument("--network", choices=grids.NETWORKS, help="by default all of them")
     parser.add_argument("--answer", choices=ANSWERS, help="by default all three")
     parser.add_argument("--seconds", type=float, help="of each search, without end by default")
-    parser.add_argument("--epochs", type=float, help=f"of learning, by default {EPOCHS}")
+    parser.add_argument("--epochs", type=float, help="where an answer learns")
     parser.add_argument("--folder", help="keeps what is measured, by default until the end")
     parser.add_argument("--storage", choices=STORAGES, default=STORAGES[0], help="of weights")
     parser.add_argument("--sealed", action="store_true", help="judge on the half that is kept back")
@@ -227,6 +232,7 @@ def main() -> None:
     path, place = (SEALED, SEALED_MARKERS) if given.sealed else (RESULTS, MARKERS)
     for network in [given.network] if given.network else grids.NETWORKS:
         made, (train, val, test) = grids.trained(network), grids.loaders(network)
+        epochs = {a: n[network] and (given.epochs or n[network]) for a, n in EPOCHS.items()}
         splits = train, val, half(test, sealed=given.sealed)
         with tempfile.TemporaryDirectory() as temporary:
             for row in rows_of(
@@ -234,7 +240,7 @@ def main() -> None:
                 made,
                 splits,
                 [given.answer] if given.answer else list(ANSWERS),
-                epochs=given.epochs or EPOCHS[network],
+                epochs=epochs,
                 seconds=given.seconds,
                 folder=given.folder or temporary,
                 looks=LOOKS,
