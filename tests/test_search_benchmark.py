@@ -32,7 +32,8 @@ def test_rows_come_one_by_one_and_take_the_place_of_earlier_ones(small, tmp_path
     monkeypatch.setattr(search, "LIMITS", (1.5,))
     monkeypatch.setattr(search, "MEASURES", ("calibrated_ratio",))
     monkeypatch.setattr(search, "find_strategy", quick)
-    how = {"epochs": 1, "folder": tmp_path / "kept", "looks": tmp_path / "looks.json"}
+    how = {"epochs": {"trained": 1, "as_is": 0}, "folder": tmp_path / "kept"}
+    how["looks"] = tmp_path / "looks.json"
     rows = list(search.rows_of("dense_mnist", *small, ["trained", "as_is"], **how))
     rows += search.rows_of("dense_mnist", *small, ["as_is"], storage="coded", **how)
     # the same ladder is no new look
