@@ -259,7 +259,11 @@ def learned(
 
     folder: keeps what is measured.
     """
-    how: dict[str, Any] = {"learn": search.TRAINED[LEARNED], "labels": True, "storage": "coded"}
+    how: dict[str, Any] = {
+        "learn": search.EPOCHS["trained"][LEARNED],
+        "labels": True,
+        "storage": "coded",
+    }
     asked = {"criterion_ratio": LEARNED_LIMIT}
     found = find_strategy(net, *splits, criterion, limit=asked, folder=folder, **how)
     certificate = certify(net, found, search.half(test, sealed=False), looks=search.LOOKS)

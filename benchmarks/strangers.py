@@ -6,9 +6,9 @@
 Weights ship in packages, or are trained for a minute on the project's own data
 (benchmarks/stranger_networks.py); the data are synthesised or ship in packages
 (benchmarks/stranger_data.py). Each network has a process of its own, with one thread. A search sees
-train and validation data, and its ladder is judged on test data once; weights are stored packed, or
-as --storage says, which are rows of their own. Writes
-benchmarks/results/strangers.csv, the table of docs/results.md, and what each phase took into
+train and validation data, and its ladder is judged on test data once. Weights are stored packed, or
+as --storage says; each storage has rows of its own. Writes benchmarks/results/strangers.csv, the
+table of README.md, and what each phase of a packed search took into
 benchmarks/results/scale.csv. One rule for the limit: CR ≤ 1.05 for networks that are trained here
 on these labels; a relative error of the outputs ≤ 0.05 for those whose weights ship, since these
 data are others than they were trained on. Columns:
@@ -41,6 +41,7 @@ import pandas as pd
 import torch
 
 from benchmarks import grids
+from benchmarks.search import with_storage
 from benchmarks.stranger_networks import STRANGERS
 from quantifind import certify, find_strategy
 from quantifind.certification.certificate import certified_steps
@@ -133,17 +134,21 @@ def searched(name: str, storage: str) -> dict[str, Any]:
 
 
 def markdown(results: pd.DataFrame) -> str:
-    """The table, a line per network that had an answer."""
+    """The table, a line per network of which a packed search had an answer."""
     lines = [
-        "| network | kind | parameters | limit | certified bits | coded | one depth for all "
-        "| kB, float → certified | passes | minutes | peak MB | adapter |",
+        "| network | kind | parameters | limit | certified bits | the same, coded "
+        "| one depth for all | kB, float → certified | passes | minutes | peak MB | adapter |",
         "|---" * 12 + "|",
     ]
     is_coded = results["storage"] == "coded"
-    coded = results[is_coded].set_index("network")["mean_bits"].dropna()
+    coded = results[is_coded & results["parameters"].notna()].set_index("network")["mean_bits"]
     signs = {"criterion_ratio": "CR", "relative_error": "error"}
     for row in results[results["parameters"].notna() & ~is_coded].to_dict("records"):
         bits, depth = row["mean_bits"], row["uniform_bits"]
+        small = "–"
+        if row["network"] in coded:
+            found = coded[row["network"]]
+            small = "none" if pd.isna(found) else f"{found:.3f}"
         size = "–" if pd.isna(bits) else f"{row['bytes'] / 1e3:,.0f}"
         cells = [
             row["network"],
@@ -151,7 +156,7 @@ def markdown(results: pd.DataFrame) -> str:
             f"{row['parameters'] / 1e3:,.0f} k",
             f"{signs[row['measure']]} ≤ {row['limit']:g}",
             "none" if pd.isna(bits) else f"**{bits:.3f}**",
-            f"{coded[row['network']]:.3f}" if row["network"] in coded else "–",
+            small,
             "none" if pd.isna(depth) else f"{depth:.0f}",
             f"{row['float_bytes'] / 1e3:,.0f} → {size}",
             f"{row['passes']:.0f}",
@@ -181,10 +186,10 @@ def write_phases(row: dict[str, Any]) -> None:
 def write_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Write rows in the place of those of the same network and storage."""
     if RESULTS.exists():
-        rows = pd.concat([pd.read_csv(RESULTS), rows])
+        rows = pd.concat([with_storage(pd.read_csv(RESULTS)), rows])
     rows = rows.drop_duplicates(["network", "storage"], keep="last").reindex(columns=COLUMNS)
-    order = [*STRANGERS, *STORAGES]
-    rows = rows.sort_values(["network", "storage"], key=lambda n: n.map(order.index))
+    orders = {"network": list(STRANGERS), "storage": list(STORAGES)}
+    rows = rows.sort_values(list(orders), key=lambda column: column.map(orders[column.name].index))
     rows.to_csv(RESULTS, index=False)
     return rows
 

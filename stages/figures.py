@@ -1,6 +1,7 @@
 """Pictures of a search: what it found, what each tensor costs, and how far costs add up."""
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -47,7 +48,12 @@ LINEAR = 1e-3
 # of the range near a limit, how many times it what is marked may be away
 FAR = 5
 # what a frontier is drawn of, as its legend has it
-SERIES = ("uniform depths", "ladder of the search", "random widths, on validation data")
+DEPTHS, LADDER, WIDTHS = SERIES = (
+    *("uniform depths", "ladder of the search"),
+    "random widths, on validation data",
+)
+# letters of a line beside an axis: test_what_a_picture_says_is_apart
+LABEL = 26
 # with which names of costs end
 UNITS = ("bytes", "picojoules")
 
@@ -81,6 +87,7 @@ def visualize_frontier(
     marks = _marks(frontier, uniform, asked)
     shown_as = MEASURES[measure]
     words, unit, scale = shown_as.words, shown_as.unit, shown_as.scale
+    label = textwrap.fill(words, LABEL)
     lossless, limit = scale * shown_as.lossless, scale * limit
     frontier, uniform = _as_read(frontier, measure), _as_read(uniform, measure)
     random = frontier.iloc[:0] if random is None else _as_read(random, measure)
@@ -93,34 +100,35 @@ def visualize_frontier(
         if len(random):
             axes.plot(
                 random["mean_bits"], random[measure], "x", ms=6, mew=1.5, color=RANDOM,
-                label=SERIES[2],
+                label=WIDTHS,
             )  # fmt: skip
-        _ladder(axes, uniform, measure, UNIFORM, SERIES[0])
-        _ladder(axes, frontier, measure, FOUND, SERIES[1])
+        _ladder(axes, uniform, measure, UNIFORM, DEPTHS)
+        _ladder(axes, frontier, measure, FOUND, LADDER)
         for row, marker, colour, what in marks:
             axes.plot(
                 row["mean_bits"], scale * row[measure], marker, ms=11, mew=2, mfc="none",
-                color=colour, label=f"{what}: {row['mean_bits']:.4g} bits",
+                color=colour, label=what,
             )  # fmt: skip
             axes.axvline(row["mean_bits"], color=colour, lw=1, ls=":")
     _bits_axis(near, min(frontier["mean_bits"].min(), uniform["mean_bits"].min()))
     if measure == "accuracy_drop":
-        whole.set(ylabel=f"{words}\n{unit}")
+        whole.set(ylabel=f"{label}\n{unit}")
     else:
-        log_axis(whole, f"{words}\n{unit}")
-    name_places(whole, [(r["mean_bits"], f"{w}: {r['mean_bits']:.4g} bits") for r, *_, w in marks])
-    lines = {str(line.get_label()): line for line in (*whole.lines, *whole.containers)}
-    named = [lines[label] for label in SERIES if label in lines]
+        log_axis(whole, f"{label}\n{unit}")
+    name_places(whole, [(row["mean_bits"], what) for row, *_, what in marks])
+    handles, labels = whole.get_legend_handles_labels()
+    named = [h for h, label in zip(handles, labels, strict=True) if label in SERIES]
     figure.legend(handles=named, loc="outside lower center", ncols=len(named))
     values = [*frontier[measure], *uniform[measure], *random[measure]]
     values += [scale * row[f"{measure}_low"] for row, *_, what in marks if "certified" in what]
     marked = [scale * row[measure] for row, *_ in marks]
     near.set(
         ylim=_near(limit, lossless, values, marked, 0.002 * scale),
-        ylabel=f"{words}\nnear the limit",
+        ylabel=f"{label}\nnear the limit",
     )
-    name_heights(whole, [(lossless, "float")])
-    name_heights(near, [(lossless, "float"), (limit, f"limit\n{said}")])
+    at_lossless = (lossless, "float", FLOAT)
+    name_heights(whole, [at_lossless])
+    name_heights(near, [at_lossless, (limit, f"limit\n{said}", LIMITS[0])])
     figure.suptitle(title(f"Bits and {words}", name))
     return figure
 
@@ -139,7 +147,10 @@ def _marks(
         places = np.flatnonzero(frontier["validation_chosen"].astype(bool))
         if len(places) and places[0] != best - 1:
             marks.append((frontier.iloc[places[0]], CHOSEN, FOUND, "chosen on validation data"))
-    return marks
+    return [
+        (row, marker, colour, f"{what}: {row['mean_bits']:.4g} bits")
+        for row, marker, colour, what in marks
+    ]
 
 
 def _near(

@@ -36,10 +36,12 @@ def leave(
     origins=("allocated", "following 1 epochs", "trained 1 epochs"),
     shown=({},),
     drawn=2,
+    turned=(3.0, 2.0),
 ):
     """Write all tables and facts into the folder as it is; the second step is certified.
 
     lost: by step of the ladder what is above lossless.
+    turned: answers that became wrong, and right.
     Returns: the bits and values of each tensor.
     """
     rng = np.random.default_rng(0)
@@ -63,7 +65,7 @@ def leave(
     }
     ladder = ladder.assign(change_skewness=0.1, examples=1000)
     if accuracy:
-        ladder = ladder.assign(right_to_wrong=3.0, wrong_to_right=2.0)
+        ladder = ladder.assign(right_to_wrong=turned[0], wrong_to_right=turned[1])
     frontier = ladder.join(pd.DataFrame(facts).add_prefix("validation_"))
     depths = pd.DataFrame({"bit_depth": [8, 4, 2], "mean_bits": [8.1, 4.1, 2.1]})
     depths = depths.assign(criterion=1.0, original_criterion=1.0, signal_to_complexity=0.1)

@@ -36,6 +36,8 @@ def test_rows_come_one_by_one_and_take_the_place_of_earlier_ones(small, tmp_path
     how["looks"] = tmp_path / "looks.json"
     rows = list(search.rows_of("dense_mnist", *small, ["trained", "as_is"], **how))
     rows += search.rows_of("dense_mnist", *small, ["as_is"], storage="coded", **how)
+    assert [row["epochs"] for row in rows] == [1, 0, 0]
+    assert {*search.EPOCHS} == {*search.ANSWERS}
     # the same ladder is no new look
     assert {row["looks"] for row in rows} == set(range(1, 1 + max(row["looks"] for row in rows)))
     # what was written before there was another storage

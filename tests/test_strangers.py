@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -59,6 +60,33 @@ def test_spoken_clips_overlap_and_have_both_kinds():
         assert 0 < voiced.mean() < 1
         # where there is speech, it is louder
         assert heard.std(2)[voiced == 1].mean() > heard.std(2)[voiced == 0].mean()
+
+
+def test_rows_take_the_place_of_those_of_the_same_storage(tmp_path, monkeypatch):
+    """Also where the table is from before there were two."""
+    monkeypatch.setattr(strangers, "RESULTS", tmp_path / "strangers.csv")
+    values = {"kind": "net", "parameters": 8, "measure": "relative_error", "limit": 0.05}
+    values |= {"bytes": 3, "float_bytes": 32, "passes": 1, "seconds": 60, "peak_megabytes": 1}
+    values |= {"uniform_bits": 8, "adapter_lines": 0}
+    one, other, third = list(strangers.STRANGERS)[:3]
+    before = pd.DataFrame([{"network": n, **values, "mean_bits": 4.0} for n in (other, one)])
+    before.to_csv(strangers.RESULTS, index=False)
+    rows = [
+        (one, "coded", 2.0),
+        (other, "coded", np.nan),
+        (one, "packed", 3.0),
+        (third, "packed", 5),
+    ]
+    for network, storage, bits in rows:
+        row = {"network": network, "storage": storage, **values, "mean_bits": bits}
+        results = strangers.write_rows(pd.DataFrame([row]))
+    found = results[["network", "storage", "mean_bits"]].fillna(0).to_numpy().tolist()
+    assert found == [
+        [one, "packed", 3], [one, "coded", 2], [other, "packed", 4], [other, "coded", 0],
+        [third, "packed", 5],
+    ]  # fmt: skip
+    cells = [line.split(" | ")[4:6] for line in strangers.markdown(results).splitlines()[2:]]
+    assert cells == [["**3.000**", "2.000"], ["**4.000**", "none"], ["**5.000**", "–"]]
 
 
 def test_a_network_that_gave_no_answer_has_no_line():

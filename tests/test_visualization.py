@@ -106,34 +106,51 @@ def test_nothing_certified_marks_nothing():
 
 
 def boxes(figure):
-    """Where the words of a picture's annotations are, in pixels."""
+    """Where the words of a picture are, in pixels, but those of ticks."""
     figure.canvas.draw()
-    return [text.get_window_extent() for text in figure.findobj(Annotation) if text.get_text()]
+    words = [*figure.findobj(Annotation), figure._suptitle, *(a.yaxis.label for a in figure.axes)]
+    found = [Text.get_window_extent(text) for text in words if text.get_text()]
+    return [*found, *(one.get_window_extent() for one in figure.legends)]
 
 
-@settings(max_examples=8)
+VALUES = st.floats(1e-3, 1e3) | st.sampled_from([0.0, -1.0, np.nan, np.inf])
+
+
+@settings(max_examples=10)
 @given(
-    limits=st.lists(st.integers(1, 100), min_size=1, max_size=4, unique=True),
+    limits=st.lists(st.integers(0, 100), min_size=1, max_size=4, unique=True),
     depths=st.lists(st.integers(2, 32), min_size=2, max_size=5, unique=True),
-    ends=st.tuples(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3)),
+    ends=st.tuples(VALUES, VALUES),
+    baseline=st.floats(1e-3, 1e3) | st.just(0.0),
     marked=st.lists(st.floats(0.1, 32), min_size=3, max_size=3, unique=True),
+    measure=st.sampled_from(list(MEASURES)),
 )
-def test_what_a_picture_says_is_apart(limits, depths, ends, marked):
-    """No words lie on others, or are cut by an edge, whatever is marked."""
+def test_what_a_picture_says_is_apart(limits, depths, ends, baseline, marked, measure):
+    """No words lie on others, or are cut by an edge, whatever is marked or can't be drawn."""
     limits = [1 + limit / 1000 for limit in sorted(limits)]
     bounds = [limits[place % len(limits)] - 1e-6 for place in range(len(depths))]
     table = pd.DataFrame({"bit_depth": sorted(depths), "criterion_ratio_bound": sorted(bounds)})
-    for column in ("criterion", "original_criterion", "signal_to_complexity", "criterion_ratio"):
+    for column in ("criterion", "signal_to_complexity", "criterion_ratio"):
         table[column] = np.linspace(2, 1, len(table))
-    table = table.assign(criterion_ratio_low=0.99, criterion_ratio_high=2.01)
+    table = table.assign(
+        criterion_ratio_low=0.99, criterion_ratio_high=2.01, original_criterion=baseline
+    )
     history = pd.DataFrame({"epoch": [1, 2], "train_loss": [1, ends[0]], "val_loss": [1, ends[1]]})
     first, *others = sorted(marked, reverse=True)
-    ladder = judged([first, others[0]], [1.0, 1.001], [1.001, 1.1])
-    widths = judged([others[1]], [1.0], [1.001])
+    lossless = MEASURES[measure].lossless
+    steps = lossless + np.array([0.001, 0.004])
+    ladder = judged([first, others[0]], steps, steps + np.array([0.001, 0.1]), measure)
+    widths = judged([others[1]], [lossless + 0.002], [lossless + 0.003], measure)
+    name = "a_network_of_some_name"
+    random = pd.DataFrame({"mean_bits": [4.0], measure: [lossless + 0.1]})
+    how = {"measure": measure, "limit": lossless + 0.01, "random": random}
     for figure in (
-        *visualize_bit_depth_results(table, limits=limits).values(),
-        visualize_history(history),
-        visualize_frontier(ladder.assign(validation_chosen=[False, True]), widths),
+        *visualize_bit_depth_results(table, limits=limits, name=name).values(),
+        visualize_history(history, name=name),
+        visualize_history(history.assign(val_accuracy=[0.5, 0.7]), name=name),
+        visualize_frontier(
+            ladder.assign(validation_chosen=[False, True]), widths, name=name, **how
+        ),
     ):
         found = boxes(figure)
         assert found
@@ -226,7 +243,8 @@ def test_frontier_marks_what_is_certified_at_any_measure(measure):
     assert whole.get_yscale() == ("linear" if measure == "accuracy_drop" else "log")
     assert near.get_xscale() == "log"
     assert near.get_xlabel() == "mean bits per parameter"
-    assert whole.get_ylabel() == f"{MEASURES[measure].words}\n{MEASURES[measure].unit}"
+    label = whole.get_ylabel().replace("\n", " ")
+    assert label == f"{MEASURES[measure].words} {MEASURES[measure].unit}"
     assert near.get_ylim()[1] == pytest.approx(scale * (lossless + 0.02))
     assert figure.get_suptitle() == f"Bits and {MEASURES[measure].words}: toy"
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from quantifind.deployment.given import Given, codes_of
 from quantifind.deployment.kernels import check_installed, kernel_weight
@@ -181,9 +180,7 @@ class _Values:
 
     def as_in_the_copy(self, module: nn.Module, attribute: str) -> Tensor:
         """The same, as the parameter that the copy has there."""
-        if torch.compiler.is_compiling() or is_fx_symbolic_tracing():
-            # which take no parameters that the network has not:
-            # test_compressed_networks_are_traced_by_fx
+        if torch.compiler.is_compiling():
             return made_of_codes(self.name, self.plain(module, attribute))
         # torch.gru rounds otherwise for views, and for what needs no gradients:
         # test_compressed_networks_give_the_same

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from quantifind.certification.certificate import certified_depth
 from quantifind.utils.naming import short
@@ -28,6 +29,9 @@ DEPTH_TICKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
 SHOWN_DEPTHS = (2, 3, 4, 6, 8)
 # rows of a picture that has one per tensor, up to which it grows; more are thinner
 ROOMY = 40
+# of words in a picture: points of their font and from row to row, and inches of a line, with room
+# for a layout that makes axes lower than they are (test_what_a_picture_says_is_apart)
+NAMES, ROW, LINE = 10, 16, 0.22
 # by limit of the criterion ratio, the lowest depth certified, None where there is none
 Certified = dict[float, int | None]
 Arguments = ParamSpec("Arguments")
@@ -94,8 +98,9 @@ def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
     for column, label, colour in lines:
         loss.plot(history["epoch"], history[column], "o-", ms=4, color=colour, label=label)
     log_axis(loss, "mean loss")
-    if len(history):
-        name_heights(loss, [(history[column].iloc[-1], label) for column, label, _ in lines])
+    drawn = [history[c][np.isfinite(history[c]) & (history[c] > 0)] for c, *_ in lines]
+    ends = [(*row, one.iloc[-1]) for row, one in zip(lines, drawn, strict=True) if len(one)]
+    name_heights(loss, [(end, label, colour) for _, label, colour, end in ends])
     if panels > 1:
         accuracy = 100 * history["val_accuracy"]
         rows[0, 1].plot(history["epoch"], accuracy, "o-", ms=4, color=UNIFORM)
@@ -142,7 +147,7 @@ def _criterion(results: pd.DataFrame, certified: Certified) -> Figure:
     axes.axhline(baseline, color=FLOAT, ls="--", label="float")
     marks = _curve(axes, results, "criterion", certified)
     log_axis(axes, "mean loss on the judged split")
-    name_heights(axes, [(baseline, f"float\n{baseline:.4g}")])
+    name_heights(axes, [(baseline, f"float\n{baseline:.4g}", FLOAT)])
     name_places(axes, marks)
     return figure
 
@@ -160,16 +165,18 @@ def _criterion_ratio(results: pd.DataFrame, certified: Certified) -> Figure:
         marks = _curve(axes, results, "criterion_ratio", certified)
     log_axis(whole, "criterion ratio")
     whole.set(xlabel="")
-    name_heights(whole, [(1, "float")])
+    name_heights(whole, [(1, "float", FLOAT)])
     name_places(whole, marks)
     reach = 2 * max(max(certified, default=1) - 1, 0.01)
     # what lies below 1 is shown, and no empty half
     lowest = low[np.isfinite(low)].min()
     bottom = max(1 - reach, np.fmin(lowest, 1) - 0.2 * reach)
-    near.set(ylim=(bottom, 1 + reach), ylabel="criterion ratio near 1\n(shaded: 95% interval)")
+    near.set(ylim=(bottom, 1 + reach), ylabel="criterion ratio near 1\n(shaded: interval)")
+    levels = [(1.0, "float", FLOAT)]
     for place, limit in enumerate(certified):
-        near.axhline(limit, color=LIMITS[place % len(LIMITS)], lw=1)
-    name_heights(near, [(1, "float"), *((limit, f"limit {limit:g}") for limit in certified)])
+        levels.append((limit, f"limit {limit:g}", LIMITS[place % len(LIMITS)]))
+        near.axhline(limit, color=levels[-1][2], lw=1)
+    name_heights(near, levels)
     return figure
 
 
@@ -249,30 +256,41 @@ def name_places(axes: Axes, marks: Iterable[tuple[float, str]]) -> None:
     low, high = np.log(axes.get_xlim())
     named = sorted(marks, key=lambda mark: mark[0], reverse=True)
     for row, (place, words) in enumerate(named):
-        left = np.log(place) - low < 0.55 * (high - low)
+        # the longest words take somewhat less than half of it
+        rightwards = np.log(place) - low < 0.55 * (high - low)
         axes.annotate(
             words, (place, 1), xycoords=("data", "axes fraction"), textcoords="offset points",
-            xytext=(4 if left else -4, -3 - 16 * row), ha="left" if left else "right", va="top",
-            fontsize=10, bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1},
+            xytext=(4 if rightwards else -4, -3 - ROW * row), va="top",
+            ha="left" if rightwards else "right", fontsize=NAMES, zorder=1,
+            bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1},
         )  # fmt: skip
 
 
-def name_heights(axes: Axes, marks: Iterable[tuple[float, str]]) -> None:
-    """Name heights at the right of axes; words that would meet are moved up.
+def name_heights(axes: Axes, marks: Iterable[tuple[float, str, str]]) -> None:
+    """Name heights at the right of axes, each by a line to its words; where these would meet, the
+    upper ones are moved up. What lies outside the axis has no words.
 
     axes: whose y axis has its limits.
-    marks: each height, and its words, of one line or more.
+    marks: each height, its words, of one line or more, and the colour of the line.
     """
     as_share = axes.transData + axes.transAxes.inverted()
-    inches = axes.bbox.height / axes.figure.dpi
+    apart = axes.transAxes + ScaledTranslation(12 / 72, 0, axes.figure.dpi_scale_trans)
+    shares = [
+        (as_share.transform((1, value))[1], words, colour)
+        for value, words, colour in marks
+        if np.isfinite(value)
+    ]
     end = -np.inf
-    for value, words in sorted(marks):
-        half = 0.11 * (words.count("\n") + 1) / inches
-        middle = max(as_share.transform((1, value))[1], end + half)
+    for share, words, colour in sorted(shares):
+        if not 0 <= share <= 1:
+            continue
+        half = LINE * (words.count("\n") + 1) / 2 * axes.figure.dpi / axes.bbox.height
+        middle = max(share, end + half)
         end = middle + half
         axes.annotate(
-            words, (1, middle), xycoords="axes fraction", textcoords="offset points",
-            xytext=(6, 0), va="center", fontsize=10, annotation_clip=False,
+            words, (1, share), xycoords="axes fraction", xytext=(1, middle), textcoords=apart,
+            va="center", fontsize=NAMES, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
 
 
