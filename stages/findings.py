@@ -206,7 +206,7 @@ def changed(evidence: Evidence) -> str:
     examples = evidence.best["examples"]
     wrong, right = (row.get(f"{way}", math.nan) for way in ("right_to_wrong", "wrong_to_right"))
     if wrong == right == 0:
-        return f"None of {number(examples)} answers became wrong or right"
+        return f"No answer of {number(examples)} became wrong or right"
     if is_number(wrong) and is_number(right):
         return (
             f"Of {number(examples)} answers {number(wrong)} became wrong and {number(right)} "

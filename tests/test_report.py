@@ -154,7 +154,7 @@ def test_names_are_escaped():
         ("usual", "Calibrated ratio: the mean loss of the quantized network over"),
         ("usual", "1.005 6.500 8 1.01 4.250 8 1.02 4.250 8"),
         ("usual", "Of 1,000 answers 3 became wrong and 2 became right"),
-        ("no answer changed", "None of 1,000 answers became wrong or right"),
+        ("no answer changed", "No answer of 1,000 became wrong or right"),
         ("pictures and texts", "right to wrong answer 3 → 5, truth 3 loss 0.1 → 0.4 example 7"),
         ("pictures and texts", "wrong to right answer 5 → 3, truth 3"),
         ("no examples", "plots/changed.csv has no rows"),
