@@ -5,9 +5,8 @@
 
 What is measured is what becomes of an answer, so most answers are cheap ones: those of `SEARCHED`
 are searched briefly at CR ≤ 1.01, the others are `mixed`, and nothing about these is certified.
-That of `LEARNED` is searched as `benchmarks.search` does, trained further and coded, and certified
-on test data; where that ran with a --folder, what it learned is there. Networks are trained as the
-pipeline, or benchmarks/strangers.py, has them; with --untrained those that would be trained keep
+That of `JUDGED` is searched as `benchmarks.search` does, coded, and certified on test data; where
+that ran with a --folder, what it measured is there. Networks are trained as the pipeline, or benchmarks/strangers.py, has them; with --untrained those that would be trained keep
 the weights that they begin with, since sizes don't depend on these. Writes
 benchmarks/results/artifacts.csv, the tables of docs/format.md, and a line of README.md. Columns:
 
@@ -68,9 +67,8 @@ MARKERS = grids.markers("python -m benchmarks.artifacts")
 # of README.md, within one line
 LINE = re.compile(r"(?<=<!-- python -m benchmarks.artifacts -->).+?(?=<!-- end -->)")
 SEARCHED = ("dense_mnist", "conv_mnist", "simple_dense")
-# with half the test data a limit that learned codes can keep, whose losses vary more
-LEARNED, LEARNED_LIMIT = "conv_mnist", 1.05
-CERTIFIED = f"trained further, coded, certified at CR ≤ {LEARNED_LIMIT}"
+JUDGED, JUDGED_LIMIT = "conv_mnist", 1.05
+CERTIFIED = f"as it is, coded, certified at CR ≤ {JUDGED_LIMIT}"
 # 100 million weights, as they begin
 LARGE, SIDE, LAYERS = "four layers of 5,000 × 5,000", 5_000, 4
 NETWORKS = (*grids.NETWORKS, *stranger_networks.STRANGERS, LARGE)
@@ -229,8 +227,8 @@ def measure(name: str, *, untrained: bool, folder: str | None = None) -> pd.Data
         answers[f"searched briefly, CR ≤ {LIMIT}"] = found.quantized
     else:
         answers["mixed"] = quantize(net, mixed(net))
-    if name == LEARNED and not begun:
-        answers |= learned(net, rest, test, criterion, folder)
+    if name == JUDGED and not begun:
+        answers |= judged(net, rest, test, criterion, folder)
     rows = []
     for answer, quantized in answers.items():
         print(f"{name}, {answer} …", flush=True)
@@ -251,25 +249,20 @@ def large() -> pd.DataFrame:
     return pd.DataFrame([{**facts, **row, "note": "weights as they begin"}])
 
 
-def learned(
+def judged(
     net: nn.Module, splits: list[Any], test: Any, criterion: Any, folder: str | None
 ) -> dict[str, Quantized]:
-    """What is learned from labels where codes are stored coded, and certified on the half of the
-    test data that is not sealed; none where nothing is.
+    """What is certified, stored coded, on the half of the test data that is not sealed; none where
+    nothing is.
 
     folder: keeps what is measured.
     """
-    how: dict[str, Any] = {
-        "learn": search.EPOCHS["trained"][LEARNED],
-        "labels": True,
-        "storage": "coded",
-    }
-    asked = {"criterion_ratio": LEARNED_LIMIT}
-    found = find_strategy(net, *splits, criterion, limit=asked, folder=folder, **how)
+    asked = {"criterion_ratio": JUDGED_LIMIT}
+    found = find_strategy(net, *splits, criterion, limit=asked, folder=folder, storage="coded")
     certificate = certify(net, found, search.half(test, sealed=False), looks=search.LOOKS)
     print(certificate, flush=True)
     if certificate.quantized is None:
-        print(f"{LEARNED}: nothing is certified at CR ≤ {LEARNED_LIMIT}", flush=True)
+        print(f"{JUDGED}: nothing is certified at CR ≤ {JUDGED_LIMIT}", flush=True)
         return {}
     return {CERTIFIED: certificate.quantized}
 
@@ -305,7 +298,7 @@ def markdown(results: pd.DataFrame) -> str:
 
 def line(results: pd.DataFrame) -> str:
     """What README.md says of all of it."""
-    own = results[results["network"] == LEARNED].sort_values("file").iloc[0]
+    own = results[results["network"] == JUDGED].sort_values("file").iloc[0]
     times = own["float32"] / own["file"]
     exact = results[results[["loaded", "compressed"]].eq(0).all(axis=1)]["network"].nunique()
     counts = []
@@ -316,7 +309,7 @@ def line(results: pd.DataFrame) -> str:
         near = f"at most {math.ceil(off / step) * step:.0e} off" if off else "bit for bit"
         counts.append(f"{ran['network'].nunique()} ({near})")
     return (
-        f"[Take it with you](docs/format.md): {LEARNED}, {own['answer']}, is a file of "
+        f"[Take it with you](docs/format.md): {JUDGED}, {own['answer']}, is a file of "
         f"{own['file']:,} bytes, {times:.1f} times smaller than in float32; of "
         f"{results['network'].nunique()} networks {exact} load bit for bit, {counts[0]} run in "
         f"onnxruntime, {counts[1]} by `torch.export`."
