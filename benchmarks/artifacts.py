@@ -6,9 +6,10 @@
 What is measured is what becomes of an answer, so most answers are cheap ones: those of `SEARCHED`
 are searched briefly at CR ≤ 1.01, the others are `mixed`, and nothing about these is certified.
 That of `JUDGED` is searched as `benchmarks.search` does, coded, and certified on test data; where
-that ran with a --folder, what it measured is there. Networks are trained as the pipeline, or benchmarks/strangers.py, has them; with --untrained those that would be trained keep
-the weights that they begin with, since sizes don't depend on these. Writes
-benchmarks/results/artifacts.csv, the tables of docs/format.md, and a line of README.md. Columns:
+that ran with a --folder, what it measured is there. Networks are trained as the pipeline, or
+benchmarks/strangers.py, has them; with --untrained those that would be trained keep the weights
+that they begin with, since sizes don't depend on these. Writes benchmarks/results/artifacts.csv,
+the tables of docs/format.md, and a line of README.md. Columns:
 
 - answer, bits: how it was found; per parameter;
 - promised, file, header: bytes of ``model_bytes``, of the file, and of its header;
