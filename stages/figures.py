@@ -34,6 +34,7 @@ from quantifind.utils.palette import (
     UNIFORM,
 )
 from quantifind.workflow.visualization_workflow import (
+    BELOW,
     DEPTH_TICKS,
     log_axis,
     name_heights,
@@ -109,7 +110,7 @@ def visualize_frontier(
                 row["mean_bits"], scale * row[measure], marker, ms=11, mew=2, mfc="none",
                 color=colour, label=what,
             )  # fmt: skip
-            axes.axvline(row["mean_bits"], color=colour, lw=1, ls=":")
+            axes.axvline(row["mean_bits"], color=colour, lw=1, ls=":", zorder=BELOW)
     _bits_axis(near, min(frontier["mean_bits"].min(), uniform["mean_bits"].min()))
     if measure == "accuracy_drop":
         whole.set(ylabel=f"{label}\n{unit}")

@@ -29,6 +29,8 @@ DEPTH_TICKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
 SHOWN_DEPTHS = (2, 3, 4, 6, 8)
 # rows of a picture that has one per tensor, up to which it grows; more are thinner
 ROOMY = 40
+# lines at places lie below the words that name these, and the words below curves
+BELOW, NAMED = 1.0, 1.5
 # of words in a picture: points of their font and from row to row, and inches of a line, with room
 # for a layout that makes axes lower than they are (test_what_a_picture_says_is_apart)
 NAMES, ROW, LINE = 10, 16, 0.22
@@ -188,7 +190,7 @@ def _signal_to_complexity(results: pd.DataFrame, certified: Certified) -> Figure
         best = results.iloc[results["signal_to_complexity"].argmin()]
         depth = best["bit_depth"]
         axes.plot(depth, best["signal_to_complexity"], "*", ms=14, color="black")
-        axes.axvline(depth, color="black", lw=1, ls=":")
+        axes.axvline(depth, color="black", lw=1, ls=":", zorder=BELOW)
         marks.append((depth, f"lowest: {depth:.0f} bits"))
     log_axis(axes, "criterion per bit (lower is better)")
     name_places(axes, marks)
@@ -261,7 +263,7 @@ def name_places(axes: Axes, marks: Iterable[tuple[float, str]]) -> None:
         axes.annotate(
             words, (place, 1), xycoords=("data", "axes fraction"), textcoords="offset points",
             xytext=(4 if rightwards else -4, -3 - ROW * row), va="top",
-            ha="left" if rightwards else "right", fontsize=NAMES, zorder=1,
+            ha="left" if rightwards else "right", fontsize=NAMES, zorder=NAMED,
             bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1},
         )  # fmt: skip
 
@@ -308,6 +310,6 @@ def _curve(
         label = f"certified CR ≤ {limit:g}: {depth} bits"
         # two limits may certify the same: test_limits_that_certify_the_same_are_both_seen
         axes.plot(depth, value, ls="", label=label, **limit_mark(place))
-        axes.axvline(depth, **limit_line(place))
+        axes.axvline(depth, **limit_line(place), zorder=BELOW)
         marks.append((float(depth), label))
     return marks
