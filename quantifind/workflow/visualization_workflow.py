@@ -100,7 +100,9 @@ def visualize_history(history: pd.DataFrame, *, name: str = "") -> Figure:
     for column, label, colour in lines:
         loss.plot(history["epoch"], history[column], "o-", ms=4, color=colour, label=label)
     log_axis(loss, "mean loss")
-    drawn = [history[c][np.isfinite(history[c]) & (history[c] > 0)] for c, *_ in lines]
+    # a table without rows has no numbers
+    values = [history[column].astype(float) for column, *_ in lines]
+    drawn = [one[np.isfinite(one) & (one > 0)] for one in values]
     ends = [(*row, one.iloc[-1]) for row, one in zip(lines, drawn, strict=True) if len(one)]
     name_heights(loss, [(end, label, colour) for _, label, colour, end in ends])
     if panels > 1:
@@ -186,8 +188,9 @@ def _signal_to_complexity(results: pd.DataFrame, certified: Certified) -> Figure
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _depth_axis(axes)
     marks = _curve(axes, results, "signal_to_complexity", certified)
-    if results["signal_to_complexity"].notna().any():
-        best = results.iloc[results["signal_to_complexity"].argmin()]
+    finite = results[np.isfinite(results["signal_to_complexity"].astype(float))]
+    if len(finite):
+        best = finite.iloc[finite["signal_to_complexity"].argmin()]
         depth = best["bit_depth"]
         axes.plot(depth, best["signal_to_complexity"], "*", ms=14, color="black")
         axes.axvline(depth, color="black", lw=1, ls=":", zorder=BELOW)
