@@ -253,14 +253,14 @@ def large() -> pd.DataFrame:
 def judged(
     net: nn.Module, splits: list[Any], test: Any, criterion: Any, folder: str | None
 ) -> dict[str, Quantized]:
-    """What is certified, stored coded, on the half of the test data that is not sealed; none where
-    nothing is.
+    """What is certified, stored coded, on the half of the test data that is not sealed, were its
+    ladder the only one (benchmarks.search counts it); none where nothing is.
 
     folder: keeps what is measured.
     """
     asked = {"criterion_ratio": JUDGED_LIMIT}
     found = find_strategy(net, *splits, criterion, limit=asked, folder=folder, storage="coded")
-    certificate = certify(net, found, search.half(test, sealed=False), looks=search.LOOKS)
+    certificate = certify(net, found, search.half(test, sealed=False))
     print(certificate, flush=True)
     if certificate.quantized is None:
         print(f"{JUDGED}: nothing is certified at CR ≤ {JUDGED_LIMIT}", flush=True)
