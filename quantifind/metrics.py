@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from quantifind.utils.batches import Forward, batches_of
 from quantifind.utils.criteria import (
-    BY_CLASS,
-    BY_LOGIT,
     Criterion,
     aligned,
     by_example,
@@ -24,7 +22,7 @@ from quantifind.utils.criteria import (
     weighted,
 )
 from quantifind.utils.devices import evaluating
-from quantifind.utils.divergences import divergences, squares
+from quantifind.utils.divergences import classes_of, divergences, squares
 from quantifind.utils.gains import OF_LOGITS, OF_SQUARES, Gains, gains_of
 
 # bytes of outputs that wait on a device before they are fetched
@@ -213,7 +211,7 @@ def judged(criterion: Criterion | None, outputs: Any, *given: Any) -> Outcome:
         part["scaled_loss"] = _scaled(criterion, exact, targets, gains.tried).double()
     classes, labels = None, targets[0] if len(targets) == 1 else None
     if isinstance(labels, Tensor) and isinstance(outputs, Tensor):
-        classes = _classes(criterion, outputs, labels)
+        classes = classes_of(criterion, outputs, labels)
         if classes == "softmax" and labels.dim() == 1 and not labels.is_floating_point():
             # NaN is no answer: test_an_output_that_is_no_number_is_a_wrong_answer
             part["answer"] = values.argmax(1).where(~values.isnan().any(1), -1)
@@ -241,19 +239,6 @@ def _gains(criterion: Any) -> Gains | None:
     if isinstance(criterion, LOGITS):
         return OF_LOGITS
     return OF_SQUARES if isinstance(criterion, SQUARES) else None
-
-
-def _classes(criterion: Any, outputs: Tensor, labels: Tensor) -> str | None:
-    if isinstance(criterion, BY_LOGIT):
-        return "sigmoid"
-    if isinstance(criterion, nn.CrossEntropyLoss):
-        return "softmax"
-    whole = not labels.is_floating_point() and outputs.dim() == labels.dim() + 1
-    first = whole and labels.shape == outputs.shape[:1] + outputs.shape[2:]
-    last = whole and labels.shape == outputs.shape[:-1]
-    # a criterion of one's own may have classes in either place: test_classes_in_doubt_are_none
-    sure = isinstance(criterion, BY_CLASS) or outputs.dim() == 2 or not last
-    return "softmax" if first and sure and outputs.shape[1] > 1 else None
 
 
 def is_classification(measured: Outcome) -> bool:

@@ -120,10 +120,13 @@ def _gptq_sequentially(
         rounded = QuantizedActivations(work, activations).rounded if activations else None
     for wave in network.waves(left, count):
         # before anything is rounded, there is nothing to make up for
-        own = {"work": work, "rounded": rounded} if done or activations or tensors else {}
+        own: dict[str, Any] = {}
+        if done or activations or tensors:
+            own = {"work": work, "rounded": rounded}
+        weighed = any(choices[name].effects for name in wave)
         new = {
             name: _by_moments(name, [choices[name]], moments, network)[0]
-            for name, moments in network.moments(wave, **own)
+            for name, moments in network.moments(wave, effects=weighed, **own)
         }
         if work is not None:
             put_values(work, new)
@@ -164,7 +167,8 @@ def quantize_each(
     for name, some in choices.items():
         if name not in asking:
             yield name, [_nearest(name, choice, network) for choice in some]
-    for name, moments in network.moments(asking):
+    weighed = any(choice.effects for name in asking for choice in choices[name])
+    for name, moments in network.moments(asking, effects=weighed):
         by_gptq = [choice for choice in choices[name] if choice.rounding == "gptq"]
         rounded = iter(_by_moments(name, by_gptq, moments, network))
         yield (
@@ -195,6 +199,8 @@ def note_of(network: Calibration, name: str, choice: Choice, made: QuantizedTens
     said = [network.notes[name]] if name in network.notes else []
     if choice.rotation is not None and made.rotation is None:
         said.append("its inputs not rotated")
+    if choice.effects and not network.weighs(name):
+        said.append("errors of its outputs weighed alike, since what each does is not known")
     return "; ".join(said) or None
 
 

@@ -167,7 +167,9 @@ class Measurements:
     @cached_property
     def network(self) -> Calibration:
         """The network beside its calibration batches."""
-        return Calibration(self.model, self.calibration, max_memory=self.max_memory)
+        return Calibration(
+            self.model, self.calibration, max_memory=self.max_memory, criterion=self.criterion
+        )
 
     @cached_property
     def facts(self) -> list[ProductFacts]:

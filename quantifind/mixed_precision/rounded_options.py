@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 from quantifind.mixed_precision.measurements import Measurements
 from quantifind.mixed_precision.search_space import SearchSpace, choice_key
 from quantifind.network.activations import fit_activations
+from quantifind.network.effects import examples_taken
 from quantifind.network.modules import named_tensors, plain_copy
 from quantifind.network.trace import activation_names
 from quantifind.quantize import note_of, quantize_each
@@ -52,6 +53,8 @@ class RoundedOptions(Mapping[str, Made]):
         self._asked: set[str] = set()
         # weights that GPTQ was asked for
         self._met: set[str] = set()
+        # whether what errors of outputs do was asked for
+        self._weighed = False
         # by key, what was done less well for want of memory
         self.notes: dict[str, str] = {}
         self._held: WeakValueDictionary[str, Made] = WeakValueDictionary()
@@ -91,7 +94,8 @@ class RoundedOptions(Mapping[str, Made]):
         if choice.rounding != "gptq":
             return key
         scale = choice.options.get("scale")
-        options = {**choice.plain(), "rounding": "nearest", "rate": 0.0, "rotation": None}
+        plain = {"rounding": "nearest", "rate": 0.0, "effects": False, "rotation": None}
+        options = choice.plain() | plain
         if scale == "output_mse":
             options["scale"] = "mse"
         nearest = Choice.of(options)
@@ -102,7 +106,7 @@ class RoundedOptions(Mapping[str, Made]):
     def make(self, keys: Iterable[str]) -> None:
         """Round what is not there yet; the choices of a tensor together, which share its inputs."""
         new = [key for key in dict.fromkeys(keys) if key not in self._asked]
-        self._count({self.choice(key)[1] for key in new if self.choice(key)[2].rounding == "gptq"})
+        self._count([self.choice(key) for key in new])
         missing: dict[tuple[str, str], list[Choice]] = {}
         for key in new:
             if self._kept(key) is None:
@@ -118,9 +122,14 @@ class RoundedOptions(Mapping[str, Made]):
                     self.measurements.passes.check_time()
         self._asked.update(new)
 
-    def _count(self, weights: set[str]) -> None:
-        """Count the pass for the moments of what weights meet, unless they are kept."""
+    def _count(self, new: Sequence[Place]) -> None:
+        """Count the pass for the moments of what weights meet, unless they are kept, and those for
+        what errors of their outputs do."""
         measurements, before = self.measurements, self._met
+        weights = {name for _, name, choice in new if choice.rounding == "gptq"}
+        if not self._weighed and any(choice.effects for _, _, choice in new):
+            self._weighed = True
+            measurements.passes.add(examples_taken(measurements.calibration))
         self._met = before | weights
         # whoever works: test_a_search_finds_the_same
         if weights and not (weights <= before and measurements.network.fits(self._met)):

@@ -30,9 +30,14 @@ GPTQ = Choice(
     "uniform", axis=0, rounding="gptq", options={"scale_dtype": "float16", "scale": "output_mse"}
 )
 # one step for all of a weight, its codes stored by how frequent they are, with which a bit of them
-# weighs so much
+# weighs so much, errors of outputs by what they do
 CODED = Choice(
-    "uniform", rounding="gptq", storage="coded", rate=0.06, options={"scale_dtype": "float16"}
+    "uniform",
+    rounding="gptq",
+    storage="coded",
+    rate=0.06,
+    effects=True,
+    options={"scale_dtype": "float16"},
 )
 # steps of those, of the weight's standard deviation; and how far beyond its largest value the
 # levels reach, since what one input loses others make up for
@@ -166,7 +171,7 @@ def coded(tensor: Tensor, *, gptq: bool = True) -> list[Choice]:
         levels = 2 * math.ceil(BEYOND * largest / step) + 3
         values = CODED.plain() | {"levels": levels, "scale": step, "scale_dtype": dtype.__name__}
         if not gptq:
-            values |= {"rounding": "nearest", "rate": 0.0}
+            values |= {"rounding": "nearest", "rate": 0.0, "effects": False}
         found.append(Choice.of(values))
     return found
 
@@ -180,7 +185,7 @@ def _besides(choice: Choice, weight: Tensor, axis: int, *, gptq: bool, turn: boo
         choice = replace(choice, rotation=None)
     if choice.rounding == "gptq" and not gptq:
         scale = {"scale": "mse"} if choice.options.get("scale") == "output_mse" else {}
-        plain = {"rounding": "nearest", "rate": 0.0, "rotation": None}
+        plain = {"rounding": "nearest", "rate": 0.0, "effects": False, "rotation": None}
         choice = Choice.of({**choice.plain(), **scale, **plain})
     return choice if choice.axis is None else replace(choice, axis=axis)
 

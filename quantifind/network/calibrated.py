@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantifind.network.calibration import Batches, calibration_batches, second_moments
+from quantifind.network.effects import Effects, output_effects
 from quantifind.network.folding import Pairs, prepared, prepared_tensors
 from quantifind.network.modules import named_buffers, named_tensors
 from quantifind.network.moments import Found, layer_moments
@@ -24,6 +25,7 @@ class Calibration:
     once.
 
     max_memory: bytes that moments of inputs may take (`quantifind.network.moments.layer_moments`).
+    criterion: by which the network is judged, where that is known.
     """
 
     def __init__(
@@ -33,13 +35,16 @@ class Calibration:
         forward: Forward | None = None,
         folded: Pairs = (),
         max_memory: float | None = None,
+        criterion: Any = None,
     ) -> None:
+        self._criterion = criterion
         self._given, self._batches = model, batches
         self._forward, self._folded = forward, folded
         self._max_memory = max_memory
         # by weight what was done less well than it could be for want of memory, and what has no say
         self.notes: dict[str, str] = {}
         self._kept: dict[str, dict[Matrices, Moments]] = {}
+        self._effects_kept = False
         shown = prepared_tensors(model, folded)
         self.parameters, self.buffers = named_tensors(shown), named_buffers(shown)
         self.tensors = self.buffers | self.parameters
@@ -67,6 +72,18 @@ class Calibration:
     @cached_property
     def _importance(self) -> dict[str, Tensor]:
         return second_moments(self.model, self.batches)
+
+    @cached_property
+    def effects(self) -> Effects:
+        """What errors of the weights' outputs do."""
+        given = self.model, self.batches, self.facts, self._criterion
+        return output_effects(*given, max_memory=self.max_memory)
+
+    def weighs(self, name: str) -> bool:
+        """Whether it is known what errors of a weight's outputs do, wherever there are several."""
+        used = [p for p in self.facts if p.weight == name and p.kind != "embedding"]
+        several = [p.matrices for p in used if p.matrices and p.matrices.shape[1] > 1]
+        return all((name, matrices) in self.effects for matrices in several)
 
     def importance(self, name: str) -> Tensor:
         """The second moments of the inputs that each element of a weight meets."""
@@ -127,12 +144,15 @@ class Calibration:
             if name not in self.uses:
                 raise ValueError(f"{name}: rounding 'gptq': {_unused()}; round it to 'nearest'")
 
-    def moments(self, names: Iterable[str], **options: Any) -> Iterator[Found]:
+    def moments(
+        self, names: Iterable[str], *, effects: bool = False, **options: Any
+    ) -> Iterator[Found]:
         """Those of weights; none where there is no memory for them.
 
         Of the network as it is they are kept, and come first, as long as all that were asked for
         `fits` into memory together, until they are to `forget`.
 
+        effects: whether with those of errors of outputs.
         options: of `quantifind.network.moments.layer_moments`.
         Raises: ValueError as it, and for a weight that no pass uses.
         """
@@ -141,8 +161,9 @@ class Calibration:
             return
         self.check_used(asked)
         keep = not options and self.fits({*self._kept, *asked})
-        if not keep:
+        if not keep or effects != self._effects_kept:
             self.forget()
+        self._effects_kept = effects
         yield from ((name, self._kept[name]) for name in asked if name in self._kept)
         asked = [name for name in asked if name not in self._kept]
         if not asked:
@@ -150,7 +171,13 @@ class Calibration:
         parts = all_parts(asked, self.facts, self.max_memory)
         limit = self.max_memory
         found = layer_moments(
-            self.model, asked, self.batches, self.facts, max_memory=limit, **options
+            self.model,
+            asked,
+            self.batches,
+            self.facts,
+            effects=self.effects if effects else None,
+            max_memory=limit,
+            **options,
         )
         for name, moments in found:
             # those of another strategy: test_inputs_that_are_never_met_are_said

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantifind.network.calibration import Batches, look_ups
+from quantifind.network.effects import Effects
 from quantifind.network.inputs import Inputs
 from quantifind.network.meetings import Meeting
 from quantifind.network.modules import own_tensors, run
@@ -36,6 +37,7 @@ def layer_moments(
     *,
     work: nn.Module | None = None,
     rounded: Round | None = None,
+    effects: Effects | None = None,
     max_memory: float | None = None,
 ) -> Iterator[Found]:
     """By weight and by matrix of it, the moments of the inputs that it meets; of weights that meet
@@ -53,6 +55,7 @@ def layer_moments(
         default, and for a use before which the two choose other values, as where tokens go to other
         experts: there is nothing to pair.
     rounded: a product of ``work`` → the same with its operands on their levels.
+    effects: of errors of outputs (`quantifind.network.effects.output_effects`), where wanted.
     max_memory: bytes of the moments that are in memory at a time, as long as one weight's do; by
         default `quantifind.utils.devices.allowed_bytes`. Weights with more have blocks of inputs;
         none where not even these fit (`quantifind.network.parts.parts_of`).
@@ -69,6 +72,7 @@ def layer_moments(
         own = _of_fewer(own, sum(examples[i] for i in chosen) / max(sum(examples), 1))
         while True:
             sums = _Pass(model, work, rounded, own, uses, apart)
+            sums.know(effects or {})
             try:
                 for index in chosen:
                     sums.add(batches[index], index)
@@ -177,6 +181,11 @@ class _Pass:
             if part.looked_up:
                 counts = torch.zeros(outputs, dtype=torch.float64, device=device)
             self.parts[part.weight, part.matrices] = PartSums(part, met, products, counts)
+
+    def know(self, effects: Effects) -> None:
+        """What errors of outputs do."""
+        for key, sums in self.parts.items():
+            sums.effects = effects.get(key)
 
     def add(self, batch: Batch, index: int) -> None:
         """What the weights meet in a batch, which is one of so many."""

@@ -77,6 +77,7 @@ class PartSums:
     outputs: Σ y xᵀ, None where y is what the weight makes of x.
     counts: how often each row is looked up.
     uses: of the batch so far.
+    effects: of errors of outputs, (groups, outputs, outputs), where they are known.
     """
 
     part: Part
@@ -85,6 +86,7 @@ class PartSums:
     counts: Tensor | None = None
     positions: int = 0
     uses: int = 0
+    effects: Tensor | None = None
 
     def start(self) -> None:
         """Before a batch."""
@@ -143,7 +145,8 @@ def moments_of(parts: Iterable[PartSums], weight: Tensor) -> dict[Matrices, Mome
                 else:
                     made = sums.outputs.done()
             for group, matrices in enumerate(block.each()):
-                more = Moments(squares[group], made[group], sums.positions, sums.counts)
+                effects = None if sums.effects is None else sums.effects[group]
+                more = Moments(squares[group], made[group], sums.positions, sums.counts, effects)
                 known = found.get(matrices)
                 found[matrices] = more if known is None else _both(known, more)
     return found
@@ -157,4 +160,5 @@ def _both(one: Moments, other: Moments) -> Moments:
         one.outputs + other.outputs,
         one.positions + other.positions,
         sum(counts[1:], counts[0]) if counts else None,
+        None if one.effects is None or other.effects is None else one.effects + other.effects,
     )

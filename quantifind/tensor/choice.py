@@ -34,6 +34,8 @@ class Choice:
     storage: of its codes: "packed", at a fixed width, or "coded", by how frequent each is.
     rate: what a bit of a coded code weighs where GPTQ rounds, in squared steps of an average
         input; 0 for nothing.
+    effects: whether errors of outputs are weighed, where there is a rate, by what they do together
+        to the network's answers (`quantifind.network.effects`), not all alike.
     rotation: what the signs are drawn by where GPTQ rounds a weight with its inputs mixed
         (`quantifind.tensor.rotation`); None for no mixing.
     options: further arguments of the scheme, by name.
@@ -48,6 +50,7 @@ class Choice:
     rounding: str = "nearest"
     storage: str = "packed"
     rate: float = 0.0
+    effects: bool = False
     rotation: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -81,7 +84,10 @@ class Choice:
             raise ValueError(
                 f"rate is {rate:g}: it needs rounding 'gptq', and a scale that is not 'output_mse'"
             )
-
+        if not isinstance(self.effects, bool) or (self.effects and not rate):
+            raise ValueError(
+                f"effects is {self.effects!r}: False, or True where rate is above 0, is needed"
+            )
         if self.rotation is not None:
             _check_rotation(self.rotation, self.rounding)
 
@@ -213,7 +219,8 @@ def per_tensor(choice: Choice) -> Choice:
     rounding = "nearest" if choice.rounding == "gptq" else choice.rounding
     rate = 0.0 if rounding == "nearest" else choice.rate
     choice = replace(choice, axis=None, group=None, rotation=None)
-    return replace(choice, rounding=rounding, rate=rate, options=options)
+    effects = choice.effects and rate > 0
+    return replace(choice, rounding=rounding, rate=rate, effects=effects, options=options)
 
 
 @cache

@@ -10,6 +10,7 @@ from torch import Tensor
 from quantifind.tensor.levels import Bounds, Levels, Rounding
 from quantifind.tensor.output_error import OutputError
 from quantifind.tensor.rates import MOST, Prices
+from quantifind.tensor.row_effects import RowEffects
 from quantifind.tensor.row_params import RowParams
 
 # inputs that are rounded one by one; more are halved, and what halves owe each other is one product
@@ -31,6 +32,7 @@ def gptq(
     nearest: Tensor,
     shares: Sequence[float] = (1.0,),
     rate: float = 0.0,
+    effects: RowEffects | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes that keep the error of each row's outputs small.
 
@@ -42,6 +44,8 @@ def gptq(
     rate: what a bit of a coded code weighs, in squared steps of an average input. Above 0, codes
         are rounded as without, then `PRICED` times by what they cost as they were before; of a
         grid with scales, at those. Rows may become worse.
+    effects: of errors of rows together, which are weighed so where there is a rate; by default all
+        rows count alike, each by itself.
     Returns: codes (groups · rows, inputs), and the share of its scales that each row takes,
         (groups · rows, 1).
     """
@@ -51,17 +55,28 @@ def gptq(
     wanted, start = (each.reshape(groups, -1, inputs) for each in (target, nearest))
     codes, share = torch.empty_like(start), wanted.new_empty(groups, wanted.shape[1], 1)
 
-    def settle() -> None:
-        for first in range(0, wanted.shape[1], work.together):
-            rows = slice(first, first + work.together)
-            codes[:, rows], share[:, rows] = work.rounded(wanted[:, rows], start[:, rows], rows)
+    every = torch.arange(wanted.shape[1], device=wanted.device)
 
-    settle()
-    for _ in range(PRICED if rate and codes.numel() else 0):
+    def settle(rows: Tensor, target: Tensor) -> None:
+        for some, part in zip(
+            rows.split(work.together), target.split(work.together, 1), strict=True
+        ):
+            codes[:, some], share[:, some] = work.rounded(part, start[:, some], some)
+
+    settle(every, wanted)
+    for left in reversed(range(PRICED if rate and codes.numel() else 0)):
         if codes.max() - codes.min() >= MOST:
             break
-        work.price(codes, rate)
-        settle()
+        prices = Prices.of(codes.gather(2, error.order.unsqueeze(1).expand_as(codes)))
+        if effects is None or left:  # prices alone are needed of all but the last
+            work.price(prices, rate)
+            settle(every, wanted)
+            continue
+        lost = torch.zeros_like(wanted)
+        for part, (rows, power) in enumerate(zip(effects.rows, effects.powers(), strict=True)):
+            work.price(prices, rate, power)
+            settle(rows, wanted[:, rows] + effects.made_up(part, lost))
+            lost[:, rows] = wanted[:, rows] - work.values(codes[:, rows], rows)
     return codes.reshape(nearest.shape), share.reshape(-1, 1)
 
 
@@ -86,9 +101,16 @@ class _Work:
         self.together = max(1, TOGETHER // max(self.form[:, 0].numel(), 1))
         self.bounds: tuple[Bounds, Bounds] | None = None
 
-    def price(self, codes: Tensor, rate: float) -> None:
-        """Weigh, from now on, what codes (groups, rows, inputs) cost as they are there."""
-        prices = Prices.of(codes.gather(2, self.error.order.unsqueeze(1).expand_as(codes)))
+    def values(self, codes: Tensor, rows: Tensor) -> Tensor:
+        """Of codes of some rows of each group, (groups, rows, inputs)."""
+        columns = self.levels.rows(rows).values(self.error.to_order(codes.flatten(0, 1)))
+        return self.error.from_order(columns).reshape(codes.shape)
+
+    def price(self, prices: Prices, rate: float, effect: Tensor | None = None) -> None:
+        """Weigh, from now on, what codes cost.
+
+        effect: of each group, (groups, 1), what its rows' errors do, as a multiple of the mean.
+        """
         power = self.form.diagonal(dim1=1, dim2=2).double()
         power = power if self.own is None else power + self.own.double().mean(2)
         pivots = torch.where(power > 0, self.pivots.squeeze(2).double(), 0.0)
@@ -100,12 +122,13 @@ class _Work:
         def bounds(power: Tensor) -> Bounds:
             # what has no say costs nothing: test_dead_inputs_get_zero
             weight = torch.where(power > 0, bit / power, 0.0)
+            weight = weight if effect is None else weight / effect
             return Bounds(prices.lowest, prices.bounds(self.levels.grid, weight).to(self.dtype))
 
         # of an input in turn, whose loss others make up for, and of one with all others settled
         self.bounds = bounds(pivots), bounds(power)
 
-    def rounded(self, target: Tensor, nearest: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def rounded(self, target: Tensor, nearest: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and shares of some rows of each group, (groups, rows, inputs) and (…, 1)."""
         error, levels = self.error, self.levels.rows(rows)
         shape = nearest.shape

@@ -13,6 +13,7 @@ from quantifind.tensor.matrices import Matrices, moves
 from quantifind.tensor.output_error import OutputError
 from quantifind.tensor.quantized import QuantizedTensor
 from quantifind.tensor.rotation import Rotation, rotation_axis
+from quantifind.tensor.row_effects import RowEffects
 from quantifind.tensor.row_params import RowParams, places
 from quantifind.tensor.stored_scales import stored_scale
 
@@ -34,12 +35,15 @@ class Moments:
     positions: how many.
     counts: how often each row is an embedding's output too, (rows,); None where the weight is no
         embedding.
+    effects: what errors of outputs do together, (rows, rows), in any unit
+        (`quantifind.network.effects.output_effects`); None where that is not known.
     """
 
     inputs: Tensor
     outputs: Tensor
     positions: int = 0
     counts: Tensor | None = None
+    effects: Tensor | None = None
 
 
 def gptq_layer(
@@ -72,6 +76,7 @@ class _Prepared:
     target: the weights with the best outputs, float64; rough: in the weight's dtype.
     importance: of each weight.
     errors: by matrix, what its rows' outputs lose.
+    effects: by matrix, what that does together, where it is known.
     rotation: of the inputs, which all of these are about.
     """
 
@@ -79,6 +84,7 @@ class _Prepared:
     rough: Tensor
     importance: Tensor
     errors: dict[Matrices, OutputError]
+    effects: dict[Matrices, RowEffects | None]
     rotation: Rotation | None
 
     @classmethod
@@ -97,6 +103,7 @@ class _Prepared:
         target = values.detach().double().clone(memory_format=torch.contiguous_format)
         importance = torch.zeros_like(target)
         errors: dict[Matrices, OutputError] = {}
+        effects: dict[Matrices, RowEffects | None] = {}
         for matrix, parts in _stacked(moments):
             inputs = _joined([part.inputs for part in parts]).reshape(-1, *parts[0].inputs.shape)
             outputs = _joined([part.outputs for part in parts])
@@ -123,12 +130,13 @@ class _Prepared:
             # nothing to compensate with: test_an_embedding_is_rounded_to_nearest
             if own is None or inputs.any():
                 errors[matrix] = error
+                effects[matrix] = _effects(parts)
         target = target if rotation is None else rotation.of(target)
-        return cls(target, target.to(values.dtype), importance, errors, rotation)
+        return cls(target, target.to(values.dtype), importance, errors, effects, rotation)
 
     def rounded(self, choice: Choice) -> QuantizedTensor:
         start = choice.quantize(self.rough, self.importance)
-        rounded = _rounded(self.target, choice, start, self.errors)
+        rounded = _rounded(self.target, choice, start, self.errors, self.effects)
         return replace(rounded, rotation=self.rotation)
 
 
@@ -141,8 +149,19 @@ def _rotation(moments: Mapping[Matrices, Moments], shape: torch.Size, seed: int)
     return Rotation(axis, seed)
 
 
+def _effects(parts: Sequence[Moments]) -> RowEffects | None:
+    """Of matrices that are alike; None where they are not known of all, or a row is an embedding's
+    output, too, whose errors do something else."""
+    known = [part.effects for part in parts if part.effects is not None and part.counts is None]
+    return RowEffects.of(torch.stack(known)) if len(known) == len(parts) else None
+
+
 def _rounded(
-    target: Tensor, choice: Choice, start: QuantizedTensor, errors: Mapping[Matrices, OutputError]
+    target: Tensor,
+    choice: Choice,
+    start: QuantizedTensor,
+    errors: Mapping[Matrices, OutputError],
+    effects: Mapping[Matrices, RowEffects | None],
 ) -> QuantizedTensor:
     """The target rounded by GPTQ, from codes rounded to nearest."""
     if choice.rate and start.qparams.scale is None:
@@ -161,6 +180,7 @@ def _rounded(
             matrix.of(codes).flatten(0, 1),
             SHARES if search else SHARES[:1],
             choice.rate,
+            effects[matrix] if choice.effects else None,
         )
         matrix.put(codes, rounded.reshape(matrix.shape))
     if search and scale is not None and channels is not None:

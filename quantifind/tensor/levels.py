@@ -36,7 +36,7 @@ class Levels:
         scale, zero, table = map(columns, (params.scale, params.zero_point, params.table_of))
         return cls(params.grid, scale, zero, table, params.scale_dtype)
 
-    def rows(self, some: slice) -> "Levels":
+    def rows(self, some: Tensor) -> "Levels":
         """Those of some rows of each group."""
 
         def of(each: Tensor | None) -> Tensor | None:

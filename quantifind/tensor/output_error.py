@@ -69,7 +69,7 @@ class OutputError:
         back = self.order.argsort(dim=1).unsqueeze(2)
         return columns.gather(1, back.expand_as(columns)).mT.flatten(0, 1)
 
-    def gained(self, target: Tensor, before: Tensor, after: Tensor, rows: slice) -> Tensor:
+    def gained(self, target: Tensor, before: Tensor, after: Tensor, rows: Tensor) -> Tensor:
         """By how much the error of some rows of each group fell, (groups, 1, rows), in the unit.
 
         target, before, after: columns in order, (groups, inputs, rows) float64.

@@ -1,8 +1,30 @@
 """How far outputs are from those of another network, with gradients."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from quantifind.utils.criteria import BY_CLASS, BY_LOGIT
+
+
+def classes_of(criterion: Any, outputs: Tensor, labels: Tensor) -> str | None:
+    """ "softmax" where outputs (examples, classes, ...) are logits of classes, "sigmoid" where each
+    is one of its own, else None.
+
+    outputs, labels: as `quantifind.utils.criteria.aligned` gives them.
+    """
+    if isinstance(criterion, BY_LOGIT):
+        return "sigmoid"
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        return "softmax"
+    whole = not labels.is_floating_point() and outputs.dim() == labels.dim() + 1
+    first = whole and labels.shape == outputs.shape[:1] + outputs.shape[2:]
+    last = whole and labels.shape == outputs.shape[:-1]
+    # a criterion of one's own may have classes in either place: test_classes_in_doubt_are_none
+    sure = isinstance(criterion, BY_CLASS) or outputs.dim() == 2 or not last
+    return "softmax" if first and sure and outputs.shape[1] > 1 else None
 
 
 def divergences(
