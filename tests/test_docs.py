@@ -34,6 +34,7 @@ TABLES += [
     "fuzz",
     "recipes",
     "rotation",
+    "effects",
     "scale",
     "search_quality",
     "speed",
