@@ -23,7 +23,7 @@ table: .venv/installed
 
 # Every table and figure of README.md and docs/; hours. Best on a machine with nothing else to do.
 BENCHMARKS = recipes table names rounding_speed speed grids search search_quality stability coverage peers
-BENCHMARKS += fuzz scale rotation effects artifacts readme architecture
+BENCHMARKS += fuzz scale rotation effects ladders artifacts readme architecture
 bench: .venv/installed
 	$(ACTIVATE) && for name in $(BENCHMARKS); do python -m benchmarks.$$name || exit; done
 

@@ -10,7 +10,7 @@ network's loss (fidelity). Writes benchmarks/results/effects.csv and the table o
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +80,7 @@ def markdown(results: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cell(row: dict[str, Any]) -> str:
+def cell(row: Mapping[Any, Any]) -> str:
     """What one way to count comes to."""
     ends = f"[{row['low']:.2g}, {row['high']:.2g}]"
     return f"{row['mean_bits']:.3f}, {row['fidelity']:.2g} {ends}, {row['seconds']:.1f} s"

@@ -35,6 +35,7 @@ TABLES += [
     "recipes",
     "rotation",
     "effects",
+    "ladders",
     "scale",
     "search_quality",
     "speed",

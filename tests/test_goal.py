@@ -129,6 +129,29 @@ def test_the_margin_counts_widths_of_the_bound():
     assert budget.margin(row(1, 1.0, 1.01)) > budget.margin(row(1, 0.9, 1.02))
 
 
+def test_what_was_not_learned_is_held_to_lose_its_divergence():
+    """Of ratios; less is luck. What has learned may have less."""
+    goal, lucky = Goal.of(1.01, None), row(1, 0.99, 1.0) | {"fidelity": 0.004}
+    assert goal.margin(lucky | {"answer": "as_is"}) == pytest.approx(0.6)
+    assert goal.margin(lucky | {"answer": "trained"}) == pytest.approx(2)
+    unlucky = row(1, 1.005, 1.01) | {"fidelity": 0.001, "answer": "as_is"}
+    assert goal.margin(unlucky) == pytest.approx(1)
+    assert goal.margin(lucky | {"answer": "as_is", "fidelity": math.nan}) == pytest.approx(2)
+    drop = Goal.of({"accuracy_drop": 0.003}, None)
+    wrong = row(1, -0.001, 0.001, "accuracy_drop") | {"fidelity": 0.1, "answer": "as_is"}
+    assert drop.margin(wrong) == pytest.approx(2)
+
+
+def test_a_lucky_candidate_leaves_steps_above_it():
+    rows = [row(size, 1.001, 1.004) | {"fidelity": 0.0005} for size in (150, 130, 115)]
+    rows.append(row(100, 0.98, 0.99) | {"fidelity": 0.008})
+    rows = [one | {"answer": "as_is"} for one in rows]
+    goal = Goal.of(1.01, None)
+    assert [one["model_bytes"] for one in ladder(rows, rows[-1], goal)] == [115, 100]
+    learned = [one | {"answer": "trained"} for one in rows]
+    assert len(ladder(learned, learned[-1], goal)) == 1
+
+
 @given(st.lists(st.tuples(*[st.floats(-0.05, 0.05)] * 2), min_size=1, max_size=6))
 def test_several_limits_are_kept_where_each_is(margins):
     """And a ladder ends where the first of them fails."""

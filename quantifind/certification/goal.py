@@ -24,6 +24,8 @@ ANSWERS = {
     "label",
     "trained": "trained further: its codes learned from labels, too; the network was trained on",
 }
+# of losses, which a network that does nothing but answer otherwise may have less of by luck
+RATIOS = ("criterion_ratio", "calibrated_ratio")
 # each step of a ladder has at most this share of the bytes of the one above it
 STEP = 0.97
 # and the first at most so many times those of the chosen one
@@ -123,16 +125,27 @@ class Goal:
         """How far the degradation is below the limit, of the measure nearest to its own: as a
         multiple of the width of its bound, which at 95% confidence is 1.6 standard errors or more.
 
-        For a budget, which has no limit, it is the bound with its sign turned.
+        What was not learned is held to lose at least what its answers diverge: a ratio below that
+        is for the most part luck of the examples by which it was chosen, which others don't have
+        (docs/statistics.md). For a budget, which has no limit, it is the bound with its sign
+        turned.
 
         row: as `keeps` takes it.
         """
         if not self.limits:
             return -float(row[f"{self.measure}_bound"])
         return min(
-            float((limit - row[n]) / max(row[f"{n}_bound"] - row[n], 1e-12))
+            float((limit - _held(n, row)) / max(row[f"{n}_bound"] - row[n], 1e-12))
             for n, limit in self.limits.items()
         )
+
+
+def _held(measure: str, row: Mapping[str, Any]) -> float:
+    """What a candidate is held to lose by a measure."""
+    value, divergence = float(row[measure]), float(row.get("fidelity", math.nan))
+    if measure not in RATIOS or row.get("answer") != "as_is" or math.isnan(divergence):
+        return value
+    return max(value, 1 + divergence)
 
 
 def _named(kind: str, given: Limit, default: str) -> dict[str, float]:
