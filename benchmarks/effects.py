@@ -45,11 +45,13 @@ def rows_of(
     examples = calibration_batches(sample(train, CALIBRATION, seed=0), net, criterion=criterion)
     original = outcome(net, val, criterion)
     space = default_search_space(net, Calibration(net, examples).facts, storage="coded")
+    torch.set_num_threads(1)
     for step in SAME:
         for counted, effects in COUNTED.items():
             tensors = {}
             for name, choices in space.tensors.items():
                 able = [choice for choice in choices if choice.effects]
+                assert len(able) in (0, len(STEPS)), name
                 one = replace(able[step], effects=effects) if able else replace(PER_TENSOR, bits=8)
                 tensors[name] = one
             started = time.monotonic()

@@ -41,6 +41,7 @@ def quantize(
     calibration: Iterable[Any] | None = None,
     *,
     forward: Forward | None = None,
+    criterion: Any = None,
     max_memory: float | None = None,
 ) -> Quantized:
     """The tensors, and the parameters of activations, that a strategy names.
@@ -52,6 +53,8 @@ def quantize(
     calibration: batches of training data, where a choice asks for them: GPTQ, weighted scales or
         centres, and activations.
     forward: how the network takes a batch (`quantifind.utils.batches.batches_of`).
+    criterion: what the network is judged by, for choices with ``effects``, whose answers are then
+        its classes; by default classes where targets are class labels, else numbers.
     max_memory: bytes that moments of calibration inputs may take at a time, by default a quarter of
         what is free; a weight with more is rounded by GPTQ in blocks of inputs, or to nearest, as
         the notes say.
@@ -70,7 +73,7 @@ def quantize(
         forward,
         "a function (model, batch) is needed",
     )
-    network = Calibration(model, calibration, forward, strategy.folded, max_memory)
+    network = Calibration(model, calibration, forward, strategy.folded, max_memory, criterion)
     if isinstance(strategy, Quantized):
         _check_fits(strategy, network.tensors)
         return strategy
@@ -220,12 +223,14 @@ def quantize_model(
     calibration: Iterable[Any] | None = None,
     *,
     forward: Forward | None = None,
+    criterion: Any = None,
 ) -> nn.Module:
     """A copy of ``model`` with the values of a strategy, which rounds its activations, if any.
 
     The original is intact. Arguments and errors are those of `quantize`.
     """
-    quantized = quantize(model, strategy, calibration, forward=forward)
+    how: Any = {"forward": forward, "criterion": criterion}
+    quantized = quantize(model, strategy, calibration, **how)
     replica = prepared(model, quantized.folded)
     put_values(replica, quantized.tensors)
     if not quantized.activations:

@@ -17,9 +17,11 @@ from quantifind.network.calibrated import Calibration
 from quantifind.network.calibration import calibration_batches
 from quantifind.network.effects import output_effects
 from quantifind.network.trace import trace
-from quantifind.quantize import mean_bits, quantize, quantize_model
+from quantifind.quantize import mean_bits, quantize, quantize_model, quantize_within
 from quantifind.strategy import Strategy
 from quantifind.tensor.choice import Choice
+from quantifind.tensor.gptq import Moments, gptq_layer
+from quantifind.tensor.matrices import Matrices
 from quantifind.tensor.row_effects import DAMPING, RowEffects
 from quantifind.utils.divergences import divergences
 from quantifind.workflow.evaluation_workflow import compare
@@ -47,40 +49,86 @@ def test_directions_vary_as_a_divergence_curves(classes):
     assert torch.allclose(found, wanted, atol=0.02 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    ("criterion", "targets"),
-    [
-        (nn.CrossEntropyLoss(), torch.zeros(40, dtype=torch.int64)),
-        (nn.BCEWithLogitsLoss(), torch.zeros(40, 3)),
-        (nn.MSELoss(), torch.zeros(40, 3)),
-        (None, None),
-    ],
-    ids=["softmax", "sigmoid", "numbers", "no targets"],
-)
-def test_effects_are_those_of_all_directions(criterion, targets, monkeypatch):
-    """Beside the exact sum, of an output's Jacobian and the divergence's Hessian."""
+class Words(nn.Module):
+    """Sequences, (examples, positions) whole numbers → classes last; a weight is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.mix(self.mix(self.table(x)).tanh()).tanh())
+
+
+def dense():
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(40, 5)
+
+
+def grouped():
+    layers = nn.Conv2d(4, 6, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)
+    return nn.Sequential(*layers), torch.randn(20, 4, 4, 4)
+
+
+def words():
+    return Words(), torch.randint(5, (20, 6))
+
+
+CASES = {
+    "softmax": (dense, nn.CrossEntropyLoss(), torch.zeros(40, dtype=torch.int64)),
+    "sigmoid": (dense, nn.BCEWithLogitsLoss(), torch.zeros(40, 3)),
+    "numbers": (dense, nn.MSELoss(), torch.zeros(40, 3)),
+    "no targets": (dense, None, None),
+    "groups": (grouped, nn.CrossEntropyLoss(), torch.zeros(20, dtype=torch.int64)),
+    "sequences": (words, nn.CrossEntropyLoss(), torch.zeros(20, 6, dtype=torch.int64)),
+}
+
+
+def pulls(outputs, criterion):
+    """The outputs times each column of a root of the divergence's Hessian, at a position each."""
+    classes = {nn.CrossEntropyLoss: "softmax", nn.BCEWithLogitsLoss: "sigmoid"}.get(type(criterion))
+    for example in range(len(outputs)):
+        rows = outputs[example].reshape(-1, outputs.shape[-1])
+        for row in rows:
+            if classes == "softmax":
+                share = row.detach().softmax(0)
+                form = share.diag() - share.outer(share)
+            elif classes == "sigmoid":
+                share = row.detach().sigmoid()
+                form = (share * (1 - share)).diag()
+            else:
+                form = torch.eye(len(row))
+            values, vectors = torch.linalg.eigh(form)
+            for value, vector in zip(values.clamp(min=0), vectors.T, strict=True):
+                yield value.sqrt() * vector @ row
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_effects_are_those_of_all_directions(case, monkeypatch):
+    """Beside the exact sums, of each layer, group by group: of gradients of every direction."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    inputs = torch.randn(40, 5)
-    data = [(inputs,) if targets is None else (inputs, targets)] * 100
-    monkeypatch.setattr(effects, "EXAMPLES", 4_000)
+    make, criterion, targets = CASES[case]
+    net, inputs = make()
+    draws = 100
+    data = [(inputs,) if targets is None else (inputs, targets)] * draws
+    monkeypatch.setattr(effects, "EXAMPLES", draws * len(inputs))
     batches = calibration_batches(data, net, criterion=criterion)
     found = output_effects(net, batches, trace(net, batches), criterion)
-    classes = {nn.CrossEntropyLoss: "softmax", nn.BCEWithLogitsLoss: "sigmoid"}.get(type(criterion))
-    wanted = torch.zeros(6, 6)
-    for hidden in net[0](inputs).detach():
-        outputs = net[1:](hidden)[None].detach()
-
-        def apart(moved, outputs=outputs):
-            now = net[1:](moved)[None]
-            if classes is None:
-                return (now - outputs).square().sum()
-            return divergences(now, outputs, torch.ones(1), classes).sum()
-
-        wanted += hessian(apart, hidden)
-    first = found[next(key for key in found if key[0] == "0.weight")][0].float()
-    first, wanted = first / first.trace(), wanted / wanted.trace()
-    assert (first - wanted).norm() < 0.1 * wanted.norm()
+    seen = []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(lambda m, i, o, name=name: seen.append((name, m, o)))
+    wanted: dict[str, torch.Tensor] = {}
+    for pull in pulls(net(inputs), criterion):
+        gradients = torch.autograd.grad(pull, [o for _, _, o in seen], retain_graph=True)
+        for (name, module, _), gradient in zip(seen, gradients, strict=True):
+            groups = getattr(module, "groups", 1)
+            rows = gradient.movedim(1, -1) if groups > 1 else gradient
+            rows = rows.reshape(-1, groups, rows.shape[-1] // groups).movedim(1, 0)
+            wanted[f"{name}.weight"] = wanted.get(f"{name}.weight", 0) + rows.mT @ rows
+    assert {name for name, _ in found} == wanted.keys()
+    for (name, _), each in found.items():
+        off = each.float() / draws - wanted[name]
+        assert off.norm() < 0.1 * wanted[name].norm(), name
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *RECURRENT])
@@ -175,7 +223,8 @@ def test_no_more_memory_than_is_allowed():
     net = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 5))
     batches = calibration_batches([(torch.randn(9, 4),)], net)
     facts = trace(net, batches)
-    assert [name for name, _ in output_effects(net, batches, facts, max_memory=800)] == ["0.weight"]
+    found = output_effects(net, batches, facts, max_memory=800)
+    assert [name for name, _ in found] == ["0.weight"]
     assert not output_effects(net, batches, facts, max_memory=100)
 
 
@@ -225,8 +274,8 @@ def wide(seed=0):
 
 
 @pytest.mark.parametrize("step", [0.25, 0.5, 1.0])
-def test_the_same_bits_lose_less(step):
-    """Beside what takes all outputs' errors for alike."""
+def test_hardly_more_bits_lose_less(step):
+    """Beside what takes all outputs' errors for alike, at the same steps."""
     net, inputs = wide()
     labels = net(inputs).argmax(1).detach()
     train, val = [(inputs[:1000], labels[:1000])], [(inputs[1000:], labels[1000:])]
@@ -268,9 +317,147 @@ def test_groups_of_a_convolution_have_their_own():
     found = [each.effects for each in moments.values()]
     assert [tuple(each.shape) for each in found] == [(3, 3), (3, 3)]
     assert not torch.equal(*found)
-    # asked for without, as they were
-    ((_, moments),) = network.moments(["0.weight"])
-    assert all(each.effects is None for each in moments.values())
+    # which serve also where none are asked for
+    ((_, same),) = network.moments(["0.weight"])
+    assert all(same[matrices] is each for matrices, each in moments.items())
+
+
+class Failing(nn.Module):
+    """A pass that can't have gradients in some way, or does not take parts of a batch."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.how == "numpy":
+            hidden = torch.from_numpy(hidden.numpy())
+        elif self.how == "out":
+            hidden = torch.mul(hidden, 1, out=torch.empty(0))
+        elif self.how == "in place":
+            hidden = hidden.exp().mul_(hidden)
+        elif self.how == "writes":
+            self.mean.mul_(0.9).add_(hidden.mean(0) * 0.1)
+            hidden = hidden - self.mean
+        elif self.how == "whole":
+            hidden = hidden.view(25, 2, 8).tanh().flatten(0, 1)
+        elif self.how == "not a number":
+            hidden = (hidden * (hidden > 0)).sqrt()
+        elif self.how == "frozen":
+            self.first.weight.requires_grad_(False).clamp_(-9, 9)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize(
+    ("how", "lost"),
+    [
+        ("numpy", {"first.weight", "last.weight"}),
+        ("out", {"first.weight", "last.weight"}),
+        ("not a number", {"first.weight"}),
+        ("whole", set()),
+        ("writes", set()),
+        ("in place", {"first.weight", "last.weight"}),
+        ("frozen", set()),
+    ],
+)
+def test_effects_never_keep_a_network_from_being_quantized(how, lost):
+    """What of them can't be had is said, and nothing else is."""
+    torch.manual_seed(0)
+    net, data = Failing(how), [(torch.randn(50, 6),)] * 2
+    choice = Choice.of(CODED | {"scale": 0.1, "effects": True})
+    tensors = {n: choice if p.dim() > 1 else None for n, p in net.named_parameters()}
+    found = quantize(net, Strategy(tensors), data)
+    assert {name for name, note in found.notes.items() if "alike" in note} == lost
+
+
+def test_gradients_of_a_network_s_own_do_not_count():
+    """Such as forces, of an energy."""
+
+    class Forces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            energy = self.last(self.first(x).tanh())
+            if torch.is_grad_enabled() and energy.requires_grad:
+                torch.autograd.grad(energy.square().sum(), energy, create_graph=True)
+            return energy
+
+    torch.manual_seed(0)
+    net = Forces()
+    plain = nn.Sequential(net.first, nn.Tanh(), net.last)
+    found = []
+    for each in (net, plain):
+        batches = calibration_batches([(torch.arange(30.0).reshape(10, 3) / 30,)], each)
+        found.append(list(output_effects(each, batches, trace(each, batches)).values()))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_whole_numbers_that_are_no_classes_count():
+    """As targets, whatever they are."""
+    torch.manual_seed(0)
+    net, inputs = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), torch.randn(8, 4)
+    found = []
+    for targets in (-torch.ones(8, dtype=torch.int64), torch.ones(8)):
+        batches = calibration_batches([(inputs, targets)], net)
+        found.append(list(output_effects(net, batches, trace(net, batches)).values()))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_an_embedding_that_is_a_head_says_that_its_outputs_are_alike():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(7, 4)
+
+        def forward(self, x):
+            return self.table(x).mean(1) @ self.table.weight.T
+
+    torch.manual_seed(0)
+    net, choice = Tied(), Choice.of(CODED | {"scale": 0.1, "effects": True})
+    found = quantize(net, Strategy({"table.weight": choice}), [(torch.randint(7, (30, 3)),)])
+    assert "alike" in found.notes["table.weight"]
+
+
+def test_a_group_without_effects_leaves_others_theirs():
+    form = torch.cat([drawn_effects(4, 2, 0), torch.zeros(1, 4, 4).double()])
+    both, one = RowEffects.of(form), RowEffects.of(form[:1])
+    lost = torch.randn(2, 4, 3).double()
+    order = torch.cat(both.rows)
+    assert torch.equal(order, torch.cat(one.rows))
+    assert torch.allclose(both.made_up(1, lost)[:1], one.made_up(1, lost[:1]))
+    assert not both.made_up(1, lost)[1].any()
+
+
+def test_rows_that_do_more_are_finer():
+    """And what a bit weighs is less there."""
+    torch.manual_seed(0)
+    weights, x = torch.randn(256, 32).double(), torch.randn(200, 32).double()
+    power = torch.ones(256).double()
+    power[:128] = 30
+    moments = Moments(x.T @ x, weights @ x.T @ x, len(x), effects=power.diag())
+    choice = Choice.of(CODED | {"scale": 1.0, "effects": True})
+    (made,) = gptq_layer(weights, {Matrices.rows(weights.shape): moments}, [choice])
+    off = (made.dequantize() - weights).square().mean(1)
+    assert off[:128].mean() < 0.9 * off[128:].mean()
+
+
+def test_a_criterion_says_what_answers_are():
+    """As in a search, which knows it, so by hand."""
+    torch.manual_seed(0)
+    net, data = Words(), [(torch.randint(5, (60, 6)), torch.randint(3, (60, 6)))]
+    choice = Choice.of(CODED | {"scale": 0.1, "effects": True})
+    tensors = {n: choice if p.dim() > 1 else None for n, p in net.named_parameters()}
+    criterion = nn.CrossEntropyLoss()
+    found = quantize(net, Strategy(tensors), data, criterion=criterion)
+    network = Calibration(net, data, criterion=criterion)
+    wanted = quantize_within(network, Strategy(tensors))
+    for name, tensor in wanted.tensors.items():
+        assert torch.equal(found.tensors[name].codes, tensor.codes)
 
 
 @pytest.mark.parametrize("given", [{"effects": True, "rate": 0.0}, {"effects": 1}])

@@ -57,7 +57,7 @@ class Calibration:
     @cached_property
     def batches(self) -> Batches:
         """Raises: ValueError where there are none."""
-        return calibration_batches(self._batches, self._given, self._forward)
+        return calibration_batches(self._batches, self._given, self._forward, self._criterion)
 
     @cached_property
     def facts(self) -> list[ProductFacts]:
@@ -77,13 +77,18 @@ class Calibration:
     def effects(self) -> Effects:
         """What errors of the weights' outputs do."""
         given = self.model, self.batches, self.facts, self._criterion
-        return output_effects(*given, max_memory=self.max_memory)
+        # beside moments of inputs, for which there is the rest
+        return output_effects(*given, max_memory=self.max_memory / 2)
 
     def weighs(self, name: str) -> bool:
         """Whether it is known what errors of a weight's outputs do, wherever there are several."""
-        used = [p for p in self.facts if p.weight == name and p.kind != "embedding"]
-        several = [p.matrices for p in used if p.matrices and p.matrices.shape[1] > 1]
-        return all((name, matrices) in self.effects for matrices in several)
+        used = [p for p in self.facts if p.weight == name]
+        several = [p for p in used if p.matrices and p.matrices.shape[1] > 1]
+        met = [p for p in several if p.kind != "embedding"]
+        # an embedding's outputs are its entries, too, whose errors do something else
+        if met and len(met) < len(several):
+            return False
+        return all((name, p.matrices) in self.effects for p in met)
 
     def importance(self, name: str) -> Tensor:
         """The second moments of the inputs that each element of a weight meets."""
@@ -161,9 +166,9 @@ class Calibration:
             return
         self.check_used(asked)
         keep = not options and self.fits({*self._kept, *asked})
-        if not keep or effects != self._effects_kept:
+        if not keep or (effects and not self._effects_kept):
             self.forget()
-        self._effects_kept = effects
+            self._effects_kept = effects
         yield from ((name, self._kept[name]) for name in asked if name in self._kept)
         asked = [name for name in asked if name not in self._kept]
         if not asked:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantifind.network.calibration import Batches
-from quantifind.network.modules import plain_copy, run, unpad
+from quantifind.network.modules import PASS_FAILS, own_tensors, plain_copy, run
 from quantifind.network.parts import NUMBER
 from quantifind.network.products import Product, visiting
 from quantifind.network.sums import Sum
@@ -17,7 +17,7 @@ from quantifind.network.trace import ProductFacts
 from quantifind.tensor.matrices import Matrices
 from quantifind.utils.batches import Batch, tensors_of
 from quantifind.utils.criteria import aligned, ignored_label
-from quantifind.utils.devices import evaluating, is_out_of_memory
+from quantifind.utils.devices import evaluating
 from quantifind.utils.divergences import classes_of
 
 # examples that tell enough, half of which do hardly less well; and how many at a time
@@ -27,7 +27,8 @@ PASSES = 3
 # outputs whose effects together are held at most
 MOST = 2**11
 SEED = 0
-Effects = Mapping[tuple[str, Matrices], Tensor]
+Key = tuple[str, Matrices]
+Effects = Mapping[Key, Tensor]
 
 
 def output_effects(
@@ -42,42 +43,33 @@ def output_effects(
     the sum tells what an error there does to the divergence of the answers.
 
     Answers are classes where targets are class labels or the criterion has classes, else numbers of
-    equal weight; labels themselves are not looked at. One pass forward and backward.
+    equal weight. Of labels it counts alone whether they are ignored. Each example goes forward and
+    backward once.
 
-    batches: as `calibration_batches` gives them; of them at least `EXAMPLES` examples.
+    batches: as `calibration_batches` gives them; of them about `EXAMPLES` examples.
     facts: of a pass of each of them (`quantifind.network.trace.trace`).
     criterion: by which the network is judged, where that is known.
-    max_memory: bytes that the sums may take, those of weights that a pass uses first.
-    Returns: nothing for a weight of more than `MOST` outputs, of which there is no memory for the
-        sum, or that has no gradients.
+    max_memory: bytes that the sums may take; a weight whose sum does not fit beside those of
+        weights that a pass uses before has none.
+    Returns: nothing for a weight of more than `MOST` outputs, or without finite gradients; nothing
+        at all where a pass fails that is to have gradients, or takes too much memory.
     """
-    work = plain_copy(model)
-    unpad(work)
-    parameters = [p for p in work.parameters() if p.is_floating_point()]
-    sums: dict[tuple[str, Matrices], Sum] = {}
-    left = max_memory
-    for product in facts:
-        if product.weight is not None and product.matrices and product.kind != "embedding":
-            groups, outputs, _ = product.matrices.shape
-            key, size = (product.weight, product.matrices), NUMBER * groups * outputs**2
-            if 1 < outputs <= MOST and parameters and key not in sums and size <= left:
-                left -= size
-                sums[key] = Sum(groups, outputs, outputs, parameters[0].device)
-    if not sums:
-        return {}
-    for parameter in parameters:
-        parameter.requires_grad_()
-    with evaluating(work), torch.enable_grad():
-        try:
-            generator = torch.Generator("cpu").manual_seed(SEED)
-            for batch in _parts(batches):
-                _add(work, batch, sums, criterion, generator)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            return {}  # torch has no gradients: test_what_has_no_gradients_has_no_effects
-    totals = {key: torch.stack(each.done()) for key, each in sums.items()}
-    return {key: total for key, total in totals.items() if total.any()}
+    # few examples at a time, or, where a network does not take parts of a batch, all of it:
+    # test_batches_that_are_no_examples_stay_together
+    for together in (TOGETHER, None):
+        with torch.inference_mode(mode=False):
+            work = plain_copy(model)
+            sums = _sums(work, facts, max_memory)
+            try:
+                with evaluating(work), torch.enable_grad():
+                    generator = torch.Generator("cpu").manual_seed(SEED)
+                    for batch in _parts(batches, together):
+                        _add(work, batch, sums, criterion, generator)
+                return _finite(sums)
+            except (*PASS_FAILS, MemoryError):
+                # whatever keeps it from gradients: test_what_has_no_gradients_has_no_effects
+                continue
+    return {}
 
 
 def examples_taken(batches: Batches) -> int:
@@ -85,51 +77,86 @@ def examples_taken(batches: Batches) -> int:
     return PASSES * sum(map(len, _some(batches)))
 
 
+def _sums(work: nn.Module, facts: Sequence[ProductFacts], max_memory: float) -> dict[Key, Sum]:
+    tensors, left = own_tensors(work), max_memory
+    found: dict[Key, Sum] = {}
+    for parameter in work.parameters():
+        parameter.requires_grad_(False)
+    for product in facts:
+        if product.weight is None or product.matrices is None or product.kind == "embedding":
+            continue
+        groups, outputs, _ = product.matrices.shape
+        key, size = (product.weight, product.matrices), NUMBER * groups * outputs**2
+        weight = tensors[product.weight]
+        if key in found or not 1 < outputs <= MOST or size > left or weight.is_complex():
+            continue
+        left -= size
+        found[key] = Sum(groups, outputs, outputs, weight.device)
+    return found
+
+
+def _finite(sums: Mapping[Key, Sum]) -> Effects:
+    for each in sums.values():
+        each.done()
+    return {k: s.total for k, s in sums.items() if s.total.any() and s.total.isfinite().all()}
+
+
 def _some(batches: Batches) -> list[Batch]:
-    """Evenly spread ones of enough examples."""
+    """Evenly spread ones; of those with many more examples than are needed, evenly spread ones."""
     count = max(1, sum(map(len, batches)))
     kept = min(len(batches), -(-EXAMPLES * len(batches) // count))
-    return [batches[i * len(batches) // kept] for i in range(kept)]
+    some = [batches[i * len(batches) // kept] for i in range(kept)]
+    step = sum(map(len, some)) // EXAMPLES
+    return [batch[::step] if step > 1 and batch.apart else batch for batch in some]
 
 
-def _parts(batches: Batches) -> Iterator[Batch]:
-    """What is gone through at a time: few examples, where they can be taken so."""
+def _parts(batches: Batches, together: int | None) -> Iterator[Batch]:
     for batch in _some(batches):
-        size = TOGETHER if batch.apart else len(batch)
-        for first in range(0, len(batch), size):
-            yield batch if size >= len(batch) else batch[first : first + size]
+        if together is None or not batch.apart:
+            yield batch
+            continue
+        for first in range(0, len(batch), together):
+            yield batch[first : first + together]
 
 
 def _add(
     work: nn.Module,
     batch: Batch,
-    sums: Mapping[tuple[str, Matrices], Sum],
+    sums: Mapping[Key, Sum],
     criterion: Any,
     generator: torch.Generator,
 ) -> None:
+    counting = False
+
     def visit(product: Product) -> Tensor:
         result = product.compute(*product.operands)
         meeting = product.meet() if product.weight and product.used else None
         total = None if meeting is None else sums.get((product.weight or "", meeting.matrices))
-        if meeting is None or total is None or not result.requires_grad:
+        if meeting is None or total is None or not result.is_floating_point():
             return result
         groups, outputs, _ = meeting.matrices.shape
 
         def add(gradient: Tensor) -> None:
+            if not counting:  # a network's own: test_gradients_of_a_network_s_own_do_not_count
+                return
             rows = meeting.outputs(gradient).unflatten(1, (groups, outputs)).movedim(1, 0)
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             total.add(rows, rows)
 
-        result.register_hook(add)
+        if torch.is_grad_enabled():
+            # no parameter has a gradient: what comes before the first product needs none
+            result = result if result.requires_grad else result.detach().requires_grad_()
+            result.register_hook(add)
         return result.clone()  # what follows may work in place: test_an_activation_in_place
 
     with visiting(work, visit):
         outputs, *targets = run(work, batch)
         pull = _pull(outputs, targets, criterion, generator)
+        counting = True
         if pull.requires_grad:
             torch.autograd.backward(pull)
-    for parameter in work.parameters():
-        parameter.grad = None
+    for buffer in work.buffers():
+        buffer.detach_()  # what a pass has written there: test_what_a_pass_writes_is_let_go
 
 
 def _pull(
@@ -141,22 +168,22 @@ def _pull(
     classes = None
     if isinstance(labels, Tensor) and isinstance(outputs, Tensor):
         classes = classes_of(criterion, outputs, labels)
-    pulled = [
-        (
-            each
-            * _direction(each.detach().float(), classes, generator)
-            * _counted(criterion, each, labels)
-        ).sum()
-        for each in tensors_of(outputs)
-        if each.requires_grad
-    ]
-    return sum(pulled, torch.zeros(()))
+    total = torch.zeros(())
+    for each in tensors_of(outputs):
+        if not each.requires_grad:
+            continue
+        each = torch.view_as_real(each) if each.is_complex() else each
+        direction = _direction(each.detach().float(), classes, generator)
+        if classes == "softmax":
+            direction = torch.where(_judged(criterion, each, labels), direction, 0.0)
+        total = total.to(each.device) + (each * direction).sum()
+    return total
 
 
 def _direction(outputs: Tensor, classes: str | None, generator: torch.Generator) -> Tensor:
     """Drawn at random, its covariance the Hessian of a divergence of outputs from these
     (`quantifind.utils.divergences.divergences`), but for a factor."""
-    drawn = torch.randint(2, outputs.shape, generator=generator, device="cpu")
+    drawn = torch.randint(2, outputs.shape, generator=generator, device="cpu", dtype=torch.int8)
     signs = (2 * drawn - 1).to(outputs)
     if classes == "softmax":
         shares = outputs.softmax(1)
@@ -168,11 +195,11 @@ def _direction(outputs: Tensor, classes: str | None, generator: torch.Generator)
     return signs
 
 
-def _counted(criterion: Any, outputs: Tensor, labels: Any) -> Tensor | float:
-    """1 where an output is judged; 0 where its label is ignored, such as that of padding."""
+def _judged(criterion: Any, outputs: Tensor, labels: Any) -> Tensor:
+    """Whether an output's label counts; that of padding may be ignored."""
     place = outputs.shape[:1] + outputs.shape[2:]
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != place:
-        return 1.0
+    if labels.is_floating_point() or labels.shape != place:
+        return torch.ones((), dtype=torch.bool, device=outputs.device)
     ignored = ignored_label(criterion)
-    counted = (labels >= 0) if ignored is None else (labels >= 0) & (labels != ignored)
-    return counted.unsqueeze(1).to(outputs)
+    judged = (labels >= 0) if ignored is None else (labels >= 0) & (labels != ignored)
+    return judged.unsqueeze(1).to(outputs.device)

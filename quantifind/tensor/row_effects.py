@@ -9,8 +9,8 @@ from torch import Tensor
 
 # parts of the rows that are rounded one after another; with 16 the error is no less
 PARTS = 4
-# of the mean effect, what each output is held to have besides: what is estimated of few examples
-# is true to second order alone (test_outputs_that_seem_to_do_nothing_stay_near)
+# of the mean effect, what each output is held to have besides, since the form is true for small
+# errors alone: where codes are few, less lost more, and three times as much about the same
 DAMPING = 1.0
 
 
@@ -28,13 +28,15 @@ class RowEffects:
 
     @classmethod
     def of(cls, effects: Tensor) -> "RowEffects | None":
-        """Of E, (groups, rows, rows), symmetric and positive semidefinite; None where nothing has
-        an effect, or there is but one row."""
+        """Of E, (groups, rows, rows), symmetric and positive semidefinite; rows of a group without
+        an effect are alike. None where no group has one, or one that is no number, or there is but
+        one row."""
         count = effects.shape[1]
         power = effects.diagonal(dim1=1, dim2=2).double()
         mean = power.mean(1, keepdim=True)
-        if count < 2 or not (mean > 0).all() or not effects.isfinite().all():
+        if count < 2 or not mean.any() or not effects.isfinite().all():
             return None
+        mean = torch.where(mean > 0, mean, 1.0)
         order = (power / mean).mean(0).argsort(descending=True, stable=True)
         damped = (effects.double() / mean.unsqueeze(2))[:, order][:, :, order]
         damped.diagonal(dim1=1, dim2=2).add_(DAMPING)
