@@ -440,7 +440,7 @@ def test_rows_that_do_more_are_finer():
     power = torch.ones(256).double()
     power[:128] = 30
     moments = Moments(x.T @ x, weights @ x.T @ x, len(x), effects=power.diag())
-    choice = Choice.of(CODED | {"scale": 1.0, "effects": True})
+    choice = Choice.of(CODED | {"scale": 1.0, "rate": 0.5, "effects": True})
     (made,) = gptq_layer(weights, {Matrices.rows(weights.shape): moments}, [choice])
     off = (made.dequantize() - weights).square().mean(1)
     assert off[:128].mean() < 0.9 * off[128:].mean()

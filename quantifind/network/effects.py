@@ -55,7 +55,7 @@ def output_effects(
         at all where a pass fails that is to have gradients, or takes too much memory.
     """
     # few examples at a time, or, where a network does not take parts of a batch, all of it:
-    # test_batches_that_are_no_examples_stay_together
+    # test_effects_never_keep_a_network_from_being_quantized
     for together in (TOGETHER, None):
         with torch.inference_mode(mode=False):
             work = plain_copy(model)
@@ -156,7 +156,8 @@ def _add(
         if pull.requires_grad:
             torch.autograd.backward(pull)
     for buffer in work.buffers():
-        buffer.detach_()  # what a pass has written there: test_what_a_pass_writes_is_let_go
+        # what a pass has written there: test_effects_never_keep_a_network_from_being_quantized
+        buffer.detach_()
 
 
 def _pull(
