@@ -322,6 +322,64 @@ def test_groups_of_a_convolution_have_their_own():
     assert all(same[matrices] is each for matrices, each in moments.items())
 
 
+def test_effects_are_there_whenever_they_are_asked_for():
+    """Whatever was asked for before, with them or without."""
+    net, _ = wide()
+    network = Calibration(net, [(torch.randn(40, 20),)])
+
+    def asked(name, **how):
+        ((_, moments),) = network.moments([name], **how)
+        return next(iter(moments.values())).effects
+
+    assert asked("0.weight") is None
+    assert asked("0.weight", effects=True) is not None
+    asked("2.weight")
+    assert asked("2.weight", effects=True) is not None
+    network.forget()
+    assert asked("0.weight") is None
+    assert asked("2.weight", effects=True) is not None
+
+
+def test_a_forward_that_draws_leaves_the_random_state():
+    """So that what is rounded after is the same with effects and without."""
+
+    class Drawing(nn.Linear):
+        def forward(self, x):
+            return super().forward(x + 0.01 * torch.rand_like(x))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Drawing(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    batches = calibration_batches([(torch.randn(20, 4),)], net)
+    facts, before = trace(net, batches), torch.get_rng_state()
+    assert output_effects(net, batches, facts)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_of_many_examples_some_are_taken(monkeypatch):
+    """But of a batch that a network takes as a whole, all."""
+    torch.manual_seed(0)
+    seen = []
+
+    class Whole(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.size, self.layer = size, nn.Linear(4, 3)
+
+        def forward(self, x):
+            seen.append(len(x))
+            assert self.size in (None, len(x))
+            return self.layer(x)
+
+    monkeypatch.setattr(effects, "EXAMPLES", 64)
+    for size, wanted in ((None, [32, 32]), (640, [32, 640])):
+        net = Whole(size)
+        batches = calibration_batches([(torch.randn(640, 4),)], net)
+        facts = trace(net, batches)
+        seen.clear()
+        assert output_effects(net, batches, facts)
+        assert seen == wanted
+
+
 class Failing(nn.Module):
     """A pass that can't have gradients in some way, or does not take parts of a batch."""
 

@@ -24,7 +24,7 @@ ANSWERS = {
     "label",
     "trained": "trained further: its codes learned from labels, too; the network was trained on",
 }
-# of losses, which a network that does nothing but answer otherwise may have less of by luck
+# of losses: on given examples a network whose answers merely differ may have less by luck
 RATIOS = ("criterion_ratio", "calibrated_ratio")
 # each step of a ladder has at most this share of the bytes of the one above it
 STEP = 0.97
@@ -141,7 +141,8 @@ class Goal:
 
 
 def _held(measure: str, row: Mapping[str, Any]) -> float:
-    """What a candidate is held to lose by a measure."""
+    """The ratio measured, or, of a network as it is, 1 + its fidelity where that is more; any other
+    measure as it was measured."""
     value, divergence = float(row[measure]), float(row.get("fidelity", math.nan))
     if measure not in RATIOS or row.get("answer") != "as_is" or math.isnan(divergence):
         return value

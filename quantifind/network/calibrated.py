@@ -77,11 +77,14 @@ class Calibration:
     def effects(self) -> Effects:
         """What errors of the weights' outputs do."""
         given = self.model, self.batches, self.facts, self._criterion
-        # beside moments of inputs, for which there is the rest
+        # beside moments of inputs, half as much again
         return output_effects(*given, max_memory=self.max_memory / 2)
 
     def weighs(self, name: str) -> bool:
-        """Whether it is known what errors of a weight's outputs do, wherever there are several."""
+        """Whether it is known what errors of a weight's outputs do, wherever there are several.
+
+        It is not where the weight is an embedding, too.
+        """
         used = [p for p in self.facts if p.weight == name]
         several = [p for p in used if p.matrices and p.matrices.shape[1] > 1]
         met = [p for p in several if p.kind != "embedding"]
@@ -142,6 +145,7 @@ class Calibration:
     def forget(self) -> None:
         """Let go of the moments that are kept."""
         self._kept.clear()
+        self._effects_kept = False
 
     def check_used(self, names: Iterable[str]) -> None:
         """Raise ValueError, naming it, for a weight that no pass uses, which GPTQ can't round."""
@@ -169,6 +173,8 @@ class Calibration:
         if not keep or (effects and not self._effects_kept):
             self.forget()
             self._effects_kept = effects
+        # what is kept serves both: test_effects_are_there_whenever_they_are_asked_for
+        effects = effects or self._effects_kept
         yield from ((name, self._kept[name]) for name in asked if name in self._kept)
         asked = [name for name in asked if name not in self._kept]
         if not asked:

@@ -17,10 +17,10 @@ from quantifind.network.trace import ProductFacts
 from quantifind.tensor.matrices import Matrices
 from quantifind.utils.batches import Batch, tensors_of
 from quantifind.utils.criteria import aligned, ignored_label
-from quantifind.utils.devices import evaluating
+from quantifind.utils.devices import device_of, evaluating
 from quantifind.utils.divergences import classes_of
 
-# examples that tell enough, half of which do hardly less well; and how many at a time
+# examples that are taken, and how many at a time
 EXAMPLES, TOGETHER = 1_024, 32
 # what a pass forward and backward takes, in passes
 PASSES = 3
@@ -43,33 +43,47 @@ def output_effects(
     the sum tells what an error there does to the divergence of the answers.
 
     Answers are classes where targets are class labels or the criterion has classes, else numbers of
-    equal weight. Of labels it counts alone whether they are ignored. Each example goes forward and
-    backward once.
+    equal weight. Labels only say which positions are ignored; weights of classes are not used. Each
+    example goes forward and backward once, or twice where a network does not take parts of a batch;
+    rows of a batch are held to be independent where it does.
 
     batches: as `calibration_batches` gives them; of them about `EXAMPLES` examples.
     facts: of a pass of each of them (`quantifind.network.trace.trace`).
     criterion: by which the network is judged, where that is known.
     max_memory: bytes that the sums may take; a weight whose sum does not fit beside those of
         weights that a pass uses before has none.
-    Returns: nothing for a weight of more than `MOST` outputs, or without finite gradients; nothing
-        at all where a pass fails that is to have gradients, or takes too much memory.
+    Returns: nothing for an embedding, a complex weight, one of a single output or of more than
+        `MOST`, and one whose gradients are all 0 or not all finite; nothing at all where a pass
+        fails that is to have gradients, or takes too much memory.
     """
     # few examples at a time, or, where a network does not take parts of a batch, all of it:
     # test_effects_never_keep_a_network_from_being_quantized
     for together in (TOGETHER, None):
-        with torch.inference_mode(mode=False):
-            work = plain_copy(model)
-            sums = _sums(work, facts, max_memory)
-            try:
-                with evaluating(work), torch.enable_grad():
-                    generator = torch.Generator("cpu").manual_seed(SEED)
-                    for batch in _parts(batches, together):
-                        _add(work, batch, sums, criterion, generator)
-                return _finite(sums)
-            except (*PASS_FAILS, MemoryError):
-                # whatever keeps it from gradients: test_what_has_no_gradients_has_no_effects
-                continue
+        try:
+            return _of_parts(model, _parts(batches, together), facts, criterion, max_memory)
+        except (*PASS_FAILS, MemoryError):
+            # whatever keeps it from gradients: test_what_has_no_gradients_has_no_effects
+            continue
     return {}
+
+
+def _of_parts(
+    model: nn.Module,
+    parts: Iterator[Batch],
+    facts: Sequence[ProductFacts],
+    criterion: Any,
+    max_memory: float,
+) -> Effects:
+    where = device_of(model)
+    drawing = torch.random.fork_rng([where] if where.type == "cuda" else [])
+    with torch.inference_mode(mode=False), drawing:
+        work = plain_copy(model)
+        sums = _sums(work, facts, max_memory)
+        with evaluating(work), torch.enable_grad():
+            generator = torch.Generator("cpu").manual_seed(SEED)
+            for batch in parts:
+                _add(work, batch, sums, criterion, generator)
+        return _finite(sums)
 
 
 def examples_taken(batches: Batches) -> int:
@@ -102,19 +116,22 @@ def _finite(sums: Mapping[Key, Sum]) -> Effects:
 
 
 def _some(batches: Batches) -> list[Batch]:
-    """Evenly spread ones; of those with many more examples than are needed, evenly spread ones."""
+    """Evenly spread ones."""
     count = max(1, sum(map(len, batches)))
     kept = min(len(batches), -(-EXAMPLES * len(batches) // count))
-    some = [batches[i * len(batches) // kept] for i in range(kept)]
-    step = sum(map(len, some)) // EXAMPLES
-    return [batch[::step] if step > 1 and batch.apart else batch for batch in some]
+    return [batches[i * len(batches) // kept] for i in range(kept)]
 
 
 def _parts(batches: Batches, together: int | None) -> Iterator[Batch]:
-    for batch in _some(batches):
+    """What is gone through at a time: of batches with many more examples than are needed, evenly
+    spread ones."""
+    some = _some(batches)
+    step = max(1, sum(map(len, some)) // EXAMPLES)
+    for batch in some:
         if together is None or not batch.apart:
             yield batch
             continue
+        batch = batch[::step] if step > 1 else batch
         for first in range(0, len(batch), together):
             yield batch[first : first + together]
 

@@ -41,7 +41,8 @@ def gptq(
     params: what codes of the rows stand for.
     nearest: codes to start from, than which no row becomes worse.
     shares: of the scales, those to try.
-    rate: what a bit of a coded code weighs, in squared steps of an average input. Above 0, codes
+    rate: what a bit of a coded code weighs, in squared steps of an average input; nothing where
+        codes span `quantifind.tensor.rates.MOST` or more, which hardly differ. Above 0, codes
         are rounded as without, then `PRICED` times by what they cost as they were before; of a
         grid with scales, at those. Rows may become worse.
     effects: of errors of rows together, which are weighed so where there is a rate; by default all
