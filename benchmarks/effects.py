@@ -89,11 +89,7 @@ def cell(row: Mapping[Any, Any]) -> str:
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    for network in grids.chosen_networks(__doc__):
-        rows = list(rows_of(network, grids.trained(network), grids.loaders(network)))
-        print(pd.DataFrame(rows).to_string(index=False), flush=True)
-        results = grids.write_rows(RESULTS, pd.DataFrame(rows))
+    results = grids.measured(rows_of, grids.chosen_networks(__doc__), RESULTS)
     grids.write_table(MARKERS, markdown(results))
 
 

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,23 @@ def markdown(results: pd.DataFrame) -> str:
 def ratio(row: Mapping[str, Any]) -> str:
     """A criterion ratio with its interval, of a row with `low` and `high`."""
     return f"{row['criterion_ratio']:#.4g} [{row['low']:#.4g}, {row['high']:#.4g}]"
+
+
+def measured(
+    rows_of: Callable[..., Iterable[Mapping[str, Any]]], networks: Iterable[str], path: Path
+) -> pd.DataFrame:
+    """The rows of networks, each trained as the pipeline trains it, and of those there are already
+    in ``path``; written and printed as they come.
+
+    rows_of: (network, (the trained network, its criterion), its loaders) → rows.
+    networks: their names, one or more.
+    """
+    torch.manual_seed(0)
+    for network in networks:
+        rows = pd.DataFrame(rows_of(network, trained(network), loaders(network)))
+        print(rows.to_string(index=False), flush=True)
+        results = write_rows(path, rows)
+    return results
 
 
 def write_rows(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
